@@ -1,0 +1,87 @@
+"""Tuned tables: which backend was measured to be fastest, by device class, operator and shape bucket.
+
+The tables that ship in ``peftk/tuned/<device class>.json`` were written by ``python -m peftk bench --tune``; a
+table of the same name in the user's cache folder wins over them cell by cell. Nothing is ever timed while a
+model runs: a cell that nobody has measured is "untuned".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import _config
+
+logger = logging.getLogger("peftk")
+
+SHIPPED = Path(__file__).parent / "tuned"
+
+Table = dict[str, dict[tuple, dict[str, float]]]
+
+
+@functools.cache
+def device_class(device_type: str, index: int | None = None) -> str:
+    """Name the class of devices that share a tuned table, such as ``cpu-avx2`` or ``cuda-sm90``."""
+    if device_type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability().lower()
+        amx = torch.cpu._is_amx_tile_supported()
+        return "cpu-amx" if amx else f"cpu-{capability}"
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"cuda-sm{major}{minor}"
+    return device_type
+
+
+def power_bucket(*sizes: int) -> tuple[int, ...]:
+    """Round every size up to a power of two, and return the exponents."""
+    return tuple((int(size) - 1).bit_length() if size > 0 else -1 for size in sizes)
+
+
+def cell(args: tuple, bucket: Callable[..., tuple]) -> tuple:
+    """Return the key of a call in a table: the first argument's dtype and the operator's own bucket."""
+    return (str(args[0].dtype).removeprefix("torch."), *bucket(*args))
+
+
+def _read(path: Path) -> Table:
+    content = json.loads(path.read_text())
+    return {
+        operator: {(row["dtype"], *row["bucket"]): row["microseconds"] for row in rows}
+        for operator, rows in content["operators"].items()
+    }
+
+
+@functools.cache
+def table(name: str) -> Table:
+    """Return the table of a device class: the shipped one, with the user's cells over it.
+
+    A user's table that cannot be read is reported once and left out.
+    """
+    merged: Table = {}
+    for folder in (SHIPPED, _config.cache_dir()):
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            continue
+        try:
+            found = _read(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("tuned table %s is left out: it cannot be read (%s: %s)", path, type(error).__name__, error)
+            continue
+        for operator, cells in found.items():
+            merged.setdefault(operator, {}).update(cells)
+    # Fastest first, so that a look-up is a walk.
+    return {
+        operator: {key: dict(sorted(times.items(), key=lambda item: item[1])) for key, times in cells.items()}
+        for operator, cells in merged.items()
+    }
+
+
+def lookup(operator: str, args: tuple, bucket: Callable[..., tuple]) -> dict[str, float] | None:
+    """Return the measured microseconds of each backend for a call, fastest first, or None if untuned."""
+    device = args[0].device
+    cells = table(device_class(device.type, device.index)).get(operator)
+    return None if cells is None else cells.get(cell(args, bucket))

@@ -1,0 +1,5 @@
+"""The operators of peftk: differentiable functions on tensors, each with several backends."""
+
+from .ops.block_diagonal import block_rotate, block_rotate_linear
+
+__all__ = ["block_rotate", "block_rotate_linear"]

@@ -1,0 +1,5 @@
+"""Every operator family; importing this package defines the ``peftk::`` operators."""
+
+from . import block_diagonal
+
+__all__ = ["block_diagonal"]

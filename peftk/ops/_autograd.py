@@ -1,0 +1,57 @@
+"""How the autograd Functions are called: cheaply forward, and once only backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call ``function.apply`` without the cost of binding default arguments, where nothing needs it.
+
+    ``Function.apply`` binds the signature of every setup_context Function anew, 40 us a call. Compilers and
+    function transforms get the ordinary call, which they recognise; everything else goes to the C++ base, or
+    straight to ``forward`` when nothing is recorded.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A node of the graph that raises when a gradient reaches it.
+
+    ``torch.autograd.function.once_differentiable`` looks at the incoming gradients only: where just a saved
+    tensor requires grad it drops terms silently. ``torch.func.grad`` runs every backward pass in grad mode, so
+    refusing outright would refuse first derivatives too.
+    """
+
+    @staticmethod
+    def forward(operator: Callable, name: str, *args: Any) -> Any:
+        return operator(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Any) -> None:
+        ctx.name = inputs[1]
+
+    @staticmethod
+    def backward(ctx, *grads: Any) -> tuple:
+        raise RuntimeError(
+            f"peftk.functional.{ctx.name}: double backward is not supported; got a gradient for its backward pass"
+        )
+
+
+def run_backward(name: str, operator: Callable, *args: Any) -> Any:
+    """Run the backward operator of the public function ``name``.
+
+    Raises:
+        RuntimeError: later, if the result is differentiated again.
+    """
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        return _OnceDifferentiable.apply(operator, name, *args)
+    return operator(*args)

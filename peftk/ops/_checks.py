@@ -1,0 +1,74 @@
+"""Checks and casts that every public operator shares. Messages name argument, expected and got."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object, like: Tensor | None = None) -> None:
+    """Check that an argument is a strided floating-point tensor, on the device of another one.
+
+    Raises:
+        TypeError: if it is not a tensor, or not of a supported dtype.
+        ValueError: if it is not strided, or on another device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected dtype float64, float32, bfloat16 or float16; got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor; got layout {value.layout}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, as x is; got one on {value.device}")
+
+
+def check_shape(name: str, value: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
+    """Check a shape, None standing for any size.
+
+    Raises:
+        ValueError: if it differs.
+    """
+    shape = value.shape
+    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape {meaning} = ({wanted}); got {tuple(shape)}")
+
+
+def check_frozen(name: str, value: Tensor) -> None:
+    """Check that a tensor whose gradient the operator does not compute does not ask for one.
+
+    Raises:
+        ValueError: if it requires grad.
+    """
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a frozen tensor (requires_grad=False), because this operator computes no "
+            f"gradient for it; got one that requires grad"
+        )
+
+
+def check_scale(scale: object) -> float:
+    """Return a finite Python number as a float.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is NaN or infinite.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or a 0-dimensional tensor; got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number; got {scale}")
+    return float(scale)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """Cast an activation as ``torch.nn.functional.linear`` would under autocast; float64 stays."""
+    kind = x.device.type
+    if torch._C._is_any_autocast_enabled() and x.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
