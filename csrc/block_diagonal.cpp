@@ -1,0 +1,94 @@
+#include "block_diagonal.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+
+#include "check.h"
+#include "native_ops.h"
+
+namespace peftk {
+namespace {
+
+using torch::stable::parallel_for;
+
+struct Sizes {
+  int64_t rows, count, size;
+};
+
+// One shared block: every block of every row is a row of its own.
+Sizes check_blocks(const Tensor& x, const Tensor& blocks) {
+  check_float(blocks, "blocks");
+  STD_TORCH_CHECK(blocks.dim() == 3 && blocks.size(1) == blocks.size(2) && blocks.numel() > 0,
+                  "blocks: expected shape (nb, b, b)");
+  const int64_t count = blocks.size(0), size = blocks.size(1), features = count * size;
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) % size == 0 && x.numel() % features == 0 &&
+                      (count == 1 || x.size(x.dim() - 1) == features),
+                  "x: expected (..., nb * b) = (..., ", features, ")");
+  return {x.numel() / features, count, size};
+}
+
+// Enough tasks for many cores, from the shape alone: the bits must not depend on the number of threads.
+int64_t row_chunks(const Sizes& s) {
+  const int64_t wanted = (64 + s.count - 1) / s.count, possible = (s.rows + 255) / 256;
+  return wanted < possible ? wanted : (possible > 0 ? possible : 1);
+}
+
+std::unique_ptr<float[]> pack(const float* blocks, const Sizes& s, bool transpose) {
+  std::unique_ptr<float[]> packed(new float[s.count * s.size * padded(s.size)]);
+  parallel_for(0, s.count, 1 + 65536 / (s.size * s.size), [&](int64_t begin, int64_t end) {
+    pack_blocks_cpu(blocks, s.size, transpose, packed.get(), begin, end);
+  });
+  return packed;
+}
+
+}  // namespace
+
+void block_rotate(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out) {
+  const Dtype dtype = check_dtype(x, "x");
+  check_like(out, "out", x, "x");
+  const Sizes s = check_blocks(x, blocks);
+  if (s.rows == 0) return;
+  const float* matrices = blocks.const_data_ptr<float>();
+  const BlockRotateParams p{x.const_data_ptr(), matrices, out.mutable_data_ptr(), s.rows, s.count, s.size,
+                            transpose, dtype};
+  const auto packed = pack(matrices, s, transpose);
+  parallel_for(0, (s.rows + kRotateRows - 1) / kRotateRows, 1,
+               [&](int64_t begin, int64_t end) { block_rotate_cpu(p, packed.get(), begin, end); });
+}
+
+void block_rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool transpose, Tensor& dx,
+                           Tensor& dblocks) {
+  const Dtype dtype = check_dtype(grad, "grad");
+  const Sizes s = check_blocks(grad, blocks);
+  const bool need_x = dx.numel() > 0, need_blocks = dblocks.numel() > 0;
+  if (need_x) check_like(dx, "dx", grad, "grad");
+  if (need_blocks) {
+    check_like(x, "x", grad, "grad");
+    check_float(dblocks, "dblocks");
+    check_like(dblocks, "dblocks", blocks, "blocks");
+  }
+  const int64_t chunks = row_chunks(s);
+  // Value-initialised: the partial sums start from zero.
+  const std::unique_ptr<float[]> partial(need_blocks ? new float[chunks * s.count * s.size * padded(s.size)]()
+                                                     : nullptr);
+  const float* matrices = blocks.const_data_ptr<float>();
+  const BlockRotateBackwardParams p{grad.const_data_ptr(),
+                                    need_blocks ? x.const_data_ptr() : nullptr,
+                                    matrices,
+                                    need_x ? dx.mutable_data_ptr() : nullptr,
+                                    partial.get(),
+                                    s.rows,
+                                    s.count,
+                                    s.size,
+                                    chunks,
+                                    transpose,
+                                    dtype};
+  const auto packed = pack(matrices, s, !transpose);
+  parallel_for(0, chunks * s.count, 1,
+               [&](int64_t begin, int64_t end) { block_rotate_backward_cpu(p, packed.get(), begin, end); });
+  if (need_blocks)
+    sum_partials_cpu(partial.get(), chunks, s.count, s.size, static_cast<float*>(dblocks.mutable_data_ptr()));
+}
+
+}  // namespace peftk

@@ -1,0 +1,40 @@
+// Block rotation: y[t, n*b + j] = sum_k x[t, n*b + k] * blocks[n, k, j].
+#pragma once
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+namespace peftk {
+
+struct BlockRotateParams {
+  const void* x;        // (rows, count * size)
+  const float* blocks;  // (count, size, size)
+  void* y;              // (rows, count * size)
+  int64_t rows, count, size;
+  bool transpose;  // multiply by the transposed blocks
+  Dtype dtype;     // of x and y
+};
+
+struct BlockRotateBackwardParams {
+  const void* grad;     // (rows, count * size)
+  const void* x;        // (rows, count * size)
+  const float* blocks;  // (count, size, size)
+  void* dx;             // (rows, count * size), may be grad itself; null if not wanted
+  float* partial;       // (chunks, count, size, padded(size)), zeroed; null if not wanted
+  int64_t rows, count, size;
+  int64_t chunks;  // the rows are cut into this many pieces, which sum apart
+  bool transpose;
+  Dtype dtype;
+};
+
+// Rows of a tile: x, y and the block stay in the first-level cache together.
+constexpr int64_t kRotateRows = 64;
+
+void block_rotate_cpu(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end);
+void block_rotate_backward_cpu(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end);
+// Lay blocks out with padded rows, transposed where asked: (count, size, padded(size)).
+void pack_blocks_cpu(const float* blocks, int64_t size, bool transpose, float* packed, int64_t begin, int64_t end);
+// dblocks (count, size, size) = sum of the partials over the chunks, in their order.
+void sum_partials_cpu(const float* partial, int64_t chunks, int64_t count, int64_t size, float* dblocks);
+
+}  // namespace peftk

@@ -1,0 +1,98 @@
+#include "../block_diagonal.h"
+
+#include <memory>
+
+#include "simd.h"
+
+namespace peftk {
+namespace {
+
+PEFTK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename T>
+PEFTK_INLINE void rotate_tiles(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
+  const int64_t b = p.size, ld = padded(b), features = p.count * b;
+  const std::unique_ptr<float[]> in(new float[kRotateRows * ld]), out(new float[kRotateRows * ld]);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t row = tile * kRotateRows, rows = smaller(kRotateRows, p.rows - row);
+    for (int64_t n = 0; n < p.count; ++n) {
+      const int64_t at = row * features + n * b;
+      load_tile(static_cast<const T*>(p.x) + at, features, rows, b, in.get(), ld);
+      product({in.get(), ld, 1}, packed + n * b * ld, ld, out.get(), ld, rows, ld, b, false);
+      store_tile(out.get(), ld, rows, b, static_cast<T*>(p.y) + at, features);
+    }
+  }
+}
+
+PEFTK_INLINE void block_rotate_cpu_body(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::float32)
+    rotate_tiles<float>(p, packed, begin, end);
+  else
+    rotate_tiles<BFloat16>(p, packed, begin, end);
+}
+
+// A task is one block in one chunk of the rows: x and grad are visited once, for dx and for the block's gradient.
+template <typename T>
+PEFTK_INLINE void visit_tasks(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end) {
+  const int64_t b = p.size, ld = padded(b), features = p.count * b;
+  const int64_t tiles = (p.rows + kRotateRows - 1) / kRotateRows;
+  const std::unique_ptr<float[]> x(new float[kRotateRows * ld]), grad(new float[kRotateRows * ld]),
+      dx(new float[kRotateRows * ld]);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t chunk = task / p.count, n = task % p.count;
+    float* partial = p.partial ? p.partial + task * b * ld : nullptr;
+    for (int64_t tile = tiles * chunk / p.chunks; tile < tiles * (chunk + 1) / p.chunks; ++tile) {
+      const int64_t row = tile * kRotateRows, rows = smaller(kRotateRows, p.rows - row);
+      const int64_t at = row * features + n * b;
+      // The copy of grad lets dx overwrite it.
+      load_tile(static_cast<const T*>(p.grad) + at, features, rows, b, grad.get(), ld);
+      if (p.dx) {
+        product({grad.get(), ld, 1}, packed + n * b * ld, ld, dx.get(), ld, rows, ld, b, false);
+        store_tile(dx.get(), ld, rows, b, static_cast<T*>(p.dx) + at, features);
+      }
+      if (partial) {
+        load_tile(static_cast<const T*>(p.x) + at, features, rows, b, x.get(), ld);
+        const float* left = p.transpose ? grad.get() : x.get();
+        const float* right = p.transpose ? x.get() : grad.get();
+        product({left, 1, ld}, right, ld, partial, ld, b, ld, rows, true);
+      }
+    }
+  }
+}
+
+PEFTK_INLINE void block_rotate_backward_cpu_body(const BlockRotateBackwardParams& p, const float* packed,
+                                                 int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::float32)
+    visit_tasks<float>(p, packed, begin, end);
+  else
+    visit_tasks<BFloat16>(p, packed, begin, end);
+}
+
+}  // namespace
+
+PEFTK_KERNEL(block_rotate_cpu, (const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end),
+             (p, packed, begin, end))
+PEFTK_KERNEL(block_rotate_backward_cpu,
+             (const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end),
+             (p, packed, begin, end))
+
+void pack_blocks_cpu(const float* blocks, int64_t size, bool transpose, float* packed, int64_t begin, int64_t end) {
+  const int64_t ld = padded(size);
+  const int64_t row = transpose ? 1 : size, col = transpose ? size : 1;
+  for (int64_t n = begin; n < end; ++n)
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t j = 0; j < ld; ++j)
+        packed[(n * size + i) * ld + j] = j < size ? blocks[n * size * size + i * row + j * col] : 0.0f;
+}
+
+void sum_partials_cpu(const float* partial, int64_t chunks, int64_t count, int64_t size, float* dblocks) {
+  const int64_t ld = padded(size), rows = count * size;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < size; ++j) {
+      float sum = 0.0f;
+      for (int64_t c = 0; c < chunks; ++c) sum += partial[(c * rows + i) * ld + j];
+      dblocks[i * size + j] = sum;
+    }
+}
+
+}  // namespace peftk

@@ -1,0 +1,142 @@
+// Vectors of eight floats, the dtypes that are read and written, and the choice of an instruction set at run time.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#define PEFTK_INLINE inline __attribute__((always_inline))
+
+// PEFTK_KERNEL(name, (parameters), (arguments)) defines `void name(parameters)`, which calls
+// `name##_body(arguments)` compiled for the best instruction set of this CPU. The body must be PEFTK_INLINE:
+// it is compiled once for each set, in a function that carries the target attribute.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PEFTK_KERNEL(name, params, args)                                                             \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) static void name##_avx512 params { \
+    name##_body args;                                                                                \
+  }                                                                                                  \
+  __attribute__((target("avx2,fma"))) static void name##_avx2 params { name##_body args; }           \
+  static void name##_base params { name##_body args; }                                               \
+  void name params {                                                                                 \
+    switch (cpu_level()) {                                                                           \
+      case CpuLevel::avx512: return name##_avx512 args;                                              \
+      case CpuLevel::avx2: return name##_avx2 args;                                                  \
+      default: return name##_base args;                                                              \
+    }                                                                                                \
+  }
+#else
+#define PEFTK_KERNEL(name, params, args) \
+  void name params { name##_body args; }
+#endif
+
+namespace peftk {
+
+enum class CpuLevel { base, avx2, avx512 };
+
+inline CpuLevel cpu_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const CpuLevel level = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      return CpuLevel::avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuLevel::avx2;
+    return CpuLevel::base;
+  }();
+  return level;
+#else
+  return CpuLevel::base;
+#endif
+}
+
+constexpr int kLanes = 8;
+typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+
+constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// The dtypes of activations. float16 and float64 stay with the torch backend.
+enum class Dtype { float32, bfloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+PEFTK_INLINE float to_float(float value) { return value; }
+
+PEFTK_INLINE float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+PEFTK_INLINE void from_float(float value, float& out) { out = value; }
+
+PEFTK_INLINE void from_float(float value, BFloat16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  // To nearest, ties to even; a NaN keeps its upper bits and stays a NaN.
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out.bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
+}
+
+// Copy a (rows, cols) tile into floats with row stride `ld`, zero from column `cols` on.
+template <typename T>
+PEFTK_INLINE void load_tile(const T* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) to[i * ld + j] = to_float(from[i * stride + j]);
+    for (int64_t j = cols; j < ld; ++j) to[i * ld + j] = 0.0f;
+  }
+}
+
+template <typename T>
+PEFTK_INLINE void store_tile(const float* from, int64_t ld, int64_t rows, int64_t cols, T* to, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) from_float(from[i * ld + j], to[i * stride + j]);
+}
+
+// A matrix that is read by element: value(i, k) = data[i * row + k * col].
+struct View {
+  const float* data;
+  int64_t row, col;
+};
+
+template <int kRows, int kVectors>
+PEFTK_INLINE void product_strip(View a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth, bool add) {
+  Floats sum[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i)
+    for (int v = 0; v < kVectors; ++v)
+      sum[i][v] = add ? *reinterpret_cast<const Floats*>(c + i * ldc + v * kLanes) : Floats{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = *reinterpret_cast<const Floats*>(b + k * ldb + v * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const float scalar = a.data[i * a.row + k * a.col];
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += scalar * row[v];
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Floats*>(c + i * ldc + v * kLanes) = sum[i][v];
+}
+
+template <int kVectors>
+PEFTK_INLINE void product_columns(View a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                                  int64_t depth, bool add) {
+  int64_t i = 0;
+  for (; i + 6 <= rows; i += 6)
+    product_strip<6, kVectors>({a.data + i * a.row, a.row, a.col}, b, ldb, c + i * ldc, ldc, depth, add);
+  for (; i + 2 <= rows; i += 2)
+    product_strip<2, kVectors>({a.data + i * a.row, a.row, a.col}, b, ldb, c + i * ldc, ldc, depth, add);
+  for (; i < rows; ++i)
+    product_strip<1, kVectors>({a.data + i * a.row, a.row, a.col}, b, ldb, c + i * ldc, ldc, depth, add);
+}
+
+// c (rows, cols) = a (rows, depth) @ b (depth, cols), or += where `add`. cols must be a multiple of eight.
+// The terms of every sum are added in the order of `depth`, so equal inputs give equal bits.
+PEFTK_INLINE void product(View a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t cols,
+                          int64_t depth, bool add) {
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= cols; j += 2 * kLanes) product_columns<2>(a, b + j, ldb, c + j, ldc, rows, depth, add);
+  if (j < cols) product_columns<1>(a, b + j, ldb, c + j, ldc, rows, depth, add);
+}
+
+}  // namespace peftk

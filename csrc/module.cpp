@@ -1,0 +1,36 @@
+// peftk._C: importing it registers the operators of ops.cpp. Nothing here takes a tensor.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/simd.h"
+
+#define PEFTK_STRING(x) #x
+#define PEFTK_QUOTED(x) PEFTK_STRING(x)
+
+namespace {
+
+std::string cpu_capability() {
+  switch (peftk::cpu_level()) {
+    case peftk::CpuLevel::avx512: return "avx512";
+    case peftk::CpuLevel::avx2: return "avx2";
+    default: return "base";
+  }
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = PEFTK_QUOTED(PEFTK_VERSION);
+  info["torch"] = PEFTK_QUOTED(PEFTK_TORCH_VERSION);
+  info["compiler"] = __VERSION__;
+  info["cuda_architectures"] = pybind11::list();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled kernels of peftk.";
+  m.def("build_info", &build_info, "What the extension was built from: peftk and torch version, compiler, CUDA.");
+  m.def("cpu_capability", &cpu_capability, "The instruction set that the CPU kernels use here: base, avx2 or avx512.");
+}

@@ -1,0 +1,16 @@
+// Schemas and registration, through LibTorch's stable ABI: one binary serves many torch releases.
+#include "native_ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(peftk_native, m) {
+  m.def("block_rotate(Tensor x, Tensor blocks, bool transpose, Tensor(a!) out) -> ()");
+  m.def(
+      "block_rotate_backward(Tensor grad, Tensor x, Tensor blocks, bool transpose, Tensor(a!) dx, Tensor(b!) dblocks)"
+      " -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("block_rotate", TORCH_BOX(&peftk::block_rotate));
+  m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward));
+}
