@@ -1,0 +1,254 @@
+"""The adapters of one model: which exist, which are active, and how they are merged and removed."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._plan import Plan, attach, biases, plan_of, replace_module
+from .nn import PeftConfig
+from .nn._base import AdapterLayer, check_adapter_name, check_finite
+from .nn.saved import ModulesToSaveWrapper
+from .targets import candidates, describe_unknown
+
+
+class Tuner(nn.Module):
+    """Holds the adapted model under `model`, which gives parameters the names that PEFT gives them.
+
+    Args:
+        model: The base model; its layers are replaced in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapters: list[str] = []
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted model."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name[:2] == "__":
+                raise
+        return getattr(self.model, name)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or the list of them if there is not exactly one."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+        """Yield the path and the layer of every adapted layer."""
+        for path, module in candidates(self.model).items():
+            if isinstance(module, AdapterLayer):
+                yield path, module
+
+    def wrappers(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+        """Yield the path and the wrapper of every module that is trained in full."""
+        for path, module in candidates(self.model).items():
+            if isinstance(module, ModulesToSaveWrapper):
+                yield path, module
+
+    def known(self, names: str | Sequence[str], argument: str = "adapter_name") -> list[str]:
+        """Return the names as a list, or raise ValueError if one of them does not exist."""
+        names = [names] if isinstance(names, str) else list(names)
+        missing = [name for name in names if name not in self.peft_config]
+        if missing:
+            raise ValueError(f"{argument}: unknown: {describe_unknown(map(str, missing), self.peft_config)}")
+        return names
+
+    # -- adding and choosing ----------------------------------------------------------------------------------
+
+    def check_new(self, name: str, config: PeftConfig) -> None:
+        """Raise unless an adapter of this name and configuration may be added."""
+        check_adapter_name(name)
+        if name in self.peft_config:
+            raise ValueError(f"adapter_name: {name!r} exists already; delete it or choose another name")
+        with_bias = [other for other, c in self.peft_config.items() if c.bias != "none"]
+        if with_bias and config.bias != "none":
+            raise ValueError(
+                f"bias: adapter {with_bias[0]!r} trains biases of the base model already, and only one adapter can; "
+                f"use bias='none', got {config.bias!r}"
+            )
+
+    def commit(self, plan: Plan) -> None:
+        """Add a planned adapter. The first one becomes active; a later one waits for `set_adapter`."""
+        first = not self.peft_config
+        if first:
+            self.model.requires_grad_(False)
+        attach(self.model, plan)
+        self.peft_config[plan.name] = plan.config
+        if first:
+            self.set_adapter(plan.name, inference_mode=plan.config.inference_mode)
+        else:
+            for _, layer in self.layers():
+                layer.active_adapters = list(self.active_adapters)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters, and no others, active and (unless `inference_mode`) trainable."""
+        names = self.known(adapter_name)
+        for _, wrapper in self.wrappers():
+            wrapper.check_set_adapter(names)
+        for _, wrapper in self.wrappers():
+            wrapper.set_adapter(names, inference_mode)
+        for _, layer in self.layers():
+            layer.set_adapter(names, inference_mode)
+        self.active_adapters = names
+        for name in [n for n in self.peft_config if n not in names] + names:
+            for _, bias in biases(self.model, plan_of(self.model, name, self.peft_config[name])):
+                bias.requires_grad_(name in names and not inference_mode)
+        # With bias="all" the originals of fully trained modules are listed too; they are never trained.
+        for _, wrapper in self.wrappers():
+            wrapper.original_module.requires_grad_(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters without activating them."""
+        names = self.known(adapter_names, "adapter_names")
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.set_requires_grad(names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the only active one, the first that remains becomes active."""
+        self.known(adapter_name)
+        merged = [path for path, layer in self.layers() if adapter_name in layer.merged_adapters]
+        if merged:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is merged into {merged[0]!r}; unmerge it before deleting it"
+            )
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        remaining = [name for name in self.active_adapters if name != adapter_name]
+        if not remaining and self.active_adapters and self.peft_config:
+            remaining = [next(iter(self.peft_config))]
+            warnings.warn(f"delete_adapter: {adapter_name!r} was active; {remaining[0]!r} is active now", stacklevel=3)
+            self.set_adapter(remaining)
+        self.active_adapters = remaining
+
+    # -- switching off ----------------------------------------------------------------------------------------
+
+    def enable_adapter_layers(self) -> None:
+        """Switch all adapters on."""
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off; merged layers are unmerged."""
+        for name in self.active_adapters:
+            mode = self.peft_config[name].bias
+            if mode != "none":
+                warnings.warn(
+                    f"disable_adapter: adapter {name!r} trains biases of the base model (bias={mode!r}), so the output "
+                    "is not that of the original model",
+                    stacklevel=3,
+                )
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.enable_adapters(False)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switch all adapters off for a block, and restore every layer exactly, merged ones too."""
+        modules = [module for _, module in (*self.layers(), *self.wrappers())]
+        was_disabled = [module.disable_adapters for module in modules]
+        was_merged = [(m, *_merge_state(m)) for m in modules if isinstance(m, AdapterLayer) and m.merged]
+        try:
+            self.disable_adapter_layers()
+            yield
+        finally:
+            for module, disabled in zip(modules, was_disabled, strict=True):
+                module.disable_adapters = disabled
+            for layer, names, keep_base in was_merged:
+                if not layer.merged:
+                    layer.merge(adapter_names=names, keep_base=keep_base)
+
+    # -- merging and removing ---------------------------------------------------------------------------------
+
+    def _check_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
+        names = self.known(self.active_adapters if adapter_names is None else adapter_names, "adapter_names")
+        owners: dict[int, list[str]] = {}
+        for path, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(path)
+        for path, layer in self.layers():
+            layer.check_merge(names)
+            sharing = owners[id(layer.base_layer.weight)]
+            if len(sharing) > 1 and any(name in layer.adapter_names for name in names):
+                raise ValueError(
+                    f"merge: the weight of {path!r} is shared by {sharing}, and merging would change all of them; give "
+                    "the layer a copy of the weight first"
+                )
+        return names
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, keep_base: str = "device"
+    ) -> None:
+        """Merge adapters into the base weights, in every layer or, if one of them fails, in none."""
+        names = self._check_merge(adapter_names)
+        done: list[tuple[AdapterLayer, list[str], str]] = []
+        try:
+            for _, layer in self.layers():
+                done.append((layer, *_merge_state(layer)))
+                layer.merge(safe_merge, names, keep_base=keep_base)
+        except BaseException:
+            for layer, before, where in done:
+                if layer.merged_adapters != before:
+                    layer.unmerge()
+                    layer.merge(adapter_names=before, keep_base=where)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit."""
+        for _, layer in self.layers():
+            if layer.merged:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters and return the base model without any adapter layer; see `PeftModel.merge_and_unload`."""
+        names = self._check_merge(adapter_names)
+        if safe_merge:
+            for path, layer in self.layers():
+                check_finite(layer.merged_tensors(names), names, f"of {path!r} ")
+        for path, layer in _progress(list(self.layers()), progressbar, "Merging"):
+            layer.merge(adapter_names=names)
+            replace_module(self.model, path, layer.base_layer)
+        for path, wrapper in list(self.wrappers()):
+            found = wrapper.check_set_adapter(names)
+            replace_module(self.model, path, wrapper.modules_to_save[found[0]] if found else wrapper.original_module)
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """Return the base model with its original weights and modules; see `PeftModel.unload`."""
+        self.unmerge_adapter()
+        for path, layer in list(self.layers()):
+            replace_module(self.model, path, layer.base_layer)
+        for path, wrapper in list(self.wrappers()):
+            replace_module(self.model, path, wrapper.original_module)
+        return self.model
+
+
+def _merge_state(layer: AdapterLayer) -> tuple[list[str], str]:
+    kept: Tensor | None = layer._original.get("weight")
+    on_cpu = kept is not None and kept.device != layer.base_layer.weight.device and kept.device == torch.device("cpu")
+    return list(layer.merged_adapters), "cpu" if on_cpu else "device"
+
+
+def _progress(items: list, show: bool, description: str) -> Any:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description)

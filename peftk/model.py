@@ -1,0 +1,406 @@
+"""`get_peft_model` and `PeftModel`: adapters on a whole model, with PEFT's names, files and methods."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ._plan import Plan, copy_into, embedding_tensors, file_tensors, make_plan, plan_of, same_meaning, unaliased
+from ._tuner import Tuner
+from .nn import AdapterLayer, PeftConfig
+from .nn.config import check_bool
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Adapt a model: freeze it, wrap the modules that the configuration names, and return the trainable whole.
+
+    The layers of `model` are replaced in place; `peft_config` is copied. If anything is wrong, both stay as they are.
+
+    Args:
+        model: Any nn.Module.
+        peft_config: The method and its targets, for instance a `LoraConfig`.
+        adapter_name: The name of the adapter.
+        mixed: Must be False: several methods on one layer are not supported. Several methods on different layers need
+            no flag: add another adapter.
+        autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
+        revision: The revision of the base model, kept in the configuration.
+        low_cpu_mem_usage: Must be False: adapters that are about to be trained need their initial values.
+
+    Returns:
+        The adapted model, ready to train.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a targeted module cannot be adapted.
+        ValueError: A target is unknown (the message names the closest), or an argument is out of range.
+
+    Example:
+        >>> import torch, peftk
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = peftk.get_peft_model(base, peftk.LoraConfig(r=1, target_modules=["0"]))
+        >>> model.get_nb_trainable_parameters()
+        (8, 28)
+    """
+    check_bool("mixed", mixed)
+    if mixed:
+        raise ValueError("mixed: expected False; add adapters of other methods to other layers with add_adapter")
+    _check_not_lazy(low_cpu_mem_usage)
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: expected a configuration of peftk, got {type(peft_config).__module__}."
+            f"{type(peft_config).__name__}"
+        )
+    result = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+    config = result.peft_config[adapter_name]
+    config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
+    config.revision = revision or config.revision
+    return result
+
+
+def _check_not_lazy(low_cpu_mem_usage: object) -> None:
+    check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
+    if low_cpu_mem_usage:
+        raise ValueError("low_cpu_mem_usage: expected False for a new adapter, whose initial values are needed")
+
+
+class PeftModel(nn.Module):
+    """A model with named adapters. Attributes that it does not have are those of the base model.
+
+    Parameters are named as by PEFT: `base_model.model.<path>.lora_A.<adapter>.weight` and so on.
+
+    Args:
+        model: The base model; its layers are replaced in place.
+        peft_config: The configuration of the first adapter.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        _check_base(model)
+        tuner = Tuner(model)
+        tuner.check_new(adapter_name, peft_config)
+        plan = make_plan(model, adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._start(tuner, plan)
+
+    def _start(self, tuner: Tuner, plan: Plan) -> None:
+        super().__init__()
+        tuner.commit(plan)
+        self.base_model = tuner
+        self.peft_type = plan.config.peft_type
+        self.train(tuner.model.training)
+        model = tuner.model
+        # Checkpointed blocks compute gradients only if one of their inputs asks for them, and with frozen embeddings
+        # none would.
+        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted model."""
+        _refuse_mixed_batch(kwargs)
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the adapted model."""
+        _refuse_mixed_batch(kwargs)
+        return self.get_base_model().generate(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name[:2] == "__":
+                raise
+        return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        """Return the base model, with the adapter layers in it."""
+        return self.base_model.model
+
+    # -- adapters ---------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configuration of every adapter, by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or the list of them if there is not exactly one."""
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The configuration of the first active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter of any method; `set_adapter` activates it. On failure nothing changes."""
+        _check_not_lazy(low_cpu_mem_usage)
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config: expected a configuration of peftk, got {type(peft_config).__name__}")
+        tuner = self.base_model
+        tuner.check_new(adapter_name, peft_config)
+        plan = make_plan(tuner.model, adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        tuner.commit(plan)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make this adapter (or these), and no other, active and (unless `inference_mode`) trainable."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; a merged one must be unmerged first."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run a block with the base model's own outputs; afterwards every layer is exactly as before."""
+        with self.base_model.disabled():
+            yield
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, keep_base: str = "device"
+    ) -> None:
+        """Merge the active (or the named) adapters into the base weights, in every layer or in none.
+
+        The original weights are kept for `unmerge_adapter`, `keep_base` says where: "device" or "cpu". That costs one
+        copy of every adapted weight, and is the only exact way back.
+
+        Raises:
+            ValueError: With `safe_merge`, a merged weight would not be finite.
+        """
+        self.base_model.merge_adapter(adapter_names, safe_merge, keep_base=keep_base)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit."""
+        self.base_model.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge the active (or the named) adapters for good and return the base model without adapter layers.
+
+        Args:
+            progressbar: Show a progress bar.
+            safe_merge: Check all merged weights first; if one is not finite, nothing is changed.
+            adapter_names: Which adapters, in the order in which they act.
+
+        Returns:
+            The base model, with the trained copies of `modules_to_save` in place. This object must not be used again.
+        """
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was before it was adapted: original weights, original modules, frozen."""
+        return self.base_model.unload()
+
+    # -- numbers ----------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return how many parameters are trainable, and how many there are."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trainable, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+    ) -> None:
+        """Write adapters in PEFT's format: "default" into the folder itself, others into sub-folders of their name.
+
+        Args:
+            save_directory: The folder; it is created.
+            safe_serialization: Must be True: pickles are not written.
+            selected_adapters: Which adapters; None means all.
+            save_embedding_layers: "auto" or False; embeddings are part of no adapter that peftk trains.
+            is_main_process: Write only if True.
+
+        Raises:
+            ValueError: An argument is not one of the above.
+        """
+        if safe_serialization is not True:
+            raise ValueError(f"safe_serialization: expected True (pickles are refused), got {safe_serialization!r}")
+        if save_embedding_layers not in ("auto", False):
+            raise ValueError(f"save_embedding_layers: expected 'auto' or False, got {save_embedding_layers!r}")
+        folder = os.fspath(save_directory)
+        if os.path.isfile(folder):
+            raise ValueError(f"save_directory: expected a folder, got the file {folder!r}")
+        names = self.base_model.known(
+            list(self.peft_config) if selected_adapters is None else selected_adapters, "selected_adapters"
+        )
+        if not is_main_process:
+            return
+        from .checkpoint import peft as files
+
+        for name in names:
+            target = folder if name == "default" else os.path.join(folder, name)
+            os.makedirs(target, exist_ok=True)
+            plan = plan_of(self.get_base_model(), name, self.peft_config[name])
+            tensors = unaliased(file_tensors(self.get_base_model(), plan))
+            files.write_adapter(target, tensors, self._config_for_file(name))
+
+    def _config_for_file(self, name: str) -> dict[str, Any]:
+        values = self.peft_config[name].to_dict()
+        values["inference_mode"] = True
+        if values["task_type"] is None:
+            kind = type(self.get_base_model())
+            values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> PeftModel:
+        """Load an adapter that peftk or PEFT has saved onto its base model.
+
+        The whole file is read and checked before the model is touched; if anything is wrong, it stays as it is.
+
+        Args:
+            model: The base model; its layers are replaced in place.
+            model_id: The folder of the adapter. Nothing is downloaded.
+            adapter_name: The name that the adapter gets.
+            is_trainable: Whether it can be trained further; if not, the model is put into evaluation mode.
+            autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
+
+        Raises:
+            ValueError: The file is damaged, or its keys or shapes do not fit the model.
+        """
+        _check_base(model)
+        tuner = Tuner(model)
+        plan, commit = _read(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        result = cls.__new__(cls)
+        result._start(tuner, plan)
+        commit()
+        if not is_trainable:
+            result.eval()
+        return result
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Load another saved adapter, or new values for one that exists; `set_adapter` activates it.
+
+        On failure nothing changes. Arguments as in `from_pretrained`.
+        """
+        tuner = self.base_model
+        plan, commit = _read(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        if adapter_name not in self.peft_config:
+            tuner.commit(plan)
+            if is_trainable:
+                tuner.set_requires_grad(adapter_name)
+        commit()
+        if not is_trainable:
+            self.eval()
+
+
+def _read(tuner: Tuner, folder: Any, name: str, is_trainable: bool, autocast: bool) -> tuple[Plan, Any]:
+    """Read and check a saved adapter; return its plan and the function that copies the values in, which cannot fail."""
+    from .checkpoint import CheckpointError
+    from .checkpoint import peft as files
+
+    check_bool("is_trainable", is_trainable)
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        raise ValueError(f"model_id: expected the folder of a saved adapter (nothing is downloaded), got {folder!r}")
+    config = PeftConfig.from_dict(files.read_config(folder))
+    config.inference_mode = not is_trainable
+    model = tuner.model
+    if name in tuner.peft_config:
+        same_meaning(tuner.peft_config[name], config)
+        merged = [path for path, layer in tuner.layers() if name in layer.merged_adapters]
+        if merged:
+            raise ValueError(f"adapter_name: {name!r} is merged into {merged[0]!r}; unmerge it before loading over it")
+        plan = plan_of(model, name, tuner.peft_config[name])
+    else:
+        tuner.check_new(name, config)
+        plan = make_plan(model, name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
+    targets = file_tensors(model, plan)
+    try:
+        values = files.read_adapter(folder, {key: tensor.shape for key, tensor in targets.items()})
+    except CheckpointError:
+        # PEFT adds whole embeddings to the file of an adapter on the output layer.
+        embeddings = embedding_tensors(model, plan)
+        if not embeddings:
+            raise
+        present = _names_in(folder)
+        found = {key: tensor for key, tensor in embeddings.items() if key in present}
+        if not found:
+            raise
+        targets.update(found)
+        values = files.read_adapter(folder, {key: tensor.shape for key, tensor in targets.items()})
+    return plan, lambda: copy_into(targets, values)
+
+
+def _names_in(folder: str) -> set[str]:
+    from .checkpoint import CheckpointError, read_safetensors
+    from .checkpoint.peft import WEIGHTS_NAME
+
+    try:
+        return set(read_safetensors(os.path.join(folder, WEIGHTS_NAME)))
+    except CheckpointError:
+        return set()
+
+
+def _check_base(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, PeftModel):
+        raise ValueError("model: it is a PeftModel already; use add_adapter or load_adapter, or unload it first")
+    adapted = next((name for name, module in model.named_modules() if isinstance(module, AdapterLayer)), None)
+    if adapted is not None:
+        raise ValueError(f"model: module {adapted!r} is adapted already; call unload on the PeftModel that owns it")
+
+
+def _refuse_mixed_batch(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise NotImplementedError("adapter_names: batches that mix adapters are not implemented; use set_adapter")
+
+
+__all__ = ["PeftModel", "get_peft_model"]

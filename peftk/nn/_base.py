@@ -1,0 +1,396 @@
+"""The one wrapper round a frozen layer; a method adds its parameters, its forward and its merged weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import PeftConfig
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Adapter:
+    """The parameters and settings of one adapter on one layer, before they are attached to it.
+
+    Attributes:
+        modules: Container name (`lora_A`, `oft_R`, ...) to the module that holds the parameters.
+        settings: Attribute name (`r`, `scaling`, ...) to this adapter's value.
+    """
+
+    modules: dict[str, nn.Module]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Yield `(container.parameter, tensor)` pairs."""
+        for container, module in self.modules.items():
+            for name, parameter in module.named_parameters():
+                yield f"{container}.{name}", parameter
+
+
+def check_adapter_name(name: object) -> str:
+    """Return `name`, or raise if it can name neither a parameter container nor a folder."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: expected a string, got {name!r}")
+    if not name or any(c in name for c in "./\\\0") or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name: expected a non-empty name without '.', '/' or '\\' that is no attribute of "
+            f"nn.ModuleDict, got {name!r}"
+        )
+    return name
+
+
+def why_unsupported(layer: nn.Module) -> str | None:
+    """Say why an adapter cannot wrap `layer`, or return None if it can."""
+    if not isinstance(layer, nn.Linear):
+        return "only nn.Linear is supported"
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be ignored"
+    weight = layer.weight
+    if type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor" and type(weight) is not Tensor:
+        return f"its weight is a {type(weight).__name__}; only dense floating-point weights are supported"
+    if weight.dtype not in (torch.float64, torch.float32, *_HALF):
+        return f"its weight is {weight.dtype}; float64, float32, bfloat16 and float16 are supported"
+    return None
+
+
+class AdapterLayer(nn.Module):
+    """A frozen layer with any number of named adapters, of which some are active.
+
+    Subclasses set `adapter_layer_names` (containers of parameters) and `other_param_names` (dicts of settings), and
+    implement `make`, `_adapted` and `_merge_into`. Everything else (activation, disabling, merging, exact
+    unmerging, deletion, dtype and device) is written here once.
+
+    Args:
+        base_layer: The layer to adapt; it is frozen (its bias is trained if the configuration says so).
+        config: The method's configuration.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model, for patterns and messages.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is not supported.
+        ValueError: `config` does not fit the layer.
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    config_class: ClassVar[type[PeftConfig]] = PeftConfig
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        config: PeftConfig,
+        adapter_name: str = "default",
+        *,
+        module_name: str = "",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        adapter = self.make(base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._wrap(base_layer)
+        base_layer.requires_grad_(False)
+        if config.bias != "none" and base_layer.bias is not None:
+            base_layer.bias.requires_grad_(True)
+        self.attach(adapter_name, adapter)
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    @classmethod
+    def around(cls, base_layer: nn.Module) -> AdapterLayer:
+        """Wrap `base_layer` without any adapter and without touching its parameters."""
+        layer = cls.__new__(cls)
+        layer._wrap(base_layer)
+        return layer
+
+    def _wrap(self, base_layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.train(base_layer.training)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        for name in self.other_param_names:
+            setattr(self, name, {})
+        self.in_features: int = base_layer.in_features
+        self.out_features: int = base_layer.out_features
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
+        self._original: dict[str, Tensor] = {}
+
+    @classmethod
+    def make(
+        cls,
+        base_layer: nn.Module,
+        config: PeftConfig,
+        module_name: str = "",
+        *,
+        autocast_adapter_dtype: bool = True,
+        initialise: bool = True,
+    ) -> Adapter:
+        """Create the parameters of one adapter for `base_layer`, in its dtype and on its device.
+
+        They are initialised in float32 on the CPU and rounded to the base dtype, as PEFT does; with
+        `autocast_adapter_dtype` they are then kept in float32 on a half-precision base.
+        """
+        where = f"module {module_name!r}: " if module_name else ""
+        if not isinstance(config, cls.config_class):
+            raise TypeError(
+                f"{where}config: {cls.__name__} expects a {cls.config_class.__name__}, got {type(config).__name__}"
+            )
+        reason = why_unsupported(base_layer)
+        if reason is not None:
+            raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
+        adapter = cls._create(base_layer, config, module_name, initialise)
+        weight = base_layer.weight
+        for module in adapter.modules.values():
+            module.to(device=weight.device, dtype=weight.dtype)
+            if autocast_adapter_dtype and weight.dtype in _HALF:
+                module.float()
+        return adapter
+
+    @classmethod
+    def _create(cls, base_layer: nn.Module, config: PeftConfig, module_name: str, initialise: bool) -> Adapter:
+        raise NotImplementedError
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output with the adapters `names` applied."""
+        raise NotImplementedError
+
+    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+        """Replace `weight` (and `bias`) in `tensors` by what they are once `name` is merged."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer with the active adapters; extra arguments go to the base layer."""
+        if self.disable_adapters or self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        first = getattr(self, self.adapter_layer_names[0])
+        names = [name for name in self.active_adapters if name in first]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(x, names, *args, **kwargs)
+
+    def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
+        """Whether the base layer is a plain dense nn.Linear whose call nobody observes or replaces.
+
+        Anything else is reached by calling it, so that hooks, sharding, quantisation and nested wrappers keep
+        working. Under autocast torch caches the cast of the weight, which only the call profits from.
+        """
+        base = self.base_layer
+        weight = base.weight
+        return (
+            type(base) is nn.Linear
+            and type(weight) is nn.Parameter
+            and not weight.requires_grad
+            and weight.dtype == x.dtype
+            and weight.shape == (self.out_features, self.in_features)
+            and not (args or kwargs)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and not base._backward_pre_hooks
+            and "forward" not in base.__dict__
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    # -- adapters ---------------------------------------------------------------------------------------------
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of all adapters on this layer."""
+        return list(getattr(self, self.adapter_layer_names[0]))
+
+    def attach(self, adapter_name: str, adapter: Adapter) -> None:
+        """Add a made adapter under a new name; it is neither active nor trainable yet."""
+        check_adapter_name(adapter_name)
+        if adapter_name in self.adapter_names:
+            raise ValueError(f"adapter_name: {adapter_name!r} exists already on this layer")
+        for container, module in adapter.modules.items():
+            module.requires_grad_(False)
+            module.train(self.training)
+            getattr(self, container)[adapter_name] = module
+        for name, value in adapter.settings.items():
+            getattr(self, name)[adapter_name] = value
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: PeftConfig,
+        *,
+        module_name: str = "",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Make and attach another adapter; `set_adapter` activates it."""
+        adapter = self.make(self.base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        self.attach(adapter_name, adapter)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters, and no others, active and (unless `inference_mode`) trainable.
+
+        Names that this layer does not have are ignored here: an adapter need not cover every layer of a model.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self.merged_adapters:
+            warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
+            self.unmerge()
+        for container in self.adapter_layer_names:
+            for name, module in getattr(self, container).items():
+                module.requires_grad_(name in names and not inference_mode)
+        self.active_adapters = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters without activating them."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for container in self.adapter_layer_names:
+            for name, module in getattr(self, container).items():
+                if name in names:
+                    module.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; a merged layer is unmerged before it is switched off.
+
+        `requires_grad` stays as it is, so that switching off and on restores the layer exactly.
+        """
+        if not enabled and self.merged_adapters:
+            self.unmerge()
+        self.disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; a merged one must be unmerged first."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter_name: {adapter_name!r} is merged; unmerge it before deleting it")
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, name)
+            if adapter_name in container:
+                del container[adapter_name]
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+
+    # -- merging ----------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [
+            name for name in dict.fromkeys(names) if name in self.adapter_names and name not in self.merged_adapters
+        ]
+
+    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise ValueError if one of these adapters can never be merged into this layer."""
+
+    @torch.no_grad()
+    def merged_tensors(self, adapter_names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Compute what the base weight (and bias) become, without changing anything.
+
+        All adapters are applied to the original weight in float32 (float64 for a float32 weight), and the result is
+        rounded once to the dtype of the weight.
+        """
+        self.check_merge(adapter_names)
+        names = [*self.merged_adapters, *self._to_merge(adapter_names)]
+        base = {"weight": self.base_layer.weight, "bias": self.base_layer.bias}
+        weight = base["weight"]
+        if weight.numel() == 0 and self.in_features * self.out_features:
+            raise ValueError("merge: the base weight is an empty shard; gather it first")
+        wide = torch.float32 if weight.dtype in _HALF or weight.device.type == "mps" else torch.float64
+        source = {
+            key: self._original.get(key, tensor).to(device=weight.device, dtype=wide)
+            for key, tensor in base.items()
+            if tensor is not None
+        }
+        tensors = dict(source)
+        # The adapter that acts first on the input is the last factor next to the weight.
+        for name in reversed(names):
+            self._merge_into(tensors, name)
+        return {
+            key: tensor.to(base[key].dtype).contiguous() for key, tensor in tensors.items() if tensor is not source[key]
+        }
+
+    @torch.no_grad()
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_base: str = "device"
+    ) -> None:
+        """Write the active (or the named) adapters into the base weight.
+
+        The original tensors are kept, which is the only exact way back in low precision; it costs one copy of the
+        weight.
+
+        Args:
+            safe_merge: Check that the result is finite before anything is changed.
+            adapter_names: Which adapters, in the order in which they act; None means the active ones.
+            keep_base: Where the original is kept: `"device"` (where it is) or `"cpu"`.
+
+        Raises:
+            ValueError: With `safe_merge`, the merged weight would not be finite; or `keep_base` is unknown.
+        """
+        if keep_base not in ("device", "cpu"):
+            raise ValueError(f"keep_base: expected 'device' or 'cpu', got {keep_base!r}")
+        names = self._to_merge(adapter_names)
+        if not names:
+            return
+        tensors = self.merged_tensors(names)
+        if safe_merge:
+            check_finite(tensors, names)
+        for key, tensor in tensors.items():
+            parameter = getattr(self.base_layer, key)
+            if key not in self._original:
+                self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
+            parameter.data = tensor
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original tensors back, bit for bit."""
+        if not self.merged_adapters:
+            warnings.warn("unmerge: nothing is merged", stacklevel=2)
+            return
+        for key, tensor in self._original.items():
+            parameter = getattr(self.base_layer, key)
+            parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype)
+        self._original = {}
+        self.merged_adapters = []
+
+    # -- what other code reads off a layer --------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the wrapped layer."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the base layer."""
+        return self.base_layer.bias
+
+    def extra_repr(self) -> str:
+        """Name the active and merged adapters and their settings."""
+        parts = [f"active_adapters={self.active_adapters}"]
+        if self.merged_adapters:
+            parts.append(f"merged_adapters={self.merged_adapters}")
+        if self.disable_adapters:
+            parts.append("disabled")
+        for name in self.adapter_names:
+            values = ", ".join(f"{key}={getattr(self, key)[name]}" for key in self.other_param_names)
+            parts.append(f"{name}=({values})")
+        return ", ".join(parts)
+
+
+def check_finite(tensors: dict[str, Tensor], names: Sequence[str], where: str = "") -> None:
+    """Raise ValueError if a merged tensor holds NaN or infinity."""
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"safe_merge: merging {list(names)} would make the {key} {where}non-finite; nothing was merged"
+            )

@@ -1,0 +1,273 @@
+"""OFT: a block-diagonal rotation of the input of a frozen layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ._base import Adapter, AdapterLayer
+from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
+
+MAX_NEUMANN_TERMS = 64
+MAX_BLOCK = 65_536
+
+
+@dataclass
+class OFTConfig(PeftConfig, method=PeftType.OFT):
+    """Configuration of OFT, with the fields and defaults of PEFT 0.21.
+
+    ``y = base(x R)`` with R block diagonal and orthogonal, ``r * oft_block_size == in_features``.
+
+    Args:
+        r: Number of blocks; 0 if `oft_block_size` is given. Exactly one of the two is non-zero.
+        oft_block_size: Size of a block; 0 if `r` is given. A size that does not divide the layer's input is replaced
+            by the nearest one that does, with a warning.
+        module_dropout: Probability, in training, that a block is replaced by the identity, in [0, 1).
+        target_modules: As in `LoraConfig`.
+        fan_in_fan_out: As in `LoraConfig`.
+        bias: Which biases of the model are trained: "none", "all" or "oft_only".
+        exclude_modules: As in `LoraConfig`.
+        init_weights: True (the identity) or False (normal with deviation 0.1).
+        layers_to_transform: As in `LoraConfig`.
+        layers_pattern: As in `LoraConfig`.
+        modules_to_save: As in `LoraConfig`.
+        coft: Constrain the rotation: each block's skew matrix is kept in a ball of radius ``eps / sqrt(blocks)``.
+        eps: Size of that ball.
+        block_share: One block for the whole layer.
+        use_cayley_neumann: Approximate ``(I + S)(I - S)^-1`` by a series, instead of computing
+            ``(I - S)(I + S)^-1`` exactly. The two are each other's transpose: a trained file needs its own setting.
+        num_cayley_neumann_terms: Number of terms of the series, 1 to 64.
+
+    Source: Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280; the series and
+    the input-side form: Qiu et al., Orthogonal Finetuning Made Scalable, arXiv 2506.19847.
+
+    Example:
+        >>> from peftk import OFTConfig
+        >>> OFTConfig(oft_block_size=16, target_modules=["query", "value"]).oft_block_size
+        16
+    """
+
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    _meaning = (
+        "r",
+        "oft_block_size",
+        "coft",
+        "eps",
+        "block_share",
+        "use_cayley_neumann",
+        "num_cayley_neumann_terms",
+        "bias",
+        "modules_to_save",
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        check_int("r", self.r, 0, MAX_BLOCK)
+        check_int("oft_block_size", self.oft_block_size, 0, MAX_BLOCK)
+        if bool(self.r) == bool(self.oft_block_size):
+            raise ValueError(
+                f"r, oft_block_size: expected exactly one of them to be non-zero (r * oft_block_size is the input "
+                f"size), got r={self.r} and oft_block_size={self.oft_block_size}"
+            )
+        check_number("module_dropout", self.module_dropout, 0, 1)
+        check_number("eps", self.eps, 0, 1e6, above=True)
+        check_choice("bias", self.bias, ("none", "all", "oft_only"))
+        for name in ("fan_in_fan_out", "init_weights", "coft", "block_share", "use_cayley_neumann"):
+            check_bool(name, getattr(self, name))
+        check_int("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 1, MAX_NEUMANN_TERMS)
+        self._check_targets()
+
+    @classmethod
+    def _check_file(cls, values: Mapping[str, Any]) -> None:
+        if "oft_block_size" not in values:
+            raise ValueError(
+                "oft_block_size: missing from the file, which was written by PEFT before 0.14; such weights mean "
+                "another rotation and cannot be read"
+            )
+        if values.get("use_cayley_neumann"):
+            from packaging.version import InvalidVersion, Version
+
+            written_by = str(values.get("peft_version") or "0").partition("@")[0]
+            try:
+                old = Version(written_by) < Version("0.18")
+            except InvalidVersion:
+                raise ValueError(f"peft_version: expected a version number, got {written_by!r}") from None
+            if old:
+                warnings.warn(
+                    f"peft_version: the file was written by PEFT {written_by}; the last term of the Cayley-Neumann "
+                    "series changed in 0.18, so the rotation differs slightly from the one that was trained",
+                    stacklevel=3,
+                )
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """Return the divisor of `number` nearest to `wanted`, the smaller of two equally near ones."""
+    if wanted >= number:
+        return number
+    step = next(step for step in range(number) if number % max(wanted - step, 1) == 0 or number % (wanted + step) == 0)
+    lower = max(wanted - step, 1)
+    return lower if number % lower == 0 else wanted + step
+
+
+class Rotation(nn.Module):
+    """The parameters of one block-diagonal rotation: `weight` (blocks, b (b - 1) / 2), packed skew matrices.
+
+    Args:
+        features: Size that is rotated.
+        block_size: Size b of a block, a divisor of `features`.
+        config: The settings of the method.
+    """
+
+    def __init__(self, features: int, block_size: int, config: OFTConfig) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.block_count = features // block_size
+        self.block_share = config.block_share
+        self.coft = config.coft
+        self.eps = config.eps
+        self.dropout = float(config.module_dropout)
+        self.neumann_terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        stored = 1 if config.block_share else self.block_count
+        self.weight = nn.Parameter(torch.zeros(stored, block_size * (block_size - 1) // 2))
+
+    def project(self, packed: Tensor) -> Tensor:
+        """Scale each packed skew matrix that lies outside the COFT ball back onto it."""
+        radius = self.eps / math.sqrt(packed.shape[0])
+        # A skew matrix holds every packed entry twice.
+        norm = math.sqrt(2) * torch.linalg.vector_norm(packed, dim=1, keepdim=True)
+        # The slack makes projecting a projected matrix a no-op in spite of rounding.
+        return torch.where(norm > radius * (1 + 1e-6), packed * (radius / norm), packed)
+
+    def blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the orthogonal blocks, (blocks, b, b), or (1, b, b) if shared; computed in `dtype` if given."""
+        if self.coft:
+            with torch.no_grad():
+                # Not through autograd's version counter: a layer that is used twice in one pass projects twice, the
+                # second time without changing anything.
+                self.weight.data.copy_(self.project(self.weight))
+        packed = self.weight if dtype is None else self.weight.to(dtype)
+        blocks = F.cayley(packed, self.block_size, neumann_terms=self.neumann_terms)
+        if self.training and self.dropout > 0:
+            # Drawn on the CPU's default generator, so that activation checkpointing replays it.
+            keep = (torch.rand(self.block_count) >= self.dropout).to(blocks.device).view(-1, 1, 1)
+            blocks = torch.where(keep, blocks, torch.eye(self.block_size, device=blocks.device, dtype=blocks.dtype))
+        return blocks
+
+    def extra_repr(self) -> str:
+        """Name the block size and the options that are on."""
+        return (
+            f"blocks={self.block_count}, block_size={self.block_size}, block_share={self.block_share}, "
+            f"coft={self.coft}, neumann_terms={self.neumann_terms}, dropout={self.dropout}"
+        )
+
+
+class OFTLinear(AdapterLayer):
+    """An nn.Linear whose input is rotated by OFT adapters: ``y = (x R) W^T + bias``.
+
+    Parameters per adapter: `oft_R.<name>.weight` (blocks, b (b - 1) / 2), or one row with `block_share`. Several
+    active adapters rotate one after another, in the order in which they are active; merging keeps that order.
+
+    Args:
+        base_layer: The nn.Linear to adapt; it is frozen.
+        config: An OFTConfig.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is not a dense nn.Linear.
+
+    Source: Qiu et al., arXiv 2506.19847.
+
+    Example:
+        >>> import torch, peftk
+        >>> layer = peftk.nn.OFTLinear(torch.nn.Linear(8, 8), peftk.OFTConfig(oft_block_size=4))
+        >>> layer(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    adapter_layer_names = ("oft_R",)
+    other_param_names = ("r", "oft_block_size")
+    config_class = OFTConfig
+
+    @classmethod
+    def _create(cls, base_layer: nn.Module, config: OFTConfig, module_name: str, initialise: bool) -> Adapter:
+        if config.fan_in_fan_out:
+            warnings.warn("fan_in_fan_out: has no meaning on nn.Linear and is set to False", stacklevel=2)
+            config.fan_in_fan_out = False
+        features = base_layer.in_features
+        name = "oft_block_size" if config.oft_block_size else "r"
+        wanted = getattr(config, name)
+        size = nearest_divisor(features, wanted)
+        if size != wanted:
+            warnings.warn(
+                f"{name}: {wanted} does not divide the input size {features} of module {module_name!r}; "
+                f"{size} is used instead",
+                stacklevel=2,
+            )
+        block_size = size if name == "oft_block_size" else features // size
+        if block_size == 1:
+            raise ValueError(
+                f"{name}: {wanted} gives blocks of size 1 on module {module_name!r} (input size {features}), which "
+                "have nothing to train; choose another value or exclude the module"
+            )
+        rotation = Rotation(features, block_size, config)
+        if initialise and not config.init_weights:
+            nn.init.normal_(rotation.weight, std=0.1)
+        return Adapter({"oft_R": rotation}, {"r": features // block_size, "oft_block_size": block_size})
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if len(names) == 1 and self._can_fuse(x, args, kwargs):
+            base = self.base_layer
+            return F.block_rotate_linear(x, base.weight, base.bias, self.oft_R[names[0]].blocks())
+        for name in names:
+            x = F.block_rotate(x, self.oft_R[name].blocks())
+        return self.base_layer(x, *args, **kwargs)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the dense rotation R of one adapter, (in, in), without dropout."""
+        rotation = self.oft_R[adapter]
+        blocks = _resting(rotation, rotation.weight.dtype)
+        return torch.block_diag(*blocks.expand(rotation.block_count, -1, -1)).to(rotation.weight.dtype)
+
+    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+        weight = tensors["weight"]
+        tensors["weight"] = F.block_rotate(weight, _resting(self.oft_R[name], weight.dtype), transpose=True)
+
+
+def _resting(rotation: Rotation, dtype: torch.dtype) -> Tensor:
+    """The blocks without dropout, whatever mode the layer is in."""
+    training = rotation.training
+    rotation.training = False
+    try:
+        return rotation.blocks(dtype)
+    finally:
+        rotation.training = training
+
+
+__all__ = ["OFTConfig", "OFTLinear"]
