@@ -1,6 +1,7 @@
 // The operators of the namespace peftk_native. Python allocates every result; a result of no elements is not wanted.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 namespace peftk {
 
@@ -9,5 +10,10 @@ using torch::stable::Tensor;
 void block_rotate(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out);
 void block_rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool transpose, Tensor& dx,
                            Tensor& dblocks);
+
+void cayley(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
+            Tensor& out);
+void cayley_backward(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
+                     torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
 
 }  // namespace peftk

@@ -8,9 +8,13 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
   m.def(
       "block_rotate_backward(Tensor grad, Tensor x, Tensor blocks, bool transpose, Tensor(a!) dx, Tensor(b!) dblocks)"
       " -> ()");
+  m.def("cayley(Tensor packed, int block_size, float[] polynomial, Tensor(a!) out) -> ()");
+  m.def("cayley_backward(Tensor grad, Tensor packed, Tensor blocks, float[] polynomial, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("block_rotate", TORCH_BOX(&peftk::block_rotate));
   m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward));
+  m.impl("cayley", TORCH_BOX(&peftk::cayley));
+  m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward));
 }

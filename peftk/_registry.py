@@ -159,7 +159,7 @@ class Operator:
         return kernel(*args)
 
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None))
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, bool, int, float, list, type(None))
 
 
 def _plain(args: tuple) -> bool:

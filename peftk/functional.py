@@ -1,5 +1,6 @@
 """The operators of peftk: differentiable functions on tensors, each with several backends."""
 
 from .ops.block_diagonal import block_rotate, block_rotate_linear
+from .ops.cayley import cayley
 
-__all__ = ["block_rotate", "block_rotate_linear"]
+__all__ = ["block_rotate", "block_rotate_linear", "cayley"]

@@ -1,0 +1,29 @@
+// The Cayley transform of skew-symmetric blocks, exact or as a polynomial, and its gradient.
+#pragma once
+#include <cstdint>
+
+namespace peftk {
+
+// The exact transform inverts I + S in registers and first-level cache; larger blocks belong to LAPACK.
+constexpr int64_t kExactCayleySize = 64;
+
+struct CayleyParams {
+  const float* packed;       // (count, size * (size - 1) / 2): rows of the upper triangle, one after another
+  const double* polynomial;  // coefficients, the constant first; the exact transform if `terms` is 0
+  int64_t terms, size;
+  float* blocks;  // (count, size, size)
+};
+
+struct CayleyBackwardParams {
+  const float* grad;    // (count, size, size)
+  const float* packed;  // as above
+  const float* blocks;  // the transform's result; read by the exact gradient only
+  const double* polynomial;
+  int64_t terms, size;
+  float* dpacked;  // as packed
+};
+
+void cayley_cpu(const CayleyParams& p, int64_t begin, int64_t end);
+void cayley_backward_cpu(const CayleyBackwardParams& p, int64_t begin, int64_t end);
+
+}  // namespace peftk

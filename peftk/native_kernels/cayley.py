@@ -1,0 +1,47 @@
+"""The Cayley transform in C++ on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
+
+_ops = torch.ops.peftk_native
+
+EXACT_SIZE = 64
+"""Largest block that the exact transform inverts in C++; LAPACK is faster above."""
+
+
+def _supports(packed: Tensor, block_size: int, polynomial: list[float]) -> str | None:
+    if packed.device.type != "cpu":
+        return f"the C++ kernels take CPU tensors; got one on {packed.device}"
+    if packed.dtype is not torch.float32:
+        return f"the C++ kernels take float32 triangles; got {packed.dtype}"
+    if not polynomial and block_size > EXACT_SIZE:
+        return f"the exact transform takes blocks up to {EXACT_SIZE} in C++; got {block_size}"
+    return None
+
+
+def cayley_supports(packed: Tensor, block_size: int, polynomial: list[float]) -> str | None:
+    """Return None, or why C++ cannot transform these blocks."""
+    return _supports(packed, block_size, polynomial)
+
+
+def cayley(packed: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
+    """See `peftk.functional.cayley`."""
+    out = torch.empty(packed.shape[0], block_size, block_size)
+    _ops.cayley(packed.contiguous(), block_size, polynomial, out)
+    return out
+
+
+def cayley_backward_supports(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: list[float]) -> str | None:
+    """Return None, or why C++ cannot run the backward pass."""
+    return _supports(packed, blocks.shape[-1], polynomial)
+
+
+def cayley_backward(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: list[float]) -> Tensor:
+    """Return the gradient of `cayley` in the packed triangles."""
+    out = torch.empty(packed.shape)
+    _ops.cayley_backward(grad.contiguous(), packed.contiguous(), blocks, polynomial, out)
+    return out
