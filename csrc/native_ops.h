@@ -16,4 +16,6 @@ void cayley(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderO
 void cayley_backward(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
                      torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
 
+void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Tensor& out);
+
 }  // namespace peftk

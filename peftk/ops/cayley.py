@@ -18,7 +18,7 @@ MAX_TERMS = 64
 def _prepare(packed: Tensor, block_size: int, *, neumann_terms: int | None = None) -> tuple:
     check_tensor("packed", packed)
     for name, value in (("block_size", block_size), ("neumann_terms", neumann_terms)):
-        if not isinstance(value, int) and not (name == "neumann_terms" and value is None) or isinstance(value, bool):
+        if (not isinstance(value, int) and not (name == "neumann_terms" and value is None)) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an integer; got {type(value).__name__}")
     if block_size < 1:
         raise ValueError(f"block_size: expected a positive integer; got {block_size}")

@@ -1,0 +1,173 @@
+"""The low-rank product on the CPU: torch's own products, in place, with dropout in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ._supports import supports_activations
+
+_ops = torch.ops.peftk_native
+
+
+def _reason(x: Tensor, seed: Tensor | None) -> str | None:
+    if x.device.type != "cpu":
+        return f"the C++ kernels take CPU tensors; got one on {x.device}"
+    return None if seed is None else supports_activations(x)
+
+
+def _dropout_(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor) -> Tensor:
+    # The threshold is the 24-bit integer of the torch backend: the same elements are dropped.
+    _ops.dropout(x, int(seed), round(dropout_p * 2**24), 1.0 / (1.0 - dropout_p), out)
+    return out
+
+
+def _dropped_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    if seed is None:
+        return rows
+    return _dropout_(rows.contiguous(), dropout_p, seed, torch.empty(rows.shape, dtype=rows.dtype))
+
+
+def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return hidden
+    return hidden * (gate if gate.dim() == 1 else gate.reshape(hidden.shape))
+
+
+def _expand_(
+    out: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Add the low-rank product onto a buffer that nobody else holds, and return the rank-sized product."""
+    hidden = linear(_dropped_rows(x, dropout_p, seed), a)
+    out.view(hidden.shape[0], -1).addmm_(_gated(hidden, gate), b.mT, alpha=scale)
+    return hidden.view(*x.shape[:-1], a.shape[0])
+
+
+def low_rank_add_supports(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> str | None:
+    """Return None, or why the call cannot run in place."""
+    if base.dtype is not x.dtype:
+        return f"base and x must share a dtype to be accumulated in place; got {base.dtype} and {x.dtype}"
+    return _reason(x, seed)
+
+
+def low_rank_add(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
+    hidden = linear(_dropped_rows(x, dropout_p, seed), a)
+    rows = torch.addmm(base.reshape(hidden.shape[0], base.shape[-1]), _gated(hidden, gate), b.mT, alpha=scale)
+    return rows.view(base.shape), hidden.view(*x.shape[:-1], a.shape[0])
+
+
+def low_rank_linear_supports(x: Tensor, *args: object) -> str | None:
+    """Return None, or why the call cannot run in place."""
+    return _reason(x, args[-1])
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the rank-sized product; see `peftk.functional.low_rank_linear`."""
+    # Base first: where b is zero, the output keeps every bit of the base layer's.
+    y = linear(x, weight, bias)
+    return y, _expand_(y, x, a, b, gate, scale, dropout_p, seed)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = da = db = dgate = grad.new_empty(0)
+    tokens, rank = x.shape[:-1].numel(), a.shape[0]
+    rows, hidden = grad.reshape(tokens, b.shape[0]), hidden.reshape(tokens, rank)
+    dhidden = torch.mm(rows, b).mul_(scale)
+    if need_b:
+        db = torch.mm(rows.mT, _gated(hidden, gate)).mul_(scale)
+    if need_gate:
+        dgate = dhidden * hidden
+        dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
+    dhidden = _gated(dhidden, gate)
+    if need_a:
+        da = torch.mm(dhidden.mT, _dropped_rows(x, dropout_p, seed))
+    if need_x:
+        dx = torch.mm(dhidden, a)
+        if seed is not None:
+            _dropout_(dx, dropout_p, seed, dx)
+        if weight is not None:
+            dx.addmm_(rows, weight)
+        dx = dx.view(x.shape)
+    return dx, da, db, dgate
+
+
+def low_rank_add_backward_supports(grad: Tensor, x: Tensor, hidden: Tensor, *args: object) -> str | None:
+    """Return None, or why the backward pass cannot run in place."""
+    return _reason(x, args[5])
+
+
+def low_rank_add_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, a: Tensor, b: Tensor, *args: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
+    return _gradients(grad, x, hidden, None, a, b, *args)
+
+
+def low_rank_linear_backward_supports(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *args: object
+) -> str | None:
+    """Return None, or why the backward pass cannot run in place."""
+    return _reason(x, args[5])
+
+
+def low_rank_linear_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, a: Tensor, b: Tensor, *args: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b, the gate and the bias; an empty tensor for one not needed."""
+    *args, need_bias = args
+    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
+    return *_gradients(grad, x, hidden, weight, a, b, *args), dbias

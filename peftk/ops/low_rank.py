@@ -1,0 +1,363 @@
+"""The low-rank product of LoRA: added to a base output, or to a frozen linear layer in one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _registry
+from .._tuning import power_bucket
+from ._autograd import apply, run_backward
+from ._checks import autocast_input, check_frozen, check_scale, check_shape, check_tensor
+
+__all__ = ["low_rank_add", "low_rank_linear"]
+
+
+def _check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least 1 dimension (..., in_features); got a 0-dimensional tensor")
+    check_tensor("a", a, like=x)
+    check_tensor("b", b, like=x)
+    check_shape("a", a, (None, x.shape[-1]), "(rank, in_features)")
+    if a.shape[0] == 0:
+        raise ValueError(f"a: expected shape (rank, in_features) with rank >= 1; got {tuple(a.shape)}")
+    check_shape("b", b, (None, a.shape[0]), "(out_features, rank)")
+
+
+def _prepare_gate(x: Tensor, a: Tensor, scale: float | Tensor, gate: Tensor | None) -> tuple[Tensor | None, float]:
+    """Return the gate and a Python scale; a scale that is a tensor becomes part of the gate."""
+    rank = a.shape[0]
+    if gate is not None:
+        check_tensor("gate", gate, like=x)
+        if tuple(gate.shape) not in ((rank,), (*x.shape[:-1], rank)):
+            raise ValueError(
+                f"gate: expected shape (rank,) = ({rank},) or (..., rank) = {(*x.shape[:-1], rank)}; "
+                f"got {tuple(gate.shape)}"
+            )
+    if not isinstance(scale, Tensor):
+        return gate, check_scale(scale)
+    if scale.dim() != 0:
+        raise ValueError(f"scale: expected a number or a 0-dimensional tensor; got shape {tuple(scale.shape)}")
+    check_tensor("scale", scale)
+    scale = scale.to(x.device)
+    return (scale.expand(rank) if gate is None else gate * scale), 1.0
+
+
+def _prepare_dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tensor | None]:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number; got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1; got {dropout_p}")
+    if dropout_p == 0.0:
+        return 0.0, None
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+    elif not isinstance(seed, Tensor) or seed.dtype is not torch.int64 or seed.dim() or seed.device.type != "cpu":
+        got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(f"seed: expected a 0-dimensional int64 tensor on the CPU; got {got}")
+    return float(dropout_p), seed
+
+
+def _factors(x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    # Rounding the small factors to the dtype of x is the cast that PEFT applies to x itself, at full size.
+    return a.to(x.dtype), b.to(x.dtype), None if gate is None else gate.to(x.dtype)
+
+
+def _prepare_add(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple:
+    _check_factors(x, a, b)
+    check_tensor("base", base, like=x)
+    expected = (*x.shape[:-1], b.shape[0])
+    check_shape("base", base, expected, "(..., out_features)")
+    gate, scale = _prepare_gate(x, a, scale, gate)
+    x = autocast_input(x)
+    return (base, x, *_factors(x, a, b, gate), scale, *_prepare_dropout(dropout_p, seed))
+
+
+def _prepare_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple:
+    _check_factors(x, a, b)
+    check_tensor("weight", weight, like=x)
+    check_frozen("weight", weight)
+    check_shape("weight", weight, (b.shape[0], x.shape[-1]), "(out_features, in_features)")
+    if bias is not None:
+        check_tensor("bias", bias, like=x)
+        check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
+    gate, scale = _prepare_gate(x, a, scale, gate)
+    x = autocast_input(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    return (x, weight.to(x.dtype), bias, *_factors(x, a, b, gate), scale, *_prepare_dropout(dropout_p, seed))
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+def _hidden(x: Tensor, a: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], a.shape[0])
+
+
+def _low_rank_flops(x: torch.Size, a: torch.Size, b: torch.Size) -> int:
+    return 2 * (x.numel() // max(x[-1], 1)) * a[0] * (a[1] + b[0])
+
+
+def _add_flops(_base: object, x: torch.Size, a: torch.Size, b: torch.Size, *_args: object, **_kw: object) -> int:
+    return _low_rank_flops(x, a, b)
+
+
+def _linear_flops(
+    x: torch.Size, weight: torch.Size, _bias: object, a: torch.Size, b: torch.Size, *_args: object, **_kw: object
+) -> int:
+    return 2 * x.numel() * weight[0] + _low_rank_flops(x, a, b)
+
+
+def _add_backward_flops(
+    grad: torch.Size, x: torch.Size, _hidden: object, a: torch.Size, b: torch.Size, *_args: object, **_kw: object
+) -> int:
+    return 2 * _low_rank_flops(x, a, b)
+
+
+def _linear_backward_flops(
+    grad: torch.Size,
+    x: torch.Size,
+    _hidden: object,
+    weight: torch.Size,
+    a: torch.Size,
+    b: torch.Size,
+    *_args: object,
+    **_kw: object,
+) -> int:
+    return 2 * grad.numel() * weight[1] + 2 * _low_rank_flops(x, a, b)
+
+
+def _gradients(
+    x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, need_x: bool, need_a: bool, need_b: bool, need_gate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        a.new_empty(a.shape if need_a else 0),
+        b.new_empty(b.shape if need_b else 0),
+        x.new_empty(gate.shape if need_gate and gate is not None else 0),
+    )
+
+
+_FACTORS = "Tensor a, Tensor b, Tensor? gate, float scale, float dropout_p, Tensor? seed"
+_NEEDS = "bool need_x, bool need_a, bool need_b, bool need_gate"
+
+_add = _registry.define(
+    "low_rank",
+    f"low_rank_add(Tensor base, Tensor x, {_FACTORS}) -> (Tensor, Tensor)",
+    fake=lambda base, x, a, *_: (base.new_empty(base.shape), _hidden(x, a)),
+    flops=_add_flops,
+    bucket=lambda base, x, a, b, *_: power_bucket(_rows(x), b.shape[0], *reversed(a.shape)),
+    prepare=_prepare_add,
+)
+
+_add_backward = _registry.define(
+    "low_rank",
+    f"low_rank_add_backward(Tensor grad, Tensor x, Tensor hidden, {_FACTORS}, {_NEEDS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda grad, x, hidden, a, b, gate, scale, dropout_p, seed, *needs: _gradients(x, a, b, gate, *needs),
+    flops=_add_backward_flops,
+    bucket=lambda grad, x, hidden, a, b, *_: power_bucket(_rows(x), b.shape[0], *reversed(a.shape)),
+)
+
+_linear = _registry.define(
+    "low_rank",
+    f"low_rank_linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}) -> (Tensor, Tensor)",
+    fake=lambda x, weight, bias, a, *_: (x.new_empty(*x.shape[:-1], weight.shape[0]), _hidden(x, a)),
+    flops=_linear_flops,
+    bucket=lambda x, weight, bias, a, b, *_: power_bucket(_rows(x), *weight.shape, a.shape[0]),
+    prepare=_prepare_linear,
+)
+
+_linear_backward = _registry.define(
+    "low_rank",
+    f"low_rank_linear_backward(Tensor grad, Tensor x, Tensor hidden, Tensor weight, {_FACTORS}, {_NEEDS},"
+    " bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda grad, x, hidden, weight, a, b, gate, scale, dropout_p, seed, *needs: (
+        *_gradients(x, a, b, gate, *needs[:4]),
+        grad.new_empty(weight.shape[0] if needs[4] else 0),
+    ),
+    flops=_linear_backward_flops,
+    bucket=lambda grad, x, hidden, weight, a, *_: power_bucket(_rows(x), *weight.shape, a.shape[0]),
+)
+
+
+def _wanted(gradients: tuple, needs: tuple) -> tuple:
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
+class LowRankAdd(torch.autograd.Function):
+    """Autograd for `low_rank_add`."""
+
+    @staticmethod
+    def forward(base, x, a, b, gate, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
+        """Run the operator."""
+        return _add(base, x, a, b, gate, scale, dropout_p, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        """Save x and the rank-sized product."""
+        _base, x, a, b, gate, ctx.scale, ctx.dropout_p, seed = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[1], a, b, gate, seed)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, _: None) -> tuple:
+        """Run the backward operator; the gradient of the base output is the incoming one."""
+        if grad is None:
+            return (None,) * 8
+        x, hidden, a, b, gate, seed = ctx.saved_tensors
+        need_base, *needs = ctx.needs_input_grad[:5]
+        args = grad.to(x.dtype), x, hidden, a, b, gate, ctx.scale, ctx.dropout_p, seed, *needs
+        gradients = run_backward("low_rank_add", _add_backward, *args) if any(needs) else (None,) * 4
+        return (grad if need_base else None, *_wanted(gradients, needs), None, None, None)
+
+
+class LowRankLinear(torch.autograd.Function):
+    """Autograd for `low_rank_linear`."""
+
+    @staticmethod
+    def forward(x, weight, bias, a, b, gate, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
+        """Run the operator."""
+        return _linear(x, weight, bias, a, b, gate, scale, dropout_p, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        """Save x, the rank-sized product and a reference to the frozen weight."""
+        x, weight, _bias, a, b, gate, ctx.scale, ctx.dropout_p, seed = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[1], weight, a, b, gate, seed)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, _: None) -> tuple:
+        """Run the backward operator."""
+        if grad is None:
+            return (None,) * 9
+        x, hidden, weight, a, b, gate, seed = ctx.saved_tensors
+        need_x, _, need_bias, *needs = ctx.needs_input_grad[:6]
+        needs = need_x, *needs, need_bias
+        args = grad, x, hidden, weight, a, b, gate, ctx.scale, ctx.dropout_p, seed, *needs
+        dx, da, db, dgate, dbias = _wanted(run_backward("low_rank_linear", _linear_backward, *args), needs)
+        return dx, None, dbias, da, db, dgate, None, None, None
+
+
+def low_rank_add(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Add a low-rank product to the output of a base layer: LoRA where the base layer stays a layer of its own.
+
+    ``base + scale * ((dropout(x) @ a.T) * gate) @ b.T``
+
+    Args:
+        base: output of the base layer, (..., out_features); it is not written to.
+        x: activations, (..., in_features), float64, float32, bfloat16 or float16.
+        a: (rank, in_features), any floating dtype; rounded to the dtype of x, as are b and gate.
+        b: (out_features, rank).
+        scale: a finite number, or a 0-dimensional tensor, which may require grad.
+        gate: None, (rank,), or (..., rank) for a gate of its own for every token.
+        dropout_p: probability with which an element of x is dropped for this product, 0 <= dropout_p < 1.
+        seed: 0-dimensional int64 CPU tensor that decides which; drawn from torch's default generator if None.
+            Element i of x, counted row by row, is dropped by Philox4x32-10 of (seed, i) on every backend.
+
+    Returns:
+        (..., out_features) in the dtype of ``base``.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or numbers do not fit.
+        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+
+    Saved for backward: x, the (..., rank) product, the factors and the seed; never a mask.
+
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685.
+
+    Example:
+        >>> import peftk, torch
+        >>> x, a, b = torch.ones(1, 3), torch.ones(2, 3), torch.ones(4, 2)
+        >>> peftk.functional.low_rank_add(torch.zeros(1, 4), x, a, b, scale=0.5)
+        tensor([[3., 3., 3., 3.]])
+    """
+    return apply(LowRankAdd, *_prepare_add(base, x, a, b, scale, gate=gate, dropout_p=dropout_p, seed=seed))[0]
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Apply a frozen linear layer and its LoRA adapter in one operator.
+
+    ``linear(x, weight, bias) + scale * ((dropout(x) @ a.T) * gate) @ b.T``; the products accumulate in one
+    buffer, forward and backward.
+
+    Args:
+        x: activations, (..., in_features), float64, float32, bfloat16 or float16.
+        weight: frozen weight, (out_features, in_features).
+        bias: (out_features,) or None; may require grad.
+        a: see `low_rank_add`; so are b, scale, gate, dropout_p and seed.
+        b: see `low_rank_add`.
+        scale: see `low_rank_add`.
+        gate: see `low_rank_add`.
+        dropout_p: see `low_rank_add`.
+        seed: see `low_rank_add`.
+
+    Returns:
+        (..., out_features) in the dtype of x (its autocast dtype under autocast).
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or numbers do not fit, or if the weight requires grad.
+        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+
+    Saved for backward: x, the (..., rank) product, the factors, the seed and a reference to the weight.
+
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685.
+
+    Example:
+        >>> import peftk, torch
+        >>> x, weight, a, b = torch.randn(5, 3), torch.randn(4, 3), torch.randn(2, 3), torch.zeros(4, 2)
+        >>> torch.equal(peftk.functional.low_rank_linear(x, weight, None, a, b), x @ weight.T)
+        True
+    """
+    return apply(
+        LowRankLinear, *_prepare_linear(x, weight, bias, a, b, scale, gate=gate, dropout_p=dropout_p, seed=seed)
+    )[0]

@@ -1,0 +1,102 @@
+"""The low-rank product in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ._philox import dropout
+
+
+def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    return x if seed is None else dropout(x, dropout_p, seed)
+
+
+def low_rank_add(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
+    hidden = linear(_dropped(x, dropout_p, seed), a)
+    delta = linear(hidden if gate is None else hidden * gate, b) * scale
+    return (base + delta).to(base.dtype), hidden
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the rank-sized product; see `peftk.functional.low_rank_linear`."""
+    return low_rank_add(linear(x, weight, bias), x, a, b, gate, scale, dropout_p, seed)
+
+
+def low_rank_add_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
+    empty = grad.new_empty(0)
+    rank = a.shape[0]
+    gated = grad @ b * scale
+    dgate = empty
+    if need_gate:
+        dgate = gated * hidden
+        dgate = dgate.reshape(-1, rank).sum(0) if gate.dim() == 1 else dgate
+    db = empty
+    if need_b:
+        db = grad.reshape(-1, b.shape[0]).mT @ (hidden if gate is None else hidden * gate).reshape(-1, rank) * scale
+    dhidden = gated if gate is None else gated * gate
+    da = empty
+    if need_a:
+        da = dhidden.reshape(-1, rank).mT @ _dropped(x, dropout_p, seed).reshape(-1, x.shape[-1])
+    return (_dropped(dhidden @ a, dropout_p, seed) if need_x else empty), da, db, dgate
+
+
+def low_rank_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    need_gate: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b, the gate and the bias; an empty tensor for one not needed."""
+    needs = need_x, need_a, need_b, need_gate
+    dx, da, db, dgate = low_rank_add_backward(grad, x, hidden, a, b, gate, scale, dropout_p, seed, *needs)
+    if need_x:
+        dx = grad @ weight + dx
+    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
+    return dx, da, db, dgate, dbias
