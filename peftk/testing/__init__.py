@@ -1,0 +1,1 @@
+"""What proves a backend: cases of every operator, and one table of tolerances. Used by tests and benchmarks."""
