@@ -1,8 +1,20 @@
 """peftk: fused kernels for parameter-efficient fine-tuning."""
 
-from . import functional
+from . import functional, nn
 from ._config import use_backend
 from ._registry import explain
 from ._version import __version__
+from .model import PeftModel, get_peft_model
+from .nn import LoraConfig, OFTConfig
 
-__all__ = ["__version__", "explain", "functional", "use_backend"]
+__all__ = [
+    "LoraConfig",
+    "OFTConfig",
+    "PeftModel",
+    "__version__",
+    "explain",
+    "functional",
+    "get_peft_model",
+    "nn",
+    "use_backend",
+]
