@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .nn import LAYER_OF_CONFIG, PeftConfig
@@ -120,8 +121,22 @@ def attach(model: nn.Module, plan: Plan) -> None:
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` is."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    setattr(parent, name, module)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        _choose_path(parent)
+
+
+def _choose_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Keep torch's fused evaluation path, which reads weights and calls no submodule, off an adapted layer."""
+    adapted = any(isinstance(child, AdapterLayer) for child in layer.children())
+    if adapted:
+        layer.activation_relu_or_gelu = 0
+    elif layer.activation is F.relu or isinstance(layer.activation, nn.ReLU):
+        layer.activation_relu_or_gelu = 1
+    elif layer.activation is F.gelu or isinstance(layer.activation, nn.GELU):
+        layer.activation_relu_or_gelu = 2
 
 
 def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,171 @@
+"""Configurations: PEFT's fields, files both ways, and every bad value refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import peft
+import pytest
+
+from peftk.nn import LoraConfig, OFTConfig, PeftConfig
+
+PAIRS = [(LoraConfig, peft.LoraConfig), (OFTConfig, peft.OFTConfig)]
+INF, NAN = float("inf"), float("nan")
+
+
+def default_of(field: dataclasses.Field) -> object:
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_fields_and_defaults_are_those_of_peft(ours, theirs):
+    mine = {f.name: default_of(f) for f in dataclasses.fields(ours) if f.name != "runtime_config"}
+    reference = {f.name: default_of(f) for f in dataclasses.fields(theirs) if f.name != "runtime_config"}
+    assert mine == reference
+    assert [f.name for f in dataclasses.fields(ours)] == [f.name for f in dataclasses.fields(theirs)]
+
+
+FULL = [
+    (LoraConfig, {}),
+    (
+        LoraConfig,
+        {
+            "r": 4,
+            "lora_alpha": 7,
+            "target_modules": ["b", "a"],
+            "task_type": "SEQ_CLS",
+            "lora_dropout": 0.1,
+            "bias": "all",
+            "use_rslora": True,
+            "init_lora_weights": "gaussian",
+            "rank_pattern": {"a": 2},
+            "alpha_pattern": {"b": 3},
+            "layers_to_transform": [0, 1],
+            "layers_pattern": "h",
+            "modules_to_save": ["head"],
+            "exclude_modules": ["c"],
+        },
+    ),
+    (OFTConfig, {"target_modules": "all-linear"}),
+    (OFTConfig, {"r": 2, "oft_block_size": 0, "coft": True, "eps": 0.1, "block_share": True, "bias": "oft_only"}),
+]
+
+
+@pytest.mark.parametrize(("cls", "values"), FULL)
+def test_files_load_both_ways_with_the_same_content(cls, values, tmp_path):
+    theirs_cls = dict(PAIRS)[cls]
+    ours, theirs = cls(**values), theirs_cls(**values)
+    theirs.save_pretrained(str(tmp_path))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {
+        **written,
+        **{k: sorted(v) for k, v in written.items() if k.endswith("_modules") and v and v != "all-linear"},
+    } == (ours.to_dict())
+    assert PeftConfig.from_pretrained(tmp_path) == ours
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ours.to_dict()))
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)).to_dict() == theirs.to_dict()
+
+
+def test_unknown_keys_are_dropped_with_one_warning():
+    values = LoraConfig().to_dict() | {"from_the_future": 1, "another": 2}
+    with pytest.warns(UserWarning, match=r"\['another', 'from_the_future'\]") as caught:
+        assert PeftConfig.from_dict(values) == LoraConfig()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("kind", [None, "BOGUS", 3, ["LORA"]])
+def test_unknown_method_is_refused(kind):
+    with pytest.raises(ValueError, match="peft_type"):
+        PeftConfig.from_dict({"peft_type": kind})
+
+
+def test_a_file_cannot_name_the_wrong_class():
+    with pytest.raises(ValueError, match="peft_type"):
+        OFTConfig.from_dict(LoraConfig().to_dict())
+    with pytest.raises(ValueError, match="peft_type"):
+        OFTConfig(peft_type="LORA")
+
+
+def test_old_oft_files():
+    values = OFTConfig().to_dict()
+    with pytest.raises(ValueError, match="oft_block_size"):
+        PeftConfig.from_dict({k: v for k, v in values.items() if k != "oft_block_size"})
+    with pytest.warns(UserWarning, match=r"0\.17"):
+        PeftConfig.from_dict(values | {"peft_version": "0.17.1"})
+    with pytest.raises(ValueError, match="peft_version"):
+        PeftConfig.from_dict(values | {"peft_version": "newest"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftConfig.from_dict(values | {"peft_version": "0.19.0@abcdef"})
+
+
+NUMBER = [True, NAN, INF, -1, 0, 1e300, "8", None, [8]]
+BAD = [
+    *((LoraConfig, "lora_alpha", v) for v in NUMBER),
+    *((LoraConfig, "r", v) for v in [0, -1, True, 1.5, 2**70, "8", None]),
+    *((LoraConfig, "lora_dropout", v) for v in [1.0, -0.1, NAN, True, "0"]),
+    *((LoraConfig, "bias", v) for v in ["oft_only", "", None, True, 1]),
+    *((LoraConfig, "use_rslora", v) for v in [1, "yes", None]),
+    *((LoraConfig, "init_lora_weights", v) for v in [1, None, 0.5]),
+    *((LoraConfig, "target_modules", v) for v in [[], [1], [""], 3, "(", ""]),
+    *((LoraConfig, "modules_to_save", v) for v in ["head", [1], 3]),
+    *((LoraConfig, "layers_to_transform", v) for v in [-1, True, [0.5], "0"]),
+    *((LoraConfig, "rank_pattern", v) for v in [[("a", 1)], {"a": 0}, {"(": 1}, {1: 1}, {"a": True}]),
+    *((LoraConfig, "alpha_pattern", v) for v in [{"a": NAN}, {"a": 1e300}, "a"]),
+    *((LoraConfig, "task_type", v) for v in ["NO_SUCH_TASK", 1]),
+    *((LoraConfig, "inference_mode", v) for v in [1, None]),
+    *((LoraConfig, "auto_mapping", v) for v in ["os", 1]),
+    *((LoraConfig, "layers_pattern", v) for v in ["h"]),
+    *((OFTConfig, "oft_block_size", v) for v in [0, -1, True, 1.5, 2**70]),
+    *((OFTConfig, "r", v) for v in [8, -1, True]),
+    *((OFTConfig, "num_cayley_neumann_terms", v) for v in [0, 65, 2**70, 2.0, True]),
+    *((OFTConfig, "eps", v) for v in [0, -1, NAN, INF, True]),
+    *((OFTConfig, "module_dropout", v) for v in [1, -0.5, NAN]),
+    *((OFTConfig, "bias", v) for v in ["lora_only", None]),
+    *((OFTConfig, "coft", v) for v in [1, None]),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), BAD)
+def test_bad_values_are_refused_by_name(cls, name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        cls(**{name: value})
+
+
+NOT_YET = {
+    "use_dora": True,
+    "init_lora_weights": "pissa",
+    "layer_replication": [(0, 2)],
+    "target_parameters": ["weight"],
+    "trainable_token_indices": [1],
+    "megatron_config": {"a": 1},
+    "megatron_core": "os",
+    "use_qalora": True,
+    "qalora_group_size": 8,
+    "alora_invocation_tokens": [1],
+    "arrow_config": {"a": 1},
+    "eva_config": {"rho": 2},
+    "corda_config": {"a": 1},
+    "lora_ga_config": {"a": 1},
+    "loftq_config": {"loftq_bits": 4},
+    "velora_config": {"a": 1},
+    "monteclora_config": {"a": 1},
+    "use_bdlora": {"a": 1},
+    "kasa_config": {"a": 1},
+    "ensure_weight_tying": True,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), NOT_YET.items())
+def test_fields_that_are_not_implemented_say_so(name, value):
+    with pytest.raises(NotImplementedError, match=name):
+        LoraConfig(**{name: value})
+
+
+def test_every_field_is_checked_or_refused():
+    used = {name for cls, name, _ in BAD if cls is LoraConfig} | set(NOT_YET)
+    plain = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "fan_in_fan_out", "lora_bias"}
+    plain |= {"exclude_modules", "runtime_config"}
+    assert used | plain == {f.name for f in dataclasses.fields(LoraConfig)}
