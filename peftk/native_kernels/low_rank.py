@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ..torch_kernels._philox import dropout_threshold
 from ._supports import supports_activations
 
 _ops = torch.ops.peftk_native
@@ -19,8 +20,7 @@ def _reason(x: Tensor, seed: Tensor | None) -> str | None:
 
 
 def _dropout_(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor) -> Tensor:
-    # The threshold is the 24-bit integer of the torch backend: the same elements are dropped.
-    _ops.dropout(x, int(seed), round(dropout_p * 2**24), 1.0 / (1.0 - dropout_p), out)
+    _ops.dropout(x, int(seed), dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p), out)
     return out
 
 
@@ -49,7 +49,7 @@ def _expand_(
 ) -> Tensor:
     """Add the low-rank product onto a buffer that nobody else holds, and return the rank-sized product."""
     hidden = linear(_dropped_rows(x, dropout_p, seed), a)
-    out.view(hidden.shape[0], -1).addmm_(_gated(hidden, gate), b.mT, alpha=scale)
+    out.view(-1, b.shape[0]).addmm_(_gated(hidden, gate), b.mT, alpha=scale)
     return hidden.view(*x.shape[:-1], a.shape[0])
 
 
