@@ -316,7 +316,7 @@ def test_the_base_layer_is_called_when_its_call_matters():
         layer = make(config)
         expected = layer(x)
         for register in ("register_forward_hook", "register_forward_pre_hook"):
-            handle = getattr(layer.base_layer, register)(lambda *args: calls.append(1))
+            handle = getattr(layer.base_layer, register)(lambda *args, calls=calls: calls.append(1))
             assert_close(layer(x), expected.double(), torch.float32)
             handle.remove()
         assert len(calls) == 2
