@@ -1,0 +1,218 @@
+"""Adapters in the file format of Hugging Face PEFT: `adapter_model.safetensors` beside `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._container import CheckpointError, capped, parse_json, shown
+from .reader import REFUSED_PICKLE, open_inside, scan_safetensors
+from .writer import check_tensors, leftovers, replace_together, write_safetensors
+
+__all__ = ["read_adapter", "read_config", "write_adapter"]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+PICKLE_NAME = "adapter_model.bin"
+MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_DEPTH = 32
+LEFT_SHOWN = 4
+
+logger = logging.getLogger(__name__)
+
+
+def _folder(folder: str | os.PathLike[str]) -> Path:
+    if not isinstance(folder, (str, os.PathLike)) or isinstance(os.fspath(folder), bytes):
+        raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
+    if "\0" in os.fspath(folder) or not os.fspath(folder):
+        raise ValueError(f"folder: expected a path, got {os.fspath(folder)!r}")
+    return Path(folder)
+
+
+def _existing(folder: str | os.PathLike[str], name: str) -> Path:
+    """The folder, after checking that it holds `name`; the error says what it holds instead."""
+    path = _folder(folder)
+    if not path.is_dir():
+        what = "a file" if path.exists() else "nothing"
+        raise CheckpointError(path, f"expected an existing folder with {name}, got {what}")
+    if os.path.lexists(path / name):
+        return path
+    left = leftovers(path, [WEIGHTS_NAME, CONFIG_NAME])
+    if left:
+        raise CheckpointError(
+            path / name,
+            f"is missing, because a save to this folder was killed half-way; it left {', '.join(left[:LEFT_SHOWN])}. "
+            "Rename every '.old' file back to its name for the earlier adapter, or every '.tmp' file for the newer",
+        )
+    if name == WEIGHTS_NAME and os.path.lexists(path / PICKLE_NAME):
+        raise CheckpointError(path / PICKLE_NAME, f"{name} is missing and " + REFUSED_PICKLE.format(what=PICKLE_NAME))
+    raise CheckpointError(path / name, "expected this file, but the folder does not hold it")
+
+
+def _check_json(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse what `json` would write in a form that reads back as something else."""
+    if depth >= MAX_CONFIG_DEPTH:
+        raise ValueError(f"config: {where} is nested deeper than {MAX_CONFIG_DEPTH} levels")
+    if isinstance(value, Mapping):
+        for name, child in value.items():
+            if not isinstance(name, str):
+                raise TypeError(f"config: {where} expected keys that are strings, got {shown(name)}")
+            _check_json(child, f"{where}[{shown(name)}]", depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, child in enumerate(value):
+            _check_json(child, f"{where}[{index}]", depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"config: {where} expected a finite number, got {value}")
+    elif value is not None and not isinstance(value, (str, bool, int, float)):
+        raise TypeError(f"config: {where} expected JSON (dict, list, string, number), got {type(value).__name__}")
+
+
+def _config_bytes(config: Mapping[str, Any]) -> bytes:
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config: expected a dict, got {type(config).__name__}")
+    _check_json(config, "config")
+    raw = (json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ValueError(f"config: expected at most {MAX_CONFIG_BYTES} bytes of JSON, got {len(raw)}")
+    parse_json(raw, max_depth=MAX_CONFIG_DEPTH)
+    return raw
+
+
+def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Save an adapter so that Hugging Face PEFT and `read_adapter` load it; a failed save changes nothing.
+
+    Both files are written under temporary names and then take the place of the old ones together
+    (`writer.replace_together` says what a kill in between leaves). The metadata holds `format: pt`, which PEFT and
+    transformers ask for, and `peftk_sha256`, a JSON object of the sha256 of every tensor, checked on reading.
+
+    Args:
+        folder: made if it does not exist.
+        tensors: key in the file to tensor, any floating dtype and device; saved contiguous, as they are.
+        config: the content of adapter_config.json; dicts, lists, strings, finite numbers, None.
+
+    Raises:
+        TypeError: an argument, key or config field of the wrong type.
+        ValueError: tensors that share memory, hold NaN or infinity, are not floating, or cannot be stored: every key is
+            named, and nothing has been written.
+        OSError: the disk refused; the old files are as they were.
+
+    Example:
+        >>> write_adapter("adapter", {"base_model.model.fc.lora_A.weight": a}, {"peft_type": "LORA"})  # doctest: +SKIP
+    """
+    path = _folder(folder)
+    check_tensors(tensors)
+    wrong = [
+        f"key {shown(name)}: dtype expected floating, got {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if not tensor.dtype.is_floating_point
+    ]
+    if wrong:
+        raise ValueError("tensors: " + "; ".join(capped(wrong, "keys")))
+    raw = _config_bytes(config)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"folder: expected a folder or nothing, got the file {path}")
+    path.mkdir(parents=True, exist_ok=True)
+    replace_together(
+        path,
+        {
+            WEIGHTS_NAME: lambda stream: write_safetensors(stream, tensors, {"format": "pt"}),
+            CONFIG_NAME: lambda stream: stream.write(raw),
+        },
+    )
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of adapter_config.json: data only, which fields are known is for the caller to say.
+
+    Raises:
+        CheckpointError: no such folder or file, more than 1 MB, not UTF-8, not a JSON object, duplicate keys, NaN or
+            infinity, more than 32 levels of nesting.
+
+    Example:
+        >>> read_config("adapter")["peft_type"]  # doctest: +SKIP
+        'LORA'
+    """
+    path = _existing(folder, CONFIG_NAME)
+    with open_inside(path, CONFIG_NAME) as (stream, size):
+        if size > MAX_CONFIG_BYTES:
+            raise CheckpointError(path / CONFIG_NAME, f"expected at most {MAX_CONFIG_BYTES} bytes, got {size}")
+        raw = stream.read(size)
+    try:
+        return parse_json(raw, max_depth=MAX_CONFIG_DEPTH)
+    except ValueError as error:
+        raise CheckpointError(path / CONFIG_NAME, str(error)) from None
+
+
+def _unexpected(names: list[str], expected: Mapping[str, Any], missing: list[str]) -> Iterable[str]:
+    # Most often a name that is not expected is one of those that are missing, misspelt.
+    absent = set(missing)
+    candidates = (missing + [name for name in expected if name not in absent])[:2000]
+    for index, name in enumerate(names):
+        close = get_close_matches(name[:500], candidates, n=2, cutoff=0.7) if index < LEFT_SHOWN * 2 else []
+        hint = f"; closest expected {' or '.join(map(shown, close))}" if close else ""
+        yield f"unexpected key {shown(name)}{hint}"
+
+
+def read_adapter(
+    folder: str | os.PathLike[str], expected: Mapping[str, torch.Size | tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter that fits `expected` exactly; nothing is applied to any model.
+
+    Args:
+        folder: holds adapter_model.safetensors.
+        expected: key in the file to shape, for every tensor that the model wants.
+
+    Returns:
+        Key to CPU tensor in the dtype of the file, in the order of `expected`.
+
+    Raises:
+        TypeError: `expected` is not a mapping to shapes.
+        CheckpointError: one message with every problem: missing keys, unexpected keys with the closest expected names,
+            wrong shapes, dtypes that are not floating, NaN or infinity, sha256 that does not agree; or a file that
+            cannot be read at all (see `reader.read_safetensors`).
+
+    Example:
+        >>> read_adapter("adapter", {"base_model.model.fc.lora_A.weight": torch.Size([4, 8])})  # doctest: +SKIP
+    """
+    if not isinstance(expected, Mapping) or not all(isinstance(shape, (tuple, list)) for shape in expected.values()):
+        raise TypeError("expected: expected a dict from key to shape")
+    path = _existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME
+    file, problems = scan_safetensors(path)
+    missing = [name for name in expected if name not in file]
+    unknown = [name for name in file if name not in expected]
+    both = [name for name in expected if name in file]
+    problems += capped(
+        (f"missing key {shown(name)}, expected shape {tuple(expected[name])}" for name in missing),
+        "missing keys",
+    )
+    problems += capped(_unexpected(unknown, expected, missing), "unexpected keys")
+    problems += capped(
+        (
+            f"key {shown(name)}: shape expected {tuple(expected[name])}, got {tuple(file[name].shape)}"
+            for name in both
+            if tuple(file[name].shape) != tuple(expected[name])
+        ),
+        "keys of wrong shape",
+    )
+    problems += capped(
+        (
+            f"key {shown(name)}: dtype expected floating, got {file[name].dtype}"
+            for name in both
+            if not file[name].dtype.is_floating_point
+        ),
+        "keys of wrong dtype",
+    )
+    if problems:
+        raise CheckpointError(path, *problems)
+    if not file.verified:
+        logger.info("%s: unverified: the file carries no sha256 of its tensors (not saved by peftk)", path)
+    return {name: file[name] for name in expected}

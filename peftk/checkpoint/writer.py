@@ -1,0 +1,249 @@
+"""Writing safetensors files, and putting several files in the place of their predecessors as one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from ._container import (
+    CODES,
+    DIGESTS_KEY,
+    MAX_HEADER_BYTES,
+    METADATA_KEY,
+    capped,
+    digest,
+    memory,
+    metadata_digest,
+    name_problem,
+    nonfinite,
+    shown,
+)
+
+LOCK_SECONDS = 60.0
+
+
+def _unsavable(name: str, tensor: Tensor) -> str | None:
+    problem = name_problem(name)
+    if problem is not None:
+        return f"key {problem}"
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        return f"key {shown(name)}: expected a plain tensor, got {type(tensor).__name__}; gather it first"
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        return f"key {shown(name)}: expected a dense tensor with memory, got {tensor.layout} on {tensor.device}"
+    if tensor.dtype not in CODES:
+        return f"key {shown(name)}: dtype expected one of {', '.join(map(str, CODES))}, got {tensor.dtype}"
+    if tuple(tensor.shape) == (0,):
+        return f"key {shown(name)}: shape expected with elements, got (0,): a sharded parameter? gather it first"
+    found = nonfinite(tensor)
+    return None if found is None else f"key {shown(name)}: values expected finite, got {found}"
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Pairs of tensors whose memory overlaps: saved, they would come back as two independent tensors."""
+    by_device: dict[str, list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            by_device.setdefault(str(tensor.device), []).append((*_span(tensor), name))
+    problems = []
+    for spans in by_device.values():
+        spans.sort()
+        furthest, owner = 0, ""
+        for begin, end, name in spans:
+            if begin < furthest:
+                problems.append(
+                    f"keys {shown(owner)} and {shown(name)}: expected separate memory, got tensors that share it; "
+                    "pass a clone of one, or save it once"
+                )
+            if end > furthest:
+                furthest, owner = end, name
+    return problems
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse, before anything is written, what a file could not give back.
+
+    Raises:
+        TypeError: `tensors` is not a mapping from string to tensor.
+        ValueError: empty, bad names, sparse, quantized, sharded or meta tensors, dtypes that the format lacks, NaN or
+            infinity, tensors that share memory; every key at fault is named.
+    """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors: expected a dict from name to tensor, got {type(tensors).__name__}")
+    if not tensors:
+        raise ValueError("tensors: expected at least one tensor, got none")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tensors: expected names that are strings, got {shown(name)}")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensors: key {shown(name)}: expected a tensor, got {type(tensor).__name__}")
+    found = (_unsavable(name, tensor) for name, tensor in tensors.items())
+    problems = [problem for problem in found if problem is not None] or _shared(tensors)
+    if problems:
+        raise ValueError("tensors: " + "; ".join(capped(problems, "keys")))
+
+
+def write_safetensors(stream: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors`, which `check_tensors` has accepted, with a sha256 of each in the metadata.
+
+    The same tensors give the same bytes, which the safetensors library does not promise of its metadata; and unlike
+    there nothing needs numpy or a second copy of the file in memory.
+    """
+    ready = {
+        name: tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous() for name, tensor in tensors.items()
+    }
+    digests = {name: digest(tensor) for name, tensor in ready.items()}
+    digests[METADATA_KEY] = metadata_digest(dict(metadata))
+    full = {**metadata, DIGESTS_KEY: json.dumps(digests, sort_keys=True, separators=(",", ":"))}
+    header: dict[str, object] = {METADATA_KEY: dict(sorted(full.items()))}
+    # Wide items first, so that every tensor is aligned to its item.
+    order = sorted(ready, key=lambda name: (-ready[name].element_size(), name))
+    begin = 0
+    for name in order:
+        end = begin + ready[name].numel() * ready[name].element_size()
+        header[name] = {
+            "dtype": CODES[ready[name].dtype],
+            "shape": list(ready[name].shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise ValueError(f"tensors: header expected at most {MAX_HEADER_BYTES} bytes, got {len(raw)}")
+    stream.write(len(raw).to_bytes(8, "little") + raw)
+    for name in order:
+        if ready[name].numel():
+            stream.write(memory(ready[name]))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on the folder if the system has one; says whether it does.
+
+    Ranks of one training job that all save to one folder would otherwise take each other's files away.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        held = False
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not held:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{folder}: another process has been saving here for {LOCK_SECONDS} s") from None
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield held
+        if held:
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def leftovers(folder: Path, names: Iterable[str]) -> list[str]:
+    """The files that an interrupted `replace_together` of `names` left in `folder`."""
+    pattern = re.compile(r"\.(?:" + "|".join(map(re.escape, names)) + r")\.[0-9a-f]{16}\.(?:tmp|old)")
+    try:
+        return sorted(found for found in os.listdir(folder) if pattern.fullmatch(found))
+    except OSError:
+        return []
+
+
+def _write_new(path: Path, mode_of: Path, write: Callable[[IO[bytes]], object]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with os.fdopen(descriptor, "wb") as stream:
+        with contextlib.suppress(FileNotFoundError):
+            old = os.lstat(mode_of).st_mode
+            if stat.S_ISREG(old) and hasattr(os, "fchmod"):
+                os.fchmod(descriptor, stat.S_IMODE(old))
+        write(stream)
+        stream.flush()
+        os.fsync(descriptor)
+
+
+def _undo(moves: list[tuple[Path, Path]], cause: BaseException) -> None:
+    for source, target in reversed(moves):
+        # An interrupt may strike between a rename and the next line, so the folder decides what was done.
+        if not os.path.lexists(source) and os.path.lexists(target):
+            try:
+                os.replace(target, source)
+            except OSError as error:
+                raise OSError(
+                    f"{source.parent}: the save failed ({cause}) and the earlier files could not be put "
+                    f"back ({error}); they are whole under the names that end in '.old'"
+                ) from cause
+
+
+def replace_together(folder: Path, files: dict[str, Callable[[IO[bytes]], object]]) -> None:
+    """Write the named files and put them in the place of the old ones: all of them or none.
+
+    Everything is first written and synced under temporary names. Then the old files step aside, last name first, and
+    the new ones take their places, last name last. No rename covers two files, so there is a moment when a killed
+    process leaves a folder half changed; in that moment the *last* file does not exist under its own name. A loader
+    that needs it (here the config, which every loader opens first) fails, and can never see an old and a new file
+    together. Both generations are then whole, under names ending in `.old` and `.tmp`. An exception, in contrast to a
+    kill, puts everything back.
+
+    Raises:
+        ValueError: a name is taken by something that is not a file.
+        OSError: writing failed; the old files are as they were and the temporary ones gone.
+    """
+    for name in files:
+        taken = folder / name
+        if os.path.lexists(taken) and not (taken.is_symlink() or taken.is_file()):
+            raise ValueError(f"{taken}: expected a file or nothing, got a folder or device")
+    token = secrets.token_hex(8)
+    new = {name: folder / f".{name}.{token}.tmp" for name in files}
+    old = {name: folder / f".{name}.{token}.old" for name in files}
+    with _locked(folder) as alone:
+        stale = leftovers(folder, files) if alone else []
+        moves: list[tuple[Path, Path]] = []
+        try:
+            for name, write in files.items():
+                _write_new(new[name], folder / name, write)
+            for name in reversed(files):
+                if os.path.lexists(folder / name):
+                    moves.append((folder / name, old[name]))
+                    os.replace(*moves[-1])
+            for name in files:
+                moves.append((new[name], folder / name))
+                os.replace(*moves[-1])
+        except BaseException as error:
+            try:
+                _undo(moves, error)
+            finally:
+                _remove(new.values())
+            raise
+        _remove([*old.values(), *(folder / name for name in stale)])
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
