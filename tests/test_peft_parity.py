@@ -1,0 +1,245 @@
+"""The same adapters in peftk and in Hugging Face PEFT: names, values, outputs, gradients and files, both ways."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from peftk.model import PeftModel, get_peft_model
+from peftk.nn import LoraConfig, OFTConfig
+from peftk.testing.compare import assert_close
+
+THEIRS = {LoraConfig: peft.LoraConfig, OFTConfig: peft.OFTConfig}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
+DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOKENS = torch.arange(12).reshape(2, 6)
+
+
+class MLP(nn.Module):
+    """Two layers, a norm and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.second = nn.Linear(16, 12, bias=False)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.head(self.norm(self.second(self.first(x).relu())))
+
+
+MODELS = {
+    "mlp": MLP,
+    "bert": lambda: BertModel(BertConfig(**SMALL, **DROPOUT)),
+    "bert_cls": lambda: BertForSequenceClassification(BertConfig(**SMALL, **DROPOUT, num_labels=3)),
+    "bert_tokens": lambda: BertForTokenClassification(BertConfig(**SMALL, **DROPOUT, num_labels=3)),
+    "bert_qa": lambda: BertForQuestionAnswering(BertConfig(**SMALL, **DROPOUT)),
+    "roberta_cls": lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL, **DROPOUT, num_labels=3)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+}
+CASES = {
+    "default targets": ("bert", LoraConfig, {"r": 4}),
+    "suffixes": ("mlp", LoraConfig, {"r": 2, "lora_alpha": 3, "target_modules": ["first", "head.2"]}),
+    "pattern": ("bert", LoraConfig, {"target_modules": r".*layer\.1.*(query|key)", "use_rslora": True}),
+    "all-linear": ("llama", LoraConfig, {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "layers": (
+        "llama",
+        LoraConfig,
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ),
+    "exclude": ("bert", LoraConfig, {"target_modules": ["query", "value"], "exclude_modules": r".*\.0\..*value"}),
+    "patterns": (
+        "mlp",
+        LoraConfig,
+        {"target_modules": ["first", "second"], "rank_pattern": {"^first": 3}, "alpha_pattern": {"second": 5}},
+    ),
+    "bias all": ("mlp", LoraConfig, {"target_modules": ["first"], "bias": "all", "modules_to_save": ["head.2"]}),
+    "bias lora_only": ("bert", LoraConfig, {"target_modules": ["query"], "bias": "lora_only"}),
+    "lora_bias": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "lora_bias": True}),
+    "gaussian": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "init_lora_weights": "gaussian"}),
+    "orthogonal": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "init_lora_weights": "orthogonal"}),
+    "random": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "init_lora_weights": False}),
+    "classification": ("bert_cls", LoraConfig, {"task_type": "SEQ_CLS"}),
+    "classification, all-linear": (
+        "bert_cls",
+        OFTConfig,
+        {"task_type": "SEQ_CLS", "oft_block_size": 8, "target_modules": "all-linear"},
+    ),
+    "nested head": ("roberta_cls", LoraConfig, {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
+    "tokens": ("bert_tokens", OFTConfig, {"task_type": "TOKEN_CLS", "oft_block_size": 4}),
+    "questions": ("bert_qa", LoraConfig, {"task_type": "QUESTION_ANS"}),
+    "oft": ("bert", OFTConfig, {"oft_block_size": 4}),
+    "oft by number": (
+        "mlp",
+        OFTConfig,
+        {"r": 4, "oft_block_size": 0, "target_modules": ["first", "second"], "init_weights": False},
+    ),
+    "oft exact": ("mlp", OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False, "target_modules": ["first"]}),
+    "oft terms": ("mlp", OFTConfig, {"oft_block_size": 4, "num_cayley_neumann_terms": 7, "target_modules": ["first"]}),
+    "oft shared": ("mlp", OFTConfig, {"oft_block_size": 4, "block_share": True, "target_modules": ["first"]}),
+    "coft": ("mlp", OFTConfig, {"oft_block_size": 4, "coft": True, "eps": 0.2, "target_modules": ["first"]}),
+    "oft nearest": ("mlp", OFTConfig, {"oft_block_size": 5, "target_modules": ["first", "second"]}),
+    "oft bias": ("mlp", OFTConfig, {"oft_block_size": 4, "bias": "oft_only", "target_modules": ["first", "second"]}),
+}
+
+
+def build(case, seed=0):
+    """The same base model, adapted by both libraries from the same seed."""
+    kind, config, values = CASES[case]
+    torch.manual_seed(seed)
+    base = MODELS[kind]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        ours = get_peft_model(copy.deepcopy(base), config(**values))
+        torch.manual_seed(seed)
+        theirs = peft.get_peft_model(copy.deepcopy(base), THEIRS[config](**copy.deepcopy(values)))
+    return base, ours, theirs
+
+
+def run(case, model):
+    kind = CASES[case][0]
+    if kind == "mlp":
+        return model(torch.linspace(-1, 1, 36).reshape(3, 12))
+    outputs = model(input_ids=TOKENS)
+    return torch.cat([t.flatten() for t in outputs.to_tuple() if torch.is_tensor(t)])
+
+
+def train(case, model, steps=2):
+    """A few large steps, so that the adapter matters."""
+    generator = torch.Generator().manual_seed(1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    for step in range(steps):
+        optimizer.zero_grad()
+        y = run(case, model)
+        (y * torch.randn(y.shape, generator=generator)).mean().backward()
+        if step + 1 < steps:
+            optimizer.step()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return grads
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_values_and_trainability_are_those_of_peft(case):
+    _, ours, theirs = build(case)
+    mine = [(n, tuple(p.shape), p.requires_grad) for n, p in ours.named_parameters()]
+    assert mine == [(n, tuple(p.shape), p.requires_grad) for n, p in theirs.named_parameters()]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_gradients_and_files_agree_after_training(case, tmp_path):
+    base, ours, theirs = build(case)
+    grads, reference = train(case, ours), train(case, theirs)
+    assert set(grads) == set(reference)
+    for name, grad in grads.items():
+        assert_close(grad, reference[name].double(), torch.float32, what=name)
+    y, z = run(case, ours), run(case, theirs)
+    assert_close(y, z.double(), torch.float32)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    mine, other = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in other.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from_theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")
+        from_ours = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
+    for loaded, source in ((from_theirs, theirs), (from_ours, ours)):
+        source.eval()
+        assert_close(run(case, loaded), run(case, source).double(), torch.float32)
+        for (name, p), (_, q) in zip(loaded.named_parameters(), source.named_parameters(), strict=True):
+            assert torch.equal(p, q), name
+    assert not any(p.requires_grad for p in from_theirs.parameters())
+    assert not from_theirs.training
+    merged = from_theirs.merge_and_unload()
+    assert_close(run(case, merged), z.double(), torch.float32)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2), OFTConfig(oft_block_size=4)], ids=["lora", "oft"])
+def test_half_precision_parameters_are_those_of_peft(config):
+    torch.manual_seed(0)
+    base = BertModel(BertConfig(**SMALL)).to(torch.bfloat16)
+    made = []
+    for build_model, cls in ((get_peft_model, type(config)), (peft.get_peft_model, THEIRS[type(config)])):
+        torch.manual_seed(1)
+        values = {"r": config.r} if cls.__name__ == "LoraConfig" else {"oft_block_size": 4}
+        model = build_model(copy.deepcopy(base), cls(**values))
+        made.append([(n, p.dtype, p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()])
+    for mine, theirs in zip(*made, strict=True):
+        assert mine[:3] == theirs[:3]
+        assert torch.equal(mine[3], theirs[3])
+
+
+def test_several_adapters_are_saved_in_the_folders_of_peft(tmp_path):
+    torch.manual_seed(0)
+    base = MLP()
+    ours = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    ours.add_adapter("other", LoraConfig(r=3, target_modules=["second"], init_lora_weights=False))
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    theirs.load_adapter(str(tmp_path / "other"), "other")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    again.load_adapter(tmp_path / "other", "other")
+    x = torch.randn(3, 12)
+    for name in ("default", "other"):
+        for model in (ours, theirs, again):
+            model.set_adapter(name)
+        assert_close(ours(x), theirs(x).double(), torch.float32)
+        assert torch.equal(ours(x), again(x))
+    assert [n for n, _ in again.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+
+
+def test_a_file_of_peft_with_the_output_embedding_loads(tmp_path):
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SMALL))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    nn.init.normal_(theirs.base_model.model.lm_head.lora_B["default"].weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(str(tmp_path))
+    assert any("lm_head.base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    ours = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_close(ours(input_ids=TOKENS).logits, theirs(input_ids=TOKENS).logits.double(), torch.float32)
+
+
+def test_printed_line_is_that_of_peft(capsys):
+    _, ours, theirs = build("classification")
+    ours.print_trainable_parameters()
+    mine = capsys.readouterr().out
+    theirs.print_trainable_parameters()
+    assert mine == capsys.readouterr().out
+
+
+def test_generation_goes_through_the_adapter():
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SMALL))
+    ours = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        tokens = ours.eval().generate(input_ids=TOKENS, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        assert torch.equal(
+            tokens[:, :-1], ours.generate(input_ids=TOKENS, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        )
+    assert tokens.shape == (2, 8)
