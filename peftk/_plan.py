@@ -148,19 +148,20 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     if mode == "all" and root is not None:
         yield "bias", root
     for path, module in candidates(model).items():
-        if isinstance(module, AdapterLayer) or path in plan.adapters:
-            bias = module.bias
-            if bias is not None:
-                yield f"{path}.base_layer.bias", bias
-        elif mode != "all":
+        # The keys are those that the file has when this is the model's only adapter.
+        if path in plan.adapters:
+            if module.bias is not None:
+                yield f"{path}.base_layer.bias", module.bias
+        elif mode != "all" or any(path.startswith(f"{saved}.") for saved in plan.saved):
             continue
+        elif isinstance(module, AdapterLayer):
+            if module.bias is not None:
+                yield f"{path}.bias", module.bias
         elif isinstance(module, ModulesToSaveWrapper) or path in plan.saved:
-            original = getattr(module, "original_module", module)
-            for name, tensor in original.state_dict(keep_vars=True).items():
+            inner = f"{path}.original_module" if path in plan.saved else path
+            for name, tensor in getattr(module, "original_module", module).state_dict(keep_vars=True).items():
                 if name == "bias" or name.endswith(".bias"):
-                    yield f"{path}.original_module.{name}", tensor
-        elif any(path.startswith(f"{saved}.") for saved in plan.saved):
-            continue
+                    yield f"{inner}.{name}", tensor
         else:
             tensor = module._parameters.get("bias")
             if tensor is None and "bias" not in module._non_persistent_buffers_set:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ._plan import Plan, copy_into, embedding_tensors, file_tensors, make_plan, plan_of, same_meaning, unaliased
+from ._loading import read_into_plan
+from ._plan import Plan, file_tensors, make_plan, plan_of, unaliased
 from ._tuner import Tuner
 from .nn import AdapterLayer, PeftConfig
 from .nn.config import check_bool
@@ -310,7 +311,7 @@ class PeftModel(nn.Module):
         """
         _check_base(model)
         tuner = Tuner(model)
-        plan, commit = _read(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         result = cls.__new__(cls)
         result._start(tuner, plan)
         commit()
@@ -330,7 +331,7 @@ class PeftModel(nn.Module):
         On failure nothing changes. Arguments as in `from_pretrained`.
         """
         tuner = self.base_model
-        plan, commit = _read(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         if adapter_name not in self.peft_config:
             tuner.commit(plan)
             if is_trainable:
@@ -338,54 +339,6 @@ class PeftModel(nn.Module):
         commit()
         if not is_trainable:
             self.eval()
-
-
-def _read(tuner: Tuner, folder: Any, name: str, is_trainable: bool, autocast: bool) -> tuple[Plan, Any]:
-    """Read and check a saved adapter; return its plan and the function that copies the values in, which cannot fail."""
-    from .checkpoint import CheckpointError
-    from .checkpoint import peft as files
-
-    check_bool("is_trainable", is_trainable)
-    folder = os.fspath(folder)
-    if not os.path.isdir(folder):
-        raise ValueError(f"model_id: expected the folder of a saved adapter (nothing is downloaded), got {folder!r}")
-    config = PeftConfig.from_dict(files.read_config(folder))
-    config.inference_mode = not is_trainable
-    model = tuner.model
-    if name in tuner.peft_config:
-        same_meaning(tuner.peft_config[name], config)
-        merged = [path for path, layer in tuner.layers() if name in layer.merged_adapters]
-        if merged:
-            raise ValueError(f"adapter_name: {name!r} is merged into {merged[0]!r}; unmerge it before loading over it")
-        plan = plan_of(model, name, tuner.peft_config[name])
-    else:
-        tuner.check_new(name, config)
-        plan = make_plan(model, name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
-    targets = file_tensors(model, plan)
-    try:
-        values = files.read_adapter(folder, {key: tensor.shape for key, tensor in targets.items()})
-    except CheckpointError:
-        # PEFT adds whole embeddings to the file of an adapter on the output layer.
-        embeddings = embedding_tensors(model, plan)
-        if not embeddings:
-            raise
-        present = _names_in(folder)
-        found = {key: tensor for key, tensor in embeddings.items() if key in present}
-        if not found:
-            raise
-        targets.update(found)
-        values = files.read_adapter(folder, {key: tensor.shape for key, tensor in targets.items()})
-    return plan, lambda: copy_into(targets, values)
-
-
-def _names_in(folder: str) -> set[str]:
-    from .checkpoint import CheckpointError, read_safetensors
-    from .checkpoint.peft import WEIGHTS_NAME
-
-    try:
-        return set(read_safetensors(os.path.join(folder, WEIGHTS_NAME)))
-    except CheckpointError:
-        return set()
 
 
 def _check_base(model: object) -> None:

@@ -78,7 +78,8 @@ def _in_layers(config: PeftConfig, key: str) -> bool:
         return True
     patterns = config.layers_pattern
     if not patterns:
-        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", key)
+        # PEFT's rule, which needs something before the list; a list at the top of the model is found second.
+        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", key) or re.match(r"[^.]*\.(?P<index>\d+)\.", key)
     else:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         matches = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", key) for p in patterns)
