@@ -34,7 +34,7 @@ def _dropped_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
 def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
         return hidden
-    return hidden * (gate if gate.dim() == 1 else gate.reshape(hidden.shape))
+    return (hidden * (gate if gate.dim() == 1 else gate.reshape(hidden.shape))).to(hidden.dtype)
 
 
 def _expand_(
@@ -130,7 +130,7 @@ def _gradients(
     if need_b:
         db = torch.mm(rows.mT, _gated(hidden, gate)).mul_(scale)
     if need_gate:
-        dgate = dhidden * hidden
+        dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
         dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
     dhidden = _gated(dhidden, gate)
     if need_a:

@@ -60,8 +60,10 @@ def _prepare_dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tens
 
 
 def _factors(x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    # Rounding the small factors to the dtype of x is the cast that PEFT applies to x itself, at full size.
-    return a.to(x.dtype), b.to(x.dtype), None if gate is None else gate.to(x.dtype)
+    # Rounding the small factors to the dtype of x is the cast that PEFT applies to x itself, at full size. The gate,
+    # smaller still, stays exact: its gradient is a long sum.
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return a.to(x.dtype), b.to(x.dtype), None if gate is None else gate.to(exact)
 
 
 def _prepare_add(
@@ -157,7 +159,7 @@ def _gradients(
         x.new_empty(x.shape if need_x else 0),
         a.new_empty(a.shape if need_a else 0),
         b.new_empty(b.shape if need_b else 0),
-        x.new_empty(gate.shape if need_gate and gate is not None else 0),
+        x.new_empty(0) if gate is None or not need_gate else gate.new_empty(gate.shape),
     )
 
 
@@ -283,7 +285,7 @@ def low_rank_add(
     Args:
         base: output of the base layer, (..., out_features); it is not written to.
         x: activations, (..., in_features), float64, float32, bfloat16 or float16.
-        a: (rank, in_features), any floating dtype; rounded to the dtype of x, as are b and gate.
+        a: (rank, in_features), any floating dtype; rounded to the dtype of x, as is b.
         b: (out_features, rank).
         scale: a finite number, or a 0-dimensional tensor, which may require grad.
         gate: None, (rank,), or (..., rank) for a gate of its own for every token.

@@ -5,6 +5,8 @@ Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,8 @@ _LOW = 0xFFFFFFFF
 
 
 def dropout_threshold(p: float) -> int:
-    """Return the 24-bit integer below which a random number means "dropped"."""
-    return round(p * 2**24)
+    """Return the integer below which the upper 24 bits of a random number mean "dropped"."""
+    return math.ceil(p * 2**24)
 
 
 def philox(seed: int, count: int, device: torch.device) -> Tensor:

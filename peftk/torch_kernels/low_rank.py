@@ -12,6 +12,10 @@ def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return x if seed is None else dropout(x, dropout_p, seed)
 
 
+def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
+    return hidden if gate is None else (hidden * gate).to(hidden.dtype)
+
+
 def low_rank_add(
     base: Tensor,
     x: Tensor,
@@ -24,7 +28,7 @@ def low_rank_add(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
     hidden = linear(_dropped(x, dropout_p, seed), a)
-    delta = linear(hidden if gate is None else hidden * gate, b) * scale
+    delta = linear(_gated(hidden, gate), b) * scale
     return (base + delta).to(base.dtype), hidden
 
 
@@ -64,12 +68,12 @@ def low_rank_add_backward(
     gated = grad @ b * scale
     dgate = empty
     if need_gate:
-        dgate = gated * hidden
+        dgate = gated.to(gate.dtype) * hidden.to(gate.dtype)
         dgate = dgate.reshape(-1, rank).sum(0) if gate.dim() == 1 else dgate
     db = empty
     if need_b:
-        db = grad.reshape(-1, b.shape[0]).mT @ (hidden if gate is None else hidden * gate).reshape(-1, rank) * scale
-    dhidden = gated if gate is None else gated * gate
+        db = grad.reshape(-1, b.shape[0]).mT @ _gated(hidden, gate).reshape(-1, rank) * scale
+    dhidden = _gated(gated, gate)
     da = empty
     if need_a:
         da = dhidden.reshape(-1, rank).mT @ _dropped(x, dropout_p, seed).reshape(-1, x.shape[-1])

@@ -1,0 +1,62 @@
+"""The cases of every operator: inputs, a naive dense formula in float64, and what may be saved for backward.
+
+A formula here shares nothing with the kernels: it builds the dense matrix that the operator stands for, and autograd
+differentiates it, so that an identity which a kernel exploits cannot check itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public function.
+
+    Attributes:
+        operator: the name of the function in `peftk.functional`.
+        name: identifies the case among those of the operator.
+        make: returns the arguments by name: float64 tensors from a generator, and plain values.
+        formula: the dense reference on float64 tensors.
+        gradients: the arguments to differentiate in.
+        activations: the arguments that take the activation dtype; other tensors may stay float32.
+        saved: the largest number of bytes that may be kept for backward beyond the inputs, from the inputs.
+    """
+
+    operator: str
+    name: str
+    make: Callable[[torch.Generator], Inputs]
+    formula: Callable[..., Tensor]
+    gradients: tuple[str, ...]
+    activations: tuple[str, ...]
+    saved: Callable[[Inputs], int] = field(default=lambda inputs: 0)
+
+    def __str__(self) -> str:
+        return f"{self.operator}-{self.name}"
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        """Return the arguments in float64; equal seeds give equal bits."""
+        return self.make(torch.Generator().manual_seed(seed))
+
+    def cast(self, inputs: Inputs, dtype: torch.dtype, parameters: torch.dtype | None = None) -> Inputs:
+        """Return the arguments with activations in one dtype and the other tensors in another (or the same)."""
+        cast: Inputs = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value = value.to(dtype if name in self.activations else (parameters or dtype))
+            cast[name] = value
+        return cast
+
+
+def all_cases() -> list[Case]:
+    """Return the cases of every family."""
+    from . import block_diagonal, cayley, low_rank
+
+    return [*block_diagonal.CASES, *cayley.CASES, *low_rank.CASES]

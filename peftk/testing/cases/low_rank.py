@@ -1,0 +1,153 @@
+"""Cases of the low-rank product."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import Case, Inputs
+
+
+def philox(seed: int, count: int) -> np.ndarray:
+    """Philox4x32-10 on numpy's unsigned integers, one word of a block at a time (Salmon et al., SC 2011)."""
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    index = np.arange((count + 3) // 4, dtype=np.uint64)
+    counter = [index & low, index >> shift, np.zeros_like(index), np.zeros_like(index)]
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
+    for _ in range(10):
+        products = [counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)]
+        high, words = [p >> shift for p in products], [p & low for p in products]
+        counter = [high[1] ^ counter[1] ^ key[0], words[1], high[0] ^ counter[3] ^ key[1], words[0]]
+        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
+    return np.stack(counter, axis=1).reshape(-1)[:count].astype(np.uint32)
+
+
+def _mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    if not p:
+        return torch.ones_like(x)
+    fraction = (philox(int(seed), x.numel()) >> 8).astype(np.float64) / 2**24
+    kept = torch.from_numpy(fraction >= p).view(x.shape)
+    return kept.to(x.dtype) / (1 - p)
+
+
+def add(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 1.0,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Multiply by the dense out x in matrix; with a gate for every token, by one such matrix a token."""
+    dropped = x * _mask(x, dropout_p, seed)
+    if gate is None or gate.dim() == 1:
+        dense = b @ (a if gate is None else torch.diag(gate) @ a)
+        return base + scale * (dropped @ dense.mT)
+    dense = torch.einsum("or,...r,ri->...oi", b, gate, a)
+    return base + scale * torch.einsum("...oi,...i->...o", dense, dropped)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *args, **kwargs) -> Tensor:
+    """Multiply by the weight, then add the dense low-rank product."""
+    base = x @ weight.mT
+    return add(base if bias is None else base + bias, x, a, b, *args, **kwargs)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _factors(
+    generator: torch.Generator, lead: tuple, features: int, out: int, rank: int, scale, gate: str | None, p: float
+) -> Inputs:
+    gates = {None: None, "rank": (rank,), "token": (*lead, rank)}
+    return {
+        "a": _normal(generator, rank, features) / features**0.5,
+        "b": _normal(generator, out, rank) / rank**0.5,
+        "scale": torch.tensor(scale[0], dtype=torch.float64) if isinstance(scale, list) else scale,
+        "gate": _normal(generator, *gates[gate]) if gate else None,
+        "dropout_p": p,
+        "seed": torch.tensor(0x1234_5678_9ABC) if p else None,
+    }
+
+
+def _case(
+    operator: str,
+    name: str,
+    lead: tuple,
+    features: int,
+    out: int,
+    rank: int,
+    *,
+    bias: bool = True,
+    scale=2.0,
+    gate: str | None = None,
+    p: float = 0.0,
+    positive: bool = False,
+) -> Case:
+    fused = operator == "low_rank_linear"
+
+    def make(generator: torch.Generator) -> Inputs:
+        x = _normal(generator, *lead, features)
+        inputs: Inputs = {"x": x}
+        if fused:
+            inputs["weight"] = _normal(generator, out, features) / features**0.5
+            inputs["bias"] = _normal(generator, out) if bias else None
+        else:
+            inputs = {"base": _normal(generator, *lead, out), "x": x}
+        inputs |= _factors(generator, lead, features, out, rank, scale, gate, p)
+        if positive:
+            # One short sum, or one for the whole scale: terms of one sign keep it well conditioned in half precision.
+            inputs |= {k: inputs[k].abs() for k in ("x", "a", "b", "gate") if inputs[k] is not None}
+        return inputs
+
+    optional = ("gate",) if gate else ()
+    optional += ("scale",) if isinstance(scale, list) else ()
+    first = (("x", "bias") if bias else ("x",)) if fused else ("base", "x")
+
+    def saved(inputs: Inputs) -> int:
+        # The rank-sized product; the rounded factors and gate where the parameters have another dtype; the seed.
+        width = inputs["x"].element_size()
+        tokens = inputs["x"].shape[:-1].numel()
+        gates = 0 if inputs["gate"] is None else inputs["gate"].numel()
+        return width * (tokens * rank + (features + out) * rank) + 8 * (gates + rank) + 8
+
+    return Case(
+        operator,
+        name,
+        make,
+        linear if fused else add,
+        (*first, "a", "b", *optional),
+        ("base", "x", "weight", "bias"),
+        saved,
+    )
+
+
+def _both(name: str, *args, **kwargs) -> list[Case]:
+    add_kwargs = {k: v for k, v in kwargs.items() if k != "bias"}
+    return [_case("low_rank_linear", name, *args, **kwargs), _case("low_rank_add", name, *args, **add_kwargs)]
+
+
+CASES = [
+    *_both("one-row-r1", (1,), 3, 5, 1, positive=True),
+    _case("low_rank_linear", "one-row-no-bias", (1,), 6, 5, 2, bias=False),
+    *_both("vector", (), 6, 5, 2),
+    *_both("empty", (0,), 6, 5, 2),
+    *_both("empty-dropout", (0, 3), 6, 5, 2, p=0.5),
+    *_both("r4", (7, 3), 12, 10, 4, scale=0.5),
+    *_both("r3-negative-scale", (33,), 13, 17, 3, scale=-1.25, bias=False),
+    *_both("r16", (65,), 96, 40, 16),
+    *_both("rank-above-sizes", (10,), 5, 4, 9),
+    *_both("zero-scale", (10,), 6, 4, 2, scale=0.0),
+    *_both("tensor-scale", (10,), 6, 4, 2, scale=[0.75], positive=True),
+    *_both("gate", (11,), 16, 9, 6, gate="rank"),
+    *_both("gate-tensor-scale", (11,), 16, 9, 6, gate="rank", scale=[-0.5], positive=True),
+    *_both("token-gate", (5, 2), 8, 7, 4, gate="token", scale=1.5),
+    *_both("dropout", (34, 2), 15, 8, 4, p=0.3),
+    *_both("dropout-gate-no-bias", (21,), 33, 8, 4, p=0.75, gate="rank", bias=False),
+    *_both("dropout-token-gate", (9,), 10, 3, 2, p=0.1, gate="token"),
+    *_both("prime-sizes", (127,), 101, 103, 7),
+]

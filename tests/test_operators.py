@@ -1,0 +1,247 @@
+"""Every operator x backend x dtype x case against the naive dense formula in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import peftk
+from peftk import _registry
+from peftk.testing.cases import Case, Inputs, all_cases
+from peftk.testing.compare import assert_close, assert_same_bits
+
+CASES = all_cases()
+BACKENDS = ("torch", "native")
+# (activations, parameters): all one dtype, and the field's default of float32 adapters on a half-precision base.
+DTYPES = {
+    "f64": (torch.float64, torch.float64),
+    "f32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32": (torch.bfloat16, torch.float32),
+    "f16-f32": (torch.float16, torch.float32),
+}
+# Pairs that must run: a skip there would hide a kernel that fell away.
+MUST_RUN = {("native", "f32"), ("native", "bf16-f32")} | set(itertools.product(("torch",), DTYPES))
+NATIVE_REFUSALS = ("float16", "float64", "exact transform takes blocks up to")
+
+
+def call(case: Case, inputs: Inputs) -> Tensor:
+    return getattr(peftk.functional, case.operator)(**inputs)
+
+
+def leaves(case: Case, inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
+    """Detach the inputs and let those to differentiate in require grad."""
+    fresh = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    wanted = {name: fresh[name].requires_grad_() for name in case.gradients}
+    return fresh, wanted
+
+
+def forward_backward(function, case: Case, inputs: Inputs, grad: Tensor | None = None):
+    """Return the output and the gradients for one fixed incoming gradient."""
+    inputs, wanted = leaves(case, inputs)
+    y = function(**inputs)
+    if grad is None:
+        # A mean of one: sums over tokens do not cancel, so that relative errors mean something.
+        grad = 1 + torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(y, list(wanted.values()), grad.to(y.dtype), allow_unused=True)
+    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted.values(), strict=True)]
+    return y, dict(zip(wanted, filled, strict=True)), grad
+
+
+def reason_against(case: Case, inputs: Inputs, backend: str) -> str | None:
+    explanation = peftk.explain(case.operator, **inputs)
+    return next(c.reason for c in explanation.candidates if c.backend == backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64_formula(case: Case, backend: str, dtype: str) -> None:
+    activations, parameters = DTYPES[dtype]
+    inputs = case.cast(case.inputs(), activations, parameters)
+    if reason := reason_against(case, inputs, backend):
+        if (backend, dtype) in MUST_RUN:
+            assert any(known in reason for known in NATIVE_REFUSALS), reason
+        pytest.skip(reason)
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
+    function = getattr(peftk.functional, case.operator)
+    with peftk.use_backend(backend):
+        y, grads, grad = forward_backward(function, case, inputs)
+    # The truth starts from the rounded inputs, and its incoming gradient from the rounded one.
+    exact = case.cast(inputs, torch.float64)
+    truth, true_grads, _ = forward_backward(case.formula, case, exact, grad.to(y.dtype).double())
+    # The eager form of the same formula sets the bound beside the fixed limit, where it can run in this dtype.
+    with peftk.use_backend("torch"):
+        eager, eager_grads, _ = forward_backward(function, case, inputs)
+    computed = torch.float32 if case.operator == "cayley" and activations != torch.float64 else activations
+    assert y.dtype == (inputs["x"].dtype if "x" in inputs else computed)
+    assert_close(y, truth, computed, eager=eager if backend != "torch" else None, what="output")
+    for name, found in grads.items():
+        assert found.dtype == inputs[name].dtype, f"gradient of {name}"
+        bound = None if backend == "torch" else eager_grads[name]
+        assert_close(found, true_grads[name], max_dtype(computed, inputs[name].dtype), eager=bound, what=f"d{name}")
+    for name, value in before.items():
+        assert_same_bits(inputs[name], value, what=f"{name} after the call")
+
+
+def max_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the coarsest dtype: a gradient cannot be finer than what it is computed or stored in."""
+    return max(dtypes, key=lambda d: torch.finfo(d).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [c for c in CASES if c.inputs()[c.gradients[0]].numel() < 100], ids=str)
+def test_gradcheck(case: Case, backend: str) -> None:
+    inputs, wanted = leaves(case, case.inputs())
+    if reason := reason_against(case, inputs, backend):
+        pytest.skip(reason)
+
+    def function(*values: Tensor) -> Tensor:
+        return call(case, {**inputs, **dict(zip(wanted, values, strict=True))})
+
+    with peftk.use_backend(backend):
+        assert torch.autograd.gradcheck(function, tuple(wanted.values()), fast_mode=True)
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """Return the same values in other layouts."""
+    padded = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+    padded[..., 1:-2] = x
+    every_other = torch.full((*x.shape[:-1], x.shape[-1] * 2), torch.nan, dtype=x.dtype)
+    every_other[..., ::2] = x
+    found = {"sliced": padded[..., 1:-2], "strided": every_other[..., ::2]}
+    if x.dim() >= 2:
+        found["transposed"] = x.transpose(0, -1).contiguous().transpose(0, -1)
+        found["expanded"] = x[:1].expand(x.shape)
+    return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layouts(case: Case, backend: str) -> None:
+    """Strides change no value: every tensor in turn in another layout, and the incoming gradient too."""
+    inputs = case.cast(case.inputs(), torch.float32)
+    if reason := reason_against(case, inputs, backend):
+        pytest.skip(reason)
+    function = getattr(peftk.functional, case.operator)
+    with peftk.use_backend(backend):
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+                continue
+            for layout, other in layouts(value).items():
+                variant = {**inputs, name: other}
+                plain = {**inputs, name: other.contiguous()}
+                y = function(**variant)
+                assert_close(y, function(**plain), torch.float32, what=f"{name} {layout}")
+        inputs, wanted = leaves(case, inputs)
+        y = function(**inputs)
+        grad = torch.randn_like(y)
+        expected = torch.autograd.grad(y, list(wanted.values()), grad, retain_graph=True, allow_unused=True)
+        for layout, other in layouts(grad).items():
+            if layout == "expanded":
+                continue
+            found = torch.autograd.grad(y, list(wanted.values()), other, retain_graph=True, allow_unused=True)
+            for name, left, right in zip(wanted, found, expected, strict=True):
+                assert_close(left, right, torch.float32, what=f"d{name} with a {layout} gradient")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_element_is_written(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN: an element that a kernel forgets poisons the result."""
+    inputs = case.cast(case.inputs(), torch.float32)
+    if reason := reason_against(case, inputs, backend):
+        pytest.skip(reason)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with peftk.use_backend(backend):
+            y, grads, _ = forward_backward(getattr(peftk.functional, case.operator), case, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert y.isfinite().all()
+    for name, found in grads.items():
+        assert found.isfinite().all(), f"d{name}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str) -> None:
+    inputs = case.cast(case.inputs(), torch.float32)
+    if reason := reason_against(case, inputs, backend):
+        pytest.skip(reason)
+    function = getattr(peftk.functional, case.operator)
+    threads = torch.get_num_threads()
+    with peftk.use_backend(backend):
+        y, grads, _ = forward_backward(function, case, inputs)
+        again, grads_again, _ = forward_backward(function, case, inputs)
+        assert_same_bits(again, y)
+        for name in grads:
+            assert_same_bits(grads_again[name], grads[name], what=f"d{name}")
+        if case.operator.startswith("low_rank"):
+            return  # torch's own products may split a sum by threads
+        try:
+            torch.set_num_threads(2 if threads == 1 else 1)
+            other, grads_other, _ = forward_backward(function, case, inputs)
+        finally:
+            torch.set_num_threads(threads)
+    if backend == "native" and case.operator in ("block_rotate", "cayley"):
+        assert_same_bits(other, y, what="output with another number of threads")
+        for name in grads:
+            assert_same_bits(grads_other[name], grads[name], what=f"d{name} with another number of threads")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", ["f32", "bf16-f32"])
+def test_saved_bytes_stay_in_the_budget(case: Case, dtype: str) -> None:
+    inputs, _ = leaves(case, case.cast(case.inputs(), *DTYPES[dtype]))
+    owned = {v.untyped_storage().data_ptr() for v in inputs.values() if isinstance(v, Tensor)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = call(case, inputs)
+    assert sum(saved.values()) <= case.saved(inputs)
+    del y
+
+
+def raw_calls(case: Case) -> list[tuple[str, tuple]]:
+    """Return the raw operator calls, forward and backward, that a case makes."""
+    calls: list[tuple[str, tuple]] = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "peftk":
+                detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+                calls.append((func._schema.name.removeprefix("peftk::"), detached))
+            return func(*args, **(kwargs or {}))
+
+    inputs, wanted = leaves(case, case.cast(case.inputs(), torch.float32))
+    with Recorder():
+        y = call(case, inputs)
+        torch.autograd.grad(y, list(wanted.values()), torch.ones_like(y), allow_unused=True)
+    return calls
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case) -> None:
+    calls = raw_calls(case)
+    assert len(calls) == 2, "one operator forward and one backward"
+    for name, args in calls:
+        torch.library.opcheck(getattr(torch.ops.peftk, name).default, args)
+
+
+def test_every_operator_has_cases_and_opchecks() -> None:
+    covered = {c.operator for c in CASES}
+    assert covered == set(peftk.functional.__all__)
+    assert {n.removesuffix("_backward") for n in _registry.OPERATORS} == covered
+    for operator in covered:
+        assert sum(c.operator == operator for c in CASES) >= 6
