@@ -319,7 +319,10 @@ def test_the_base_layer_is_called_when_its_call_matters():
             handle = getattr(layer.base_layer, register)(lambda *args, calls=calls: calls.append(1))
             assert_close(layer(x), expected.double(), torch.float32)
             handle.remove()
-        assert len(calls) == 2
+        handle = nn.modules.module.register_module_forward_hook(lambda m, *_, calls=calls: calls.append(m))
+        assert_close(layer(x), expected.double(), torch.float32)
+        handle.remove()
+        assert layer.base_layer in calls
         layer.base_layer.forward = lambda x: x[..., :O] * 0
         assert not layer(x * 0).any()
         subclass = LAYERS[type(config)](Doubled(I, O), config)

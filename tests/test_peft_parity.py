@@ -243,3 +243,74 @@ def test_generation_goes_through_the_adapter():
             tokens[:, :-1], ours.generate(input_ids=TOKENS, max_new_tokens=1, do_sample=False, pad_token_id=0)
         )
     assert tokens.shape == (2, 8)
+
+
+# Where PEFT 0.21 is wrong and peftk is not: each test shows both, so that it fails if PEFT is ever put right.
+
+
+def pair_of_oft(**values):
+    torch.manual_seed(0)
+    base = MLP()
+    values = {"oft_block_size": 4, "target_modules": ["first"], "init_weights": False} | values
+    models = (
+        get_peft_model(copy.deepcopy(base), OFTConfig(**values)),
+        peft.get_peft_model(base, peft.OFTConfig(**values)),
+    )
+    models[0].load_state_dict(models[1].state_dict())
+    return [model.eval() for model in models]
+
+
+def test_d4_peft_never_applies_module_dropout():
+    x = torch.randn(4, 12)
+    for model, applied in zip(pair_of_oft(module_dropout=0.5), (True, False), strict=True):
+        resting = model(x)
+        assert torch.equal(model.train()(x), resting) is not applied
+
+
+def test_d5_the_two_cayley_forms_are_transposes_and_both_are_kept():
+    small = {"init_weights": True}
+    exact, series = pair_of_oft(use_cayley_neumann=False, **small), pair_of_oft(num_cayley_neumann_terms=30, **small)
+    for models in (exact, series):
+        for model in models:
+            with torch.no_grad():
+                model.get_base_model().first.oft_R["default"].weight.copy_(torch.linspace(-0.2, 0.2, 18).view(3, 6))
+    x = torch.randn(4, 12)
+    for models in (exact, series):
+        assert_close(models[0](x), models[1](x).double(), torch.float32)
+    rotations = [models[0].get_base_model().first.get_delta_weight("default") for models in (exact, series)]
+    assert_close(rotations[0], rotations[1].T.double(), torch.float32)
+
+
+def test_d6_several_rotations_merge_to_what_the_forward_computes():
+    ours, theirs = pair_of_oft()
+    x = torch.randn(4, 12)
+    for model, cls in ((ours, OFTConfig), (theirs, peft.OFTConfig)):
+        model.add_adapter("b", cls(oft_block_size=4, target_modules=["first"], init_weights=False))
+        model.base_model.set_adapter(["default", "b"])
+    ours.load_state_dict(theirs.state_dict())
+    y, z = ours(x), theirs(x)
+    assert_close(y, z.double(), torch.float32)
+    ours.merge_adapter()
+    theirs.merge_adapter()
+    assert_close(ours(x), y.double(), torch.float32)
+    with pytest.raises(AssertionError):
+        assert_close(theirs(x), z.double(), torch.float32)
+
+
+def test_d10_frozen_adapters_stay_frozen():
+    for config in (LoraConfig(r=2, inference_mode=True), OFTConfig(oft_block_size=4, inference_mode=True)):
+        model = get_peft_model(BertModel(BertConfig(**SMALL)).to(torch.bfloat16), config)
+        with model.disable_adapter():
+            pass
+        assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_peft_adapters_are_bypassed_by_the_fused_encoder_layer_of_torch():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    values = {"r": 2, "target_modules": ["linear1"], "init_lora_weights": False}
+    ours = get_peft_model(copy.deepcopy(encoder), LoraConfig(**values)).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(encoder), peft.LoraConfig(**values)).eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(x), encoder(x))
+        assert not torch.equal(ours(x), encoder(x))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .config import PeftConfig
 
@@ -193,6 +194,7 @@ class AdapterLayer(nn.Module):
             and not (args or kwargs)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not base._backward_pre_hooks
+            and not _has_any_global_hook()
             and "forward" not in base.__dict__
             and not torch.is_autocast_enabled(x.device.type)
         )
