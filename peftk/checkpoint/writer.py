@@ -138,11 +138,12 @@ def _locked(folder: Path) -> Iterator[bool]:
 
     Ranks of one training job that all save to one folder would otherwise take each other's files away.
     """
-    try:
+    descriptor = None
+    with contextlib.suppress(ImportError, OSError):
         import fcntl
 
         descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
+    if descriptor is None:
         yield False
         return
     try:
@@ -159,9 +160,8 @@ def _locked(folder: Path) -> Iterator[bool]:
             except OSError:
                 break
         yield held
-        if held:
-            with contextlib.suppress(OSError):
-                os.fsync(descriptor)
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
