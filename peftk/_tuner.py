@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ._plan import Plan, attach, biases, plan_of, replace_module
 from .nn import PeftConfig
-from .nn._base import AdapterLayer, check_adapter_name, check_finite
+from .nn._base import AdapterLayer, check_finite
+from .nn.config import check_adapter_name
 from .nn.saved import ModulesToSaveWrapper
 from .targets import candidates, describe_unknown
 

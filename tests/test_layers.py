@@ -330,6 +330,8 @@ def test_the_base_layer_is_called_when_its_call_matters():
         parametrised = make(config)
         nn.utils.parametrizations.weight_norm(parametrised.base_layer)
         assert_close(parametrised(x), reference(parametrised, x), torch.float32)
+        with pytest.raises(ValueError, match="parametrization"):
+            parametrised.merge()
         trained = make(config)
         trained.base_layer.weight.requires_grad_(True)
         trained(x).sum().backward()

@@ -178,6 +178,14 @@ def test_bad_targets_are_refused_and_nothing_changes(config, error, text):
     assert config.to_dict() == values
 
 
+def test_modules_that_no_file_can_hold_are_refused_before_training():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="num_batches_tracked"):
+        get_peft_model(model, lora(target_modules=["0"], modules_to_save=["1"]))
+    assert_unchanged(model, before)
+
+
 def test_conv1d_of_gpt2_is_refused_by_name():
     model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
     for spec in (None, "all-linear"):

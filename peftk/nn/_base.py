@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .config import PeftConfig
+from .config import PeftConfig, check_adapter_name
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -33,18 +33,6 @@ class Adapter:
         for container, module in self.modules.items():
             for name, parameter in module.named_parameters():
                 yield f"{container}.{name}", parameter
-
-
-def check_adapter_name(name: object) -> str:
-    """Return `name`, or raise if it can name neither a parameter container nor a folder."""
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name: expected a string, got {name!r}")
-    if not name or any(c in name for c in "./\\\0") or hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f"adapter_name: expected a non-empty name without '.', '/' or '\\' that is no attribute of "
-            f"nn.ModuleDict, got {name!r}"
-        )
-    return name
 
 
 def why_unsupported(layer: nn.Module) -> str | None:
@@ -300,6 +288,10 @@ class AdapterLayer(nn.Module):
         names = [*self.merged_adapters, *self._to_merge(adapter_names)]
         base = {"weight": self.base_layer.weight, "bias": self.base_layer.bias}
         weight = base["weight"]
+        if "weight" not in self.base_layer._parameters:
+            raise ValueError(
+                "merge: the base weight is computed from other parameters; remove its parametrization first"
+            )
         if weight.numel() == 0 and self.in_features * self.out_features:
             raise ValueError("merge: the base weight is an empty shard; gather it first")
         wide = torch.float32 if weight.dtype in _HALF or weight.device.type == "mps" else torch.float64

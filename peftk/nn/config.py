@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+from torch import nn
+
 PEFT_FORMAT_VERSION = "0.21.2"
 """The release of Hugging Face PEFT whose configuration and checkpoint format peftk reads and writes."""
 
@@ -78,6 +80,18 @@ def check_regex(name: str, value: str) -> None:
         raise ValueError(f"{name}: expected a regular expression, got {value!r} ({error})") from None
     if not value:
         raise ValueError(f"{name}: expected a non-empty string")
+
+
+def check_adapter_name(name: object) -> str:
+    """Return `name`, or raise if it can name neither a parameter container nor a folder."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: expected a string, got {name!r}")
+    if not name or any(c in name for c in "./\\\0") or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name: expected a non-empty name without '.', '/' or '\\' that is no attribute of "
+            f"nn.ModuleDict, got {name!r}"
+        )
+    return name
 
 
 def check_names(name: str, value: object) -> None:
