@@ -27,6 +27,7 @@ int64_t grain(int64_t size) { return 1 + 100000 / (size * size * size); }
 void cayley(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
             Tensor& out) {
   check_float(out, "out");
+  STD_TORCH_CHECK(block_size >= 1, "block_size: expected a positive integer; got ", block_size);
   const int64_t terms = static_cast<int64_t>(polynomial.size());
   const int64_t count = out.numel() / (block_size * block_size);
   STD_TORCH_CHECK(out.numel() == count * block_size * block_size, "out: expected shape (nb, b, b)");

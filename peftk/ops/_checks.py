@@ -61,7 +61,8 @@ def check_scale(scale: object) -> float:
     """
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or a 0-dimensional tensor; got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    # A comparison, unlike math.isfinite, can be traced with a symbolic number; it refuses NaN too.
+    if not abs(scale) < math.inf:
         raise ValueError(f"scale: expected a finite number; got {scale}")
     return float(scale)
 
