@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from peftk.checkpoint import read_adapter, read_config
+from peftk.checkpoint import CheckpointError, TensorFile, read_adapter, read_config, read_safetensors
 from peftk.checkpoint._container import memory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -44,3 +46,26 @@ def assert_holds(folder: Path, tensors: dict[str, Tensor], config: dict) -> None
 
 def hidden(folder: Path) -> list[str]:
     return sorted(set(os.listdir(folder)) - {WEIGHTS, CONFIG})
+
+
+def container(header: object, payload: bytes = b"", length: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + payload
+
+
+def tensor(dtype: object, shape: object, begin: object, end: object) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def attempt(file: Path, content: bytes) -> TensorFile | None:
+    """The file if it is accepted; None if it is refused as it should be: by name, briefly, and nothing else raised."""
+    file.write_bytes(content)
+    try:
+        return read_safetensors(file)
+    except CheckpointError as error:
+        assert str(file) in str(error) and len(str(error)) < 5000
+        return None
+
+
+def header_end(content: bytes) -> int:
+    return 8 + int.from_bytes(content[:8], "little")

@@ -211,6 +211,11 @@ def scan_safetensors(path: str | os.PathLike[str]) -> tuple[TensorFile, list[str
         if stream.read(1):
             raise CheckpointError(file, f"grew while it was read: expected {size} bytes; read it again")
     verified = DIGESTS_KEY in metadata
+    if not verified and any("peftk" in key or f'"{METADATA_KEY}"' in value for key, value in metadata.items()):
+        # Otherwise one damaged letter of that name would switch all the digests off.
+        raise CheckpointError(
+            file, f"metadata: {DIGESTS_KEY} expected, as peftk wrote this file, got {shown([*metadata])}"
+        )
     problems = _digest_problems(tensors, metadata) if verified else []
     values = ((name, _value_problem(tensor)) for name, tensor in tensors.items())
     problems += capped(
