@@ -27,8 +27,8 @@ struct BlockRotateBackwardParams {
   Dtype dtype;
 };
 
-// Rows of a tile: x, y and the block stay in the first-level cache together.
-constexpr int64_t kRotateRows = 64;
+// Rows of a tile: x, y and the block stay in the first-level cache together. A multiple of the six of a strip.
+constexpr int64_t kRotateRows = 48;
 
 void block_rotate_cpu(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end);
 void block_rotate_backward_cpu(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end);

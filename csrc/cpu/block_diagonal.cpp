@@ -1,6 +1,7 @@
 #include "../block_diagonal.h"
 
 #include <memory>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -8,6 +9,31 @@ namespace peftk {
 namespace {
 
 PEFTK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A tile that a product reads: in place where it is made of whole vectors of floats, else a padded copy.
+struct Tile {
+  const float* data;
+  int64_t ld;
+};
+
+template <typename T>
+PEFTK_INLINE Tile read_tile(const T* from, int64_t stride, int64_t rows, int64_t size, bool copy, float* scratch) {
+  if constexpr (std::is_same_v<T, float>)
+    if (!copy && size % kLanes == 0) return {from, stride};
+  load_tile(from, stride, rows, size, scratch, padded(size));
+  return {scratch, padded(size)};
+}
+
+// y (rows, size) = x @ block, written in place where it is made of whole vectors of floats.
+template <typename T>
+PEFTK_INLINE void rotate_tile(Tile x, const float* block, int64_t rows, int64_t size, T* y, int64_t stride,
+                              float* scratch) {
+  const int64_t ld = padded(size);
+  if constexpr (std::is_same_v<T, float>)
+    if (size == ld) return product({x.data, x.ld, 1}, block, ld, y, stride, rows, ld, size, false);
+  product({x.data, x.ld, 1}, block, ld, scratch, ld, rows, ld, size, false);
+  store_tile(scratch, ld, rows, size, y, stride);
+}
 
 template <typename T>
 PEFTK_INLINE void rotate_tiles(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
@@ -17,9 +43,8 @@ PEFTK_INLINE void rotate_tiles(const BlockRotateParams& p, const float* packed, 
     const int64_t row = tile * kRotateRows, rows = smaller(kRotateRows, p.rows - row);
     for (int64_t n = 0; n < p.count; ++n) {
       const int64_t at = row * features + n * b;
-      load_tile(static_cast<const T*>(p.x) + at, features, rows, b, in.get(), ld);
-      product({in.get(), ld, 1}, packed + n * b * ld, ld, out.get(), ld, rows, ld, b, false);
-      store_tile(out.get(), ld, rows, b, static_cast<T*>(p.y) + at, features);
+      const Tile x = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, false, in.get());
+      rotate_tile(x, packed + n * b * ld, rows, b, static_cast<T*>(p.y) + at, features, out.get());
     }
   }
 }
@@ -45,16 +70,12 @@ PEFTK_INLINE void visit_tasks(const BlockRotateBackwardParams& p, const float* p
       const int64_t row = tile * kRotateRows, rows = smaller(kRotateRows, p.rows - row);
       const int64_t at = row * features + n * b;
       // The copy of grad lets dx overwrite it.
-      load_tile(static_cast<const T*>(p.grad) + at, features, rows, b, grad.get(), ld);
-      if (p.dx) {
-        product({grad.get(), ld, 1}, packed + n * b * ld, ld, dx.get(), ld, rows, ld, b, false);
-        store_tile(dx.get(), ld, rows, b, static_cast<T*>(p.dx) + at, features);
-      }
+      const Tile g = read_tile(static_cast<const T*>(p.grad) + at, features, rows, b, p.dx == p.grad, grad.get());
+      if (p.dx) rotate_tile(g, packed + n * b * ld, rows, b, static_cast<T*>(p.dx) + at, features, dx.get());
       if (partial) {
-        load_tile(static_cast<const T*>(p.x) + at, features, rows, b, x.get(), ld);
-        const float* left = p.transpose ? grad.get() : x.get();
-        const float* right = p.transpose ? x.get() : grad.get();
-        product({left, 1, ld}, right, ld, partial, ld, b, ld, rows, true);
+        const Tile in = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, false, x.get());
+        const Tile left = p.transpose ? g : in, right = p.transpose ? in : g;
+        product({left.data, 1, left.ld}, right.data, right.ld, partial, ld, b, ld, rows, true);
       }
     }
   }

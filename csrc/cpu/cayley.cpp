@@ -34,13 +34,13 @@ PEFTK_INLINE void invert(const float* packed, int64_t n, double* a, float* out) 
     }
   }
   for (int64_t p = 0; p < n; ++p) {
-    double* pivot = a + p * n;
+    double* __restrict pivot = a + p * n;
     const double inverse = 1.0 / pivot[p];
     pivot[p] = 1.0;
     for (int64_t j = 0; j < n; ++j) pivot[j] *= inverse;
     for (int64_t i = 0; i < n; ++i) {
       if (i == p) continue;
-      double* row = a + i * n;
+      double* __restrict row = a + i * n;
       const double factor = row[p];
       row[p] = 0.0;
       for (int64_t j = 0; j < n; ++j) row[j] -= factor * pivot[j];
