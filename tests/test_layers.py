@@ -183,6 +183,39 @@ def test_several_adapters_act_together_and_merge_in_order(kind):
     assert not layer.merged
 
 
+def test_scales_are_those_of_the_papers():
+    assert make(CONFIGS["lora"]).scaling["default"] == 5 / 3
+    assert make(CONFIGS["rslora"]).scaling["default"] == 6 / 2
+
+
+@pytest.mark.parametrize("name", ["lora", "oft"])
+def test_merging_again_starts_from_the_weight_of_now(name):
+    layer = make(CONFIGS[name])
+    layer.merge()
+    layer.unmerge()
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2)
+    x = torch.randn(3, I)
+    expected = reference(layer, x)
+    layer.merge()
+    assert_close(layer(x), expected, torch.float32)
+
+
+class Rounding(nn.Linear):
+    """A linear layer that answers in another dtype."""
+
+    def forward(self, x):
+        return super().forward(x).bfloat16()
+
+
+def test_the_output_has_the_dtype_of_the_base_layer():
+    layer = LoRALinear(Rounding(I, O), CONFIGS["lora"])
+    x = torch.randn(3, I)
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, reference(layer, x), torch.bfloat16)
+
+
 def reference_of(layer, x, names):
     twin = copy.deepcopy(layer)
     twin.unmerge()
@@ -319,6 +352,7 @@ def test_the_base_layer_is_called_when_its_call_matters():
             handle = getattr(layer.base_layer, register)(lambda *args, calls=calls: calls.append(1))
             assert_close(layer(x), expected.double(), torch.float32)
             handle.remove()
+        assert len(calls) == 2
         handle = nn.modules.module.register_module_forward_hook(lambda m, *_, calls=calls: calls.append(m))
         assert_close(layer(x), expected.double(), torch.float32)
         handle.remove()

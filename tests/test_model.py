@@ -186,6 +186,16 @@ def test_modules_that_no_file_can_hold_are_refused_before_training():
     assert_unchanged(model, before)
 
 
+def test_the_configuration_of_the_caller_is_not_changed():
+    config = lora(target_modules="all-linear", task_type="SEQ_CLS")
+    values = config.to_dict()
+    model = get_peft_model(toy(), config)
+    assert config.to_dict() == values
+    assert model.peft_config["default"].target_modules == {
+        f"layers.{i}.{n}" for i in range(3) for n in ("query", "value")
+    }
+
+
 def test_conv1d_of_gpt2_is_refused_by_name():
     model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
     for spec in (None, "all-linear"):
@@ -298,11 +308,12 @@ def test_fully_trained_modules():
     model.add_adapter("other", lora(modules_to_save=["classifier"]))
     assert "base_model.model.classifier.modules_to_save.default.weight" in trainable(model)
     assert model.get_base_model().classifier.out_features == 4
+    model.add_adapter("third", lora(modules_to_save=["0.conv", "classifier"], exclude_modules=["0.query"]))
+    model.set_adapter("other")
     before = snapshot(model)
     with pytest.raises(ValueError, match="only one of"):
-        model.set_adapter(["default", "other"])
+        model.set_adapter(["third", "other"])
     assert_unchanged(model, before)
-    model.set_adapter("other")
     assert {n for n in trainable(model) if "classifier" in n} == {
         "base_model.model.classifier.modules_to_save.other.weight",
         "base_model.model.classifier.modules_to_save.other.bias",
