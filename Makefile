@@ -1,0 +1,93 @@
+# Every target does its own set-up in $(VENV); a second call skips what is done. Read README.md first.
+
+PYTHON ?= python3
+VENV ?= .venv
+CXX ?= g++
+JOBS ?= 2
+ARGS ?=
+
+export CXX
+export MAX_JOBS ?= $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+DONE := $(VENV)/.peftk
+SOURCES := setup.py pyproject.toml peftk/_version.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format doctor setup clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(DONE)-demo  ## Train, merge and save an adapter on a real model; ARGS="--method oft" and the like
+	$(BIN)/python -m peftk demo $(ARGS)
+
+# One thread for each of the workers, or they would take the cores from each other.
+test: $(DONE)-test  ## Check the style and run every test; ARGS="-k cayley" and the like
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q $(ARGS)
+
+bench: $(DONE)-bench  ## Time operators and layers beside their peers, and write the report
+	$(BIN)/python -m peftk bench $(ARGS)
+
+doctor: $(DONE)-native  ## Say what runs on this machine, and test it
+	$(BIN)/python -m peftk doctor $(ARGS)
+
+lint: $(DONE)-lint  ## Check the style of Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+
+format: $(DONE)-lint  ## Rewrite Python and C++ in that style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp')
+
+setup: $(DONE)-native  ## Only build and install, into $(VENV)
+
+clean:  ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info peftk/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DONE)-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo 'make: expected Python 3.10 or newer as $(PYTHON); set PYTHON=...'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo 'make: $(PYTHON) cannot make virtual environments; install the system package python3-venv'; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+		|| { echo 'make: the headers of $(PYTHON) are missing; install the system package python3-dev'; exit 1; }
+	@echo 'int main() { return [](auto x) requires true { return x; }(0); }' \
+		| $(CXX) -std=c++20 -x c++ -fsyntax-only - 2>/dev/null \
+		|| { echo 'make: $(CXX) does not compile C++20; install the system package g++ (10 or newer), or set CXX=...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and pinned, so that nothing installed later can move it; not quiet, because it may be a long download.
+$(DONE)-torch: constraints.txt | $(DONE)-venv
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(PIP) setuptools ninja pybind11 packaging
+	@touch $@
+
+$(DONE)-native: $(SOURCES) $(DONE)-torch
+	$(PIP) --no-build-isolation --no-deps --editable .
+	$(PIP) peftk
+	@touch $@
+
+$(DONE)-demo: $(DONE)-native
+	$(PIP) 'peftk[demo]'
+	@touch $@
+
+$(DONE)-test: $(DONE)-native
+	$(PIP) 'peftk[test,demo,lint]'
+	@touch $@
+
+$(DONE)-bench: $(DONE)-native
+	$(PIP) 'peftk[bench,demo]'
+	@touch $@
+
+$(DONE)-lint: $(DONE)-native
+	$(PIP) 'peftk[lint]'
+	@touch $@
