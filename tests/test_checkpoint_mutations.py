@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_files import WEIGHTS, adapter, attempt, container, header_end, same, shapes_of, tensor
+from checkpoint_files import WEIGHTS, adapter, attempt, container, header_end, overwrite, same, shapes_of, tensor
 from torch import Tensor
 
 from peftk.checkpoint import CheckpointError, read_adapter, read_safetensors, write_adapter
@@ -122,7 +122,7 @@ def test_header_flips_of_other_files_never_reach_a_model(
     for case in range(2000):
         flipped = bytearray(content)
         flipped[rng.randrange(header_end(content))] ^= 1 << rng.randrange(8)
-        (tmp_path / WEIGHTS).write_bytes(bytes(flipped))
+        overwrite(tmp_path / WEIGHTS, bytes(flipped))
         with contextlib.suppress(CheckpointError):
             assert same(read_adapter(tmp_path, shapes_of(tensors)), tensors), case
 
