@@ -69,11 +69,12 @@ PEFTK_INLINE void visit_tasks(const BlockRotateBackwardParams& p, const float* p
     for (int64_t tile = tiles * chunk / p.chunks; tile < tiles * (chunk + 1) / p.chunks; ++tile) {
       const int64_t row = tile * kRotateRows, rows = smaller(kRotateRows, p.rows - row);
       const int64_t at = row * features + n * b;
-      // The copy of grad lets dx overwrite it.
-      const Tile g = read_tile(static_cast<const T*>(p.grad) + at, features, rows, b, p.dx == p.grad, grad.get());
+      // Copies, because dx may overwrite grad, and because rows that lie a power of two apart evict each other from
+      // the cache while the block's gradient walks over them again and again.
+      const Tile g = read_tile(static_cast<const T*>(p.grad) + at, features, rows, b, true, grad.get());
       if (p.dx) rotate_tile(g, packed + n * b * ld, rows, b, static_cast<T*>(p.dx) + at, features, dx.get());
       if (partial) {
-        const Tile in = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, false, x.get());
+        const Tile in = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, true, x.get());
         const Tile left = p.transpose ? g : in, right = p.transpose ? in : g;
         product({left.data, 1, left.ld}, right.data, right.ld, partial, ld, b, ld, rows, true);
       }
