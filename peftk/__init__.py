@@ -5,12 +5,15 @@ from ._config import use_backend
 from ._registry import explain
 from ._version import __version__
 from .model import PeftModel, get_peft_model
-from .nn import LoraConfig, OFTConfig
+from .nn import LoraConfig, OFTConfig, PeftConfig, PeftType, TaskType
 
 __all__ = [
     "LoraConfig",
     "OFTConfig",
+    "PeftConfig",
     "PeftModel",
+    "PeftType",
+    "TaskType",
     "__version__",
     "explain",
     "functional",

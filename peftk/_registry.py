@@ -159,7 +159,7 @@ class Operator:
         return kernel(*args)
 
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, bool, int, float, list, type(None))
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, list, type(None)))
 
 
 def _plain(args: tuple) -> bool:
@@ -169,7 +169,7 @@ def _plain(args: tuple) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch.autograd._profiler_enabled()
         and not torch.is_grad_enabled()
-        and all(type(a) in _PLAIN_TYPES for a in args)
+        and _PLAIN_TYPES.issuperset(map(type, args))
     )
 
 

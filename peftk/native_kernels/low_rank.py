@@ -24,8 +24,17 @@ def _dropout_(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _as_rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """Undo `_as_rows`: give rows the leading dimensions of x."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
+
+
 def _dropped_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    rows = _as_rows(x)
     if seed is None:
         return rows
     return _dropout_(rows.contiguous(), dropout_p, seed, torch.empty(rows.shape, dtype=rows.dtype))
@@ -34,7 +43,7 @@ def _dropped_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
 def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
         return hidden
-    return (hidden * (gate if gate.dim() == 1 else gate.reshape(hidden.shape))).to(hidden.dtype)
+    return (hidden * (gate if gate.dim() == 1 else _as_rows(gate))).to(hidden.dtype)
 
 
 def _scaled_(x: Tensor, scale: float) -> Tensor:
@@ -53,8 +62,8 @@ def _expand_(
 ) -> Tensor:
     """Add the low-rank product onto a buffer that nobody else holds, and return the rank-sized product."""
     hidden = linear(_dropped_rows(x, dropout_p, seed), a)
-    out.view(-1, b.shape[0]).addmm_(_gated(hidden, gate), b.mT, alpha=scale)
-    return hidden.view(*x.shape[:-1], a.shape[0])
+    _as_rows(out).addmm_(_gated(hidden, gate), b.mT, alpha=scale)
+    return _like(hidden, x)
 
 
 def low_rank_add_supports(
@@ -85,8 +94,8 @@ def low_rank_add(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
     hidden = linear(_dropped_rows(x, dropout_p, seed), a)
-    rows = torch.addmm(base.reshape(hidden.shape[0], base.shape[-1]), _gated(hidden, gate), b.mT, alpha=scale)
-    return rows.view(base.shape), hidden.view(*x.shape[:-1], a.shape[0])
+    rows = torch.addmm(_as_rows(base), _gated(hidden, gate), b.mT, alpha=scale)
+    return _like(rows, base), _like(hidden, x)
 
 
 def low_rank_linear_supports(x: Tensor, *args: object) -> str | None:
@@ -128,8 +137,7 @@ def _gradients(
     need_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = da = db = dgate = grad.new_empty(0)
-    tokens, rank = x.shape[:-1].numel(), a.shape[0]
-    rows, hidden = grad.reshape(tokens, b.shape[0]), hidden.reshape(tokens, rank)
+    rows, hidden = _as_rows(grad), _as_rows(hidden)
     dhidden = _scaled_(torch.mm(rows, b), scale)
     if need_b:
         # MKL computes the transposed product twice as fast as this one.
@@ -146,7 +154,7 @@ def _gradients(
             _dropout_(dx, dropout_p, seed, dx)
         if weight is not None:
             dx.addmm_(rows, weight)
-        dx = dx.view(x.shape)
+        dx = _like(dx, x)
     return dx, da, db, dgate
 
 
@@ -174,5 +182,5 @@ def low_rank_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b, the gate and the bias; an empty tensor for one not needed."""
     *args, need_bias = args
-    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
+    dbias = _as_rows(grad).sum(0) if need_bias else grad.new_empty(0)
     return *_gradients(grad, x, hidden, weight, a, b, *args), dbias

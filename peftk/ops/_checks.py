@@ -33,8 +33,10 @@ def check_shape(name: str, value: Tensor, expected: tuple[int | None, ...], mean
     Raises:
         ValueError: if it differs.
     """
+    if value.shape == expected:
+        return
     shape = value.shape
-    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
+    if len(shape) != len(expected) or any(e not in (None, s) for s, e in zip(shape, expected, strict=True)):
         wanted = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name}: expected shape {meaning} = ({wanted}); got {tuple(shape)}")
 
@@ -65,6 +67,11 @@ def check_scale(scale: object) -> float:
     if not abs(scale) < math.inf:
         raise ValueError(f"scale: expected a finite number; got {scale}")
     return float(scale)
+
+
+def cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast a tensor, if there is one, without the half microsecond that ``Tensor.to`` costs to do nothing."""
+    return value if value is None or value.dtype is dtype else value.to(dtype)
 
 
 def autocast_input(x: Tensor) -> Tensor:

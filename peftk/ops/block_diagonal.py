@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _registry
 from .._tuning import power_bucket
 from ._autograd import apply, run_backward
-from ._checks import autocast_input, check_frozen, check_shape, check_tensor
+from ._checks import autocast_input, cast, check_frozen, check_shape, check_tensor
 
 __all__ = ["block_rotate", "block_rotate_linear"]
 
@@ -30,7 +30,7 @@ def _check_rotation(x: Tensor, blocks: Tensor) -> None:
 
 def _block_dtype(x: Tensor, blocks: Tensor) -> Tensor:
     # float64 activations keep float64 blocks and the reverse; everything else computes in float32 inside.
-    return blocks.to(x.dtype) if torch.float64 in (x.dtype, blocks.dtype) else blocks
+    return cast(blocks, x.dtype) if x.dtype is torch.float64 or blocks.dtype is torch.float64 else blocks
 
 
 def _prepare_rotate(x: Tensor, blocks: Tensor, *, transpose: bool = False) -> tuple:
@@ -48,8 +48,7 @@ def _prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tens
     if bias is not None:
         check_tensor("bias", bias, like=x)
         check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
-        bias = bias.to(x.dtype)
-    return x, weight.to(x.dtype), bias, _block_dtype(x, blocks)
+    return x, cast(weight, x.dtype), cast(bias, x.dtype), _block_dtype(x, blocks)
 
 
 def _rotate_flops(x: torch.Size, blocks: torch.Size, *_args: object, **_kwargs: object) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _registry
 from .._tuning import power_bucket
 from ._autograd import apply, run_backward
-from ._checks import autocast_input, check_frozen, check_scale, check_shape, check_tensor
+from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor
 
 __all__ = ["low_rank_add", "low_rank_linear"]
 
@@ -19,10 +19,13 @@ def _check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
         raise ValueError("x: expected at least 1 dimension (..., in_features); got a 0-dimensional tensor")
     check_tensor("a", a, like=x)
     check_tensor("b", b, like=x)
-    check_shape("a", a, (None, x.shape[-1]), "(rank, in_features)")
-    if a.shape[0] == 0:
-        raise ValueError(f"a: expected shape (rank, in_features) with rank >= 1; got {tuple(a.shape)}")
-    check_shape("b", b, (None, a.shape[0]), "(out_features, rank)")
+    features = x.shape[-1]
+    if a.dim() != 2 or a.shape[1] != features or a.shape[0] == 0:
+        raise ValueError(
+            f"a: expected shape (rank, in_features) = (rank, {features}) with rank >= 1; got {tuple(a.shape)}"
+        )
+    if b.dim() != 2 or b.shape[1] != a.shape[0]:
+        raise ValueError(f"b: expected shape (out_features, rank) = (any, {a.shape[0]}); got {tuple(b.shape)}")
 
 
 def _prepare_gate(x: Tensor, a: Tensor, scale: float | Tensor, gate: Tensor | None) -> tuple[Tensor | None, float]:
@@ -62,8 +65,8 @@ def _prepare_dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tens
 def _factors(x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     # Rounding the small factors to the dtype of x is the cast that PEFT applies to x itself, at full size. The gate,
     # smaller still, stays exact: its gradient is a long sum.
-    exact = torch.promote_types(x.dtype, torch.float32)
-    return a.to(x.dtype), b.to(x.dtype), None if gate is None else gate.to(exact)
+    exact = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return cast(a, x.dtype), cast(b, x.dtype), cast(gate, exact)
 
 
 def _prepare_add(
@@ -107,8 +110,14 @@ def _prepare_linear(
         check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
     gate, scale = _prepare_gate(x, a, scale, gate)
     x = autocast_input(x)
-    bias = None if bias is None else bias.to(x.dtype)
-    return (x, weight.to(x.dtype), bias, *_factors(x, a, b, gate), scale, *_prepare_dropout(dropout_p, seed))
+    return (
+        x,
+        cast(weight, x.dtype),
+        cast(bias, x.dtype),
+        *_factors(x, a, b, gate),
+        scale,
+        *_prepare_dropout(dropout_p, seed),
+    )
 
 
 def _rows(x: Tensor) -> int:
