@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_files import CONFIG, WEIGHTS, adapter, assert_holds, same, shapes_of
+from checkpoint_files import CONFIG, WEIGHTS, adapter, assert_holds, header_end, same, shapes_of
 from torch import Tensor, nn
 
 from peftk.checkpoint import CheckpointError, read_adapter, read_config, read_safetensors, write_adapter
@@ -40,6 +40,10 @@ def test_mixed_widths_are_aligned_and_readable_by_the_safetensors_library(tmp_pa
     }
     write_adapter(tmp_path, tensors, {})
     assert same(safetensors.torch.load_file(tmp_path / WEIGHTS), tensors)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    header = json.loads(content[8 : header_end(content)])
+    assert header_end(content) % 8 == 0
+    assert all(header[name]["data_offsets"][0] % tensor.element_size() == 0 for name, tensor in tensors.items())
     assert same(read_adapter(tmp_path, shapes_of(tensors)), tensors)
 
 

@@ -153,6 +153,17 @@ def test_digests_that_do_not_cover_the_file(tmp_path: Path, ours: tuple[dict[str
     assert attempt(tmp_path / "t.safetensors", container(header, payload)) is None
 
 
+def test_digests_cover_shape_and_dtype(tmp_path: Path, ours: tuple[dict[str, Tensor], bytes]) -> None:
+    _, content = ours
+    end = header_end(content)
+    for key, field, value in (("base_model.model.fc.lora_A.weight", "shape", [6, 4]), ("n", "dtype", "F16")):
+        header = json.loads(content[8:end])
+        header[key][field] = value
+        (tmp_path / "t.safetensors").write_bytes(container(header, content[end:]))
+        with pytest.raises(CheckpointError, match=f"key '{key}': sha256 expected"):
+            read_safetensors(tmp_path / "t.safetensors")
+
+
 def test_a_damaged_value_names_its_key(tmp_path: Path, ours: tuple[dict[str, Tensor], bytes]) -> None:
     tensors, content = ours
     end = header_end(content)
