@@ -1,0 +1,1 @@
+"""Benchmarks of operators and layers beside their peers; `python -m benchmarks.run` runs them all."""

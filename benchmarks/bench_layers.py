@@ -1,0 +1,71 @@
+"""Layers, forward and backward, as a multiple of the frozen layer, beside their peers."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+from benchmarks.arms import Budget, compare
+from benchmarks.peers import Bench, Cell
+
+METHODS = (("lora", 16), ("oft-exact", 32), ("oft-neumann", 32))
+F32, BF16 = torch.float32, torch.bfloat16
+TOKENS = 512
+
+# Seconds for one product on this device above which a cell cannot be sampled often enough to mean anything.
+LONGEST_PRODUCT = 5.0
+
+
+def _cells() -> list:
+    cells = [Cell(method, size, 1024, TOKENS, F32, F32) for method, size in METHODS]
+    cells += [Cell(method, size, 4096, TOKENS, F32, F32) for method, size in METHODS]
+    for features in (1024, 4096):
+        for method, size in METHODS:
+            cells += [Cell(method, size, features, TOKENS, BF16, parameters) for parameters in (F32, BF16)]
+    return [pytest.param(c, id=str(c), marks=[pytest.mark.full_run] if c.features > 1024 else []) for c in cells]
+
+
+def seconds_of_product(cell: Cell) -> float:
+    """Estimate how long ``grad @ weight`` takes from a sixteenth of it or less."""
+    from peftk.testing.timing import Weave
+
+    size = min(cell.features, 1024)
+    rows = max(1, cell.tokens * 1024**2 // (16 * size**2))
+    grad, weight = torch.ones(rows, size, dtype=cell.dtype), torch.ones(size, size, dtype=cell.dtype)
+    weave = Weave({"product": lambda: grad @ weight})
+    scale = cell.tokens * cell.features**2 / (rows * size**2)
+    return min(weave.run(2)["product"]) * scale
+
+
+@pytest.mark.parametrize("cell", _cells())
+def test_layer(cell: Cell, benchmark, budget: Budget, request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--bench-quick"):
+        cell = dataclasses.replace(cell, tokens=64, features=256)
+    seconds = seconds_of_product(cell)
+    if seconds > LONGEST_PRODUCT:
+        pytest.skip(
+            f"not measured on this device: one {cell.tokens} x {cell.features} x {cell.features} product in "
+            f"{cell.dtype} takes about {seconds:.0f} s (no hardware for it)"
+        )
+    slow = f"left out: every sample takes {2 * seconds:.1f} s or more here, in the same slow products as the other arms"
+    leave_out = {"compile": slow, "peftk-torch": slow} if seconds > 0.5 else {}
+    benchmark.group = f"layer {cell}"
+    info = {
+        "suite": "layers",
+        "cell": str(cell),
+        "method": cell.method,
+        "mode": "forward+backward",
+        "tokens": cell.tokens,
+        "in_features": cell.features,
+        "out_features": cell.features,
+        "size": cell.size,
+        "dtype": str(cell.dtype).removeprefix("torch."),
+        "parameters": str(cell.parameters).removeprefix("torch."),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arms = Bench(cell).arms(leave_out)
+        compare(benchmark, arms, "frozen", info, budget)

@@ -1,0 +1,60 @@
+"""Float64 truths of the layers: dense formulas that share nothing with any arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from peftk.testing.cases import block_diagonal, low_rank
+from peftk.testing.compare import error
+
+Values = dict[str, Tensor]
+
+
+def skew(packed: Tensor, size: int) -> Tensor:
+    """Unpack the upper triangles into skew-symmetric matrices."""
+    upper = packed.new_zeros(len(packed), size, size)
+    rows, columns = torch.triu_indices(size, size, 1)
+    upper = upper.index_put((torch.arange(len(packed))[:, None], rows, columns), packed)
+    return upper - upper.mT
+
+
+def cayley(packed: Tensor, size: int, neumann: bool) -> Tensor:
+    """Invert, or add up the powers that five terms mean."""
+    s = skew(packed, size)
+    eye = torch.eye(size, dtype=s.dtype)
+    if not neumann:
+        return (eye - s) @ torch.linalg.inv(eye + s)
+    return eye + 2 * s + 2 * s @ s + 2 * s @ s @ s + s @ s @ s @ s
+
+
+def lora(x: Tensor, weight: Tensor, bias: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
+    """Multiply by the dense merged weight."""
+    return low_rank.linear(x, weight, bias, a, b, scale)
+
+
+def oft(x: Tensor, weight: Tensor, bias: Tensor, size: int, neumann: bool, packed: Tensor) -> Tensor:
+    """Multiply by the dense rotation, then by the weight."""
+    return block_diagonal.rotate_linear(x, weight, bias, cayley(packed, size, neumann))
+
+
+def oft_of_output(x: Tensor, weight: Tensor, bias: Tensor, oft_blocks: Tensor) -> Tensor:
+    """Multiply by the weight, then by the dense rotation: the layer of LyCORIS' diag-oft."""
+    q = oft_blocks - oft_blocks.mT
+    eye = torch.eye(q.shape[-1], dtype=q.dtype)
+    return block_diagonal.rotate(x @ weight.mT + bias, (eye + q) @ torch.linalg.inv(eye - q))
+
+
+def differentiate(formula: Callable[..., Tensor], values: Values, grad: Tensor) -> Values:
+    """Return the output and the gradient in every value, in float64, for an incoming gradient."""
+    exact = {name: value.detach().double().requires_grad_() for name, value in values.items()}
+    y = formula(**exact)
+    gradients = torch.autograd.grad(y, list(exact.values()), grad.double())
+    return {"output": y.detach(), **{f"d{name}": g for name, g in zip(exact, gradients, strict=True)}}
+
+
+def errors(found: Values, truth: Values) -> dict[str, float]:
+    """Return the relative error, in the Frobenius norm, of everything that the truth names."""
+    return {name: error(found[name], exact).norm for name, exact in truth.items()}
