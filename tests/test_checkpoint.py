@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_mixed_widths_are_aligned_and_readable_by_the_safetensors_library(tmp_path: Path) -> None:
     tensors = {
-        f"{dtype}.{size}".replace("torch.", ""): torch.arange(size).to(dtype)
+        f"{dtype.itemsize} {dtype} {size}": torch.arange(size).to(dtype)
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2)
         for size in (1, 3, 7)
     }
