@@ -1,0 +1,424 @@
+"""``python -m peftk doctor``: what this machine has, which backend runs each operator and why, and whether it is right.
+
+The self-test runs every public operator, forward and backward, on every backend that can, against its dense formula
+differentiated in float64. A backend that is not there is a state that is shown, not a failure.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from .. import _config, _registry, _tuning, functional
+from .._version import __version__
+from ..native_kernels import unavailable
+from ..testing.calls import Call
+from ..testing.compare import LIMITS, error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = 1
+"""The version of the JSON report; it rises when a field goes or changes its meaning."""
+
+WIDTH = 100
+TERMS = 5
+TOKENS, FEATURES = 128, 512
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One operator on small inputs, and its dense formula.
+
+    Attributes:
+        operator: the name of the public function.
+        variant: tells the trials of one operator apart; empty if there is only one.
+        inputs: its tensors by name; all of them are differentiated in, except a weight.
+        call: the public function of these tensors.
+        formula: the same in plain dense algebra.
+    """
+
+    operator: str
+    variant: str
+    inputs: dict[str, Tensor]
+    call: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+
+
+def _skew(packed: Tensor, size: int) -> Tensor:
+    row, column = torch.triu_indices(size, size, 1, device=packed.device)
+    upper = packed.new_zeros(len(packed), size, size).index_put(
+        (torch.arange(len(packed))[:, None], row, column), packed
+    )
+    return upper - upper.mT
+
+
+def _exact(packed: Tensor, size: int) -> Tensor:
+    skew = _skew(packed, size)
+    eye = torch.eye(size, dtype=packed.dtype, device=packed.device)
+    return (eye - skew) @ torch.linalg.inv(eye + skew)
+
+
+def _neumann(packed: Tensor, size: int) -> Tensor:
+    skew = _skew(packed, size)
+    eye = torch.eye(size, dtype=packed.dtype, device=packed.device)
+    # The last of the five terms has half the weight of the others.
+    return eye + 2 * skew + 2 * skew @ skew + 2 * skew @ skew @ skew + skew @ skew @ skew @ skew
+
+
+def trials(device: str = "cpu") -> list[Trial]:
+    """Return a trial of every public operator."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, spread: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * spread).to(device)
+
+    size, tokens, features, out, rank = 8, 33, 64, 48, 4
+    x, weight, bias = normal(tokens, features), normal(out, features, spread=features**-0.5), normal(out)
+    blocks, packed = normal(8, size, size, spread=size**-0.5), normal(8, size * (size - 1) // 2, spread=0.05)
+    a, b = normal(rank, features, spread=features**-0.5), normal(out, rank, spread=rank**-0.5)
+    base, scale, f = normal(tokens, out), 0.5, functional
+    return [
+        Trial(
+            "block_rotate",
+            "",
+            {"x": x, "blocks": blocks},
+            f.block_rotate,
+            lambda x, blocks: x @ torch.block_diag(*blocks),
+        ),
+        Trial(
+            "block_rotate_linear",
+            "",
+            {"x": x, "weight": weight, "bias": bias, "blocks": blocks},
+            f.block_rotate_linear,
+            lambda x, weight, bias, blocks: x @ torch.block_diag(*blocks) @ weight.mT + bias,
+        ),
+        Trial(
+            "cayley",
+            "exact",
+            {"packed": packed},
+            lambda packed: f.cayley(packed, size),
+            lambda packed: _exact(packed, size),
+        ),
+        Trial(
+            "cayley",
+            f"{TERMS} terms",
+            {"packed": packed},
+            lambda packed: f.cayley(packed, size, neumann_terms=TERMS),
+            lambda packed: _neumann(packed, size),
+        ),
+        Trial(
+            "low_rank_add",
+            "",
+            {"base": base, "x": x, "a": a, "b": b},
+            lambda base, x, a, b: f.low_rank_add(base, x, a, b, scale),
+            lambda base, x, a, b: base + scale * x @ (b @ a).mT,
+        ),
+        Trial(
+            "low_rank_linear",
+            "",
+            {"x": x, "weight": weight, "bias": bias, "a": a, "b": b},
+            lambda x, weight, bias, a, b: f.low_rank_linear(x, weight, bias, a, b, scale),
+            lambda x, weight, bias, a, b: x @ (weight + scale * b @ a).mT + bias,
+        ),
+    ]
+
+
+def _forward_backward(function: Callable[..., Tensor], inputs: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    leaves = {k: v.detach().to(dtype).requires_grad_(k != "weight") for k, v in inputs.items()}
+    y = function(**leaves)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return [y, *torch.autograd.grad(y, [v for v in leaves.values() if v.requires_grad], grad)]
+
+
+def run_trial(trial: Trial, backend: str) -> Report:
+    """Run a trial on one backend, and say how far it is from float64."""
+    limit = LIMITS[torch.float32]
+    found: Report = {
+        "operator": trial.operator,
+        "variant": trial.variant,
+        "backend": backend,
+        "device": next(iter(trial.inputs.values())).device.type,
+        "status": "failed",
+        "error": None,
+        "limit": limit,
+        "reason": None,
+    }
+    operator, backward = (_registry.OPERATORS[trial.operator + end] for end in ("", "_backward"))
+    for kernel in (operator.kernel(backend), backward.kernel(backend)):
+        if isinstance(kernel, str):
+            return found | {"status": "unavailable", "reason": kernel}
+    truth = _forward_backward(trial.formula, trial.inputs, torch.float64)
+    try:
+        with _config.use_backend(backend):
+            results = _forward_backward(trial.call, trial.inputs, torch.float32)
+    except Exception as failure:  # whatever a broken kernel raises is what the report is for
+        reason = str(failure).splitlines()[0] if str(failure) else ""
+        return found | {"reason": f"{type(failure).__name__}: {reason}"}
+    errors = [error(r, t).largest for r, t in zip(results, truth, strict=True)]
+    if not all(map(math.isfinite, errors)):
+        return found | {"reason": "the result is not finite"}
+    worst = max(errors)
+    return found | {"error": worst, "status": "passed" if worst <= limit else "failed"}
+
+
+def orthogonality(norms: tuple[float, ...] = (0.1, 0.5, 1.0), size: int = 32) -> list[Report]:
+    """Measure max |R R^T - I| of the transforms on skew-symmetric blocks of given spectral norms.
+
+    The exact transform passes if its error is that of float32. The series is not orthogonal by design: it passes if
+    float32 adds nothing to the error that the same series has in float64.
+    """
+    packed = torch.randn(4, size * (size - 1) // 2, generator=torch.Generator().manual_seed(0))
+    spectral = torch.linalg.matrix_norm(_skew(packed, size), ord=2)[:, None]
+    eye, rows = torch.eye(size, dtype=torch.float64), []
+
+    def distance(blocks: Tensor) -> float:
+        blocks = blocks.double()
+        return (blocks @ blocks.mT - eye).abs().max().item()
+
+    for terms in (None, TERMS):
+        for norm in norms:
+            scaled = packed / spectral * norm
+            found = distance(functional.cayley(scaled, size, neumann_terms=terms))
+            inherent = 0.0 if terms is None else distance(_neumann(scaled.double(), size))
+            limit = inherent + LIMITS[torch.float32]
+            rows.append(
+                {
+                    "transform": "exact" if terms is None else f"neumann, {terms} terms",
+                    "block_size": size,
+                    "norm": norm,
+                    "error": found,
+                    "limit": limit,
+                    "status": "passed" if found <= limit else "failed",
+                }
+            )
+    return rows
+
+
+def explain_operators(device: str = "cpu") -> list[Report]:
+    """Ask the registry about a representative call of every operator, forward and backward."""
+    rows = []
+    for name, operator in _registry.OPERATORS.items():
+        call = Call(name, TOKENS, FEATURES, FEATURES, 32 if "rotate" in name or "cayley" in name else 16)
+        found = operator.explain(call.arguments(device))
+        rows.append(
+            {"call": str(call), "device": device, **asdict(found), "candidates": list(map(asdict, found.candidates))}
+        )
+    return rows
+
+
+def extension() -> Report:
+    """Describe the compiled extension: whether it is there, and what it was built from."""
+    reason = unavailable()
+    if reason is not None:
+        return {"state": "missing", "reason": reason, "built_from": None, "capability": None}
+    from .. import _C
+
+    built = _C.build_info()
+    state, why = "loaded", None
+    if built["version"] != __version__:
+        state, why = "outdated", f"it was built from peftk {built['version']}, and this is peftk {__version__}"
+    return {"state": state, "reason": why, "built_from": built, "capability": _C.cpu_capability()}
+
+
+def tables() -> list[Report]:
+    """List the tuned tables of this machine's devices: those of the wheel, and the user's own."""
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        name = _tuning.device_class(device)
+        for origin, folder in (("shipped", _tuning.SHIPPED), ("user", _config.cache_dir())):
+            path = folder / f"{name}.json"
+            row: Report = {"device_class": name, "origin": origin, "path": str(path), "cells": None, "reason": None}
+            if not path.is_file():
+                row["reason"] = "there is none"
+            else:
+                try:
+                    row["cells"] = sum(map(len, _tuning._read(path).values()))
+                except (OSError, ValueError, KeyError, TypeError) as failure:
+                    row["reason"] = f"cannot be read: {type(failure).__name__}: {failure}"
+            rows.append(row)
+    return rows
+
+
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return triton.__version__
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def devices() -> list[Report]:
+    """List the devices that torch sees."""
+    rows = [{"device": "cpu", "name": _cpu_name(), "device_class": _tuning.device_class("cpu")}]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        name, kind = torch.cuda.get_device_name(index), _tuning.device_class("cuda", index)
+        rows.append({"device": f"cuda:{index}", "name": name, "device_class": kind})
+    return rows
+
+
+def examine() -> Report:
+    """Gather the whole report. Its fields are stable as long as ``schema`` is the same."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    operators = [row for kind in kinds for row in explain_operators(kind)]
+    stuck = [row for row in operators if row["chosen"] is None]
+    tests = [run_trial(t, backend) for kind in kinds for t in trials(kind) for backend in _config.BACKENDS]
+    asked = _config.backend()
+    # A backend that was named and cannot run leaves nothing to measure.
+    turns = [] if any(row["operator"] == "cayley" for row in stuck) else orthogonality()
+    return {
+        "schema": SCHEMA,
+        "ok": not stuck and all(row["status"] != "failed" for row in (*tests, *turns)),
+        "versions": {
+            "peftk": __version__,
+            "torch": torch.__version__,
+            "triton": _triton_version(),
+            "python": platform.python_version(),
+        },
+        "extension": extension(),
+        "devices": devices(),
+        "cpu": {"torch_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "backend": {"setting": asked, "from": "the default" if asked == "auto" else "PEFTK_BACKEND"},
+        "tuned_tables": tables(),
+        "operators": operators,
+        "self_test": tests,
+        "orthogonality": turns,
+    }
+
+
+def _table(console: Console, title: str, rows: list[tuple[str, ...]], heads: tuple[str, ...]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*heads, show_header=any(heads), box=None, padding=(0, 2, 0, 0))
+    styles = {"passed": "green", "FAILED": "bold red", "not here": "dim"}
+    for row in rows:
+        table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+    console.print(title, style="bold")
+    console.print(table)
+    console.print()
+
+
+def _extension_line(found: Report) -> str:
+    built = found["built_from"]
+    if built is None:
+        return "not installed, so operators run on the torch backend: " + found["reason"].partition(": ")[2]
+    facts = f"built from peftk {built['version']}, torch {built['torch']}, compiler {built['compiler']}"
+    if found["state"] == "outdated":
+        return f"OUTDATED: {found['reason']}; install peftk again. {facts}"
+    return f"{facts}; uses {found['capability']}"
+
+
+def _operator_rows(report: Report) -> list[tuple[str, ...]]:
+    several = len({row["device"] for row in report["operators"]}) > 1
+    rows = []
+    for row in report["operators"]:
+        name = row["operator"] + (f" ({row['device']})" if several else "")
+        rows.append((name, row["chosen"] or "NOTHING", row["why"]))
+    return rows
+
+
+def _reasons(report: Report) -> list[tuple[str, str, str]]:
+    """Group the reasons against backends, so that each is told once."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for row in report["operators"]:
+        for candidate in row["candidates"]:
+            if candidate["reason"] is not None:
+                grouped.setdefault((candidate["backend"], candidate["reason"]), []).append(row["operator"])
+    rows = []
+    for (backend, reason), names in grouped.items():
+        both = [n for n in names if not n.endswith("_backward") or n.removesuffix("_backward") not in names]
+        rows.append((backend, ", ".join(dict.fromkeys(both)), reason))
+    return rows
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report for people."""
+    versions, cpu = report["versions"], report["cpu"]
+    state = {"passed": "passed", "failed": "FAILED", "unavailable": "not here"}
+    facts = [
+        ("peftk", f"{versions['peftk']} on Python {versions['python']}"),
+        ("torch", f"{versions['torch']}; triton {versions['triton'] or 'is not installed'}"),
+        ("peftk._C", _extension_line(report["extension"])),
+        *((d["device"], f"{d['name']} ({d['device_class']})") for d in report["devices"]),
+        ("threads", f"{cpu['threads']}; torch uses {cpu['torch_capability']}"),
+        ("backend", f"{report['backend']['setting']}, from {report['backend']['from']}"),
+        *(
+            (f"{t['origin']} table", f"{t['path']}: " + (t["reason"] or f"{t['cells']} tuned cells"))
+            for t in report["tuned_tables"]
+        ),
+    ]
+    _table(console, "This machine", facts, ("", ""))
+    _table(
+        console,
+        f"Which backend runs a call of {TOKENS} tokens, {FEATURES} features, block size 32 or rank 16, in float32",
+        _operator_rows(report),
+        ("operator", "backend", "why"),
+    )
+    if reasons := _reasons(report):
+        _table(console, "Why other backends do not", reasons, ("backend", "operators", "reason"))
+    results = [
+        (
+            f"{row['operator']} {row['variant']}".strip(),
+            row["backend"] if row["device"] == "cpu" else f"{row['backend']} ({row['device']})",
+            "" if row["error"] is None else f"{row['error']:.1e}",
+            state[row["status"]],
+            (row["reason"] or "") if row["status"] == "failed" else "",
+        )
+        for row in report["self_test"]
+        if row["status"] != "unavailable"
+    ]
+    limit = f"{LIMITS[torch.float32]:.0e}"
+    _table(
+        console,
+        f"Self-test: output and gradients against float64; the worst element may be off by {limit}",
+        results,
+        ("operator", "backend", "error", "result", ""),
+    )
+    turns = [(r["transform"], f"{r['norm']}", f"{r['error']:.1e}", state[r["status"]]) for r in report["orthogonality"]]
+    if turns:
+        _table(
+            console, "Orthogonality of Cayley blocks: max |R R^T - I|", turns, ("transform", "|S|", "error", "result")
+        )
+    verdict = "[green]All good.[/]" if report["ok"] else "[bold red]Something is wrong; see above.[/]"
+    console.print(verdict)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
+) -> None:
+    """Say what this machine has, which backend runs each operator and why, and test that it is right."""
+    try:
+        report = examine()
+    except ValueError as failure:
+        # A setting that cannot be understood, such as PEFTK_BACKEND=cpp.
+        typer.echo(f"Error: {failure}", err=True)
+        raise typer.Exit(1) from failure
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        show(report, Console(width=min(WIDTH, console.width) if console.is_terminal else WIDTH, highlight=False))
+    if not report["ok"]:
+        raise typer.Exit(1)
