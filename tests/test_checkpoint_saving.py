@@ -162,7 +162,7 @@ def successful_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: obj
     return count
 
 
-STEPS = {"rename": (os, "replace"), "sync": (os, "fsync"), "open": (os, "fdopen"), "tensor": (writer, "memory")}
+STEPS = {"rename": (os, "replace"), "sync": (os, "fsync"), "open": (os, "fdopen"), "digest": (writer, "digest")}
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["over an old pair", "first save"])

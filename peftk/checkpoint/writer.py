@@ -19,11 +19,9 @@ from torch import Tensor
 from ._container import (
     CODES,
     DIGESTS_KEY,
-    MAX_HEADER_BYTES,
     METADATA_KEY,
     capped,
     digest,
-    memory,
     metadata_digest,
     name_problem,
     nonfinite,
@@ -99,37 +97,17 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_safetensors(stream: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors`, which `check_tensors` has accepted, with a sha256 of each in the metadata.
+    """Write `tensors`, which `check_tensors` has accepted, with a sha256 of each in the metadata."""
+    # Not when peftk is imported: `import peftk` loads torch and nothing else.
+    from safetensors.torch import save
 
-    The same tensors give the same bytes, which the safetensors library does not promise of its metadata; and unlike
-    there nothing needs numpy or a second copy of the file in memory.
-    """
     ready = {
         name: tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous() for name, tensor in tensors.items()
     }
     digests = {name: digest(tensor) for name, tensor in ready.items()}
     digests[METADATA_KEY] = metadata_digest(dict(metadata))
     full = {**metadata, DIGESTS_KEY: json.dumps(digests, sort_keys=True, separators=(",", ":"))}
-    header: dict[str, object] = {METADATA_KEY: dict(sorted(full.items()))}
-    # Wide items first, so that every tensor is aligned to its item.
-    order = sorted(ready, key=lambda name: (-ready[name].element_size(), name))
-    begin = 0
-    for name in order:
-        end = begin + ready[name].numel() * ready[name].element_size()
-        header[name] = {
-            "dtype": CODES[ready[name].dtype],
-            "shape": list(ready[name].shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    if len(raw) > MAX_HEADER_BYTES:
-        raise ValueError(f"tensors: header expected at most {MAX_HEADER_BYTES} bytes, got {len(raw)}")
-    stream.write(len(raw).to_bytes(8, "little") + raw)
-    for name in order:
-        if ready[name].numel():
-            stream.write(memory(ready[name]))
+    stream.write(save(ready, metadata=full))
 
 
 @contextlib.contextmanager
