@@ -1,235 +1,19 @@
-"""PeftModel: targets, several adapters, merging, files, and failures that change nothing."""
+"""PeftModel: several adapters, merging, copies, compilation, and failures that change nothing."""
 
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import types
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model
+from toy_model import Toy, X, assert_unchanged, lora, oft, snapshot, toy, trainable
+from transformers import BertConfig, BertForSequenceClassification
 
-from peftk import targets
 from peftk.model import PeftModel, get_peft_model
-from peftk.nn import LoraConfig, LoRALinear, OFTConfig, OFTLinear
+from peftk.nn import LoRALinear, OFTLinear
 from peftk.testing.compare import assert_close
-
-X = torch.linspace(-1, 1, 36).reshape(3, 12)
-
-
-class Block(nn.Module):
-    """One layer of the toy model."""
-
-    def __init__(self):
-        super().__init__()
-        self.query = nn.Linear(12, 12)
-        self.value = nn.Linear(12, 12)
-        self.conv = nn.Conv1d(1, 1, 1)
-
-    def forward(self, x):
-        return x + self.value(self.query(x).relu())
-
-
-class Toy(nn.Module):
-    """Three layers and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(3))
-        self.classifier = nn.Linear(12, 4)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.classifier(x)
-
-
-def toy(seed=0):
-    torch.manual_seed(seed)
-    return Toy()
-
-
-def lora(**kwargs):
-    return LoraConfig(**({"r": 2, "target_modules": ["query"], "init_lora_weights": False} | kwargs))
-
-
-def oft(**kwargs):
-    return OFTConfig(**({"oft_block_size": 4, "target_modules": ["query"], "init_weights": False} | kwargs))
-
-
-def snapshot(model):
-    """Everything that a failed call must leave alone."""
-    modules = {name: (id(module), type(module), module.training) for name, module in model.named_modules()}
-    tensors = {
-        name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)
-    }
-    extra = None
-    if isinstance(model, PeftModel):
-        layers = dict(model.base_model.layers())
-        extra = (
-            {name: config.to_dict() for name, config in model.peft_config.items()},
-            list(model.active_adapters),
-            {
-                path: (layer.active_adapters, layer.merged_adapters, layer.disable_adapters)
-                for path, layer in layers.items()
-            },
-            {path: dict(layer.scaling) for path, layer in layers.items() if isinstance(layer, LoRALinear)},
-        )
-    return modules, tensors, copy.deepcopy(extra)
-
-
-def assert_unchanged(model, before):
-    modules, tensors, extra = snapshot(model)
-    assert modules == before[0]
-    assert tensors.keys() == before[1].keys()
-    for name, (identity, requires_grad, value) in tensors.items():
-        assert (identity, requires_grad) == before[1][name][:2], name
-        assert (
-            torch.equal(
-                value,
-                before[1][name][2],
-            )
-            or value.isnan().any()
-        ), name
-    assert extra == before[2]
-
-
-# -- targets ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spec", "options", "expected"),
-    [
-        (["query"], {}, ["layers.0.query", "layers.1.query", "layers.2.query"]),
-        (["1.query", "classifier"], {}, ["layers.1.query", "classifier"]),
-        (r"layers\.[01]\.value", {}, ["layers.0.value", "layers.1.value"]),
-        (["query", "value"], {"layers_to_transform": 2}, ["layers.2.query", "layers.2.value"]),
-        (["value"], {"layers_to_transform": [0, 2], "layers_pattern": "layers"}, ["layers.0.value", "layers.2.value"]),
-        (["query"], {"exclude_modules": ["0.query"]}, ["layers.1.query", "layers.2.query"]),
-        (["query"], {"exclude_modules": r".*\.[02]\.query"}, ["layers.1.query"]),
-        (
-            ["query", "classifier"],
-            {"modules_to_save": ["classifier"], "exclude_modules": r".*\.[12]\..*"},
-            ["layers.0.query"],
-        ),
-        (
-            "all-linear",
-            {"task_type": "SEQ_CLS", "exclude_modules": r".*\.[12]\..*"},
-            ["layers.0.query", "layers.0.value"],
-        ),
-        ("ALL-LINEAR", {"exclude_modules": r"layers.*"}, ["classifier"]),
-    ],
-)
-def test_targets(spec, options, expected):
-    model = get_peft_model(toy(), lora(target_modules=spec, **options))
-    assert [path for path, _ in model.base_model.layers()] == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [
-        ("bert", ["query", "value"]),
-        ("vit", ["query", "value"]),
-        ("dinov2", ["query", "value"]),
-        ("chatglm", ["query_key_value"]),
-    ],
-)
-def test_default_targets_follow_the_model_type(kind, names):
-    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in (*names, "dense")})
-    model.config = types.SimpleNamespace(model_type=kind)
-    assert targets.resolve(model, LoraConfig()) == names
-
-
-@pytest.mark.parametrize(
-    ("config", "error", "text"),
-    [
-        (lora(target_modules=["qurey"]), ValueError, "'qurey' .closest: query"),
-        (lora(target_modules=["query", "vlaue"]), ValueError, "'vlaue' .closest: value"),
-        (lora(target_modules="layers.9.*"), ValueError, "matches no module"),
-        (lora(target_modules=None), ValueError, "no default for model type None"),
-        (lora(exclude_modules=["query"]), ValueError, "left out"),
-        (lora(layers_to_transform=7), ValueError, "left out"),
-        (
-            lora(target_modules=["query", "conv"]),
-            TypeError,
-            r"'layers.0.conv' is a torch.nn.modules.conv.Conv1d.*nn.Linear",
-        ),
-        (lora(target_modules=["layers"]), TypeError, "ModuleList"),
-        (lora(modules_to_save=["clasifier"]), ValueError, "modules_to_save.*closest: classifier"),
-        (lora(target_modules=["classifier"], modules_to_save=["layers"]), TypeError, "modules_to_save.*ModuleList"),
-        (oft(oft_block_size=4, target_modules=["query", "conv"]), TypeError, "Conv1d"),
-    ],
-)
-def test_bad_targets_are_refused_and_nothing_changes(config, error, text):
-    model, values = toy(), config.to_dict()
-    before = snapshot(model)
-    with pytest.raises(error, match=text):
-        get_peft_model(model, config)
-    assert_unchanged(model, before)
-    adapted = get_peft_model(model, lora(target_modules=["value"]))
-    before = snapshot(adapted)
-    with pytest.raises(error, match=text):
-        adapted.add_adapter("second", config)
-    assert_unchanged(adapted, before)
-    assert config.to_dict() == values
-
-
-def test_modules_that_no_file_can_hold_are_refused_before_training():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    before = snapshot(model)
-    with pytest.raises(TypeError, match="num_batches_tracked"):
-        get_peft_model(model, lora(target_modules=["0"], modules_to_save=["1"]))
-    assert_unchanged(model, before)
-
-
-def test_the_configuration_of_the_caller_is_not_changed():
-    config = lora(target_modules="all-linear", task_type="SEQ_CLS")
-    values = config.to_dict()
-    model = get_peft_model(toy(), config)
-    assert config.to_dict() == values
-    assert model.peft_config["default"].target_modules == {
-        f"layers.{i}.{n}" for i in range(3) for n in ("query", "value")
-    }
-
-
-def test_conv1d_of_gpt2_is_refused_by_name():
-    model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
-    for spec in (None, "all-linear"):
-        with pytest.raises(TypeError, match=r"'h.0.attn.c_attn' is a transformers.*Conv1D.*nn.Linear"):
-            get_peft_model(model, LoraConfig(target_modules=spec))
-
-
-def test_patterns_that_match_nothing_are_reported():
-    with pytest.warns(UserWarning, match=r"rank_pattern.*\['nothing'\]"):
-        get_peft_model(toy(), lora(rank_pattern={"nothing": 3}))
-
-
-def test_layers_that_torch_would_bypass():
-    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    x = torch.randn(2, 3, 8)
-    with torch.no_grad():
-        expected = encoder(x)
-        model = get_peft_model(encoder, lora(target_modules=["linear1", "linear2"]))
-        adapted = model(x)
-        assert not torch.equal(adapted, expected)
-        model.train()
-        encoder.dropout.p = encoder.dropout1.p = encoder.dropout2.p = encoder.self_attn.dropout = 0.0
-        assert_close(adapted, model(x).double(), torch.float32)
-        assert torch.equal(model.unload().eval()(x), expected)
-        assert encoder.activation_relu_or_gelu == 1
-    with pytest.raises(TypeError, match="MultiheadAttention"):
-        get_peft_model(encoder, lora(target_modules=["out_proj"]))
-
-
-# -- adapters -----------------------------------------------------------------------------------------------------
-
-
-def trainable(model):
-    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_adapters_come_and_go():
@@ -342,9 +126,6 @@ def test_biases_follow_the_active_adapter():
         pass
 
 
-# -- merging ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("config", [lora(), oft()], ids=["lora", "oft"])
 def test_merging_and_unmerging(config):
     base = toy()
@@ -396,135 +177,6 @@ def test_a_shared_weight_is_not_merged_behind_its_owner():
     assert_unchanged(model, before)
 
 
-# -- files --------------------------------------------------------------------------------------------------------
-
-
-def edit_config(folder, **values):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def edit_tensors(folder, change):
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors, sorted(tensors)[-1])
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def truncate(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-3])
-
-
-def flip(folder):
-    path = folder / "adapter_model.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-5] ^= 1
-    path.write_bytes(bytes(raw))
-
-
-def to_pickle(folder):
-    path = folder / "adapter_model.safetensors"
-    torch.save(load_file(path), folder / "adapter_model.bin")
-    path.unlink()
-
-
-DAMAGE = {
-    "truncated": truncate,
-    "tampered": flip,
-    "pickle": to_pickle,
-    "no file": lambda f: (f / "adapter_model.safetensors").unlink(),
-    "no config": lambda f: (f / "adapter_config.json").unlink(),
-    "missing key": lambda f: edit_tensors(f, lambda t, k: t.pop(k)),
-    "extra key": lambda f: edit_tensors(f, lambda t, k: t.update({k + ".x": torch.ones(1)})),
-    "renamed key": lambda f: edit_tensors(f, lambda t, k: t.update({k.replace("query", "qurey"): t.pop(k)})),
-    "transposed": lambda f: edit_tensors(f, lambda t, k: t.update({k: t[k].T.contiguous()})),
-    "one row": lambda f: edit_tensors(f, lambda t, k: t.update({k: t[k][:1].contiguous()})),
-    "NaN": lambda f: edit_tensors(f, lambda t, k: t[k].view(-1)[:1].fill_(float("nan"))),
-    "integers": lambda f: edit_tensors(f, lambda t, k: t.update({k: t[k].int()})),
-    "other rank": lambda f: edit_config(f, r=3),
-    "NaN alpha": lambda f: (f / "adapter_config.json").write_text(
-        (f / "adapter_config.json").read_text().replace('"lora_alpha": 8', '"lora_alpha": NaN')
-    ),
-    "huge alpha": lambda f: edit_config(f, lora_alpha=1e300),
-    "true alpha": lambda f: edit_config(f, lora_alpha=True),
-    "DoRA": lambda f: edit_config(f, use_dora=True),
-    "other targets": lambda f: edit_config(f, target_modules=["value"]),
-    "no targets": lambda f: edit_config(f, target_modules=["nowhere"]),
-    "unknown method": lambda f: edit_config(f, peft_type="MAGIC"),
-    "not an object": lambda f: (f / "adapter_config.json").write_text("[]"),
-    "code": lambda f: edit_config(f, megatron_core="os"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_failed_load_changes_nothing(damage, tmp_path):
-    source = get_peft_model(toy(), lora(modules_to_save=["classifier"]))
-    source.save_pretrained(tmp_path)
-    DAMAGE[damage](tmp_path)
-    base = toy()
-    before = snapshot(base)
-    with pytest.raises((ValueError, TypeError, NotImplementedError)):
-        PeftModel.from_pretrained(base, tmp_path)
-    assert_unchanged(base, before)
-    model = get_peft_model(toy(), lora(modules_to_save=["classifier"]))
-    for name in ("new", "default"):
-        before = snapshot(model)
-        with pytest.raises((ValueError, TypeError, NotImplementedError)):
-            model.load_adapter(tmp_path, name)
-        assert_unchanged(model, before)
-    assert list(model.peft_config) == ["default"]
-
-
-def test_saving_and_loading(tmp_path):
-    model = get_peft_model(toy(), lora(modules_to_save=["classifier"], bias="all"), "main")
-    torch.manual_seed(1)
-    model.add_adapter("default", oft(target_modules=["value"]))
-    model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "main"}
-    assert json.loads((tmp_path / "main" / "adapter_config.json").read_text())["inference_mode"] is True
-    y = model(X)
-    loaded = PeftModel.from_pretrained(toy(), tmp_path / "main", "other_name", is_trainable=True)
-    assert torch.equal(loaded(X), y)
-    assert loaded.training
-    # Only in `model` are the value layers wrapped, by the other adapter.
-    names = {n.replace(".main.", ".other_name.").replace("value.base_layer", "value") for n in trainable(model)}
-    assert trainable(loaded) == names
-    loaded.load_adapter(tmp_path, "more", is_trainable=True)
-    assert torch.equal(loaded(X), y)
-    loaded.set_adapter("more")
-    model.set_adapter("default")
-    assert torch.equal(loaded(X), model(X))
-    model.save_pretrained(tmp_path / "one", selected_adapters=["main"])
-    assert [p.name for p in (tmp_path / "one").iterdir()] == ["main"]
-
-
-def test_loading_over_an_adapter(tmp_path):
-    model = get_peft_model(toy(), lora())
-    model.save_pretrained(tmp_path)
-    y = model(X)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.mul_(2)
-    model.load_adapter(tmp_path, "default", is_trainable=True)
-    assert torch.equal(model(X), y)
-    edit_config(tmp_path, lora_alpha=16)
-    with pytest.raises(ValueError, match="lora_alpha: the file has 16, the adapter in memory 8"):
-        model.load_adapter(tmp_path, "default")
-    edit_config(tmp_path, lora_alpha=8)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        model.load_adapter(tmp_path, "default")
-
-
-def test_a_file_may_name_modules_that_only_other_models_have(tmp_path):
-    model = get_peft_model(toy(), lora())
-    model.save_pretrained(tmp_path)
-    edit_config(tmp_path, target_modules=["query", "k_proj"])
-    assert torch.equal(PeftModel.from_pretrained(toy(), tmp_path)(X), model(X))
-
-
 def test_bad_arguments_are_refused_by_name(tmp_path):
     model = get_peft_model(toy(), lora())
     (tmp_path / "file").write_text("")
@@ -551,9 +203,6 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
         assert_unchanged(model, before)
     with pytest.raises(NotImplementedError, match="adapter_names"):
         model(X, adapter_names=["default"])
-
-
-# -- as part of torch ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [lora(lora_dropout=0.2), oft(module_dropout=0.2)], ids=["lora", "oft"])

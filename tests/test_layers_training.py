@@ -1,0 +1,144 @@
+"""LoRALinear and OFTLinear in training: gradients, dropout, checkpointing, COFT, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_cases import CONFIGS, I, O, make, reference
+from torch.utils.checkpoint import checkpoint
+
+from peftk.nn import LoraConfig, OFTConfig
+from peftk.testing.compare import assert_close
+
+
+@pytest.mark.parametrize("cls", [LoraConfig, OFTConfig])
+def test_biases_of_the_base_are_trained_when_asked(cls):
+    layer = make(cls(bias="all"))
+    x = torch.randn(3, I)
+    layer(x).sum().backward()
+    assert_close(layer.base_layer.bias.grad, torch.full((O,), 3.0, dtype=torch.float64), torch.float32)
+    assert not layer.base_layer.weight.requires_grad
+    assert not make(cls()).base_layer.bias.requires_grad
+
+
+def test_dropout_acts_in_training_only_and_replays():
+    lora = make(LoraConfig(r=3, lora_dropout=0.5, init_lora_weights=False))
+    oft = make(OFTConfig(oft_block_size=2, module_dropout=0.5, init_weights=False))
+    shared = make(OFTConfig(oft_block_size=2, module_dropout=0.5, block_share=True, init_weights=False))
+    x = torch.randn(8, I)
+    for layer in (lora, oft, shared):
+        assert layer.training
+        torch.manual_seed(5)
+        first, second = layer(x), layer(x)
+        assert not torch.equal(first, second)
+        torch.manual_seed(5)
+        assert torch.equal(layer(x), first)
+        layer.eval()
+        assert torch.equal(layer(x), layer(x))
+        assert_close(layer(x), reference(layer, x), torch.float32)
+        layer.train()
+        layer.merge()
+        expected = layer(x)
+        layer.unmerge()
+        layer.eval()
+        assert_close(layer(x), expected.double(), torch.float32)
+
+
+def test_oft_dropout_replaces_blocks_by_the_identity():
+    layer = make(OFTConfig(oft_block_size=2, module_dropout=0.5, init_weights=False))
+    rotation = layer.oft_R["default"]
+    full = rotation.eval().blocks()
+    rotation.train()
+    kept = torch.zeros(6)
+    for _ in range(40):
+        blocks = rotation.blocks()
+        identity = (blocks == torch.eye(2)).flatten(1).all(1)
+        whole = (blocks == full).flatten(1).all(1)
+        assert (identity ^ whole).all()
+        kept += whole
+    assert (kept > 0).all()
+    assert (kept < 40).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=3, lora_dropout=0.4, init_lora_weights=False),
+        OFTConfig(oft_block_size=2, module_dropout=0.4, init_weights=False),
+        OFTConfig(oft_block_size=2, coft=True, eps=0.1, init_weights=False),
+    ],
+    ids=["lora", "oft", "coft"],
+)
+def test_checkpointing_replays_the_same_pass(config, reentrant):
+    layer = make(config)
+    x = torch.randn(8, I, requires_grad=True)
+    results = []
+    for run in (lambda: layer(x), lambda: checkpoint(layer, x, use_reentrant=reentrant)):
+        layer.zero_grad()
+        x.grad = None
+        torch.manual_seed(3)
+        run().square().sum().backward()
+        results.append([x.grad.clone(), *(p.grad.clone() for p in layer.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_layer_used_twice_in_one_pass_trains():
+    for config in (CONFIGS["lora"], CONFIGS["oft"], CONFIGS["coft"]):
+        layer = make(config, features=(I, I))
+        layer(layer(torch.randn(2, I))).sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.3, 1e3])
+def test_coft_keeps_every_block_in_its_ball(eps):
+    layer = make(OFTConfig(oft_block_size=4, coft=True, eps=eps, init_weights=False))
+    rotation = layer.oft_R["default"]
+    start = rotation.weight.detach().clone()
+    layer.eval()(torch.randn(2, I))
+    norms = rotation.weight.double().norm(dim=1) * 2**0.5
+    limit = eps / len(norms) ** 0.5
+    outside = start.double().norm(dim=1) * 2**0.5 > limit
+    assert_close(norms[outside], torch.full_like(norms[outside], limit), torch.float32)
+    assert torch.equal(rotation.weight[~outside], start[~outside])
+    projected = rotation.weight.detach().clone()
+    layer(torch.randn(2, I))
+    assert torch.equal(rotation.weight, projected)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "dropout"])
+def test_compiles_without_a_graph_break(name):
+    config = CONFIGS.get(name) or LoraConfig(r=3, lora_dropout=0.3, init_lora_weights=False)
+    layer = make(config)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, I, requires_grad=True)
+    y = compiled(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+    if name != "dropout":
+        assert_close(y, reference(layer, x.detach()), torch.float32)
+
+
+def test_every_trainable_tensor_moves_after_one_step():
+    for name, config in {**CONFIGS, "oft_fresh": OFTConfig(oft_block_size=4)}.items():
+        layer = make(config)
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        layer(torch.randn(6, I)).square().sum().backward()
+        optimizer.step()
+        assert not any(torch.equal(a, b) for a, b in zip(before, trained, strict=True)), name
+
+
+def test_float64_gradients():
+    for config in (CONFIGS["lora"], CONFIGS["oft"], CONFIGS["oft_exact"], CONFIGS["lora_bias"]):
+        layer = make(config, dtype=torch.float64)
+        trained = {n: p.detach().requires_grad_() for n, p in layer.named_parameters() if p.requires_grad}
+
+        def run(x, *values, layer=layer, names=tuple(trained)):
+            return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+        x = torch.randn(2, I, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(run, (x, *trained.values()))
