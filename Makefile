@@ -30,8 +30,8 @@ test: $(DONE)-test  ## Check the style and run every test; ARGS="-k cayley" and 
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q $(ARGS)
 
-bench: $(DONE)-bench  ## Time operators and layers beside their peers, and write the report
-	$(BIN)/python -m peftk bench $(ARGS)
+bench: $(DONE)-bench  ## Time operators and layers beside their peers, and write the report; ARGS=--quick to try it
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 doctor: $(DONE)-native  ## Say what runs on this machine, and test it
 	$(BIN)/python -m peftk doctor $(ARGS)
