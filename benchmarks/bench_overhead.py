@@ -8,7 +8,7 @@ autograd, which is what a user would write instead.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -72,6 +72,15 @@ def _info(cell: str, method: str, mode: str, features: int = FEATURES) -> dict[s
         "dtype": "float32",
         "parameters": "float32",
     }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small use one thread; a second one could only be woken up in vain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _budget(budget: Budget) -> Budget:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+NOT_MEASURED = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        item.config.stash[NOT_MEASURED][item.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
+    elif report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash else str(report.longrepr)
+        item.config.stash[NOT_MEASURED][item.nodeid] = f"failed: {message.splitlines()[0][:300]}"
+    return report
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+    output_json["not_measured"] = config.stash[NOT_MEASURED]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NOT_MEASURED] = {}
     config.addinivalue_line("markers", "full_run: left out of a quick run")
 
 

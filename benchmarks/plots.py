@@ -1,0 +1,268 @@
+"""The plots of the report."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .results import Comparison, Results
+from .tables import DISPATCH_TARGET_US, LAYER_ARMS, PEERS, binding, min_difference, short, target
+
+COLOURS = {
+    "peftk": "#c8102e",
+    "peftk-torch": "#eda1aa",
+    "hf": "#3b6fb6",
+    "compile": "#3a9d8f",
+    "lycoris": "#e5a323",
+    "frozen": "#9aa0a6",
+    "native": "#c8102e",
+    "torch": "#9aa0a6",
+}
+STYLE = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "grid.color": "#e3e5e8",
+    "axes.edgecolor": "#8a8f98",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 120,
+}
+
+
+def _rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    for edge in range(1, len(names)):
+        axes.axhline(edge - 0.5, color="#e3e5e8", linewidth=0.8)
+
+
+def _figure(rows: int, each: float = 0.5, columns: int = 1, width: float = 9.0) -> tuple[Figure, Any]:
+    return pyplot.subplots(1, columns, figsize=(width, 1.6 + each * rows), sharey=columns > 1, layout="constrained")
+
+
+def _legend(figure: Figure, arms: dict[str, str], marker: str = "s", extra: list[Line2D] | None = None) -> None:
+    handles = [
+        Line2D([], [], color=COLOURS[arm], marker=marker, linestyle="", markersize=7, label=label)
+        for arm, label in arms.items()
+    ]
+    handles += extra or []
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+
+
+def _present(found: list[Comparison], arms: dict[str, str]) -> dict[str, str]:
+    return {a: label for a, label in arms.items() if any(a in c.rows and c.rows[a].measured for c in found)}
+
+
+def overhead(results: Results) -> Figure | None:
+    """Bars: multiples of the frozen layer, with quartiles and targets."""
+    found = [c for c in results.of("layers") if c.rows["frozen"].measured]
+    if not found:
+        return None
+    arms = _present(found, LAYER_ARMS)
+    figure, axes = _figure(len(found), 0.72)
+    height = 0.84 / len(arms)
+    # A few slow peers must not press all the others against the axis.
+    ratios = sorted(c.rows[a].ratio for c in found for a in arms if a in c.rows and c.rows[a].ratio)
+    limit = max(1.5, min(ratios[-1] * 1.12, 3.0))
+    for at, comparison in enumerate(found):
+        for slot, arm in enumerate(arms):
+            row = comparison.rows.get(arm)
+            if row is None or row.ratio is None:
+                continue
+            y = at - 0.42 + height * (slot + 0.5)
+            low, high = row.found["ratio_q25"], row.found["ratio_q75"]
+            axes.barh(y, min(row.ratio, limit) - 1, height * 0.9, left=1, color=COLOURS[arm])
+            if row.ratio <= limit:
+                axes.plot([low, min(high, limit)], [y, y], color="#202124", linewidth=1)
+            label = min(max(row.ratio, high), limit) + 0.008 * (limit - 1)
+            text = f"{row.ratio:.2f}" if row.ratio <= limit else f"\u2192 {row.ratio:.1f}"
+            axes.text(label, y, text, va="center", fontsize=7.5, color="#3c4043")
+        asked = target(comparison)
+        if asked is not None and binding(comparison):
+            axes.plot([asked, asked], [at - 0.45, at + 0.45], color="#202124", linewidth=1.4, linestyle=(0, (2, 1.5)))
+    axes.axvline(1, color="#5f6368", linewidth=1)
+    axes.set_xlim(min(0.97, ratios[0] - 0.02), limit + 0.07 * (limit - 1))
+    axes.set_xlabel("time of forward + backward, in multiples of the frozen layer (line: quartiles)")
+    _rows(axes, [short(c) for c in found])
+    axes.set_title("Overhead over the frozen layer")
+    line = [Line2D([], [], color="#202124", linestyle=(0, (2, 1.5)), label="target for peftk")]
+    _legend(figure, arms, extra=line)
+    return figure
+
+
+def _dots(
+    found: list[Comparison],
+    arms: dict[str, str],
+    value: Callable[[Comparison, str], float | None],
+    title: str,
+    label: str,
+) -> tuple[Figure, Axes]:
+    figure, axes = _figure(len(found), 0.4)
+    for at, comparison in enumerate(found):
+        shown = [arm for arm in arms if value(comparison, arm) is not None]
+        for slot, arm in enumerate(shown):
+            # Equal values would hide each other on one line.
+            y = at + 0.5 * ((slot + 0.5) / len(shown) - 0.5)
+            axes.plot(value(comparison, arm), y, "o", color=COLOURS[arm], markersize=6)
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.set_title(title)
+    _rows(axes, [short(c) for c in found])
+    _legend(figure, arms, marker="o")
+    return figure, axes
+
+
+def speed_up(results: Results) -> Figure | None:
+    """Dots: the peers' times over peftk's."""
+    found = [c for c in results.of("layers") if c.rows["peftk"].measured]
+    if not found:
+        return None
+    arms = _present(found, PEERS)
+    title = "Speed-up of peftk over its peers"
+    figure, axes = _dots(
+        found, arms, lambda c, a: c.ratio(a, "peftk"), title, "peer's time / peftk's time (right of 1: peftk is faster)"
+    )
+    axes.axvline(1, color="#5f6368", linewidth=1)
+    low, high = axes.get_xlim()
+    low, high = min(low, 0.9), max(high, 1.25)
+    wide, narrow = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50), (0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3)
+    ticks = [t for t in (wide if high > 4 else narrow) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(low, high)
+    return figure
+
+
+def errors(results: Results) -> Figure | None:
+    """Dots: the largest error of the gradients of every arm, and the limit."""
+    found = results.of("layers")
+    if not found:
+        return None
+    arms = _present(found, {"frozen": "frozen layer", **LAYER_ARMS})
+
+    def value(comparison: Comparison, arm: str) -> float | None:
+        row = comparison.rows.get(arm)
+        known = (row.found.get("errors") or {}).values() if row else ()
+        return max(known, default=None)
+
+    title = "Error against float64, the largest of output and gradients"
+    figure, axes = _dots(found, arms, value, title, "relative error (Frobenius norm); bar: the limit of the dtype")
+    for at, comparison in enumerate(found):
+        limit = comparison.rows["peftk"].found.get("limit")
+        if limit:
+            axes.plot([limit, limit], [at - 0.4, at + 0.4], color="#202124", linewidth=2)
+    return figure
+
+
+def memory(results: Results) -> Figure | None:
+    """Bars: bytes kept for backward, and the peak above the frozen layer's."""
+    found = [c for c in results.of("layers") if "peak_bytes" in c.rows["frozen"].found]
+    if not found:
+        return None
+    arms = _present(found, LAYER_ARMS)
+    figure, both = _figure(len(found), 0.62, columns=2, width=10.0)
+    height = 0.84 / len(arms)
+    titles = ("Kept for backward", "Peak, above the frozen layer's")
+    for axes, key, title in zip(both, ("saved_bytes", "peak_bytes"), titles, strict=True):
+        top = 0.0
+        for at, comparison in enumerate(found):
+            below = comparison.rows["frozen"].found["peak_bytes"] if key == "peak_bytes" else 0
+            for slot, arm in enumerate(arms):
+                row = comparison.rows.get(arm)
+                if row is None or row.found.get(key) is None:
+                    continue
+                mib = max(row.found[key] - below, 0) / 2**20
+                y = at - 0.42 + height * (slot + 0.5)
+                axes.barh(y, mib, height * 0.9, color=COLOURS[arm])
+                axes.text(mib, y, f" {mib:.2g}", va="center", fontsize=7, color="#3c4043")
+                top = max(top, mib)
+        axes.set_xlim(0, top * 1.12 if top else 1)
+        axes.set_xlabel("MiB")
+        axes.set_title(title)
+        _rows(axes, [short(c) for c in found])
+    _legend(figure, arms)
+    return figure
+
+
+def kernels(results: Results) -> Figure | None:
+    """Bars: how much faster C++ is than plain PyTorch, kernel by kernel."""
+    found = [c for c in results.of("kernels") if c.ratio("torch", "native") is not None]
+    if not found:
+        return None
+    figure, axes = _figure(len(found), 0.24)
+    for at, comparison in enumerate(found):
+        ratio = comparison.ratio("torch", "native")
+        axes.barh(at, ratio - 1, 0.7, left=1, color=COLOURS["native" if ratio >= 1 else "torch"])
+        text = f" {ratio:.2f} " if ratio < 10 else f" {ratio:.0f} "
+        axes.text(ratio, at, text, va="center", ha="left" if ratio >= 1 else "right", fontsize=7.5, color="#3c4043")
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.8) / 1.15, max(high, 1.5) * 1.25)
+    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if axes.get_xlim()[0] <= t <= high * 1.25]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.axvline(1, color="#5f6368", linewidth=1)
+    axes.set_xlabel("torch kernel's time / C++ kernel's time")
+    axes.set_title("C++ kernels beside plain PyTorch")
+    _rows(axes, [short(c) for c in found])
+    return figure
+
+
+def dispatch(results: Results) -> Figure | None:
+    """Bars: microseconds that the public function adds to its kernel."""
+    found = [c for c in results.of("overhead") if c.info["mode"] == "forward" and c.difference("peftk", "kernel")]
+    if not found:
+        return None
+    figure, axes = _figure(len(found), 0.3)
+    for at, comparison in enumerate(found):
+        cost = comparison.difference("peftk", "kernel")
+        axes.barh(at, cost, 0.7, color=COLOURS["peftk" if comparison.info["cell"].endswith("native") else "hf"])
+        axes.plot(min_difference(comparison, "peftk", "kernel"), at, "|", color="#202124", markersize=11)
+        axes.text(cost, at, f" {cost:.1f}", va="center", fontsize=8, color="#3c4043")
+    axes.axvline(DISPATCH_TARGET_US, color="#202124", linewidth=1.4, linestyle=(0, (2, 1.5)))
+    axes.set_xlim(0, max(axes.get_xlim()[1], DISPATCH_TARGET_US * 1.1))
+    axes.set_xlabel("microseconds a call beyond the kernel (stroke: shortest samples; dashes: target)")
+    axes.set_title("What the dispatch costs, forward")
+    _rows(axes, [c.info["cell"].replace("-forward-", ", ") for c in found])
+    return figure
+
+
+PLOTS: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
+    "overhead": (overhead, "Overhead over the frozen layer"),
+    "speed_up": (speed_up, "Speed-up over peers"),
+    "errors": (errors, "Error against float64"),
+    "memory": (memory, "Memory"),
+    "kernels": (kernels, "C++ kernels beside plain PyTorch"),
+    "dispatch": (dispatch, "Cost of the dispatch"),
+}
+
+
+def draw(results: Results) -> Iterator[tuple[str, str, bytes]]:
+    """Yield the name, the title and the PNG of every plot that there is data for."""
+    for name, (function, title) in PLOTS.items():
+        with pyplot.rc_context(STYLE):
+            figure = function(results)
+            if figure is None:
+                continue
+            buffer = io.BytesIO()
+            # Without the date and the version that matplotlib writes, equal data give equal files.
+            figure.savefig(buffer, format="png", metadata={"Software": None})
+            pyplot.close(figure)
+        yield name, title, buffer.getvalue()

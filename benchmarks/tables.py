@@ -1,0 +1,296 @@
+"""The tables of the report, free of any markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .results import Comparison, Results, Row
+
+PEERS = {
+    "hf": "HF PEFT eager",
+    "compile": "torch.compile",
+    "lycoris": "LyCORIS",
+    "peftk-torch": "peftk, torch backend",
+}
+LAYER_ARMS = {"peftk": "peftk", **PEERS}
+
+# Forward + backward over the frozen layer that is asked for: (method, dtype, features).
+TARGETS = {
+    ("lora", "float32", 1024): 1.10,
+    ("oft-exact", "float32", 1024): 1.12,
+    ("oft-neumann", "float32", 1024): 1.12,
+    ("lora", "bfloat16", 1024): 1.6,
+    ("oft-exact", "bfloat16", 1024): 1.8,
+    ("oft-neumann", "bfloat16", 1024): 1.8,
+    ("lora", "bfloat16", 4096): 1.12,
+    ("oft-exact", "bfloat16", 4096): 1.17,
+    ("oft-neumann", "bfloat16", 4096): 1.15,
+}
+DISPATCH_TARGET_US = 12.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a sentence on how to read it, a header and rows of strings."""
+
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def short(comparison: Comparison) -> str:
+    """Name a comparison for a table or a plot."""
+    info = comparison.info
+    if info["suite"] != "layers":
+        return info["cell"]
+    letter = "r" if info["method"] == "lora" else "b"
+    method = {"lora": "LoRA", "oft-exact": "OFT exact", "oft-neumann": "OFT Neumann"}[info["method"]]
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}
+    base, adapter = dtype[info["dtype"]], dtype[info["parameters"]]
+    dtypes = base if base == adapter else f"{base} base, {adapter} adapter"
+    if base == adapter == "bf16":
+        dtypes = "bf16 base, bf16 adapter"
+    return f"{method} {letter}{info['size']}, {info['in_features']}², {dtypes}"
+
+
+def target(comparison: Comparison) -> float | None:
+    """Return the largest multiple of the frozen layer that is asked for."""
+    info = comparison.info
+    if info["tokens"] != 512:
+        return None
+    return TARGETS.get((info["method"], info["dtype"], info["in_features"]))
+
+
+def binding(comparison: Comparison) -> bool:
+    """Whether the target speaks about this device: bf16 targets are those of a CPU with AMX."""
+    return comparison.info["dtype"] == "float32" or comparison.info["device_class"] == "cpu-amx"
+
+
+def milliseconds(us: float) -> str:
+    """Format a time, in microseconds if it is short."""
+    return f"{us:.1f} us" if us < 1000 else f"{us / 1000:.2f} ms" if us < 1e6 else f"{us / 1e6:.2f} s"
+
+
+def _ratio(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if not row.measured:
+        return row.found["status"]
+    if row.ratio is None:
+        return "-"
+    return f"{row.ratio:.3f}x ({row.found['ratio_q25']:.2f}-{row.found['ratio_q75']:.2f})"
+
+
+def _bytes(row: Row | None, key: str) -> str:
+    value = None if row is None else row.found.get(key)
+    return "-" if value is None else f"{value / 2**20:.2f}" if value < 2**24 else f"{value / 2**20:.1f}"
+
+
+def _error(row: Row | None) -> str:
+    if row is None or not row.found.get("errors"):
+        return "-"
+    output, gradients = row.error(output=True), row.error(output=False)
+    text = " / ".join("-" if e is None else f"{e:.1e}" for e in (output, gradients))
+    return text if row.measured else f"{text} void"
+
+
+def _samples(comparison: Comparison) -> str:
+    return str(comparison.info.get("rounds", 0))
+
+
+def layers(results: Results) -> Iterable[Table]:
+    """Overhead, speed-up, errors and memory of the layers."""
+    found = results.of("layers")
+    if not found:
+        return
+    rows = []
+    for c in found:
+        frozen, ours = c.rows["frozen"], c.rows["peftk"]
+        asked = target(c)
+        verdict = "" if asked is None else f"<= {asked:.2f}x"
+        if asked is not None and not binding(c):
+            verdict += " (AMX)"
+        elif asked is not None and ours.ratio is not None:
+            verdict += " met" if ours.ratio <= asked else " **missed**"
+        rows.append(
+            (
+                short(c),
+                milliseconds(frozen.found["median_us"]) if frozen.measured else frozen.found["status"],
+                *(_ratio(c.rows.get(arm)) for arm in LAYER_ARMS),
+                verdict,
+                _samples(c),
+            )
+        )
+    yield Table(
+        "Layers: forward + backward as a multiple of the frozen layer",
+        "Median (and quartiles) of the ratios to the frozen layer's sample of the same round; x requires grad in every "
+        "arm, so the frozen layer does two products. The target is peftk's; one marked (AMX) was set for a CPU with "
+        "bf16 matrix hardware and says nothing about a CPU without it. LyCORIS' OFT rotates the output, not the input.",
+        ("layer", "frozen", *LAYER_ARMS.values(), "target", "N"),
+        rows,
+    )
+    yield Table(
+        "Layers: how much faster peftk is",
+        "Median of the ratios of the peer's time to peftk's, of samples of the same round. Above 1, peftk is faster.",
+        ("layer", *PEERS.values()),
+        [(short(c), *(_times(c.ratio(arm, "peftk")) for arm in PEERS)) for c in found],
+    )
+    yield Table(
+        "Layers: error against float64",
+        "Largest relative error (Frobenius norm) of the output / of the gradients, before anything was timed. A row "
+        "above the limit of its dtype is void and has no times.",
+        ("layer", "frozen", *LAYER_ARMS.values()),
+        [(short(c), *(_error(c.rows.get(arm)) for arm in ("frozen", *LAYER_ARMS))) for c in found],
+    )
+    yield Table(
+        "Layers: MiB kept for backward, and at the peak",
+        "Kept: tensors saved for backward other than inputs and parameters. Peak: the most that torch's allocator held "
+        "at once during forward + backward, above what it held before; results included.",
+        ("layer", *(f"{label}: {kind}" for label in LAYER_ARMS.values() for kind in ("kept", "peak")), "frozen: peak"),
+        [
+            (
+                short(c),
+                *(_bytes(c.rows.get(arm), f"{kind}_bytes") for arm in LAYER_ARMS for kind in ("saved", "peak")),
+                _bytes(c.rows["frozen"], "peak_bytes"),
+            )
+            for c in found
+        ],
+    )
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def operators(results: Results) -> Iterable[Table]:
+    """Kernels of the backends, and public functions beside plain PyTorch."""
+    if found := results.of("kernels"):
+        rows = []
+        for c in found:
+            native, torch = c.rows["native"], c.rows["torch"]
+            rows.append(
+                (
+                    short(c),
+                    milliseconds(native.found["median_us"]) if native.measured else native.found["status"],
+                    _error(native).split(" / ")[0],
+                    milliseconds(torch.found["median_us"]) if torch.measured else torch.found["status"],
+                    _error(torch).split(" / ")[0],
+                    _times(c.ratio("torch", "native")),
+                    _samples(c),
+                )
+            )
+        yield Table(
+            "Kernels: C++ beside plain PyTorch",
+            "The kernels themselves, forward and backward operators, without the registry. Name: operator, tokens, "
+            "sizes, block size or rank, dtype of the activations. Speed-up: median of paired ratios.",
+            ("kernel", "native", "error", "torch", "error", "speed-up", "N"),
+            rows,
+        )
+    if found := results.of("functions"):
+        arms = ("native", "torch", "eager", "compile")
+        yield Table(
+            "Functions: forward + backward beside plain PyTorch",
+            "peftk.functional on both backends, the same formula in plain PyTorch under its own autograd (eager), and "
+            "that compiled. Multiples of eager: below 1 is faster.",
+            ("function", "eager", *(f"{a} / eager" for a in arms if a != "eager"), "kept MiB (native / eager)", "N"),
+            [
+                (
+                    short(c),
+                    milliseconds(c.rows["eager"].found["median_us"]) if c.rows["eager"].measured else "void",
+                    *(_ratio(c.rows.get(a)) for a in arms if a != "eager"),
+                    f"{_bytes(c.rows['native'], 'saved_bytes')} / {_bytes(c.rows['eager'], 'saved_bytes')}",
+                    _samples(c),
+                )
+                for c in found
+            ],
+        )
+
+
+def overhead(results: Results) -> Iterable[Table]:
+    """What the dispatch costs."""
+    found = results.of("overhead")
+    if not found:
+        return
+    forward = [c for c in found if c.info["mode"] == "forward"]
+    rows = []
+    for c in forward:
+        cost = c.difference("peftk", "kernel")
+        ok = "" if cost is None else "met" if cost <= DISPATCH_TARGET_US else "**missed**"
+        shortest = min_difference(c, "peftk", "kernel")
+        kernel = c.rows["kernel"].found.get("median_us")
+        rows.append((c.info["cell"], _us(kernel), _us(cost), _us(shortest), ok, _samples(c)))
+    if rows:
+        yield Table(
+            "Dispatch: microseconds a call, forward",
+            "A public function on tensors of a few elements minus its kernel called directly: checks, casts, choice of "
+            f"the backend. Median of paired differences (and of the shortest samples); the target is "
+            f"{DISPATCH_TARGET_US:.0f} us. One thread.",
+            ("call", "kernel", "dispatch", "dispatch (shortest)", "target", "N"),
+            rows,
+        )
+    both = [c for c in found if c.info["mode"] != "forward" and "kernel" in c.rows]
+    if both:
+        yield Table(
+            "Dispatch: microseconds a call, forward + backward",
+            "With gradients, backend torch: the two kernels called directly, plain PyTorch under its own autograd, and "
+            "peftk. What the last two take beyond the kernels contains torch's autograd engine.",
+            ("call", "kernels", "plain PyTorch", "peftk", "peftk - kernels", "peftk - plain", "N"),
+            [
+                (
+                    c.info["cell"],
+                    *(_us(c.rows[a].found.get("median_us")) for a in ("kernel", "plain", "peftk")),
+                    _us(c.difference("peftk", "kernel")),
+                    _us(c.difference("peftk", "plain")),
+                    _samples(c),
+                )
+                for c in both
+            ],
+        )
+    tiny = [c for c in found if c.info["cell"].startswith("layer-")]
+    if tiny:
+        yield Table(
+            "Dispatch: a whole layer on tiny tensors, forward + backward",
+            "Microseconds of a 16 x 16 layer on 2 tokens: nothing but Python and launches.",
+            ("layer", "frozen", *(label for arm, label in LAYER_ARMS.items() if arm != "compile"), "N"),
+            [
+                (
+                    c.info["method"],
+                    *(
+                        _us(c.rows[a].found.get("median_us")) if a in c.rows else ""
+                        for a in ("frozen", *(arm for arm in LAYER_ARMS if arm != "compile"))
+                    ),
+                    _samples(c),
+                )
+                for c in tiny
+            ],
+        )
+
+
+def min_difference(comparison: Comparison, arm: str, other: str) -> float | None:
+    """Return the difference of the shortest samples of two arms in microseconds, or None."""
+    rows = comparison.rows[arm], comparison.rows[other]
+    return rows[0].found["min_us"] - rows[1].found["min_us"] if all(row.measured for row in rows) else None
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def missing(results: Results) -> Iterable[Table]:
+    """Everything that has no times, and why."""
+    rows = [(name.rpartition("::")[2], "", reason) for name, reason in results.not_measured.items()]
+    rows += [
+        (short(c), name, f"{row.found['status']}: {row.found['reason']}")
+        for c in results.comparisons
+        for name, row in c.rows.items()
+        if not row.measured
+    ]
+    if rows:
+        yield Table("Not measured", "Rows without times, and the reason.", ("cell", "arm", "reason"), rows)
+
+
+def everything(results: Results) -> list[Table]:
+    """Return all tables in the order of the report."""
+    return [*layers(results), *operators(results), *overhead(results), *missing(results)]
