@@ -205,9 +205,16 @@ def environment() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "peftk": peftk.__version__,
-            **{name: metadata.version(name) for name in PACKAGES},
+            **{name: version for name in PACKAGES if (version := _version(name))},
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
