@@ -28,7 +28,7 @@ demo: $(DONE)-demo  ## Train, merge and save an adapter on a real model; ARGS="-
 test: $(DONE)-test  ## Check the style and run every test; ARGS="-k cayley" and the like
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
 
 bench: $(DONE)-bench  ## Time operators and layers beside their peers, and write the report; ARGS=--quick to try it
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -15,6 +15,8 @@ from peftk import native_kernels
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
 COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+# One group: the program is compiled once, also where the tests are spread over processes.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("native")]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -37,7 +39,6 @@ def harness(tmp_path_factory) -> Path:
     return folder / "kernels"
 
 
-@pytest.mark.slow
 def test_every_kernel_is_clean_and_right(harness):
     done = run(harness)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,7 +51,6 @@ def test_every_kernel_is_clean_and_right(harness):
         assert ran == order[: order.index(_C.cpu_capability()) + 1], "an instruction set of this CPU was not run"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "finding"),
     [("planted-write", "heap-buffer-overflow"), ("planted-shift", "shift exponent")],
