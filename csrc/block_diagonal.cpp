@@ -51,7 +51,7 @@ void block_rotate(const Tensor& x, const Tensor& blocks, bool transpose, Tensor&
   if (s.rows == 0) return;
   const float* matrices = blocks.const_data_ptr<float>();
   const BlockRotateParams p{x.const_data_ptr(), matrices, out.mutable_data_ptr(), s.rows, s.count, s.size,
-                            transpose, dtype};
+                            transpose,          dtype};
   const auto packed = pack(matrices, s, transpose);
   parallel_for(0, (s.rows + kRotateRows - 1) / kRotateRows, 1,
                [&](int64_t begin, int64_t end) { block_rotate_cpu(p, packed.get(), begin, end); });

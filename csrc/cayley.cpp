@@ -47,8 +47,12 @@ void cayley_backward(const Tensor& grad, const Tensor& packed, const Tensor& blo
   check_triangles(packed, count, size);
   check_like(grad, "grad", blocks, "blocks");
   check_like(out, "out", packed, "packed");
-  const CayleyBackwardParams p{grad.const_data_ptr<float>(), packed.const_data_ptr<float>(),
-                               blocks.const_data_ptr<float>(), polynomial.data(), terms, size,
+  const CayleyBackwardParams p{grad.const_data_ptr<float>(),
+                               packed.const_data_ptr<float>(),
+                               blocks.const_data_ptr<float>(),
+                               polynomial.data(),
+                               terms,
+                               size,
                                static_cast<float*>(out.mutable_data_ptr())};
   torch::stable::parallel_for(0, count, grain(size),
                               [&](int64_t begin, int64_t end) { cayley_backward_cpu(p, begin, end); });

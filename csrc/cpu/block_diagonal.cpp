@@ -82,8 +82,8 @@ PEFTK_INLINE void visit_tasks(const BlockRotateBackwardParams& p, const float* p
   }
 }
 
-PEFTK_INLINE void block_rotate_backward_cpu_body(const BlockRotateBackwardParams& p, const float* packed,
-                                                 int64_t begin, int64_t end) {
+PEFTK_INLINE void block_rotate_backward_cpu_body(const BlockRotateBackwardParams& p, const float* packed, int64_t begin,
+                                                 int64_t end) {
   if (p.dtype == Dtype::float32)
     visit_tasks<float>(p, packed, begin, end);
   else

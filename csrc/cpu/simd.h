@@ -9,18 +9,18 @@
 // `name##_body(arguments)` compiled for the best instruction set of this CPU. The body must be PEFTK_INLINE:
 // it is compiled once for each set, in a function that carries the target attribute.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define PEFTK_KERNEL(name, params, args)                                                             \
+#define PEFTK_KERNEL(name, params, args)                                                               \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) static void name##_avx512 params { \
-    name##_body args;                                                                                \
-  }                                                                                                  \
-  __attribute__((target("avx2,fma"))) static void name##_avx2 params { name##_body args; }           \
-  static void name##_base params { name##_body args; }                                               \
-  void name params {                                                                                 \
-    switch (cpu_level()) {                                                                           \
-      case CpuLevel::avx512: return name##_avx512 args;                                              \
-      case CpuLevel::avx2: return name##_avx2 args;                                                  \
-      default: return name##_base args;                                                              \
-    }                                                                                                \
+    name##_body args;                                                                                  \
+  }                                                                                                    \
+  __attribute__((target("avx2,fma"))) static void name##_avx2 params { name##_body args; }             \
+  static void name##_base params { name##_body args; }                                                 \
+  void name params {                                                                                   \
+    switch (cpu_level()) {                                                                             \
+      case CpuLevel::avx512: return name##_avx512 args;                                                \
+      case CpuLevel::avx2: return name##_avx2 args;                                                    \
+      default: return name##_base args;                                                                \
+    }                                                                                                  \
   }
 #else
 #define PEFTK_KERNEL(name, params, args) \
