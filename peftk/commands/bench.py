@@ -206,7 +206,10 @@ def bench(
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"expected a device of this machine; got {device!r}: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(
+            f"expected a device of this machine; got {device!r}: {reason}", param_hint="--device"
+        ) from error
     names = operator or list(FAMILIES)
     for name in names:
         if name.removesuffix("_backward") not in FAMILIES:
