@@ -11,6 +11,7 @@ from torch import nn
 
 from ._loading import read_into_plan
 from ._plan import Plan, file_tensors, make_plan, plan_of, unaliased
+from ._signature import restore, with_signature_of
 from ._tuner import Tuner
 from .nn import AdapterLayer, PeftConfig
 from .nn.config import check_bool
@@ -78,7 +79,8 @@ def _check_not_lazy(low_cpu_mem_usage: object) -> None:
 class PeftModel(nn.Module):
     """A model with named adapters. Attributes that it does not have are those of the base model.
 
-    Parameters are named as by PEFT: `base_model.model.<path>.lora_A.<adapter>.weight` and so on.
+    Parameters are named as by PEFT: `base_model.model.<path>.lora_A.<adapter>.weight` and so on. The class of an object
+    is a subclass made for its base model: its `forward` has the signature of the base model's.
 
     Args:
         model: The base model; its layers are replaced in place.
@@ -107,9 +109,12 @@ class PeftModel(nn.Module):
         self.peft_type = plan.config.peft_type
         self.train(tuner.model.training)
         model = tuner.model
+        self.__class__ = with_signature_of(type(self), type(model))
         # Checkpointed blocks compute gradients only if one of their inputs asks for them, and with frozen embeddings
         # none would.
-        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        renamed = hasattr(type(model), "is_activation_checkpointing")
+        flag = "is_activation_checkpointing" if renamed else "is_gradient_checkpointing"
+        if getattr(model, flag, False) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +126,18 @@ class PeftModel(nn.Module):
         """Generate with the adapted model."""
         _refuse_mixed_batch(kwargs)
         return self.get_base_model().generate(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class was made for this base model, and cannot be found by its name.
+        public = getattr(type(self), "_public_class", type(self))
+        return restore, (public, type(self.get_base_model())), self.__dict__
+
+    def _get_name(self) -> str:
+        # transformers.Trainer looks this name up among those of the causal language models, to shift smoothed labels.
+        return self.get_base_model()._get_name()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__()[len(self._get_name()) :]
 
     def __getattr__(self, name: str) -> Any:
         try:
