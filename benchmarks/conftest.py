@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from benchmarks.arms import QUICK, Budget
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-quick", action="store_true", help="few samples and small shapes, to try the benchmarks")
     parser.addoption("--bench-resume", metavar="FOLDER", help="leave out what a JSON file in this folder holds already")
+    parser.addoption("--bench-cells", metavar="FOLDER", help="write every comparison here as soon as it is done")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     quick, folder = config.getoption("--bench-quick"), config.getoption("--bench-resume")
     done = set()
     if folder:
-        for path in Path(folder).glob("*.json"):
+        for path in Path(folder).rglob("*.json"):
             done.update(b["fullname"] for b in json.loads(path.read_text())["benchmarks"] if "arms" in b["extra_info"])
     left_out = [i for i in items if i.nodeid in done or (quick and i.get_closest_marker("full_run"))]
     if left_out:
@@ -56,3 +59,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def budget(request: pytest.FixtureRequest) -> Budget:
     """How much one comparison measures."""
     return QUICK if request.config.getoption("--bench-quick") else Budget()
+
+
+@pytest.fixture(autouse=True)
+def keep_cell(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Save a comparison when it is done: pytest-benchmark writes its file only at the end of the session."""
+    yield
+    folder = request.config.getoption("--bench-cells")
+    fixture = request.node.funcargs.get("benchmark")
+    if folder and fixture is not None and "arms" in fixture.extra_info:
+        entry = {"fullname": request.node.nodeid, "extra_info": fixture.extra_info}
+        path = Path(folder) / f"{re.sub(r'[^0-9A-Za-z+-]+', '_', request.node.name)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"benchmarks": [entry]}))

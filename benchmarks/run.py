@@ -1,7 +1,8 @@
 """Runs all benchmarks and writes the report: ``python -m benchmarks.run [--quick] [--resume] [--only SUITE ...]``.
 
-Every suite runs in a process of its own and writes its JSON when it ends, so a crash in one loses no other; a cell that
-fails is listed in the report with its reason. ``--resume`` keeps what an interrupted run has written.
+Every suite runs in a process of its own, and every comparison is written as soon as it is done, so neither a crash nor
+an interruption loses another one; a cell that fails is listed in the report with its reason. ``--resume`` keeps what an
+interrupted run has written and measures the rest.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def command(suite: str, folder: Path, target: Path, quick: bool, resume: bool) -
     call += ["--benchmark-enable", "--benchmark-only", "--benchmark-disable-gc", f"--benchmark-json={target}"]
     call += ["--benchmark-columns=median,rounds", "--benchmark-warmup=off", "--no-header", "--tb=short", "-v"]
     call += ["-k", expression] if expression else []
+    call += ["--bench-cells", str(folder / "cells" / suite)]
     call += ["--bench-quick"] if quick else []
     call += ["--bench-resume", str(folder)] if resume else []
     return call
@@ -57,19 +59,23 @@ def main(arguments: list[str] | None = None) -> int:
     for suite in options.only:
         old = sorted(options.work.glob(f"{suite}.*.json"))
         if not options.resume:
-            for path in old:
+            for path in [*old, *options.work.glob(f"cells/{suite}/*.json")]:
                 path.unlink()
             old = []
         target = options.work / f"{suite}.{len(old):03d}.json"
         start = time.monotonic()
-        status = subprocess.run(
-            command(suite, options.work, target, options.quick, options.resume), cwd=HERE.parent, check=False
-        ).returncode
+        call = command(suite, options.work, target, options.quick, options.resume)
+        try:
+            status = subprocess.run(call, cwd=HERE.parent, check=False).returncode
+        except KeyboardInterrupt:
+            print(f"{suite}: interrupted; --resume goes on from here", file=sys.stderr)
+            return 130
         # 5 means that everything was left out: a resumed suite that was complete.
         worst = max(worst, 0 if status == 5 else status)
         print(f"{suite}: {time.monotonic() - start:.0f} s, status {status}", flush=True)
-    files = sorted(p for p in options.work.glob("*.json") if p.stat().st_size)
-    results = read(files)
+    # The newest counts where a comparison was made twice; an interrupted pytest leaves an empty file.
+    files = sorted((p for p in options.work.rglob("*.json") if p.stat().st_size), key=lambda p: p.stat().st_mtime)
+    results = read(path for path in files if path.name != "results.json")
     output = options.output or (options.work if options.quick else RESULTS / results.info["device_class"])
     written = write(results, output)
     print("report:", *(str(path) for path in written if path.suffix in (".md", ".html")))
