@@ -9,6 +9,7 @@ on the same clock, and the JSON holds every sample of every arm in `extra_info`.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import platform
 import statistics
@@ -128,6 +129,10 @@ def saved_bytes(arm: Arm) -> int:
 def peak_bytes(arm: Arm) -> int:
     """Return the largest number of bytes that torch's allocator held during one step, above what it held before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
+    # A gradient that is left from the last step would be freed in this one, and hide as much of its peak.
+    for tensor in arm.owned():
+        tensor.grad = None
+    gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

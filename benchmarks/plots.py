@@ -80,7 +80,7 @@ def overhead(results: Results) -> Figure | None:
     height = 0.84 / len(arms)
     # A few slow peers must not press all the others against the axis.
     ratios = sorted(c.rows[a].ratio for c in found for a in arms if a in c.rows and c.rows[a].ratio)
-    limit = max(1.5, min(ratios[-1] * 1.12, 3.0))
+    limit = max(1.2, min(ratios[-1] * 1.12, 3.0))
     for at, comparison in enumerate(found):
         for slot, arm in enumerate(arms):
             row = comparison.rows.get(arm)
