@@ -125,6 +125,15 @@ def test_a_wrong_backward_kernel_fails(broken, wrong, reason):
     assert [row["reason"] for row in failed] == [reason] * 2
 
 
+def test_a_call_that_a_backend_refuses_is_no_failure(monkeypatch):
+    operator = _registry.OPERATORS["cayley"]
+    monkeypatch.setitem(operator._kernels, "native", (operator.kernel("torch")[0], lambda *args: "not on Sundays"))
+    report = json.loads(invoke("--json").output)
+    rows = [row for row in report["self_test"] if (row["operator"], row["backend"]) == ("cayley", "native")]
+    assert report["ok"]
+    assert {(row["status"], row["reason"]) for row in rows} == {("unavailable", "not on Sundays")}
+
+
 def test_a_transform_that_is_not_orthogonal_fails(broken, monkeypatch):
     monkeypatch.setattr(_config, "_override", "torch")
     right = _registry.OPERATORS["cayley"].kernel("torch")[0]
