@@ -90,6 +90,7 @@ def demo(
 ) -> None:
     """Train, merge, save and reload an adapter on a real text encoder and a real task."""
     _check(method, steps, output)
+    _need("matplotlib")
     encoder, tokenizer, name = _load_encoder(model)
     from rich.console import Console
 
@@ -209,7 +210,7 @@ def show(results: dict[str, Any], output: Path, console: Any) -> None:
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row("before training", f"{results['accuracy']['before']:.1%}", "", "", "")
     for name, milliseconds in results["step_ms"].items():
-        label = "frozen model, head trained" if name == "frozen model" else name
+        label = "frozen model, head trained as long" if name == "frozen model" else name
         ratio = f"{milliseconds / floor:.2f}x" if floor else "not measured"
         kept = f"{results['saved_mib'][name]:.0f} MiB"
         table.add_row(label, f"{results['accuracy'][name]:.1%}", f"{milliseconds:.0f} ms", ratio, kept)

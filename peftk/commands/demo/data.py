@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CLASSES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
-TRAIN_PER_CLASS = 250
-TEST_PER_CLASS = 60
+TRAIN_PER_CLASS = 150
+TEST_PER_CLASS = 40
 PLACEHOLDER = "pkg"
 
 _WINDOW = 240
-_MAX_WINDOWS = 3
+_MAX_WINDOWS = 1
 _MIN_WORDS = 15
 _SHINGLE = 4
 _SIMILAR = 0.5
