@@ -12,7 +12,7 @@ import html
 import re
 from pathlib import Path
 
-from .plots import draw
+from .plots import PLOTS, draw
 from .results import Results, read, write_csv, write_json
 from .tables import Table, everything
 
@@ -107,6 +107,9 @@ def write(results: Results, folder: Path) -> list[Path]:
     """Write results.json, results.csv, report.md with its plots, and report.html into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = list(draw(results))
+    # A plot of an earlier run that this one has no data for would pass for this one's.
+    for name in PLOTS:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     write_json(folder / "results.json", results)
     write_csv(folder / "results.csv", results.comparisons)
     for name, _, data in plots:

@@ -194,6 +194,8 @@ def test_report_is_written_whole(run_file: Path, tmp_path: Path) -> None:
     from benchmarks import report
 
     folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "kernels.png").write_bytes(b"of an earlier run")
     report.main([str(run_file), "--output", str(folder)])
     written = {path.name for path in folder.iterdir()}
     plots = {"overhead", "speed_up", "errors", "memory", "kernels", "dispatch"}
@@ -210,3 +212,9 @@ def test_report_is_written_whole(run_file: Path, tmp_path: Path) -> None:
     kept = json.loads((folder / "results.json").read_text())
     assert [item["suite"] for item in kept["comparisons"]] == ["layers", "kernels", "functions", "overhead"]
     assert len(kept["comparisons"][0]["arms"]["peftk"]["samples_us"]) == 5
+    assert (folder / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    content = synthetic()
+    content["benchmarks"] = content["benchmarks"][:1]
+    run_file.write_text(json.dumps(content))
+    report.main([str(run_file), "--output", str(folder)])
+    assert not (folder / "kernels.png").exists(), "no data: the plot of the earlier run must go"
