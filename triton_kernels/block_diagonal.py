@@ -1,0 +1,393 @@
+"""Block rotation in Triton: activations keep their layout, and one pass over (x, grad) gives both gradients.
+
+The columns are cut into tiles. A tile holds as many whole blocks as fit, so that blocks too small for a matrix
+instruction become one block-diagonal matrix; a block above `RESIDENT_WIDTH` is a tile of its own, and its matrix is
+read again for every tile of rows instead of being kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ._launch import launch, unsupported
+
+MAX_SIZE = 256
+"""Largest block: a wider gradient tile does not fit in registers."""
+
+RESIDENT_WIDTH = 64
+"""Widest tile whose matrix stays in registers or shared memory while rows stream past."""
+
+IN_PLACE_SIZE = 128
+"""Largest block whose gradient one program computes for all columns, so that dx may overwrite grad."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one program walks over a matrix: see `_forward_tiling` and `_backward_tiling`."""
+
+    pack: int
+    width: int
+    block_cols: int
+    block_k: int
+    block_rows: int
+    programs: int
+    num_warps: int
+
+    def chunks(self, rows: int, tiles: int) -> tuple[int, int]:
+        """Return the number of chunks that the rows are cut into, and of row tiles in each."""
+        row_tiles = triton.cdiv(rows, self.block_rows)
+        per_chunk = triton.cdiv(row_tiles, max(self.programs // tiles, 1))
+        return triton.cdiv(row_tiles, per_chunk), per_chunk
+
+
+def _width(size: int, half: bool) -> int:
+    # 64 half-precision columns are 128 bytes of every row: one cache line. float32 products have no matrix
+    # instruction, so that every padded column costs time there.
+    return max(triton.next_power_of_2(size), RESIDENT_WIDTH if half else 16)
+
+
+def _forward_tiling(rows: int, size: int, dtype: torch.dtype) -> Tiling:
+    half = dtype is not torch.float32
+    width = _width(size, half)
+    block_rows = 16 if rows <= 16 else (128 if half else 64)
+    if width <= RESIDENT_WIDTH:
+        return Tiling(width // size, width, width, width, block_rows, 1024, 4)
+    if half:
+        return Tiling(1, width, 128, 64, block_rows, 1 << 31, 4 if rows <= 16 else 8)
+    return Tiling(1, width, 64, 16, block_rows, 1 << 31, 4)
+
+
+def _backward_tiling(rows: int, size: int, dtype: torch.dtype) -> Tiling:
+    half = dtype is not torch.float32
+    width = _width(size, half)
+    if width <= RESIDENT_WIDTH:
+        return Tiling(width // size, width, width, width, 16 if rows <= 16 else 64, 512, 4)
+    if half:
+        return Tiling(1, width, 128 if width == 128 else 64, width, 16 if rows <= 16 else 64, 256, 8)
+    return Tiling(1, width, 128 if width == 128 else 32, width, 16, 256, 8)
+
+
+@triton.jit
+def _block_rotate_kernel(
+    x_ptr,
+    blocks_ptr,
+    y_ptr,
+    rows,
+    features,
+    tiles,
+    tiles_per_chunk,
+    stride_x_row,
+    stride_y_row,
+    stride_block,
+    stride_block_in,
+    stride_block_out,
+    SIZE: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Write y = x @ Q for one tile of columns and one chunk of rows; Q[k, n] is at k * in + n * out."""
+    SPAN: tl.constexpr = PACK * SIZE
+    COL_TILES: tl.constexpr = (SPAN + BLOCK_COLS - 1) // BLOCK_COLS
+    dtype = x_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    tile = program % tiles
+    first_tile = program // tiles * tiles_per_chunk
+    start = tile // COL_TILES * SPAN
+    cols = tile % COL_TILES * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    ks = tl.arange(0, BLOCK_K)
+    col_mask = (cols < SPAN) & (start + cols < features)
+    block_of_col = cols // SIZE
+    first_block = start // SIZE
+    col_offset = (first_block + block_of_col) * stride_block + cols % SIZE * stride_block_out
+    if WIDTH == BLOCK_K:
+        inside = (ks[:, None] // SIZE == block_of_col[None, :]) & col_mask[None, :]
+        resident = tl.load(
+            blocks_ptr + col_offset[None, :] + (ks % SIZE)[:, None] * stride_block_in, mask=inside, other=0.0
+        ).to(dtype)
+    for t in range(tiles_per_chunk):
+        row = (first_tile + t) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_mask = (row < rows)[:, None]
+        x_row = x_ptr + row[:, None] * stride_x_row + start
+        if WIDTH == BLOCK_K:
+            x = tl.load(x_row + ks[None, :], mask=row_mask & ((ks < SPAN) & (start + ks < features))[None, :], other=0.0)
+            acc = tl.dot(x, resident, input_precision="ieee")
+        else:
+            acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+            for k in range(0, SIZE, BLOCK_K):
+                in_span = k + ks < SIZE
+                x = tl.load(x_row + (k + ks)[None, :], mask=row_mask & in_span[None, :], other=0.0)
+                q = tl.load(
+                    blocks_ptr + col_offset[None, :] + (k + ks)[:, None] * stride_block_in,
+                    mask=in_span[:, None] & col_mask[None, :],
+                    other=0.0,
+                ).to(dtype)
+                acc = tl.dot(x, q, acc, input_precision="ieee")
+        y = y_ptr + row[:, None] * stride_y_row + start + cols[None, :]
+        tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=row_mask & col_mask[None, :])
+
+
+@triton.jit
+def _block_rotate_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    blocks_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows,
+    features,
+    tiles,
+    tiles_per_chunk,
+    stride_grad_row,
+    stride_x_row,
+    stride_dx_row,
+    stride_block,
+    stride_block_in,
+    stride_block_out,
+    stride_partial_chunk,
+    stride_partial_block,
+    stride_partial_in,
+    stride_partial_out,
+    SIZE: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_BLOCKS: tl.constexpr,
+):
+    """Write dx = grad @ Q.T, and this chunk's part of dQ = x.T @ grad, for one tile of the columns of x."""
+    SPAN: tl.constexpr = PACK * SIZE
+    COL_TILES: tl.constexpr = (SPAN + BLOCK_COLS - 1) // BLOCK_COLS
+    dtype = grad_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    tile = program % tiles
+    chunk = program // tiles
+    start = tile // COL_TILES * SPAN
+    ins = tile % COL_TILES * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    outs = tl.arange(0, WIDTH)
+    in_mask = (ins < SPAN) & (start + ins < features)
+    out_mask = (outs < SPAN) & (start + outs < features)
+    inside = (ins[None, :] // SIZE == outs[:, None] // SIZE) & in_mask[None, :]
+    first_block = start // SIZE
+    # (outs, ins): the transposed matrix.
+    q_ptr = blocks_ptr + (
+        (first_block + ins // SIZE)[None, :] * stride_block
+        + (ins % SIZE)[None, :] * stride_block_in
+        + (outs % SIZE)[:, None] * stride_block_out
+    )
+    if NEED_X and WIDTH <= 64:
+        resident = tl.load(q_ptr, mask=inside, other=0.0).to(dtype)
+    dq = tl.zeros((BLOCK_COLS, WIDTH), tl.float32)
+    for t in range(tiles_per_chunk):
+        row = (chunk * tiles_per_chunk + t) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_mask = (row < rows)[:, None]
+        grad = tl.load(
+            grad_ptr + row[:, None] * stride_grad_row + start + outs[None, :],
+            mask=row_mask & out_mask[None, :],
+            other=0.0,
+        )
+        if NEED_BLOCKS:
+            x = tl.load(
+                x_ptr + row[:, None] * stride_x_row + start + ins[None, :],
+                mask=row_mask & in_mask[None, :],
+                other=0.0,
+            )
+            dq = tl.dot(tl.trans(x), grad, dq, input_precision="ieee")
+        if NEED_X:
+            if WIDTH <= 64:
+                dx = tl.dot(grad, resident, input_precision="ieee")
+            else:
+                dx = tl.dot(grad, tl.load(q_ptr, mask=inside, other=0.0).to(dtype), input_precision="ieee")
+            # dx may be stored over grad: no warp stores before every warp has read.
+            tl.debug_barrier()
+            tl.store(
+                dx_ptr + row[:, None] * stride_dx_row + start + ins[None, :],
+                dx.to(dx_ptr.dtype.element_ty),
+                mask=row_mask & in_mask[None, :],
+            )
+    if NEED_BLOCKS:
+        partial = partial_ptr + chunk * stride_partial_chunk + (
+            (first_block + ins // SIZE)[:, None] * stride_partial_block
+            + (ins % SIZE)[:, None] * stride_partial_in
+            + (outs % SIZE)[None, :] * stride_partial_out
+        )
+        diagonal = (ins[:, None] // SIZE == outs[None, :] // SIZE) & in_mask[:, None]
+        tl.store(partial, dq, mask=diagonal)
+
+
+def _matrix(x: Tensor, features: int) -> Tensor:
+    """View activations as a matrix with rows of adjacent elements; copy them if they are not."""
+    x = x.reshape(-1, features)
+    return x if x.stride(1) == 1 or features == 1 else x.contiguous()
+
+
+def _supports(x: Tensor, blocks: Tensor) -> str | None:
+    if reason := unsupported(x):
+        return reason
+    if blocks.shape[-1] > MAX_SIZE:
+        return f"the Triton kernels rotate blocks of up to {MAX_SIZE}; got {blocks.shape[-1]}"
+    return None
+
+
+def block_rotate_supports(x: Tensor, blocks: Tensor, transpose: bool) -> str | None:
+    """Return None, or why Triton cannot rotate x."""
+    return _supports(x, blocks)
+
+
+def block_rotate(x: Tensor, blocks: Tensor, transpose: bool) -> Tensor:
+    """See `peftk.functional.block_rotate`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    features, size = x.shape[-1], blocks.shape[-1]
+    x, out, blocks = _matrix(x, features), y.view(-1, features), blocks.contiguous()
+    rows = x.shape[0]
+    tiling = _forward_tiling(rows, size, x.dtype)
+    span = tiling.pack * size
+    tiles = triton.cdiv(features, span) * triton.cdiv(span, tiling.block_cols)
+    chunks, per_chunk = tiling.chunks(rows, tiles)
+    launch(
+        _block_rotate_kernel,
+        (tiles * chunks,),
+        num_warps=tiling.num_warps,
+        x_ptr=x,
+        blocks_ptr=blocks,
+        y_ptr=out,
+        rows=rows,
+        features=features,
+        tiles=tiles,
+        tiles_per_chunk=per_chunk,
+        stride_x_row=x.stride(0),
+        stride_y_row=features,
+        stride_block=0 if blocks.shape[0] == 1 else size * size,
+        stride_block_in=1 if transpose else size,
+        stride_block_out=size if transpose else 1,
+        SIZE=size,
+        PACK=tiling.pack,
+        WIDTH=tiling.width,
+        BLOCK_ROWS=tiling.block_rows,
+        BLOCK_K=tiling.block_k,
+        BLOCK_COLS=tiling.block_cols,
+    )
+    return y
+
+
+def _backward(
+    grad: Tensor, x: Tensor, blocks: Tensor, transpose: bool, dx: Tensor, need_x: bool, need_blocks: bool
+) -> Tensor:
+    """Fill dx (empty if not needed; may be grad itself for blocks up to `IN_PLACE_SIZE`); return dblocks."""
+    if not need_blocks:
+        dblocks = blocks.new_empty(0)
+    if x.numel() == 0:
+        return torch.zeros_like(blocks) if need_blocks else dblocks
+    features, size = x.shape[-1], blocks.shape[-1]
+    grad, x, blocks = _matrix(grad, features), _matrix(x, features), blocks.contiguous()
+    rows, count = x.shape[0], features // size
+    tiling = _backward_tiling(rows, size, x.dtype)
+    span = tiling.pack * size
+    tiles = triton.cdiv(features, span) * triton.cdiv(span, tiling.block_cols)
+    chunks, per_chunk = tiling.chunks(rows, tiles)
+    # A shared block has a part for each of its uses, so that nothing is added up in memory.
+    partial = torch.empty((chunks, count, size, size) if need_blocks else 0, dtype=torch.float32, device=x.device)
+    launch(
+        _block_rotate_backward_kernel,
+        (tiles * chunks,),
+        num_warps=tiling.num_warps,
+        grad_ptr=grad,
+        x_ptr=x,
+        blocks_ptr=blocks,
+        dx_ptr=dx,
+        partial_ptr=partial,
+        rows=rows,
+        features=features,
+        tiles=tiles,
+        tiles_per_chunk=per_chunk,
+        stride_grad_row=grad.stride(0),
+        stride_x_row=x.stride(0),
+        stride_dx_row=features,
+        stride_block=0 if blocks.shape[0] == 1 else size * size,
+        stride_block_in=1 if transpose else size,
+        stride_block_out=size if transpose else 1,
+        stride_partial_chunk=count * size * size,
+        stride_partial_block=size * size,
+        stride_partial_in=1 if transpose else size,
+        stride_partial_out=size if transpose else 1,
+        SIZE=size,
+        PACK=tiling.pack,
+        WIDTH=tiling.width,
+        BLOCK_ROWS=tiling.block_rows,
+        BLOCK_COLS=tiling.block_cols,
+        NEED_X=need_x,
+        NEED_BLOCKS=need_blocks,
+    )
+    if not need_blocks:
+        return dblocks
+    if blocks.shape[0] == 1:
+        return partial.view(-1, 1, size, size).sum(0).to(blocks.dtype)
+    return (partial[0] if chunks == 1 else partial.sum(0)).to(blocks.dtype)
+
+
+def block_rotate_backward_supports(grad: Tensor, x: Tensor, blocks: Tensor, *args: object) -> str | None:
+    """Return None, or why Triton cannot run the backward pass."""
+    return _supports(x, blocks)
+
+
+def block_rotate_backward(
+    grad: Tensor, x: Tensor, blocks: Tensor, transpose: bool, need_x: bool, need_blocks: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `block_rotate` in x and in the blocks; an empty tensor for one not needed."""
+    dx = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
+    if not (need_x or need_blocks):
+        return dx, blocks.new_empty(0)
+    return dx, _backward(grad, x, blocks, transpose, dx, need_x, need_blocks)
+
+
+def block_rotate_linear_supports(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> str | None:
+    """Return None, or why Triton cannot rotate x."""
+    return _supports(x, blocks)
+
+
+def block_rotate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor:
+    """See `peftk.functional.block_rotate_linear`."""
+    if x.numel() // x.shape[-1] > weight.shape[0]:
+        # The weight has fewer rows than x, and rotating either gives the same product.
+        return linear(x, block_rotate(weight, blocks, True), bias)
+    return linear(block_rotate(x, blocks, False), weight, bias)
+
+
+def block_rotate_linear_backward_supports(
+    grad: Tensor, x: Tensor, weight: Tensor, blocks: Tensor, *args: object
+) -> str | None:
+    """Return None, or why Triton cannot run the backward pass."""
+    return _supports(x, blocks)
+
+
+def block_rotate_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor,
+    need_x: bool,
+    need_blocks: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
+    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
+    if not (need_x or need_blocks):
+        return grad.new_empty(0), blocks.new_empty(0), dbias
+    product = grad @ weight
+    # The gradient of x takes the place of the product, except where several programs read the same rows of it.
+    if not need_x:
+        dx = product.new_empty(0)
+    else:
+        dx = product if blocks.shape[-1] <= IN_PLACE_SIZE else torch.empty_like(product)
+    return dx, _backward(product, x, blocks, False, dx, need_x, need_blocks), dbias
