@@ -1,0 +1,133 @@
+"""Runs everything that only a GPU can show: ``python -m tests.gpu.run [--list] [--only PART ...]``, or `make test-gpu`.
+
+Every part is a process of its own: a kernel that faults ruins the CUDA context of its process, and with it every later
+test there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks import parts
+from benchmarks.parts import Part
+
+HERE = Path(__file__).parent
+# With the build below 10 minutes; the limits of the parts add up to it, so that none can take the time of another.
+SECONDS = 500.0
+WORK = parts.ROOT / "build" / "test-gpu"
+
+# File of this folder to what it shows and its seconds.
+FILES = {
+    "determinism": ("equal bits over 100 repeats of every operator, forward and backward", 40.0),
+    "graphs": ("CUDA graphs of forward and backward: capture, replay with new values", 30.0),
+    "devices": ("another current device, another stream, bad input on CUDA tensors", 25.0),
+    "large": ("tensors of more than 2^31 elements", 35.0),
+    "layers": ("fresh adapters change no bit, saved bytes, training in bf16", 30.0),
+}
+SANITIZERS = {
+    "memcheck": "accesses outside of memory",
+    "racecheck": "races in shared memory",
+    "initcheck": "reads of memory that nothing wrote",
+}
+ERROR_STATUS = 66
+
+
+def pytest_call(*arguments: str, workers: int = 0) -> tuple[str, ...]:
+    """Return a call of pytest whose log names every test."""
+    call = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no"]
+    if workers > 1 and importlib.util.find_spec("xdist"):
+        call += ["-n", str(workers)]
+    return (*call, *arguments)
+
+
+def read_sanitizer(tool: str, log: str, status: int) -> tuple[dict[str, int], str | None]:
+    """Count the calls that the driver made and the findings of compute-sanitizer."""
+    if "Device not supported" in log or "Unable to find" in log:
+        line = next(line for line in log.splitlines() if "Device not supported" in line or "Unable to find" in line)
+        return {}, f"not run: compute-sanitizer cannot watch this device: {line.strip('= ')}"
+    checked = re.search(r"^(\d+) calls checked", log, re.M)
+    counts = {"calls": int(checked.group(1))} if checked else {}
+    found = re.search(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", log)
+    if found is None:
+        return counts, f"{tool} wrote no summary; exit status {status}"
+    counts["findings"] = int(found.group(1))
+    if counts["findings"]:
+        lines = [line.strip("= ") for line in log.splitlines() if line.startswith("=========")]
+        return counts, f"{lines[1][:200] if len(lines) > 1 else tool}; see the log"
+    if status:
+        lines = [line for line in log.strip().splitlines() if not line.startswith("=========")]
+        return counts, f"the driver ended with status {status}: {lines[-1][:200] if lines else ''}"
+    return counts, None
+
+
+def all_parts() -> list[Part]:
+    """Return what `make test-gpu` runs."""
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+    operators = str(HERE.parent / "test_operators.py")
+    found = []
+    for backend, rest, limit in (
+        ("torch", "not triton and not native", 60.0),
+        ("native", "native", 50.0),
+        ("triton", "triton", 110.0),
+    ):
+        found.append(
+            Part(
+                f"operators-{backend}",
+                f"every operator x dtype x case on backend {backend}, on the GPU, against float64",
+                pytest_call(operators, "--device", "cuda", "-k", rest, workers=workers),
+                limit,
+                parts.read_pytest,
+            )
+        )
+    for name, (says, limit) in FILES.items():
+        call = pytest_call(str(HERE / f"test_gpu_{name}.py"))
+        found.append(Part(name, says, call, limit, parts.read_pytest))
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    for tool, says in SANITIZERS.items():
+        call = (sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(ERROR_STATUS))
+        found.append(
+            Part(
+                tool,
+                f"compute-sanitizer {tool} on the CUDA C++ kernels: {says}",
+                (*call, sys.executable, str(HERE / "sanitize.py")),
+                40.0,
+                functools.partial(read_sanitizer, tool),
+                # One allocation for each tensor, or an overrun would land inside torch's own pool.
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                None if sanitizer else "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin",
+            )
+        )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, run the parts, and return the exit status."""
+    chosen = all_parts()
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="only say what would be run")
+    parser.add_argument("--only", nargs="+", choices=[p.name for p in chosen], help="these parts only")
+    options = parser.parse_args(arguments)
+    chosen = [part for part in chosen if not options.only or part.name in options.only]
+    title = "GPU tests of peftk: every operator, backend and dtype on the GPU, and what only a GPU can show."
+    if options.list:
+        print(parts.header(title, chosen, SECONDS, parts.RESULTS / "<device>"))
+        return 0
+    device = parts.describe_gpu()
+    folder = parts.RESULTS / parts.folder_name(device["name"])
+    print(parts.header(title, chosen, SECONDS, folder), flush=True)
+    print(f"Device: {device}\nVersions: {parts.versions()}\nLogs: {WORK.relative_to(parts.ROOT)}\n", flush=True)
+    target = folder / "tests.json"
+    outcomes = parts.run(chosen, WORK, SECONDS, lambda done: parts.write_record(target, device, done))
+    print(f"\n{parts.summary(outcomes)}\nresults: {target.relative_to(parts.ROOT)}")
+    return parts.exit_status(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
