@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+GPU_VENV ?= .venv-gpu
 CXX ?= g++
 JOBS ?= 2
 ARGS ?=
@@ -13,13 +14,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DONE := $(VENV)/.peftk
-SOURCES := setup.py pyproject.toml peftk/_version.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+GPU_DONE := $(GPU_VENV)/.peftk
+SOURCES := setup.py pyproject.toml peftk/_version.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format doctor setup clean
+.PHONY: help demo test bench test-gpu bench-gpu lint format doctor setup clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(DONE)-demo  ## Train, merge and save an adapter on a real model; ARGS="--method oft" and the like
 	$(BIN)/python -m peftk demo $(ARGS)
@@ -32,6 +34,12 @@ test: $(DONE)-test  ## Check the style and run every test; ARGS="-k cayley" and 
 
 bench: $(DONE)-bench  ## Time operators and layers beside their peers, and write the report; ARGS=--quick to try it
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+test-gpu: $(GPU_DONE)-native  ## Test everything on an NVIDIA GPU, within 10 minutes; ARGS=--list says what that is
+	$(GPU_VENV)/bin/python -m tests.gpu.run $(ARGS)
+
+bench-gpu: $(GPU_DONE)-native  ## Measure on an NVIDIA GPU, within 10 minutes; ARGS=--list says what
+	$(GPU_VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
 doctor: $(DONE)-native  ## Say what runs on this machine, and test it
 	$(BIN)/python -m peftk doctor $(ARGS)
@@ -49,7 +57,7 @@ format: $(DONE)-lint  ## Rewrite Python and C++ in that style
 setup: $(DONE)-native  ## Only build and install, into $(VENV)
 
 clean:  ## Remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info peftk/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info peftk/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DONE)-venv:
@@ -74,6 +82,7 @@ $(DONE)-torch: constraints.txt | $(DONE)-venv
 $(DONE)-native: $(SOURCES) $(DONE)-torch
 	$(PIP) --no-build-isolation --no-deps --editable .
 	$(PIP) peftk
+	@rm -f $(GPU_DONE)-native
 	@touch $@
 
 $(DONE)-demo: $(DONE)-native
@@ -90,4 +99,24 @@ $(DONE)-bench: $(DONE)-native
 
 $(DONE)-lint: $(DONE)-native
 	$(PIP) 'peftk[lint]'
+	@touch $@
+
+# An environment that sees the packages of $(PYTHON) through a .pth file and installs nothing but peftk: a PyTorch for the
+# GPU that is there stays as it is, and nothing is downloaded. (--system-site-packages would not see the packages of
+# $(PYTHON) where that is a virtual environment itself.) Both environments build the same file below peftk/, so each
+# build makes the other one stale.
+$(GPU_DONE)-venv:
+	@$(PYTHON) -c 'import torch, sys; sys.exit(torch.version.cuda is None)' \
+		|| { echo 'make: expected a Python with a CUDA build of PyTorch as $(PYTHON); set PYTHON=...'; exit 1; }
+	@$(PYTHON) -c 'import setuptools, ninja, pybind11, packaging, pip, pytest, safetensors, typer, rich, tqdm, matplotlib' \
+		|| { echo 'make: install that package into the environment of $(PYTHON)'; exit 1; }
+	$(PYTHON) -m venv --without-pip $(GPU_VENV)
+	@$(PYTHON) -c 'import sys; print(*dict.fromkeys(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+		> "$$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-parent.pth"
+	@touch $@
+
+$(GPU_DONE)-native: $(SOURCES) $(GPU_DONE)-venv
+	@echo 'Building peftk with its CUDA C++ kernels for $(PYTHON), without the network (a minute or so the first time).'
+	PEFTK_BUILD=cuda $(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
+	@rm -f $(DONE)-native
 	@touch $@
