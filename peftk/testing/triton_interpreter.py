@@ -265,8 +265,7 @@ def _to_tf32(values: np.ndarray) -> np.ndarray:
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
-    # A comparison's handle keeps the dtype of its operands, but its data are Booleans.
-    return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    return handle.dtype.scalar == tl.bfloat16
 
 
 def _wide(handle: TensorHandle) -> TensorHandle:
@@ -284,9 +283,11 @@ def _repair_arithmetic() -> None:
 
     def in_float32(original: Callable, operands: int) -> Callable:
         def repaired(self: InterpreterBuilder, *args: Any) -> TensorHandle:
-            if not any(_is_bf16(a) for a in args[:operands]):
-                return original(self, *args)
-            return _repack(original(self, *map(_wide, args[:operands]), *args[operands:]).data)
+            if any(_is_bf16(a) for a in args[:operands]):
+                return _repack(original(self, *map(_wide, args[:operands]), *args[operands:]).data)
+            result = original(self, *args)
+            # A comparison's handle would keep the dtype of its operands, and its splat would be made of that.
+            return TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
 
         return repaired
 

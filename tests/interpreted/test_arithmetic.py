@@ -36,6 +36,12 @@ def _gemm(x_ptr, w_ptr, y_ptr, rows, inner, columns, ROWS: tl.constexpr, INNER: 
 
 
 @triton.jit
+def _tile(x_ptr, w_ptr, y_ptr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(y_ptr + index, tl.dot(tl.load(x_ptr + index), tl.load(w_ptr + index)))
+
+
+@triton.jit
 def _elementwise(x_ptr, y_ptr, sums_ptr, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + lane)
@@ -165,8 +171,9 @@ import sys
 import torch
 sys.path.insert(0, {folder!r})
 import test_arithmetic as t
-x, w = torch.randn(50, 70).bfloat16(), torch.randn(70, 40).bfloat16()
-product = t.error(t.gemm(x, w, torch.float32), x.double() @ w.double()).norm
+x, w, y = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.empty(16, 16)
+t.launch(t._tile, (1,), num_warps=4, x_ptr=x, w_ptr=w, y_ptr=y, SIZE=16)
+product = t.error(y, x.double() @ w.double()).norm
 y = torch.empty(64, dtype=torch.bfloat16)
 z = torch.randn(64) * 1.00390625
 t.launch(t._cast, (1,), num_warps=4, x_ptr=z, y_ptr=y, BLOCK=64)
