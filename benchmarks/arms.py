@@ -25,7 +25,7 @@ import peftk
 from peftk import _registry, _tuning
 from peftk.testing.timing import Weave, no_garbage_collection, paired_ratio
 
-PACKAGES = ("torch", "peft", "lycoris_lora", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "peft", "lycoris_lora", "transformers", "numpy")
 
 
 @dataclass
@@ -198,11 +198,12 @@ def _time(benchmark: Any, valid: dict[str, Arm], budget: Budget) -> None:
         arm.found.update(samples_us=times, median_us=statistics.median(times), min_us=min(times))
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Describe the machine and the versions, without anything that names the machine."""
+    on_cpu = torch.device(device).type == "cpu"
     return {
-        "device_class": _tuning.device_class("cpu"),
-        "processor": _processor(),
+        "device_class": _tuning.device_class(torch.device(device).type),
+        "processor": _processor() if on_cpu else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -29,8 +29,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 5.0
 BAD = ("failed", "crashed", "timed out")
 
-PACKAGES = ("torch", "triton", "peft", "transformers", "lycoris_lora", "numpy")
-
 
 @dataclass(frozen=True)
 class Part:
@@ -194,7 +192,7 @@ def read_pytest(log: str, status: int) -> tuple[dict[str, int], str | None]:
 def versions() -> dict[str, str]:
     """Return the versions of everything that a result may depend on."""
     found = {"python": platform.python_version()}
-    for name in ("peftk", *PACKAGES):
+    for name in ("peftk", "torch", "triton", "peft", "transformers", "lycoris_lora", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

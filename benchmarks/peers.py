@@ -28,10 +28,11 @@ class Cell:
     Attributes:
         method: "lora", "oft-exact" or "oft-neumann".
         size: the rank or the block size.
-        features: in_features and out_features.
+        features: in_features.
         tokens: rows of the input.
         dtype: dtype of the base layer and the activations.
         parameters: dtype of the adapter.
+        out: out_features; 0 stands for as many as in_features.
     """
 
     method: str
@@ -40,6 +41,12 @@ class Cell:
     tokens: int
     dtype: torch.dtype
     parameters: torch.dtype
+    out: int = 0
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.out or self.features
 
     @property
     def neumann(self) -> bool:
@@ -49,31 +56,30 @@ class Cell:
     def __str__(self) -> str:
         short = {torch.float32: "f32", torch.bfloat16: "bf16"}
         dtypes = "-".join(dict.fromkeys((short[self.dtype], f"{short[self.parameters]}adapter")))
-        return (
-            f"{self.method}-{'r' if self.method == 'lora' else 'b'}{self.size}-{self.features}-T{self.tokens}-{dtypes}"
-        )
+        width = f"{self.features}x{self.out}" if self.out else str(self.features)
+        return f"{self.method}-{'r' if self.method == 'lora' else 'b'}{self.size}-{width}-T{self.tokens}-{dtypes}"
 
 
 class Bench:
     """The inputs, the frozen layer and the adapter's values of a cell, and the arms that use them."""
 
-    def __init__(self, cell: Cell, seed: int = 0) -> None:
-        self.cell = cell
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, cell: Cell, seed: int = 0, device: str = "cpu") -> None:
+        self.cell, self.device = cell, device
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, spread: float = 1.0, dtype: torch.dtype = cell.dtype) -> Tensor:
-            return (torch.randn(shape, generator=generator) * spread).to(dtype)
+            return (torch.randn(shape, generator=generator, device=device) * spread).to(dtype)
 
-        n = cell.features
-        self.base = nn.utils.skip_init(nn.Linear, n, n, dtype=cell.dtype)
-        self.base.weight = nn.Parameter(normal(n, n, spread=n**-0.5), requires_grad=False)
-        self.base.bias = nn.Parameter(normal(n), requires_grad=False)
+        n, out = cell.features, cell.out_features
+        self.base = nn.utils.skip_init(nn.Linear, n, out, dtype=cell.dtype, device=device)
+        self.base.weight = nn.Parameter(normal(out, n, spread=n**-0.5), requires_grad=False)
+        self.base.bias = nn.Parameter(normal(out), requires_grad=False)
         self.x = normal(cell.tokens, n).requires_grad_()
-        self.grad = normal(cell.tokens, n)
+        self.grad = normal(cell.tokens, out)
         if cell.method == "lora":
             self.values = {
                 "a": normal(cell.size, n, spread=n**-0.5, dtype=cell.parameters),
-                "b": normal(n, cell.size, spread=0.05, dtype=cell.parameters),
+                "b": normal(out, cell.size, spread=0.05, dtype=cell.parameters),
             }
         else:
             triangle = cell.size * (cell.size - 1) // 2
@@ -81,7 +87,7 @@ class Bench:
 
     def linear(self) -> nn.Linear:
         """Return a layer of its own that shares the frozen weight and bias."""
-        layer = nn.utils.skip_init(nn.Linear, *self.base.weight.shape[::-1], dtype=self.cell.dtype)
+        layer = nn.utils.skip_init(nn.Linear, *self.base.weight.shape[::-1], dtype=self.cell.dtype, device=self.device)
         layer.weight, layer.bias = self.base.weight, self.base.bias
         return layer
 
@@ -209,6 +215,8 @@ class Bench:
 
     def _take(self, layer: nn.Module, parameters: Values) -> Values:
         """Give a layer the values of the cell, in the adapter's dtype."""
+        # LyCORIS makes its layers on the CPU.
+        layer.to(self.device)
         for name, parameter in parameters.items():
             parameter.data = self.values[name].clone()
             parameter.requires_grad_()
@@ -217,7 +225,7 @@ class Bench:
 
     def compiled(self) -> Arm:
         """The same mathematics in plain PyTorch, compiled by inductor as one graph."""
-        if reason := why_no_compiler():
+        if reason := why_no_compiler(self.device):
             return Arm("compile", skip=reason)
         torch._dynamo.reset()
         cell, weight, bias = self.cell, self.base.weight, self.base.bias
@@ -255,9 +263,10 @@ class Bench:
         if layer.block_size != cell.size:
             return Arm("lycoris", skip=f"LyCORIS chooses blocks of {layer.block_size} here")
         parameters = {"oft_blocks": layer.oft_blocks}
-        rows, columns = torch.triu_indices(cell.size, cell.size, 1)
-        blocks = torch.zeros(layer.oft_blocks.shape, dtype=cell.parameters)
+        rows, columns = torch.triu_indices(cell.size, cell.size, 1, device=self.device)
+        blocks = torch.zeros(layer.oft_blocks.shape, dtype=cell.parameters, device=self.device)
         blocks[:, rows, columns] = self.values["packed"]
+        layer.to(self.device)
         layer.oft_blocks.data = blocks
 
         def exact() -> Values:
@@ -271,19 +280,23 @@ class Bench:
 
 def plain_cayley(packed: Tensor, size: int, neumann: bool) -> Tensor:
     """The Cayley transform as one writes it in plain PyTorch."""
-    rows, columns = torch.triu_indices(size, size, 1)
+    rows, columns = torch.triu_indices(size, size, 1, device=packed.device)
     upper = packed.new_zeros(len(packed), size, size)
     upper[:, rows, columns] = packed
     s = upper - upper.mT
-    eye = torch.eye(size, dtype=s.dtype)
+    eye = torch.eye(size, dtype=s.dtype, device=s.device)
     if not neumann:
         return torch.linalg.solve(eye + s, eye - s, left=False)
     s2 = s @ s
     return eye + 2 * s + 2 * s2 + 2 * s2 @ s + s2 @ s2
 
 
-def why_no_compiler() -> str | None:
-    """Return None if inductor can compile for the CPU, else why it cannot."""
+def why_no_compiler(device: str = "cpu") -> str | None:
+    """Return None if inductor can compile for a device, else why it cannot."""
+    if device != "cpu":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "inductor finds no Triton for this GPU"
     from torch._inductor import cpp_builder, exc
 
     try:

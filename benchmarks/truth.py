@@ -16,15 +16,16 @@ Values = dict[str, Tensor]
 def skew(packed: Tensor, size: int) -> Tensor:
     """Unpack the upper triangles into skew-symmetric matrices."""
     upper = packed.new_zeros(len(packed), size, size)
-    rows, columns = torch.triu_indices(size, size, 1)
-    upper = upper.index_put((torch.arange(len(packed))[:, None], rows, columns), packed)
+    rows, columns = torch.triu_indices(size, size, 1, device=packed.device)
+    block = torch.arange(len(packed), device=packed.device)[:, None]
+    upper = upper.index_put((block, rows, columns), packed)
     return upper - upper.mT
 
 
 def cayley(packed: Tensor, size: int, neumann: bool) -> Tensor:
     """Invert, or add up the powers that five terms mean."""
     s = skew(packed, size)
-    eye = torch.eye(size, dtype=s.dtype)
+    eye = torch.eye(size, dtype=s.dtype, device=s.device)
     if not neumann:
         return (eye - s) @ torch.linalg.inv(eye + s)
     return eye + 2 * s + 2 * s @ s + 2 * s @ s @ s + s @ s @ s @ s
@@ -43,7 +44,7 @@ def oft(x: Tensor, weight: Tensor, bias: Tensor, size: int, neumann: bool, packe
 def oft_of_output(x: Tensor, weight: Tensor, bias: Tensor, oft_blocks: Tensor) -> Tensor:
     """Multiply by the weight, then by the dense rotation: the layer of LyCORIS' diag-oft."""
     q = oft_blocks - oft_blocks.mT
-    eye = torch.eye(q.shape[-1], dtype=q.dtype)
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     return block_diagonal.rotate(x @ weight.mT + bias, (eye + q) @ torch.linalg.inv(eye - q))
 
 

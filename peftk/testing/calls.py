@@ -72,11 +72,14 @@ class Call:
         return f"{self.operator}-T{self.tokens}-{width}-{letter}{self.size}-{dtype}"
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple:
-        """Return the operator's arguments; equal seeds give equal values."""
-        generator = torch.Generator().manual_seed(seed)
+        """Return the operator's arguments; on one device equal seeds give equal values. On "meta" they have none."""
+        meta = torch.device(device).type == "meta"
+        generator = None if meta else torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, spread: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-            return (torch.randn(shape, generator=generator) * spread).to(device=device, dtype=dtype)
+            if meta:
+                return torch.empty(shape, device=device, dtype=dtype)
+            return (torch.randn(shape, generator=generator, device=device) * spread).to(dtype)
 
         tokens, features, out, size, dtype = self.tokens, self.features, self.out, self.size, self.dtype
         backward = self.operator.endswith("_backward")

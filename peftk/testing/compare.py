@@ -36,8 +36,9 @@ def error(actual: Tensor, truth: Tensor) -> Error:
     assert actual.shape == truth.shape, f"shape: expected {tuple(truth.shape)}; got {tuple(actual.shape)}"
     if truth.numel() == 0:
         return Error(0.0, 0.0)
-    truth = truth.detach().double().cpu()
-    difference = actual.detach().double().cpu() - truth
+    # Where the truth is: a GPU subtracts gigabytes while the CPU would still be copying them.
+    truth = truth.detach().double()
+    difference = actual.detach().to(truth.device).double() - truth
     tiny = torch.finfo(torch.float64).tiny
     # A truth of zeros has no scale of its own: the error is then absolute.
     norm, largest = truth.norm().item(), truth.abs().max().item()
