@@ -1,8 +1,13 @@
-"""Every operator x backend x dtype x case against the naive dense formula in float64."""
+"""Every operator x backend x dtype x case against the naive dense formula in float64.
+
+On the CPU that is torch and native; with ``--device cuda`` they and triton run on the GPU; in a process with
+``TRITON_INTERPRET=1`` triton alone is interpreted. The truth is always computed on the CPU.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -14,7 +19,6 @@ from peftk.testing.cases import Case, Inputs, all_cases
 from peftk.testing.compare import assert_close, assert_same_bits
 
 CASES = all_cases()
-BACKENDS = ("torch", "native")
 # (activations, parameters): all one dtype, and the field's default of float32 adapters on a half-precision base.
 DTYPES = {
     "f64": (torch.float64, torch.float64),
@@ -23,9 +27,35 @@ DTYPES = {
     "bf16-f32": (torch.bfloat16, torch.float32),
     "f16-f32": (torch.float16, torch.float32),
 }
+GPU_DTYPES = {**DTYPES, "f16": (torch.float16, torch.float16)}
+HALVES = ("f16", "f16-f32", "bf16", "bf16-f32")
 # Pairs that must run: a skip there would hide a kernel that fell away.
-MUST_RUN = {("native", "f32"), ("native", "bf16-f32")} | set(itertools.product(("torch",), DTYPES))
-NATIVE_REFUSALS = ("float16", "float64", "exact transform takes blocks up to")
+MUST_RUN = {("native", "f32"), ("native", "bf16-f32")} | set(itertools.product(("torch",), GPU_DTYPES))
+MUST_RUN |= {("triton", "f32"), *itertools.product(("triton",), HALVES)}
+REFUSALS = {
+    "native": ("float16", "float64", "exact transform takes blocks up to"),
+    "triton": ("exact transform", "blocks of up to"),
+}
+
+
+def backends(config: pytest.Config) -> tuple[str, ...]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ("triton",)
+    return ("torch", "native") if config.getoption("--device") == "cpu" else ("torch", "triton", "native")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = backends(metafunc.config)
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", chosen)
+    if "dtype" in metafunc.fixturenames and "backend" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", GPU_DTYPES if "triton" in chosen else DTYPES)
+
+
+def moved(inputs: Inputs, device: torch.device | str) -> Inputs:
+    """Return the inputs on a device, but the seed, which is always read on the CPU."""
+    floating = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return {k: v.to(device) if k in floating else v for k, v in inputs.items()}
 
 
 def call(case: Case, inputs: Inputs) -> Tensor:
@@ -46,32 +76,32 @@ def forward_backward(function, case: Case, inputs: Inputs, grad: Tensor | None =
     if grad is None:
         # A mean of one: sums over tokens do not cancel, so that relative errors mean something.
         grad = 1 + torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grads = torch.autograd.grad(y, list(wanted.values()), grad.to(y.dtype), allow_unused=True)
+    grads = torch.autograd.grad(y, list(wanted.values()), grad.to(y), allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted.values(), strict=True)]
     return y, dict(zip(wanted, filled, strict=True)), grad
 
 
 def reason_against(case: Case, inputs: Inputs, backend: str) -> str | None:
-    explanation = peftk.explain(case.operator, **inputs)
+    with peftk.use_backend(backend):
+        explanation = peftk.explain(case.operator, **inputs)
     return next(c.reason for c in explanation.candidates if c.backend == backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_float64_formula(case: Case, backend: str, dtype: str) -> None:
-    activations, parameters = DTYPES[dtype]
-    inputs = case.cast(case.inputs(), activations, parameters)
+def test_matches_float64_formula(case: Case, backend: str, dtype: str, device: torch.device) -> None:
+    activations, parameters = GPU_DTYPES[dtype]
+    inputs = moved(case.cast(case.inputs(), activations, parameters), device)
     if reason := reason_against(case, inputs, backend):
-        if (backend, dtype) in MUST_RUN:
-            assert any(known in reason for known in NATIVE_REFUSALS), reason
+        # What the C++ kernels take on a GPU is the subject of their own tests.
+        if (backend, dtype) in MUST_RUN and (backend != "native" or device.type == "cpu"):
+            assert any(known in reason for known in REFUSALS.get(backend, ())), reason
         pytest.skip(reason)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
     function = getattr(peftk.functional, case.operator)
     with peftk.use_backend(backend):
         y, grads, grad = forward_backward(function, case, inputs)
     # The truth starts from the rounded inputs, and its incoming gradient from the rounded one.
-    exact = case.cast(inputs, torch.float64)
+    exact = moved(case.cast(inputs, torch.float64), "cpu")
     truth, true_grads, _ = forward_backward(case.formula, case, exact, grad.to(y.dtype).double())
     # The eager form of the same formula sets the bound beside the fixed limit, where it can run in this dtype.
     with peftk.use_backend("torch"):
@@ -92,10 +122,9 @@ def max_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return max(dtypes, key=lambda d: torch.finfo(d).eps)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [c for c in CASES if c.inputs()[c.gradients[0]].numel() < 100], ids=str)
-def test_gradcheck(case: Case, backend: str) -> None:
-    inputs, wanted = leaves(case, case.inputs())
+def test_gradcheck(case: Case, backend: str, device: torch.device) -> None:
+    inputs, wanted = leaves(case, moved(case.inputs(), device))
     if reason := reason_against(case, inputs, backend):
         pytest.skip(reason)
 
@@ -108,9 +137,9 @@ def test_gradcheck(case: Case, backend: str) -> None:
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """Return the same values in other layouts."""
-    padded = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+    padded = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
     padded[..., 1:-2] = x
-    every_other = torch.full((*x.shape[:-1], x.shape[-1] * 2), torch.nan, dtype=x.dtype)
+    every_other = x.new_full((*x.shape[:-1], x.shape[-1] * 2), torch.nan)
     every_other[..., ::2] = x
     found = {"sliced": padded[..., 1:-2], "strided": every_other[..., ::2]}
     if x.dim() >= 2:
@@ -119,11 +148,10 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_layouts(case: Case, backend: str) -> None:
+def test_layouts(case: Case, backend: str, device: torch.device) -> None:
     """Strides change no value: every tensor in turn in another layout, and the incoming gradient too."""
-    inputs = case.cast(case.inputs(), torch.float32)
+    inputs = moved(case.cast(case.inputs(), torch.float32), device)
     if reason := reason_against(case, inputs, backend):
         pytest.skip(reason)
     function = getattr(peftk.functional, case.operator)
@@ -148,15 +176,17 @@ def test_layouts(case: Case, backend: str) -> None:
                 assert_close(left, right, torch.float32, what=f"d{name} with a {layout} gradient")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_element_is_written(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_written(
+    case: Case, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Uninitialised memory is NaN: an element that a kernel forgets poisons the result."""
-    inputs = case.cast(case.inputs(), torch.float32)
+    inputs = moved(case.cast(case.inputs(), torch.float32), device)
     if reason := reason_against(case, inputs, backend):
         pytest.skip(reason)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
+    # Only this mode fills memory; what torch does without a deterministic algorithm on a GPU is not under test.
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     try:
         with peftk.use_backend(backend):
             y, grads, _ = forward_backward(getattr(peftk.functional, case.operator), case, inputs)
@@ -167,10 +197,9 @@ def test_every_element_is_written(case: Case, backend: str, monkeypatch: pytest.
         assert found.isfinite().all(), f"d{name}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str) -> None:
-    inputs = case.cast(case.inputs(), torch.float32)
+def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str, device: torch.device) -> None:
+    inputs = moved(case.cast(case.inputs(), torch.float32), device)
     if reason := reason_against(case, inputs, backend):
         pytest.skip(reason)
     function = getattr(peftk.functional, case.operator)
@@ -181,8 +210,8 @@ def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str) -> 
         assert_same_bits(again, y)
         for name in grads:
             assert_same_bits(grads_again[name], grads[name], what=f"d{name}")
-        if case.operator.startswith("low_rank"):
-            return  # torch's own products may split a sum by threads
+        if case.operator.startswith("low_rank") or device.type != "cpu" or backend == "triton":
+            return  # torch's own products may split a sum by threads; GPU kernels have none
         try:
             torch.set_num_threads(2 if threads == 1 else 1)
             other, grads_other, _ = forward_backward(function, case, inputs)
@@ -196,8 +225,8 @@ def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str) -> 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", ["f32", "bf16-f32"])
-def test_saved_bytes_stay_in_the_budget(case: Case, dtype: str) -> None:
-    inputs, _ = leaves(case, case.cast(case.inputs(), *DTYPES[dtype]))
+def test_saved_bytes_stay_in_the_budget(case: Case, dtype: str, device: torch.device) -> None:
+    inputs, _ = leaves(case, moved(case.cast(case.inputs(), *DTYPES[dtype]), device))
     owned = {v.untyped_storage().data_ptr() for v in inputs.values() if isinstance(v, Tensor)}
     saved: dict[int, int] = {}
 
@@ -213,7 +242,7 @@ def test_saved_bytes_stay_in_the_budget(case: Case, dtype: str) -> None:
     del y
 
 
-def raw_calls(case: Case) -> list[tuple[str, tuple]]:
+def raw_calls(case: Case, device: torch.device) -> list[tuple[str, tuple]]:
     """Return the raw operator calls, forward and backward, that a case makes."""
     calls: list[tuple[str, tuple]] = []
 
@@ -224,7 +253,7 @@ def raw_calls(case: Case) -> list[tuple[str, tuple]]:
                 calls.append((func._schema.name.removeprefix("peftk::"), detached))
             return func(*args, **(kwargs or {}))
 
-    inputs, wanted = leaves(case, case.cast(case.inputs(), torch.float32))
+    inputs, wanted = leaves(case, moved(case.cast(case.inputs(), torch.float32), device))
     with Recorder():
         y = call(case, inputs)
         torch.autograd.grad(y, list(wanted.values()), torch.ones_like(y), allow_unused=True)
@@ -232,8 +261,8 @@ def raw_calls(case: Case) -> list[tuple[str, tuple]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: Case) -> None:
-    calls = raw_calls(case)
+def test_opcheck(case: Case, device: torch.device) -> None:
+    calls = raw_calls(case, device)
     assert len(calls) == 2, "one operator forward and one backward"
     for name, args in calls:
         torch.library.opcheck(getattr(torch.ops.peftk, name).default, args)
