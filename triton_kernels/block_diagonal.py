@@ -23,9 +23,6 @@ MAX_SIZE = 256
 RESIDENT_WIDTH = 64
 """Widest tile whose matrix stays in registers or shared memory while rows stream past."""
 
-IN_PLACE_SIZE = 128
-"""Largest block whose gradient one program computes for all columns, so that dx may overwrite grad."""
-
 
 @dataclass(frozen=True)
 class Tiling:
@@ -38,6 +35,11 @@ class Tiling:
     block_rows: int
     programs: int
     num_warps: int
+
+    @property
+    def in_place(self) -> bool:
+        """Whether no program reads columns of grad that another one overwrites with dx."""
+        return self.block_cols == self.width
 
     def chunks(self, rows: int, tiles: int) -> tuple[int, int]:
         """Return the number of chunks that the rows are cut into, and of row tiles in each."""
@@ -55,22 +57,24 @@ def _width(size: int, half: bool) -> int:
 def _forward_tiling(rows: int, size: int, dtype: torch.dtype) -> Tiling:
     half = dtype is not torch.float32
     width = _width(size, half)
-    block_rows = 16 if rows <= 16 else (128 if half else 64)
     if width <= RESIDENT_WIDTH:
-        return Tiling(width // size, width, width, width, block_rows, 1024, 4)
+        block_rows = 128 if half else min(2048 // width, 64)
+        return Tiling(width // size, width, width, width, 16 if rows <= 16 else block_rows, 1024, 4)
     if half:
-        return Tiling(1, width, 128, 64, block_rows, 1 << 31, 4 if rows <= 16 else 8)
-    return Tiling(1, width, 64, 16, block_rows, 1 << 31, 4)
+        return Tiling(1, width, 128, 64, 16 if rows <= 16 else 128, 1 << 31, 8)
+    return Tiling(1, width, 64, 16, 16 if rows <= 16 else 64, 1 << 31, 4)
 
 
 def _backward_tiling(rows: int, size: int, dtype: torch.dtype) -> Tiling:
     half = dtype is not torch.float32
     width = _width(size, half)
     if width <= RESIDENT_WIDTH:
-        return Tiling(width // size, width, width, width, 16 if rows <= 16 else 64, 512, 4)
+        block_rows = 64 if half or width == 16 else 16
+        return Tiling(width // size, width, width, width, 16 if rows <= 16 else block_rows, 512, 4)
     if half:
-        return Tiling(1, width, 128 if width == 128 else 64, width, 16 if rows <= 16 else 64, 256, 8)
-    return Tiling(1, width, 128 if width == 128 else 32, width, 16, 256, 8)
+        cols, k = (128, 64) if width == 128 else (64, 32)
+        return Tiling(1, width, cols, k, 16 if rows <= 16 else 64, 256, 8)
+    return Tiling(1, width, 64 if width == 128 else 32, 16, 16, 256, 8)
 
 
 @triton.jit
@@ -108,6 +112,7 @@ def _block_rotate_kernel(
     block_of_col = cols // SIZE
     first_block = start // SIZE
     col_offset = (first_block + block_of_col) * stride_block + cols % SIZE * stride_block_out
+    k_mask = (ks < SPAN) & (start + ks < features)
     if WIDTH == BLOCK_K:
         inside = (ks[:, None] // SIZE == block_of_col[None, :]) & col_mask[None, :]
         resident = tl.load(
@@ -118,7 +123,7 @@ def _block_rotate_kernel(
         row_mask = (row < rows)[:, None]
         x_row = x_ptr + row[:, None] * stride_x_row + start
         if WIDTH == BLOCK_K:
-            x = tl.load(x_row + ks[None, :], mask=row_mask & ((ks < SPAN) & (start + ks < features))[None, :], other=0.0)
+            x = tl.load(x_row + ks[None, :], mask=row_mask & k_mask[None, :], other=0.0)
             acc = tl.dot(x, resident, input_precision="ieee")
         else:
             acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
@@ -160,6 +165,7 @@ def _block_rotate_backward_kernel(
     PACK: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     NEED_X: tl.constexpr,
     NEED_BLOCKS: tl.constexpr,
@@ -176,25 +182,24 @@ def _block_rotate_backward_kernel(
     outs = tl.arange(0, WIDTH)
     in_mask = (ins < SPAN) & (start + ins < features)
     out_mask = (outs < SPAN) & (start + outs < features)
-    inside = (ins[None, :] // SIZE == outs[:, None] // SIZE) & in_mask[None, :]
     first_block = start // SIZE
+    js = tl.arange(0, BLOCK_K)
+    inside = ((start + js < features) & (js < SPAN))[:, None] & (ins[None, :] // SIZE == js[:, None] // SIZE)
     # (outs, ins): the transposed matrix.
     q_ptr = blocks_ptr + (
         (first_block + ins // SIZE)[None, :] * stride_block
         + (ins % SIZE)[None, :] * stride_block_in
-        + (outs % SIZE)[:, None] * stride_block_out
+        + (js % SIZE)[:, None] * stride_block_out
     )
-    if NEED_X and WIDTH <= 64:
-        resident = tl.load(q_ptr, mask=inside, other=0.0).to(dtype)
+    if NEED_X and WIDTH == BLOCK_K:
+        resident = tl.load(q_ptr, mask=inside & in_mask[None, :], other=0.0).to(dtype)
     dq = tl.zeros((BLOCK_COLS, WIDTH), tl.float32)
     for t in range(tiles_per_chunk):
         row = (chunk * tiles_per_chunk + t) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row_mask = (row < rows)[:, None]
-        grad = tl.load(
-            grad_ptr + row[:, None] * stride_grad_row + start + outs[None, :],
-            mask=row_mask & out_mask[None, :],
-            other=0.0,
-        )
+        grad_row = grad_ptr + row[:, None] * stride_grad_row + start
+        if NEED_BLOCKS or WIDTH == BLOCK_K:
+            grad = tl.load(grad_row + outs[None, :], mask=row_mask & out_mask[None, :], other=0.0)
         if NEED_BLOCKS:
             x = tl.load(
                 x_ptr + row[:, None] * stride_x_row + start + ins[None, :],
@@ -203,10 +208,18 @@ def _block_rotate_backward_kernel(
             )
             dq = tl.dot(tl.trans(x), grad, dq, input_precision="ieee")
         if NEED_X:
-            if WIDTH <= 64:
+            if WIDTH == BLOCK_K:
                 dx = tl.dot(grad, resident, input_precision="ieee")
             else:
-                dx = tl.dot(grad, tl.load(q_ptr, mask=inside, other=0.0).to(dtype), input_precision="ieee")
+                dx = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+                for j in range(0, SIZE, BLOCK_K):
+                    in_span = j + js < SIZE
+                    # Read again, from the cache, because a part of a tile in registers cannot be taken.
+                    part = tl.load(grad_row + (j + js)[None, :], mask=row_mask & in_span[None, :], other=0.0)
+                    q = tl.load(q_ptr + j * stride_block_out, mask=in_span[:, None] & in_mask[None, :], other=0.0).to(
+                        dtype
+                    )
+                    dx = tl.dot(part, q, dx, input_precision="ieee")
             # dx may be stored over grad: no warp stores before every warp has read.
             tl.debug_barrier()
             tl.store(
@@ -215,10 +228,14 @@ def _block_rotate_backward_kernel(
                 mask=row_mask & in_mask[None, :],
             )
     if NEED_BLOCKS:
-        partial = partial_ptr + chunk * stride_partial_chunk + (
-            (first_block + ins // SIZE)[:, None] * stride_partial_block
-            + (ins % SIZE)[:, None] * stride_partial_in
-            + (outs % SIZE)[None, :] * stride_partial_out
+        partial = (
+            partial_ptr
+            + chunk * stride_partial_chunk
+            + (
+                (first_block + ins // SIZE)[:, None] * stride_partial_block
+                + (ins % SIZE)[:, None] * stride_partial_in
+                + (outs % SIZE)[None, :] * stride_partial_out
+            )
         )
         diagonal = (ins[:, None] // SIZE == outs[None, :] // SIZE) & in_mask[:, None]
         tl.store(partial, dq, mask=diagonal)
@@ -284,7 +301,7 @@ def block_rotate(x: Tensor, blocks: Tensor, transpose: bool) -> Tensor:
 def _backward(
     grad: Tensor, x: Tensor, blocks: Tensor, transpose: bool, dx: Tensor, need_x: bool, need_blocks: bool
 ) -> Tensor:
-    """Fill dx (empty if not needed; may be grad itself for blocks up to `IN_PLACE_SIZE`); return dblocks."""
+    """Fill dx (empty if not needed; may be grad itself where `Tiling.in_place`); return dblocks."""
     if not need_blocks:
         dblocks = blocks.new_empty(0)
     if x.numel() == 0:
@@ -325,6 +342,7 @@ def _backward(
         PACK=tiling.pack,
         WIDTH=tiling.width,
         BLOCK_ROWS=tiling.block_rows,
+        BLOCK_K=tiling.block_k,
         BLOCK_COLS=tiling.block_cols,
         NEED_X=need_x,
         NEED_BLOCKS=need_blocks,
@@ -386,8 +404,6 @@ def block_rotate_linear_backward(
         return grad.new_empty(0), blocks.new_empty(0), dbias
     product = grad @ weight
     # The gradient of x takes the place of the product, except where several programs read the same rows of it.
-    if not need_x:
-        dx = product.new_empty(0)
-    else:
-        dx = product if blocks.shape[-1] <= IN_PLACE_SIZE else torch.empty_like(product)
+    in_place = _backward_tiling(x.numel() // x.shape[-1], blocks.shape[-1], x.dtype).in_place
+    dx = product.new_empty(0) if not need_x else product if in_place else torch.empty_like(product)
     return dx, _backward(product, x, blocks, False, dx, need_x, need_blocks), dbias
