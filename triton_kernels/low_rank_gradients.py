@@ -1,0 +1,340 @@
+"""Gradients of the low-rank product: sums over tokens, split into chunks.
+
+How many chunks follows from the shape alone. Each writes its float32 partial sum to a workspace, and `_sum_kernel`
+adds them in order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._philox import RANDOM, _kept
+from .low_rank_products import _gated_rows, gate_arguments, mask_arguments, rank_tile_of
+
+PROGRAMS = 512
+"""Programs that a split sum aims at: a few for each multiprocessor of a large GPU."""
+
+
+@triton.jit
+def _backward_kernel(
+    dhidden_ptr,
+    db_ptr,
+    grad_ptr,
+    hidden_ptr,
+    b_ptr,
+    gate_ptr,
+    rows,
+    features,
+    rank,
+    chunk_rows,
+    stride_dhidden_tile,
+    stride_db_chunk,
+    stride_grad_row,
+    stride_hidden_row,
+    stride_b_row,
+    stride_gate_row,
+    HAS_GATE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    """Read a chunk of rows of one column tile of the incoming gradient once, for both products that it enters.
+
+    dhidden (tiles, rows, rank): grad @ b over the columns of this tile.
+    db (chunks, features, rank): grad.T @ (hidden * gate) over the rows of this chunk.
+    """
+    tiles = tl.cdiv(features, BLOCK_FEATURES)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    columns = tile * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    ranks = tl.arange(0, BLOCK_RANK)
+    factor_mask = (columns[:, None] < features) & (ranks[None, :] < rank)
+    b = tl.load(b_ptr + columns[:, None] * stride_b_row + ranks[None, :], mask=factor_mask, other=0.0)
+    accumulator = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)
+    # Not pipelined: Triton 3.7 was reported to miscompile a store inside a pipelined loop. Several programs share a
+    # multiprocessor instead.
+    for start in tl.range(0, chunk_rows, BLOCK_ROWS, num_stages=1):
+        row = chunk * chunk_rows + start + tl.arange(0, BLOCK_ROWS)
+        grad = tl.load(
+            grad_ptr + row[:, None] * stride_grad_row + columns[None, :],
+            mask=(row[:, None] < rows) & (columns[None, :] < features),
+            other=0.0,
+        )
+        hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row, HAS_GATE)
+        tl.store(
+            dhidden_ptr + tile * stride_dhidden_tile + row[:, None] * rank + ranks[None, :],
+            tl.dot(grad, b, input_precision="ieee"),
+            mask=(row[:, None] < rows) & (ranks[None, :] < rank),
+        )
+        accumulator = tl.dot(tl.trans(grad), hidden, accumulator, input_precision="ieee")
+    tl.store(db_ptr + chunk * stride_db_chunk + columns[:, None] * rank + ranks[None, :], accumulator, mask=factor_mask)
+
+
+@triton.jit
+def _hidden_gradient_kernel(
+    out_ptr,
+    dgate_ptr,
+    partials_ptr,
+    hidden_ptr,
+    gate_ptr,
+    rows,
+    rank,
+    chunks,
+    scale,
+    stride_partial,
+    stride_hidden_row,
+    stride_gate_row,
+    HAS_GATE: tl.constexpr,
+    NEED_GATE: tl.constexpr,
+    SHARED_GATE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    """Add the partial sums of ``grad @ b`` in order; out = scale * sum * gate, dgate = scale * sum * hidden.
+
+    The gradient of a shared gate is left as (row tiles, rank) partial sums.
+    """
+    rank_tiles = tl.cdiv(rank, BLOCK_RANK)
+    tile = (tl.program_id(0) // rank_tiles).to(tl.int64)
+    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    ranks = (tl.program_id(0) % rank_tiles) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    mask = (row[:, None] < rows) & (ranks[None, :] < rank)
+    offsets = row[:, None] * rank + ranks[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
+    for chunk in range(chunks):
+        total += tl.load(partials_ptr + tl.cast(chunk, tl.int64) * stride_partial + offsets, mask=mask, other=0.0)
+    total *= scale
+    if NEED_GATE:
+        hidden = tl.load(hidden_ptr + row[:, None] * stride_hidden_row + ranks[None, :], mask=mask, other=0.0)
+        dgate = total * hidden.to(tl.float32)
+        if SHARED_GATE:
+            tl.store(dgate_ptr + tile * rank + ranks, tl.sum(dgate, 0), mask=ranks < rank)
+        else:
+            tl.store(dgate_ptr + offsets, dgate, mask=mask)
+    if HAS_GATE:
+        total *= tl.load(gate_ptr + row[:, None] * stride_gate_row + ranks[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=RANDOM)
+def _factor_gradient_kernel(
+    partials_ptr,
+    hidden_ptr,
+    x_ptr,
+    gate_ptr,
+    rows,
+    features,
+    rank,
+    chunk_rows,
+    stride_chunk,
+    stride_out_feature,
+    stride_out_rank,
+    stride_hidden_row,
+    stride_x_row,
+    stride_gate_row,
+    seed_low,
+    seed_high,
+    threshold,
+    HAS_GATE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    """partials[chunk] = keep(x).T @ (hidden * gate) over the rows of a chunk, stored by the strides given."""
+    rank_tiles = tl.cdiv(rank, BLOCK_RANK)
+    tiles = tl.cdiv(features, BLOCK_FEATURES) * rank_tiles
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    ranks = (tile % rank_tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    first_column = tile // rank_tiles * BLOCK_FEATURES
+    columns = first_column.to(tl.int64) + tl.arange(0, BLOCK_FEATURES)
+    accumulator = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)
+    for start in range(0, chunk_rows, BLOCK_ROWS):
+        row = chunk * chunk_rows + start + tl.arange(0, BLOCK_ROWS)
+        x = tl.load(
+            x_ptr + row[:, None] * stride_x_row + columns[None, :],
+            mask=(row[:, None] < rows) & (columns[None, :] < features),
+            other=0.0,
+        )
+        if DROPOUT:
+            kept = _kept(
+                row, first_column, features, seed_low, seed_high, threshold, BLOCK_ROWS, BLOCK_FEATURES, ALIGNED
+            )
+            x = tl.where(kept, x, 0.0)
+        hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row, HAS_GATE)
+        accumulator = tl.dot(tl.trans(x), hidden, accumulator, input_precision="ieee")
+    tl.store(
+        partials_ptr + chunk * stride_chunk + columns[:, None] * stride_out_feature + ranks[None, :] * stride_out_rank,
+        accumulator,
+        mask=(columns[:, None] < features) & (ranks[None, :] < rank),
+    )
+
+
+@triton.jit
+def _sum_kernel(out_ptr, partials_ptr, count, chunks, scale, BLOCK: tl.constexpr):
+    """Compute out = scale * the sum of the chunks of (chunks, count), in order."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for chunk in range(chunks):
+        total += tl.load(partials_ptr + tl.cast(chunk, tl.int64) * count + offsets, mask=offsets < count, other=0.0)
+    tl.store(out_ptr + offsets, (total * scale).to(out_ptr.dtype.element_ty), mask=offsets < count)
+
+
+def _backward_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
+    if dtype is torch.float32:
+        return {"BLOCK_ROWS": 16, "BLOCK_FEATURES": 64, "num_warps": 4}
+    if rank_tile == 16:
+        return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 256, "num_warps": 4}
+    return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 256, "num_warps": 8}
+
+
+def _factor_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
+    if dtype is torch.float32:
+        return {"BLOCK_ROWS": 16, "BLOCK_FEATURES": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 128, "num_warps": 4, "num_stages": 3}
+
+
+def _split(rows: int, tiles: int, block_rows: int) -> tuple[int, int]:
+    """Return how many chunks a sum over rows has, and how many rows each; from the shape alone."""
+    chunk_rows = max(triton.cdiv(rows * tiles, PROGRAMS), 128)
+    chunk_rows = triton.cdiv(chunk_rows, block_rows) * block_rows
+    return max(1, triton.cdiv(rows, chunk_rows)), chunk_rows
+
+
+def sum_chunks(partials: Tensor, shape: torch.Size, scale: float, dtype: torch.dtype) -> Tensor:
+    """Add partial sums in order, scale, and round once."""
+    out = torch.empty(shape, dtype=dtype, device=partials.device)
+    _launch.launch(
+        _sum_kernel,
+        (triton.cdiv(out.numel(), 1024),),
+        num_warps=4,
+        out_ptr=out,
+        partials_ptr=partials,
+        count=out.numel(),
+        chunks=partials.shape[0],
+        scale=scale,
+        BLOCK=1024,
+    )
+    return out
+
+
+def visit(grad: Tensor, hidden: Tensor, b: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return partial sums: ``grad @ b`` (tiles, rows, rank) and ``grad.T @ (hidden * gate)`` (chunks, out, rank)."""
+    rows, features = grad.shape
+    rank = b.shape[1]
+    rank_tile = rank_tile_of(rank)
+    config = _backward_config(rank_tile, grad.dtype)
+    tiles = triton.cdiv(features, config["BLOCK_FEATURES"])
+    chunks, chunk_rows = _split(rows, tiles, config["BLOCK_ROWS"])
+    dhidden = torch.empty(tiles, rows, rank, dtype=torch.float32, device=grad.device)
+    db = torch.empty(chunks, features, rank, dtype=torch.float32, device=grad.device)
+    _launch.launch(
+        _backward_kernel,
+        (tiles * chunks,),
+        dhidden_ptr=dhidden,
+        db_ptr=db,
+        grad_ptr=grad,
+        hidden_ptr=hidden,
+        b_ptr=b,
+        rows=rows,
+        features=features,
+        rank=rank,
+        chunk_rows=chunk_rows,
+        stride_dhidden_tile=rows * rank,
+        stride_db_chunk=features * rank,
+        stride_grad_row=grad.stride(0),
+        stride_hidden_row=hidden.stride(0),
+        stride_b_row=b.stride(0),
+        HAS_GATE=gate is not None,
+        BLOCK_RANK=rank_tile,
+        **gate_arguments(gate, hidden),
+        **config,
+    )
+    return dhidden, db
+
+
+def factor_gradient(
+    hidden: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    *,
+    rank_first: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return partial sums of ``(hidden * gate).T @ dropout(x)``, each (rank, features) or (features, rank)."""
+    rows, features = x.shape
+    rank = hidden.shape[1]
+    rank_tile = rank_tile_of(rank)
+    config = _factor_config(rank_tile, x.dtype)
+    tiles = triton.cdiv(features, config["BLOCK_FEATURES"]) * triton.cdiv(rank, rank_tile)
+    chunks, chunk_rows = _split(rows, tiles, config["BLOCK_ROWS"])
+    shape = (rank, features) if rank_first else (features, rank)
+    partials = torch.empty(chunks, *shape, dtype=torch.float32, device=x.device)
+    _launch.launch(
+        _factor_gradient_kernel,
+        (tiles * chunks,),
+        partials_ptr=partials,
+        hidden_ptr=hidden,
+        x_ptr=x,
+        rows=rows,
+        features=features,
+        rank=rank,
+        chunk_rows=chunk_rows,
+        stride_chunk=rank * features,
+        stride_out_feature=1 if rank_first else rank,
+        stride_out_rank=features if rank_first else 1,
+        stride_hidden_row=hidden.stride(0),
+        stride_x_row=x.stride(0),
+        HAS_GATE=gate is not None,
+        BLOCK_RANK=rank_tile,
+        **gate_arguments(gate, hidden),
+        **mask_arguments(features, dropout_p, seed),
+        **config,
+    )
+    return partials
+
+
+def hidden_gradient(
+    partials: Tensor, hidden: Tensor, gate: Tensor | None, scale: float, need_gate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient in the rank-sized product (rows, rank), and that in the gate."""
+    rows, rank = hidden.shape
+    rank_tile = rank_tile_of(rank)
+    block_rows = 2048 // rank_tile
+    tiles = triton.cdiv(rows, block_rows)
+    shared = gate is not None and gate.dim() == 1
+    dhidden = torch.empty(rows, rank, dtype=hidden.dtype, device=hidden.device)
+    dgate = None
+    if need_gate:
+        dgate = torch.empty(tiles if shared else rows, rank, dtype=torch.float32, device=hidden.device)
+    _launch.launch(
+        _hidden_gradient_kernel,
+        (tiles * triton.cdiv(rank, rank_tile),),
+        num_warps=4,
+        out_ptr=dhidden,
+        dgate_ptr=dhidden if dgate is None else dgate,
+        partials_ptr=partials,
+        hidden_ptr=hidden,
+        rows=rows,
+        rank=rank,
+        chunks=partials.shape[0],
+        scale=scale,
+        stride_partial=rows * rank,
+        stride_hidden_row=hidden.stride(0),
+        HAS_GATE=gate is not None,
+        NEED_GATE=need_gate,
+        SHARED_GATE=shared,
+        BLOCK_ROWS=block_rows,
+        BLOCK_RANK=rank_tile,
+        **gate_arguments(gate, hidden),
+    )
+    if dgate is not None:
+        dgate = sum_chunks(dgate, gate.shape, 1.0, gate.dtype) if shared else dgate.view(gate.shape)
+    return dhidden, dgate
