@@ -40,6 +40,7 @@ class Arm:
         owned: returns tensors that exist without the arm (inputs, parameters), which are not counted as saved.
         note: what a reader should know about this arm.
         skip: why the arm cannot run at all.
+        forward: the forward pass of the step alone, with what autograd records.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Arm:
     owned: Callable[[], list[torch.Tensor]] | None = None
     note: str = ""
     skip: str | None = None
+    forward: Callable[[], object] | None = None
     found: dict[str, Any] = field(default_factory=dict)
 
 

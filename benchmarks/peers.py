@@ -132,11 +132,14 @@ class Bench:
             y.backward(grad)
             return y
 
-        def step_on_backend() -> Tensor:
-            with peftk.use_backend(backend):
-                return step()
+        def named(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            def on_backend() -> Tensor:
+                with peftk.use_backend(backend):
+                    return function()
 
-        run = step_on_backend if backend else step
+            return on_backend if backend else function
+
+        run = named(step)
 
         def check() -> dict[str, float]:
             y = run()
@@ -145,7 +148,7 @@ class Bench:
 
         limit = max(LIMITS[self.cell.dtype], LIMITS[self.cell.parameters])
         owned = lambda: [x, grad, self.base.weight, self.base.bias, *parameters.values()]  # noqa: E731
-        return Arm(name, run, check, limit, owned, note)
+        return Arm(name, run, check, limit, owned, note, forward=named(lambda: forward(x)))
 
     def arms(self, leave_out: dict[str, str] | None = None) -> list[Arm]:
         """Return peftk's arm, the frozen layer's and those of the peers.

@@ -23,7 +23,9 @@ Every arm's output and gradients are compared with float64 first; an arm whose e
 void and gets no times. Then all arms of a comparison take turns in one process: one sample of each in every round, in
 a random order, garbage collection off. A ratio is taken between samples of the same round, and its median over the
 rounds is reported (N rounds); quick calls are repeated within a sample. The backends that really ran are recorded in
-the CSV, so no row silently fell back to another one."""
+the CSV, so no row silently fell back to another one. On a GPU the times are those between two events, with the device
+kept busy until the step is enqueued (wall times stand beside them), every sample follows a write of 256 MiB, and the
+frozen layer is its bare products."""
 
 STYLE = """
 :root{color-scheme:light dark}

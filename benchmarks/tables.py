@@ -27,6 +27,8 @@ TARGETS = {
     ("oft-exact", "bfloat16", 4096): 1.17,
     ("oft-neumann", "bfloat16", 4096): 1.15,
 }
+# The same over the bare products on an H200, bf16, 8192 tokens, 4096 x 4096: (method, size).
+GPU_TARGETS = {("lora", 16): 1.12} | {(f"oft-{kind}", b): 1.12 for kind in ("exact", "neumann") for b in (32, 64, 256)}
 DISPATCH_TARGET_US = 12.0
 
 
@@ -43,7 +45,7 @@ class Table:
 def short(comparison: Comparison) -> str:
     """Name a comparison for a table or a plot."""
     info = comparison.info
-    if info["suite"] != "layers":
+    if not info["suite"].startswith("layers"):
         return info["cell"]
     letter = "r" if info["method"] == "lora" else "b"
     method = {"lora": "LoRA", "oft-exact": "OFT exact", "oft-neumann": "OFT Neumann"}[info["method"]]
@@ -52,12 +54,17 @@ def short(comparison: Comparison) -> str:
     dtypes = base if base == adapter else f"{base} base, {adapter} adapter"
     if base == adapter == "bf16":
         dtypes = "bf16 base, bf16 adapter"
-    return f"{method} {letter}{info['size']}, {info['in_features']}², {dtypes}"
+    features, out = info["in_features"], info["out_features"]
+    width = f"{features}²" if out == features else f"{features} \u2192 {out}"
+    return f"{method} {letter}{info['size']}, {width}, {dtypes}"
 
 
 def target(comparison: Comparison) -> float | None:
     """Return the largest multiple of the frozen layer that is asked for."""
     info = comparison.info
+    if info["device_class"].startswith("cuda"):
+        square = (info["tokens"], info["in_features"], info["out_features"]) == (8192, 4096, 4096)
+        return GPU_TARGETS.get((info["method"], info["size"])) if square and info["dtype"] == "bfloat16" else None
     if info["tokens"] != 512:
         return None
     return TARGETS.get((info["method"], info["dtype"], info["in_features"]))
@@ -65,7 +72,7 @@ def target(comparison: Comparison) -> float | None:
 
 def binding(comparison: Comparison) -> bool:
     """Whether the target speaks about this device: bf16 targets are those of a CPU with AMX."""
-    return comparison.info["dtype"] == "float32" or comparison.info["device_class"] == "cpu-amx"
+    return comparison.info["dtype"] == "float32" or comparison.info["device_class"].startswith(("cpu-amx", "cuda"))
 
 
 def milliseconds(us: float) -> str:
@@ -293,4 +300,7 @@ def missing(results: Results) -> Iterable[Table]:
 
 def everything(results: Results) -> list[Table]:
     """Return all tables in the order of the report."""
-    return [*layers(results), *operators(results), *overhead(results), *missing(results)]
+    from . import costs, gpu_tables
+
+    found = [*gpu_tables.everything(results), *layers(results), *operators(results), *overhead(results)]
+    return [*found, *costs.tables(results), *missing(results)]

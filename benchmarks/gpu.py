@@ -1,0 +1,165 @@
+"""Measures on a GPU: ``python -m benchmarks.gpu [--list] [--only PART ...]``, or `make bench-gpu`.
+
+Every part is a process of its own, and every comparison is written as soon as it is done; the report is written again
+after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from . import parts
+from .parts import Part
+
+SECONDS = 520.0
+WORK = parts.ROOT / "build" / "bench-gpu"
+# Of the limit of a part, what is kept for the start of its process.
+START = 15.0
+
+# Part to what it measures, and its seconds.
+PARTS = {
+    "gemm": ("Triton's product with LoRA inside (D1) against cuBLAS, at the table's three shapes", 50.0),
+    "layers-4096": (
+        "LoRA r16 r64, OFT b32 b64 b256 (series and exact) on 8192 x 4096 -> 4096, beside their peers",
+        170.0,
+    ),
+    "kernels": ("raw operators on every backend, and the Cayley transform beside its peers", 80.0),
+    "layers-11008": ("the same layers, 4096 -> 11008", 110.0),
+    "layers-14336": ("the same layers, 4096 -> 14336", 110.0),
+}
+
+
+def jobs(part: str) -> list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
+    """Return the comparisons of a part, by name; importing torch is left to the process that runs them."""
+    from . import gpu_cells as cells
+
+    device = "cuda"
+    if part == "gemm":
+        return [(f"gemm-{out}", functools.partial(cells.gemm, out, device, 1.5)) for out in cells.OUTS]
+    if part == "kernels":
+        found = [
+            (
+                f"cayley-b{size}-{'neumann' if neumann else 'exact'}",
+                functools.partial(cells.cayley, size, neumann, device, 0.4),
+            )
+            for size in (32, 64, 256)
+            for neumann in (True, False)
+        ]
+        return found + [
+            (str(call), functools.partial(cells.kernel, call, device, 0.5)) for call in cells.kernel_calls()
+        ]
+    out = int(part.removeprefix("layers-"))
+    return [(str(cell), functools.partial(cells.layer, cell, device, 1.2)) for cell in cells.layer_cells(out)]
+
+
+def measure(part: str, folder: Path, seconds: float, chosen: list | None = None) -> int:
+    """Run the comparisons of a part, one file each, as long as there is time; return the exit status."""
+    end = time.monotonic() + seconds
+    folder.mkdir(parents=True, exist_ok=True)
+    done, missing, longest = 0, {}, 0.0
+    for name, job in jobs(part) if chosen is None else chosen:
+        start = time.monotonic()
+        # The next one may take as long as the longest so far.
+        if start + longest > end:
+            missing[f"{part}::{name}"] = "not measured: the time of this run was over"
+            print(f"{name}: no time is left", flush=True)
+            continue
+        entries = []
+        try:
+            for info in job():
+                entries.append({"fullname": f"{part}::{name}", "extra_info": info})
+        except Exception as error:
+            message = (str(error).strip().splitlines() or [""])[0][:300]
+            missing[f"{part}::{name}"] = f"failed: {type(error).__name__}: {message}"
+        target = folder / f"{re.sub(r'[^0-9A-Za-z+-]+', '_', name)}.json"
+        target.write_text(json.dumps({"benchmarks": entries}))
+        longest = max(longest, time.monotonic() - start)
+        done += bool(entries)
+        print(f"{name}: {len(entries)} comparisons, {time.monotonic() - start:.1f} s", flush=True)
+        if f"{part}::{name}" in missing:
+            print(f"{name}: {missing[f'{part}::{name}']}", flush=True)
+            # A kernel that faulted has ruined the CUDA context: nothing after it would be right.
+            if re.search("CUDA error|AcceleratorError|illegal", missing[f"{part}::{name}"]):
+                break
+    (folder / "missing.json").write_text(json.dumps({"benchmarks": [], "not_measured": missing}))
+    left_out = sum("time of this run" in reason for reason in missing.values())
+    print(f"cells: {done} measured, {len(missing) - left_out} failed, {left_out} left out for want of time")
+    return int(len(missing) > left_out or not done)
+
+
+def read_cells(log: str, status: int) -> tuple[dict[str, int], str | None]:
+    """Count the cells of a part from its log, which is there even if it died."""
+    counts = {"measured": len(re.findall(r"^\S.*: [1-9]\d* comparisons, ", log, re.M))}
+    failed = re.findall(r"^(\S+: failed: .*)$", log, re.M)
+    left_out = len(re.findall(r": no time is left$", log, re.M))
+    counts.update({key: number for key, number in (("failed", len(failed)), ("left out", left_out)) if number})
+    return counts, failed[0][:250] if failed else None
+
+
+def report(work: Path, folder: Path, device: dict[str, Any], outcomes: list[parts.Outcome]) -> None:
+    """Write what there is so far: JSON, CSV, Markdown, HTML and plots."""
+    parts.write_record(folder / "bench.json", device, outcomes)
+    from .report import write
+    from .results import read
+
+    files = sorted(work.glob("cells/*/*.json"), key=lambda path: (path.name == "missing.json", path.stat().st_mtime))
+    try:
+        results = read(files)
+    except ValueError as error:
+        print(f"no report yet: {error}", flush=True)
+        return
+    write(results, folder)
+
+
+def all_parts(chosen: list[str] | None) -> list[Part]:
+    """Return what `make bench-gpu` runs."""
+    found = []
+    for name, (says, limit) in PARTS.items():
+        if chosen and name not in chosen:
+            continue
+        call = (sys.executable, "-m", "benchmarks.gpu", "--measure", name)
+        found.append(Part(name, says, call, limit, read_cells))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, measure, write the report, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="only say what would be measured")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts only")
+    # What the process of one part is called with.
+    parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.measure:
+        parts.describe_gpu()
+        return measure(options.measure, WORK / "cells" / options.measure, PARTS[options.measure][1] - START)
+    chosen = all_parts(options.only)
+    title = (
+        "GPU benchmark of peftk: device time (events) and wall time with a cold L2 cache, all arms in turns, against\n"
+        "the bare products, HF PEFT, LyCORIS and torch.compile; errors against float64, memory and launches beside."
+    )
+    if options.list:
+        print(parts.header(title, chosen, SECONDS, parts.RESULTS / "<device>"))
+        return 0
+    device = parts.describe_gpu()
+    folder = parts.RESULTS / parts.folder_name(device["name"])
+    print(parts.header(title, chosen, SECONDS, folder), flush=True)
+    print(f"Device: {device}\nVersions: {parts.versions()}\nLogs: {WORK.relative_to(parts.ROOT)}\n", flush=True)
+    for part in chosen:
+        for path in (WORK / "cells" / part.name).glob("*.json"):
+            path.unlink()
+    outcomes = parts.run(chosen, WORK, SECONDS, functools.partial(report, WORK, folder, device))
+    print(f"\n{parts.summary(outcomes)}\nresults: {folder.relative_to(parts.ROOT)}")
+    return parts.exit_status(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

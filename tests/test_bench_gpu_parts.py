@@ -1,0 +1,139 @@
+"""The runner of the unattended GPU jobs, with parts that pass, fail, crash, hang and cannot run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import parts
+from benchmarks.parts import Part
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", code
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> list[Part]:
+    hang = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid)); print('tests/a.py::test_one PASSED [ 50%]');"
+        "time.sleep(60)"
+    )
+    return [
+        Part("good", "passes", python("print('tests/a.py::test_one PASSED [100%]')"), 20, parts.read_pytest),
+        Part("bad", "fails", python("print('it is broken'); raise SystemExit(3)"), 20),
+        Part("dead", "crashes", python("import os; os.kill(os.getpid(), 11)"), 20),
+        Part("slow", "hangs", python(hang), 1.5, parts.read_pytest),
+        Part("absent", "cannot run", python("raise SystemExit(9)"), 20, not_run="there is no such tool"),
+        Part("nowhere", "has no program", ("/nonexistent/program",), 20),
+        Part("last", "passes too", python("import os; print(os.environ['WORD'])"), 20, environment={"WORD": "said"}),
+    ]
+
+
+def test_no_part_loses_the_results_of_another(
+    jobs: list[Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(parts, "GRACE", 0.2)
+    target = tmp_path / "results" / "tests.json"
+    seen: list[int] = []
+
+    def record(outcomes: list[parts.Outcome]) -> None:
+        parts.write_record(target, {"name": "a device"}, outcomes)
+        seen.append(len(json.loads(target.read_text())["parts"]))
+
+    outcomes = parts.run(jobs, tmp_path / "logs", 60, record)
+    assert seen == list(range(1, len(jobs) + 1)), "written after every part"
+    assert {o.name: o.status for o in outcomes} == {
+        "good": "passed",
+        "bad": "failed",
+        "dead": "crashed",
+        "slow": "timed out",
+        "absent": "not run",
+        "nowhere": "failed",
+        "last": "passed",
+    }
+    by_name = {o.name: o for o in outcomes}
+    assert by_name["good"].counts == {"passed": 1}
+    assert by_name["bad"].detail == "exit status 3: it is broken"
+    assert by_name["dead"].detail.startswith("SIGSEGV")
+    assert by_name["slow"].counts == {"passed": 1}, "what it had done before is counted"
+    assert (tmp_path / "logs" / "last.log").read_text().strip() == "said"
+    child = int((tmp_path / "child").read_text())
+    for _ in range(50):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("a part that ran out of time left a process behind")
+    kept = json.loads(target.read_text())
+    assert set(kept) == {"device", "versions", "date", "parts"}
+    assert kept["versions"]["torch"]
+    assert [part["status"] for part in kept["parts"]] == [o.status for o in outcomes]
+    assert parts.exit_status(outcomes) == 1
+    lines = parts.summary(outcomes).splitlines()
+    assert len(lines) == 1 + len(jobs)
+    assert all(job.name in line for job, line in zip(jobs, lines[1:], strict=True))
+    assert "-- good: passes" in capsys.readouterr().out
+
+
+def test_exit_status() -> None:
+    def outcomes(*statuses: str) -> list[parts.Outcome]:
+        return [parts.Outcome(s, s, 0.0, {}, "") for s in statuses]
+
+    assert parts.exit_status(outcomes("passed", "not run")) == 0
+    assert parts.exit_status(outcomes("not run")) == 1, "nothing ran"
+    for bad in parts.BAD:
+        assert parts.exit_status(outcomes("passed", bad)) == 1
+
+
+def test_the_whole_run_has_a_limit(tmp_path: Path) -> None:
+    (found,) = parts.run([Part("late", "", python(""), 30)], tmp_path, 0.0)
+    assert (found.status, found.detail) == ("timed out", "the 0 s of the whole run were over")
+
+
+LOG = """\
+[gw0] [ 10%] PASSED tests/test_operators.py::test_a[x-triton-f32]
+[gw1] [ 20%] SKIPPED tests/test_operators.py::test_a[x-triton-f64]
+tests/test_b.py::test_b[a b] PASSED                                    [ 30%]
+tests/test_b.py::test_c SKIPPED (needs two devices)                    [ 40%]
+tests/test_b.py::test_d FAILED                                         [ 50%]
+FAILED tests/test_b.py::test_d - AssertionError: no
+"""
+
+
+def test_tests_are_counted_with_and_without_xdist() -> None:
+    counts, wrong = parts.read_pytest(LOG, 1)
+    assert counts == {"passed": 2, "skipped": 2, "failed": 1}
+    assert wrong is not None and "test_d - AssertionError: no" in wrong
+    counts, wrong = parts.read_pytest("tests/test_b.py::test_c SKIPPED (no GPU) [100%]\n", 0)
+    assert counts == {"skipped": 1} and wrong is not None and "no test passed" in wrong
+    assert parts.read_pytest("usage: pytest: unrecognized arguments: --device", 4) == ({}, "pytest ended with status 4")
+
+
+def test_folder_of_a_device() -> None:
+    assert parts.folder_name("NVIDIA H200") == "nvidia-h200"
+    assert parts.folder_name("NVIDIA GeForce RTX 4090 (Laptop)") == "nvidia-geforce-rtx-4090-laptop"
+
+
+@pytest.mark.parametrize("module", ["tests.gpu.run", "benchmarks.gpu"])
+def test_job_says_what_it_would_do_without_a_gpu(module: str) -> None:
+    call = [sys.executable, "-m", module, "--list"]
+    found = subprocess.run(call, cwd=parts.ROOT, capture_output=True, text=True, check=True)
+    assert "Parts, each in its own process:" in found.stdout
+    assert "benchmarks/results/" in found.stdout
+    limit = float(found.stdout.partition("At most ")[2].partition(" s")[0])
+    assert limit <= 560, "10 minutes with the build"
+    each = [float(number) for number in re.findall(r"\(at most (\d+) s\)", found.stdout)]
+    assert sum(each) <= limit, "a part that hangs may not take the time of another one"
