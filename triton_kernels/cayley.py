@@ -1,0 +1,378 @@
+"""The Neumann series of the Cayley transform in Triton: the packed triangle is read and written in place of S.
+
+S is skew-symmetric and every polynomial of S commutes with every other. So P(S) is a polynomial of Y = S S with
+coefficients of the form c I + c' S (two degrees for one product), and all transposes are changes of sign.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch, unsupported
+
+MAX_SIZE = 256
+"""Largest block: the wider rows of a panel do not fit in registers."""
+
+RESIDENT_SIZE = 64
+"""Largest block whose matrices one program holds in registers; above, programs share a block by panels of rows."""
+
+RESIDENT_TERMS = {16: 65, 32: 65, 64: 5}
+"""Most coefficients that a resident block takes without spilling, by its padded size."""
+
+PANEL = 16
+
+
+@triton.jit
+def _coefficient(k, POLYNOMIAL: tl.constexpr, TERMS: tl.constexpr):
+    """Return POLYNOMIAL[k] for a k that is known only when the kernel runs."""
+    value = 0.0
+    for i in tl.static_range(TERMS):
+        value = tl.where(k == i, POLYNOMIAL[i], value)
+    return value
+
+
+@triton.jit
+def _skew_entries(block_ptr, rows, cols, mask, SIZE: tl.constexpr):
+    """Return S[rows, cols] of the block whose packed triangle, row by row, starts at block_ptr."""
+    i = tl.minimum(rows, cols)
+    j = tl.maximum(rows, cols)
+    entry = tl.load(block_ptr + i * (2 * SIZE - i - 1) // 2 + (j - i - 1), mask=mask & (rows != cols), other=0.0)
+    return tl.where(rows < cols, entry, -entry)
+
+
+@triton.jit
+def _skew(packed_ptr, tile, count, stride_packed_block, SIZE: tl.constexpr, PACK: tl.constexpr, WIDTH: tl.constexpr):
+    """Return PACK blocks S as one block-diagonal matrix, and the mask of the diagonal blocks."""
+    rows = tl.arange(0, WIDTH)[:, None]
+    cols = tl.arange(0, WIDTH)[None, :]
+    block = tile * PACK + rows // SIZE
+    inside = (rows // SIZE == cols // SIZE) & (rows < PACK * SIZE) & (block < count)
+    return _skew_entries(packed_ptr + block * stride_packed_block, rows % SIZE, cols % SIZE, inside, SIZE), inside
+
+
+@triton.jit
+def _cayley_kernel(
+    packed_ptr,
+    blocks_ptr,
+    count,
+    stride_packed_block,
+    SIZE: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Write P(S) for PACK blocks. TERMS is odd (a zero pads an even number), or 1 or 2."""
+    tile = tl.program_id(0).to(tl.int64)
+    s, inside = _skew(packed_ptr, tile, count, stride_packed_block, SIZE, PACK, WIDTH)
+    rows = tl.arange(0, WIDTH)[:, None]
+    cols = tl.arange(0, WIDTH)[None, :]
+    eye = tl.where(rows == cols, 1.0, 0.0)
+    if TERMS == 1:
+        p = POLYNOMIAL[0] * eye
+    elif TERMS == 2:
+        p = POLYNOMIAL[0] * eye + POLYNOMIAL[1] * s
+    else:
+        y = tl.dot(s, s, input_precision="ieee")
+        p = POLYNOMIAL[TERMS - 1] * y + POLYNOMIAL[TERMS - 2] * s + POLYNOMIAL[TERMS - 3] * eye
+        for stage in range(TERMS // 2 - 1):
+            k = TERMS - 5 - 2 * stage
+            constant = _coefficient(k, POLYNOMIAL, TERMS)
+            slope = _coefficient(k + 1, POLYNOMIAL, TERMS)
+            p = tl.dot(p, y, input_precision="ieee") + slope * s + constant * eye
+    block = tile * PACK + rows // SIZE
+    tl.store(blocks_ptr + block * (SIZE * SIZE) + rows % SIZE * SIZE + cols % SIZE, p, mask=inside)
+
+
+@triton.jit
+def _cayley_backward_kernel(
+    grad_ptr,
+    packed_ptr,
+    dpacked_ptr,
+    count,
+    stride_packed_block,
+    SIZE: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Write the gradient of P(S) in the packed entries for PACK blocks.
+
+    With A_k = c_2k I + c_2k+1 S and P = sum_k A_k Y^k, the part through the A_k is D = sum_k c_2k+1 G Y^k, and the
+    part through Y is H = sum_k Q_k+1^T G Y^k with Horner's stages Q_k = Q_k+1 Y + A_k. Both sums run from the highest
+    power down, beside Horner's rule for Q^T. From Y = S S, and because only the skew part counts, H gives
+    S Z + Z S with Z = H + H^T, which is M - M^T with M = S Z.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    s, inside = _skew(packed_ptr, tile, count, stride_packed_block, SIZE, PACK, WIDTH)
+    rows = tl.arange(0, WIDTH)[:, None]
+    cols = tl.arange(0, WIDTH)[None, :]
+    block = tile * PACK + rows // SIZE
+    grad = tl.load(grad_ptr + block * (SIZE * SIZE) + rows % SIZE * SIZE + cols % SIZE, mask=inside, other=0.0)
+    if TERMS == 2:
+        d = POLYNOMIAL[1] * grad
+    else:
+        y = tl.dot(s, s, input_precision="ieee")
+        d = POLYNOMIAL[TERMS - 2] * grad
+        h = POLYNOMIAL[TERMS - 1] * grad
+        if TERMS > 3:
+            eye = tl.where(rows == cols, 1.0, 0.0)
+            # Q^T: the sign of S changes, the sign of Y does not.
+            q = POLYNOMIAL[TERMS - 1] * y - POLYNOMIAL[TERMS - 2] * s + POLYNOMIAL[TERMS - 3] * eye
+            step = tl.dot(grad, y, input_precision="ieee")
+            d = POLYNOMIAL[TERMS - 2] * step + POLYNOMIAL[TERMS - 4] * grad
+            h = tl.dot(q, grad, POLYNOMIAL[TERMS - 1] * step, input_precision="ieee")
+            for stage in range(TERMS // 2 - 2):
+                k = TERMS - 5 - 2 * stage
+                constant = _coefficient(k, POLYNOMIAL, TERMS)
+                slope = _coefficient(k + 1, POLYNOMIAL, TERMS)
+                q = tl.dot(q, y, input_precision="ieee") + (constant * eye - slope * s)
+                h = tl.dot(q, grad, tl.dot(h, y, input_precision="ieee"), input_precision="ieee")
+                below = _coefficient(k - 1, POLYNOMIAL, TERMS)
+                d = tl.dot(d, y, input_precision="ieee") + below * grad
+        d = tl.dot(h + tl.trans(h), -s, d, input_precision="ieee")
+    i = rows % SIZE
+    entry = block * stride_packed_block + i * (2 * SIZE - i - 1) // 2 + (cols - rows - 1)
+    tl.store(dpacked_ptr + entry, d - tl.trans(d), mask=inside & (rows < cols))
+
+
+@triton.jit
+def _cayley_panel_kernel(
+    packed_ptr,
+    blocks_ptr,
+    stride_packed_block,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Write a panel of rows of P(S) by Horner's rule, P S + c I, whose rows do not need each other."""
+    PANELS: tl.constexpr = (SIZE + PANEL - 1) // PANEL
+    program = tl.program_id(0).to(tl.int64)
+    packed = packed_ptr + program // PANELS * stride_packed_block
+    rows = (program % PANELS * PANEL).to(tl.int32) + tl.arange(0, PANEL)[:, None]
+    cols = tl.arange(0, WIDTH)[None, :]
+    ks = tl.arange(0, BLOCK_K)
+    inside = (rows < SIZE) & (cols < SIZE)
+    blocks = blocks_ptr + program // PANELS * (SIZE * SIZE)
+    eye = tl.where(rows == cols, 1.0, 0.0)
+    if TERMS == 1:
+        p = POLYNOMIAL[0] * eye
+    else:
+        p = POLYNOMIAL[TERMS - 1] * _skew_entries(packed, rows, cols, inside, SIZE) + POLYNOMIAL[TERMS - 2] * eye
+    tl.store(blocks + rows * SIZE + cols, p, mask=inside)
+    for stage in range(TERMS - 2):
+        # The panel passes through memory, where a product can take it part by part.
+        tl.debug_barrier()
+        p = tl.zeros((PANEL, WIDTH), tl.float32)
+        for k in range(0, SIZE, BLOCK_K):
+            left = tl.load(
+                blocks + rows * SIZE + (k + ks)[None, :], mask=(rows < SIZE) & (k + ks < SIZE)[None, :], other=0.0
+            )
+            s = _skew_entries(packed, (k + ks)[:, None], cols, (k + ks < SIZE)[:, None] & (cols < SIZE), SIZE)
+            p = tl.dot(left, s, p, input_precision="ieee")
+        tl.debug_barrier()
+        p += _coefficient(TERMS - 3 - stage, POLYNOMIAL, TERMS) * eye
+        tl.store(blocks + rows * SIZE + cols, p, mask=inside)
+
+
+@triton.jit
+def _cayley_panel_backward_kernel(
+    grad_ptr,
+    packed_ptr,
+    series_ptr,
+    ds_ptr,
+    stride_packed_block,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Write a panel of rows of dS = sum_j B_j G (S^T)^j with B_j = sum_i c_(i+j+1) (S^T)^i.
+
+    From the highest j down, dS <- dS S^T + B_j G and B_(j-1) = B_j S^T + c_j I: rows do not need each other.
+    """
+    PANELS: tl.constexpr = (SIZE + PANEL - 1) // PANEL
+    program = tl.program_id(0).to(tl.int64)
+    packed = packed_ptr + program // PANELS * stride_packed_block
+    first = program // PANELS * (SIZE * SIZE)
+    rows = (program % PANELS * PANEL).to(tl.int32) + tl.arange(0, PANEL)[:, None]
+    cols = tl.arange(0, WIDTH)[None, :]
+    ks = tl.arange(0, BLOCK_K)
+    inside = (rows < SIZE) & (cols < SIZE)
+    entry = first + rows * SIZE + cols
+    eye = tl.where(rows == cols, 1.0, 0.0)
+    ds = POLYNOMIAL[TERMS - 1] * tl.load(grad_ptr + entry, mask=inside, other=0.0)
+    tl.store(ds_ptr + entry, ds, mask=inside)
+    s = _skew_entries(packed, rows, cols, inside, SIZE)
+    tl.store(series_ptr + entry, POLYNOMIAL[TERMS - 2] * eye - POLYNOMIAL[TERMS - 1] * s, mask=inside)
+    for stage in range(TERMS - 2):
+        tl.debug_barrier()
+        ds = tl.zeros((PANEL, WIDTH), tl.float32)
+        series = tl.zeros((PANEL, WIDTH), tl.float32)
+        for k in range(0, SIZE, BLOCK_K):
+            k_mask = k + ks < SIZE
+            part = first + rows * SIZE + (k + ks)[None, :]
+            part_mask = (rows < SIZE) & k_mask[None, :]
+            right_mask = k_mask[:, None] & (cols < SIZE)
+            # S^T
+            s = _skew_entries(packed, cols, (k + ks)[:, None], right_mask, SIZE)
+            grad = tl.load(grad_ptr + first + (k + ks)[:, None] * SIZE + cols, mask=right_mask, other=0.0)
+            left = tl.load(series_ptr + part, mask=part_mask, other=0.0)
+            ds = tl.dot(left, grad, ds, input_precision="ieee")
+            series = tl.dot(left, s, series, input_precision="ieee")
+            ds = tl.dot(tl.load(ds_ptr + part, mask=part_mask, other=0.0), s, ds, input_precision="ieee")
+        tl.debug_barrier()
+        series += _coefficient(TERMS - 3 - stage, POLYNOMIAL, TERMS) * eye
+        tl.store(ds_ptr + entry, ds, mask=inside)
+        tl.store(series_ptr + entry, series, mask=inside)
+
+
+@triton.jit
+def _pack_skew_gradient_kernel(
+    ds_ptr, dpacked_ptr, stride_packed_block, SIZE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
+):
+    """Write dS_ij - dS_ji for i < j into the packed triangle, one tile of a block."""
+    program = tl.program_id(0).to(tl.int64)
+    block = program // (TILES * TILES)
+    tile = (program % (TILES * TILES)).to(tl.int32)
+    i = tile // TILES * TILE + tl.arange(0, TILE)
+    j = tile % TILES * TILE + tl.arange(0, TILE)
+    ds = ds_ptr + block * (SIZE * SIZE)
+    # A tile below the diagonal has nothing to read or write.
+    upper = tl.load(
+        ds + i[:, None] * SIZE + j[None, :], mask=(i[:, None] < j[None, :]) & (j < SIZE)[None, :], other=0.0
+    )
+    lower = tl.load(
+        ds + j[:, None] * SIZE + i[None, :], mask=(i[None, :] < j[:, None]) & (j < SIZE)[:, None], other=0.0
+    )
+    i = i[:, None]
+    entry = dpacked_ptr + block * stride_packed_block + i * (2 * SIZE - i - 1) // 2 + (j[None, :] - i - 1)
+    tl.store(entry, upper - tl.trans(lower), mask=(i < j[None, :]) & (j < SIZE)[None, :])
+
+
+def _supports(packed: Tensor, size: int, polynomial: list[float]) -> str | None:
+    if reason := unsupported(packed):
+        return reason
+    if packed.dtype is not torch.float32:
+        return f"the Triton kernels take float32 triangles; got {packed.dtype}"
+    if not polynomial:
+        return "the exact transform is CUDA C++'s or torch's: Triton has no inversion"
+    if size > MAX_SIZE:
+        return f"the Triton kernels transform blocks of up to {MAX_SIZE}; got {size}"
+    return None
+
+
+def _options(size: int, count: int, polynomial: list[float], forward: bool) -> tuple[int, dict]:
+    """Return the number of programs, and the arguments that forward and backward share."""
+    width = max(triton.next_power_of_2(size), 16)
+    pack = width // size
+    # Two degrees for one product: the number of coefficients is odd.
+    padding = [0.0] if len(polynomial) > 2 and len(polynomial) % 2 == 0 else []
+    coefficients = (*polynomial, *padding)
+    return triton.cdiv(count, pack), {
+        "num_warps": {16: 1, 32: 8, 64: 16 if forward else 8}[width],
+        "count": count,
+        "stride_packed_block": size * (size - 1) // 2,
+        "SIZE": size,
+        "PACK": pack,
+        "WIDTH": width,
+        "POLYNOMIAL": coefficients,
+        "TERMS": len(coefficients),
+    }
+
+
+def _is_resident(size: int, polynomial: list[float]) -> bool:
+    return size <= RESIDENT_SIZE and len(polynomial) <= RESIDENT_TERMS[max(triton.next_power_of_2(size), 16)]
+
+
+def _panel_options(size: int, polynomial: list[float]) -> dict:
+    """Return the arguments that forward and backward share when programs share a block."""
+    return {
+        "num_warps": 8,
+        "stride_packed_block": size * (size - 1) // 2,
+        "SIZE": size,
+        "WIDTH": triton.next_power_of_2(size),
+        "PANEL": PANEL,
+        "BLOCK_K": 16,
+        "POLYNOMIAL": tuple(polynomial),
+        "TERMS": len(polynomial),
+    }
+
+
+def cayley_supports(packed: Tensor, block_size: int, polynomial: list[float]) -> str | None:
+    """Return None, or why Triton cannot transform these blocks."""
+    return _supports(packed, block_size, polynomial)
+
+
+def cayley(packed: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
+    """See `peftk.functional.cayley`."""
+    count = packed.shape[0]
+    blocks = torch.empty(count, block_size, block_size, dtype=packed.dtype, device=packed.device)
+    if not _is_resident(block_size, polynomial):
+        launch(
+            _cayley_panel_kernel,
+            (count * triton.cdiv(block_size, PANEL),),
+            packed_ptr=packed.contiguous(),
+            blocks_ptr=blocks,
+            **_panel_options(block_size, polynomial),
+        )
+        return blocks
+    programs, options = _options(block_size, count, polynomial, forward=True)
+    launch(_cayley_kernel, (programs,), packed_ptr=packed.contiguous(), blocks_ptr=blocks, **options)
+    return blocks
+
+
+def cayley_backward_supports(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: list[float]) -> str | None:
+    """Return None, or why Triton cannot run the backward pass."""
+    return _supports(packed, blocks.shape[-1], polynomial)
+
+
+def cayley_backward(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: list[float]) -> Tensor:
+    """Return the gradient of `cayley` in the packed triangles."""
+    if len(polynomial) == 1 or packed.numel() == 0:
+        return torch.zeros_like(packed, memory_format=torch.contiguous_format)
+    count, size = packed.shape[0], blocks.shape[-1]
+    dpacked = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    if not _is_resident(size, polynomial):
+        series, ds = (torch.empty(blocks.shape, dtype=packed.dtype, device=packed.device) for _ in range(2))
+        launch(
+            _cayley_panel_backward_kernel,
+            (count * triton.cdiv(size, PANEL),),
+            grad_ptr=grad.contiguous(),
+            packed_ptr=packed.contiguous(),
+            series_ptr=series,
+            ds_ptr=ds,
+            **_panel_options(size, polynomial),
+        )
+        tiles = triton.cdiv(size, 32)
+        launch(
+            _pack_skew_gradient_kernel,
+            (count * tiles * tiles,),
+            num_warps=4,
+            ds_ptr=ds,
+            dpacked_ptr=dpacked,
+            stride_packed_block=size * (size - 1) // 2,
+            SIZE=size,
+            TILE=32,
+            TILES=tiles,
+        )
+        return dpacked
+    programs, options = _options(size, count, polynomial, forward=False)
+    launch(
+        _cayley_backward_kernel,
+        (programs,),
+        grad_ptr=grad.contiguous(),
+        packed_ptr=packed.contiguous(),
+        dpacked_ptr=dpacked,
+        **options,
+    )
+    return dpacked
