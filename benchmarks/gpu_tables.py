@@ -89,8 +89,8 @@ def _layers(results: Results) -> Iterable[Table]:
         arms = {"frozen": "bare", **_present(found)}
         yield Table(
             "GPU: kernels launched, error, and seconds of the first call",
-            "Forward + backward: kernels / largest relative error against float64 / seconds of the first call with its "
-            "check, in which compilers compile and tuners tune.",
+            "Forward + backward: kernels / largest relative error against float64 / seconds of the first call, in "
+            "which compilers compile and tuners tune.",
             ("layer", *arms.values()),
             [(short(c), *(_counts(c.rows.get(arm)) for arm in arms)) for c in found],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,6 +148,51 @@ def test_part_writes_every_comparison_and_the_report_shows_it(
     assert (tmp_path / "report" / "overhead.png").is_file()
     kept = json.loads((tmp_path / "report" / "results.json").read_text())
     assert all("wall_samples_us" in row for c in kept["comparisons"] for row in c["arms"].values() if "ratio" in row)
+
+
+class Event:
+    """torch.cuda.Event on a clock that only sleeping moves."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def test_device_time_is_that_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(cycles: int) -> None:
+        Event.now += 1e-6 * cycles
+
+    for name in ("Event", "_sleep", "synchronize"):
+        assert hasattr(torch.cuda, name), "the fake has a name that torch has"
+    assert list(inspect.signature(torch.cuda.Event.elapsed_time).parameters) == ["self", "end_event"]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    weave = gpu_timing.ColdWeave({"one": lambda: sleep(10**6), "two": lambda: sleep(2 * 10**6)}, "cpu")
+    weave._cuda = True
+    assert weave._cycles_a_second() == pytest.approx(1e9)
+    weave._cycles = 1e9
+    weave.run(3)
+    assert weave.device_samples["one"] == pytest.approx([1e-3] * 3)
+    assert weave.device_samples["two"] == pytest.approx([2e-3] * 3)
+    assert all(seconds > 0 for seconds in weave.wall_samples["one"])
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_kernels_that_the_profiler_cannot_see_are_not_counted_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    with pytest.raises(RuntimeError, match="the profiler saw no kernel"):
+        gpu_timing.kernels(lambda: torch.ones(4) + 1)
 
 
 def test_sizes_are_those_of_the_targets() -> None:
