@@ -16,6 +16,9 @@ void cayley(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderO
 void cayley_backward(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
                      torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
 
+// Thin products of LoRA: `m` is (depth, rank), or (rank, depth) where transposed; so is the result of `outer`.
+void shrink(const Tensor& x, const Tensor& m, bool transposed, double scale, Tensor& out);
+void outer(const Tensor& x, const Tensor& h, bool transposed, double scale, Tensor& out);
 void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Tensor& out);
 
 }  // namespace peftk

@@ -1,4 +1,4 @@
-"""The low-rank product on the CPU: torch's own products, in place, with dropout in C++."""
+"""The low-rank product on the CPU: large products are torch's own, in place; thin ones and dropout are C++."""
 
 from __future__ import annotations
 
@@ -50,6 +50,37 @@ def _scaled_(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x.mul_(scale)
 
 
+# The range in which the thin products of C++ beat those of torch's libraries.
+_THIN_RANK = 32
+_THIN_ROWS = 64
+
+
+def _thin(rows: Tensor, rank: int) -> bool:
+    return rank <= _THIN_RANK and rows.dtype is torch.float32 and rows.shape[0] >= _THIN_ROWS
+
+
+def _shrink(rows: Tensor, factor: Tensor, transposed: bool, scale: float = 1.0) -> Tensor:
+    """Return ``scale * rows @ factor``, or ``@ factor.mT`` where transposed."""
+    rank = factor.shape[0 if transposed else 1]
+    if _thin(rows, rank):
+        out = torch.empty(rows.shape[0], rank)
+        _ops.shrink(rows.contiguous(), factor.contiguous(), transposed, scale, out)
+        return out
+    return _scaled_(linear(rows, factor) if transposed else torch.mm(rows, factor), scale)
+
+
+def _outer(rows: Tensor, hidden: Tensor, transposed: bool, scale: float = 1.0) -> Tensor:
+    """Return ``scale * rows.mT @ hidden``, or the transpose of that."""
+    rank = hidden.shape[1]
+    if _thin(rows, rank):
+        out = torch.empty((rank, rows.shape[1]) if transposed else (rows.shape[1], rank))
+        _ops.outer(rows.contiguous(), hidden.contiguous(), transposed, scale, out)
+        return out
+    # MKL computes this product twice as fast as its transpose.
+    out = _scaled_(torch.mm(hidden.mT, rows), scale)
+    return out if transposed else out.mT.contiguous()
+
+
 def _expand_(
     out: Tensor,
     x: Tensor,
@@ -61,7 +92,7 @@ def _expand_(
     seed: Tensor | None,
 ) -> Tensor:
     """Add the low-rank product onto a buffer that nobody else holds, and return the rank-sized product."""
-    hidden = linear(_dropped_rows(x, dropout_p, seed), a)
+    hidden = _shrink(_dropped_rows(x, dropout_p, seed), a, True)
     _as_rows(out).addmm_(_gated(hidden, gate), b.mT, alpha=scale)
     return _like(hidden, x)
 
@@ -93,7 +124,7 @@ def low_rank_add(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
-    hidden = linear(_dropped_rows(x, dropout_p, seed), a)
+    hidden = _shrink(_dropped_rows(x, dropout_p, seed), a, True)
     rows = torch.addmm(_as_rows(base), _gated(hidden, gate), b.mT, alpha=scale)
     return _like(rows, base), _like(hidden, x)
 
@@ -138,22 +169,25 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = da = db = dgate = grad.new_empty(0)
     rows, hidden = _as_rows(grad), _as_rows(hidden)
-    dhidden = _scaled_(torch.mm(rows, b), scale)
+    dhidden = _shrink(rows, b, False, scale)
     if need_b:
-        # MKL computes the transposed product twice as fast as this one.
-        db = _scaled_(torch.mm(_gated(hidden, gate).mT, rows), scale).mT.contiguous()
+        db = _outer(rows, _gated(hidden, gate), False, scale)
     if need_gate:
         dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
         dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
     dhidden = _gated(dhidden, gate)
     if need_a:
-        da = torch.mm(dhidden.mT, _dropped_rows(x, dropout_p, seed))
+        da = _outer(_dropped_rows(x, dropout_p, seed), dhidden, True)
     if need_x:
-        dx = torch.mm(dhidden, a)
-        if seed is not None:
-            _dropout_(dx, dropout_p, seed, dx)
-        if weight is not None:
-            dx.addmm_(rows, weight)
+        # Without a mask the thin product is added onto the large one: it costs less than a fresh buffer of its own.
+        if weight is not None and seed is None:
+            dx = torch.mm(rows, weight).addmm_(dhidden, a)
+        else:
+            dx = torch.mm(dhidden, a)
+            if seed is not None:
+                _dropout_(dx, dropout_p, seed, dx)
+            if weight is not None:
+                dx.addmm_(rows, weight)
         dx = _like(dx, x)
     return dx, da, db, dgate
 

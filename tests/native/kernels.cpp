@@ -1,89 +1,12 @@
 // Runs every C++ kernel under the sanitizers against naive loops in double precision. The kernels are included, not
 // linked, so that the variants for each instruction set can be called by name. Every buffer has exactly the size that
 // a kernel may touch. `planted-write` and `planted-shift` plant an error each, to show that it would be found.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <string>
-#include <vector>
-
 #include "../../csrc/cpu/block_diagonal.cpp"
 #include "../../csrc/cpu/cayley.cpp"
 #include "../../csrc/cpu/low_rank.cpp"
+#include "harness.h"
 
 namespace {
-
-using namespace peftk;
-
-// Unit roundoff: half the distance from 1 to the next number.
-constexpr double kFloatUnit = std::numeric_limits<float>::epsilon() / 2.0;
-// bfloat16 keeps 8 of the 24 significant bits of a float.
-constexpr double kBFloat16Unit = kFloatUnit * (1 << 16);
-
-int64_t checks = 0;
-bool planted_write = false;
-
-// A block of the heap of exactly `count` elements; the sanitizer guards both ends.
-template <typename T>
-class Heap {
- public:
-  explicit Heap(int64_t count) : count_(count), data_(static_cast<T*>(std::malloc(count * sizeof(T)))) {
-    // Whatever a kernel forgets to write stays a NaN.
-    if (count > 0) std::memset(static_cast<void*>(data_), 0xff, count * sizeof(T));
-  }
-  ~Heap() { std::free(data_); }
-  Heap(const Heap&) = delete;
-  Heap& operator=(const Heap&) = delete;
-  T* get() { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  int64_t count() const { return count_; }
-
- private:
-  int64_t count_;
-  T* data_;
-};
-
-uint64_t state = 1;
-
-double uniform() {
-  state = state * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<double>(state >> 11) / static_cast<double>(1ull << 53) * 2.0 - 1.0;
-}
-
-template <typename T>
-void fill(Heap<T>& values, double spread = 1.0) {
-  for (int64_t i = 0; i < values.count(); ++i) from_float(static_cast<float>(uniform() * spread), values[i]);
-}
-
-template <typename T>
-std::vector<double> doubles(Heap<T>& values) {
-  std::vector<double> result;
-  for (int64_t i = 0; i < values.count(); ++i) result.push_back(to_float(values[i]));
-  return result;
-}
-
-// `magnitude` bounds the sum of the absolute values of what was added up, and `operations` how often it was rounded.
-void expect(double actual, double truth, double magnitude, double operations, double unit, const std::string& what) {
-  ++checks;
-  const double limit =
-      operations * kFloatUnit * magnitude + unit * std::abs(truth) + std::numeric_limits<float>::denorm_min();
-  if (!(std::abs(actual - truth) <= limit)) {
-    std::printf("%s: expected %.9g within %.3g; got %.9g\n", what.c_str(), truth, limit, actual);
-    std::exit(1);
-  }
-}
-
-template <typename T>
-constexpr Dtype dtype_of() {
-  return sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::bfloat16;
-}
-
-template <typename T>
-constexpr double output_unit() {
-  return sizeof(T) == sizeof(float) ? kFloatUnit : kBFloat16Unit;
-}
 
 struct Level {
   const char* name;
@@ -91,6 +14,8 @@ struct Level {
   void (*rotate_backward)(const BlockRotateBackwardParams&, const float*, int64_t, int64_t);
   void (*cayley)(const CayleyParams&, int64_t, int64_t);
   void (*cayley_backward)(const CayleyBackwardParams&, int64_t, int64_t);
+  void (*shrink)(const ShrinkParams&, int64_t, int64_t);
+  void (*outer)(const OuterParams&, int64_t, int64_t);
   void (*dropout)(const DropoutParams&, int64_t, int64_t);
 };
 
@@ -100,6 +25,8 @@ struct Level {
    block_rotate_backward_cpu_##suffix, \
    cayley_cpu_##suffix,                \
    cayley_backward_cpu_##suffix,       \
+   shrink_cpu_##suffix,                \
+   outer_cpu_##suffix,                 \
    dropout_cpu_##suffix}
 
 std::vector<Level> levels() {
@@ -109,14 +36,9 @@ std::vector<Level> levels() {
   if (cpu_level() >= CpuLevel::avx512) result.push_back(LEVEL(avx512));
   return result;
 #else
-  return {{"base", block_rotate_cpu, block_rotate_backward_cpu, cayley_cpu, cayley_backward_cpu, dropout_cpu}};
+  return {{"base", block_rotate_cpu, block_rotate_backward_cpu, cayley_cpu, cayley_backward_cpu, shrink_cpu, outer_cpu,
+           dropout_cpu}};
 #endif
-}
-
-// As parallel_for does: the range in pieces.
-template <typename F>
-void in_pieces(int64_t count, int64_t piece, F run) {
-  for (int64_t begin = 0; begin < count; begin += piece) run(begin, begin + piece < count ? begin + piece : count);
 }
 
 template <typename T>
@@ -401,6 +323,51 @@ void check_dropout(const Level& level, int64_t count, uint32_t threshold, bool i
   }
 }
 
+void check_shrink(const Level& level, int64_t rows, int64_t depth, int64_t rank, bool transposed) {
+  const float scale = 1.5f;
+  const int64_t row = transposed ? 1 : rank, col = transposed ? depth : 1;
+  Heap<float> x(rows * depth), m(depth * rank), packed(depth * padded(rank)), out(rows * rank);
+  fill(x);
+  fill(m);
+  pad_columns_cpu(m.get(), row, col, depth, rank, packed.get());
+  const ShrinkParams p{x.get(), packed.get(), out.get(), rows, depth, rank, scale};
+  in_pieces(rows, 13, [&](int64_t begin, int64_t end) { level.shrink(p, begin, end); });
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < rank; ++j) {
+      double truth = 0.0, magnitude = 0.0;
+      for (int64_t k = 0; k < depth; ++k) {
+        const double term = static_cast<double>(x[i * depth + k]) * m[k * row + j * col] * scale;
+        truth += term;
+        magnitude += std::abs(term);
+      }
+      expect(out[i * rank + j], truth, magnitude, static_cast<double>(depth + 2), kFloatUnit,
+             std::string("shrink ") + level.name);
+    }
+}
+
+void check_outer(const Level& level, int64_t rows, int64_t features, int64_t rank, bool transposed) {
+  const float scale = -0.75f;
+  const int64_t row = transposed ? 1 : rank, col = transposed ? features : 1;
+  Heap<float> x(rows * features), h(rows * rank), packed(rows * padded(rank)), out(features * rank);
+  fill(x);
+  fill(h);
+  pad_columns_cpu(h.get(), rank, 1, rows, rank, packed.get());
+  const OuterParams p{x.get(), packed.get(), out.get(), rows, features, rank, row, col, scale};
+  in_pieces((features + kOuterColumns - 1) / kOuterColumns, 2,
+            [&](int64_t begin, int64_t end) { level.outer(p, begin, end); });
+  for (int64_t i = 0; i < features; ++i)
+    for (int64_t j = 0; j < rank; ++j) {
+      double truth = 0.0, magnitude = 0.0;
+      for (int64_t k = 0; k < rows; ++k) {
+        const double term = static_cast<double>(x[k * features + i]) * h[k * rank + j] * scale;
+        truth += term;
+        magnitude += std::abs(term);
+      }
+      expect(out[i * row + j * col], truth, magnitude, static_cast<double>(rows + 2), kFloatUnit,
+             std::string("outer ") + level.name);
+    }
+}
+
 void check_rounding() {
   for (uint32_t bits = 0; bits < 1u << 16; ++bits) {
     const BFloat16 value{static_cast<uint16_t>(bits)};
@@ -434,6 +401,13 @@ void run(const Level& level) {
       check_cayley(level, 1, size, {coefficients.begin(), coefficients.begin() + static_cast<int64_t>(terms)}, 0.2);
   }
   check_cayley(level, 1, 65, {1, 2, 2, 1}, 0.05);
+  for (const int64_t rank : {1, 3, 8, 16, 29, 32})
+    for (const int64_t rows : {0, 1, 5, 24, 25, 49})
+      for (const int64_t features : {1, 7, 128, 129, 300})
+        for (const bool transposed : {false, true}) {
+          check_shrink(level, rows, features, rank, transposed);
+          check_outer(level, rows, features, rank, transposed);
+        }
   for (int64_t count = 0; count <= 9; ++count)
     for (const bool in_place : {false, true})
       for (const uint32_t threshold : {0u, 1u << 22, 1u << 24}) {
