@@ -37,7 +37,7 @@ bench: $(DONE)-bench  ## Time operators and layers beside their peers, and write
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 test-gpu: $(GPU_DONE)-native  ## Test everything on an NVIDIA GPU, within 10 minutes; ARGS=--list says what that is
-	$(GPU_VENV)/bin/python -m tests.gpu.run $(ARGS)
+	$(GPU_VENV)/bin/python -m benchmarks.gpu_tests $(ARGS)
 
 bench-gpu: $(GPU_DONE)-native  ## Measure on an NVIDIA GPU, within 10 minutes; ARGS=--list says what
 	$(GPU_VENV)/bin/python -m benchmarks.gpu $(ARGS)
@@ -120,7 +120,7 @@ $(GPU_DONE)-native: $(SOURCES) $(GPU_DONE)-venv
 	@echo 'Building peftk with its CUDA C++ kernels for $(PYTHON), without the network (a minute or so the first time).'
 	@mkdir -p build
 	@rm -f $(DONE)-native
-	@if PEFTK_BUILD=cuda $(GPU_PIP) --verbose > build/gpu-build.log 2>&1; then touch $@; else \
+	@if MAX_JOBS=$$(nproc) PEFTK_BUILD=cuda $(GPU_PIP) --verbose > build/gpu-build.log 2>&1; then touch $@; else \
 		tail -n 25 build/gpu-build.log; \
 		echo 'The C++ kernels do not build (build/gpu-build.log): going on without them, and part "build" will fail.'; \
 		rm -f peftk/_C.*.so; PEFTK_BUILD=none $(GPU_PIP) --quiet; fi

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import parts
+from benchmarks import gpu_tests, parts
 from benchmarks.parts import Part
 
 
@@ -122,12 +122,34 @@ def test_tests_are_counted_with_and_without_xdist() -> None:
     assert parts.read_pytest("usage: pytest: unrecognized arguments: --device", 4) == ({}, "pytest ended with status 4")
 
 
+WATCHED = """\
+========= COMPUTE-SANITIZER
+{finding}90 calls checked
+========= {summary}
+"""
+CLEAN, RACE = "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+
+
+def test_findings_of_the_sanitizer_are_read() -> None:
+    def read(finding: str, summary: str, status: int) -> tuple[dict[str, int], str | None]:
+        return gpu_tests.read_sanitizer("racecheck", WATCHED.format(finding=finding, summary=summary), status)
+
+    assert read("", CLEAN, 0) == ({"calls": 90, "findings": 0}, None)
+    counts, wrong = read("========= Error: Race reported\n", RACE, gpu_tests.ERROR_STATUS)
+    assert counts["findings"] == 2 and wrong == "Error: Race reported; see the log"
+    counts, wrong = read("cayley of x: result 0 is wrong\n", CLEAN, 1)
+    assert wrong is not None and wrong.startswith("the driver ended with status 1")
+    counts, wrong = read("========= Error: Device not supported. Please refer to the manual\n", CLEAN, 1)
+    assert wrong is not None and wrong.startswith("not run: compute-sanitizer cannot watch this device")
+    assert gpu_tests.read_sanitizer("memcheck", "", 127) == ({}, "memcheck wrote no summary; exit status 127")
+
+
 def test_folder_of_a_device() -> None:
     assert parts.folder_name("NVIDIA H200") == "nvidia-h200"
     assert parts.folder_name("NVIDIA GeForce RTX 4090 (Laptop)") == "nvidia-geforce-rtx-4090-laptop"
 
 
-@pytest.mark.parametrize("module", ["tests.gpu.run", "benchmarks.gpu"])
+@pytest.mark.parametrize("module", ["benchmarks.gpu_tests", "benchmarks.gpu"])
 def test_job_says_what_it_would_do_without_a_gpu(module: str) -> None:
     call = [sys.executable, "-m", module, "--list"]
     found = subprocess.run(call, cwd=parts.ROOT, capture_output=True, text=True, check=True)

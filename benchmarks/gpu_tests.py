@@ -1,7 +1,7 @@
-"""Runs everything that only a GPU can show: ``python -m tests.gpu.run [--list] [--only PART ...]``, or `make test-gpu`.
+"""Runs everything that only a GPU can show: ``python -m benchmarks.gpu_tests [--list] [--only PART ...]``.
 
-Every part is a process of its own: a kernel that faults ruins the CUDA context of its process, and with it every later
-test there.
+This is `make test-gpu`. Every part is a process of its own: a kernel that faults ruins the CUDA context of its process,
+and with it every later test there.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import os
 import re
 import shutil
 import sys
-from pathlib import Path
 
-from benchmarks import parts
-from benchmarks.parts import Part
+from . import parts
+from .parts import Part
 
-HERE = Path(__file__).parent
+TESTS = parts.ROOT / "tests"
 # With the build below 10 minutes; the limits of the parts add up to it, so that none can take the time of another.
 SECONDS = 515.0
 WORK = parts.ROOT / "build" / "test-gpu"
 
-# File of this folder to what it shows and its seconds.
+# File of tests/gpu to what it shows and its seconds.
 FILES = {
     "build": ("the extension is there, and its CUDA C++ kernels take calls on this device", 15.0),
     "determinism": ("equal bits over 100 repeats of every operator, forward and backward", 40.0),
@@ -72,13 +71,15 @@ def read_sanitizer(tool: str, log: str, status: int) -> tuple[dict[str, int], st
 
 def _file(name: str) -> Part:
     says, limit = FILES[name]
-    return Part(name, says, pytest_call(str(HERE / f"test_gpu_{name}.py")), limit, parts.read_pytest, REPEATABLE)
+    return Part(
+        name, says, pytest_call(str(TESTS / "gpu" / f"test_gpu_{name}.py")), limit, parts.read_pytest, REPEATABLE
+    )
 
 
 def all_parts() -> list[Part]:
     """Return what `make test-gpu` runs."""
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))
-    operators = str(HERE.parent / "test_operators.py")
+    operators = str(TESTS / "test_operators.py")
     found = [_file("build")]
     for backend, rest, limit in (
         # opcheck checks schemas and fakes, which know no device.
@@ -104,7 +105,7 @@ def all_parts() -> list[Part]:
             Part(
                 tool,
                 f"compute-sanitizer {tool} on the CUDA C++ kernels: {says}",
-                (*call, sys.executable, str(HERE / "sanitize.py")),
+                (*call, sys.executable, str(TESTS / "gpu" / "sanitize.py")),
                 40.0,
                 functools.partial(read_sanitizer, tool),
                 # One allocation for each tensor, or an overrun would land inside torch's own pool.
@@ -118,7 +119,7 @@ def all_parts() -> list[Part]:
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, run the parts, and return the exit status."""
     chosen = all_parts()
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tests", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="only say what would be run")
     parser.add_argument("--only", nargs="+", choices=[p.name for p in chosen], help="these parts only")
     options = parser.parse_args(arguments)
