@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import _launch, low_rank_gemm
-from .low_rank_gradients import factor_gradient, hidden_gradient, sum_chunks, visit
-from .low_rank_products import RANK_TILE, as_rows, expand, shrink
+from .low_rank_gradients import factor_gradient, hidden_gradient, sum_chunks, visit, worth_visiting
+from .low_rank_products import as_rows, expand, shrink
 
 DESIGNS = ("D0", "D0-expand-first", "D1")
 _named_design: str | None = None
@@ -227,10 +227,9 @@ def _gradients(
     dx = da = db = dgate = grad.new_empty(0)
     grad, hidden, rank = as_rows(grad), as_rows(hidden), a.shape[0]
     need_hidden = need_x or need_a or need_gate
-    if need_hidden and need_b and rank <= RANK_TILE:
+    if need_hidden and need_b and worth_visiting(rank, grad.dtype):
         sums, db_sums = visit(grad, hidden, as_rows(b), gate)
     else:
-        # Beyond one rank tile the visitor's partial sums would outweigh a second reading of grad.
         if need_hidden:
             sums = torch.empty(1, grad.shape[0], rank, dtype=torch.float32, device=grad.device)
             shrink(grad, b, (b.stride(1), b.stride(0)), rank, sums[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _launch
 from ._philox import RANDOM, _kept
-from .low_rank_products import _gated_rows, gate_arguments, mask_arguments, rank_tile_of
+from .low_rank_products import RANK_TILE, _gated_rows, gate_arguments, mask_arguments, rank_tile_of
 
 PROGRAMS = 512
 """Programs that a split sum aims at: a few for each multiprocessor of a large GPU."""
@@ -194,9 +194,9 @@ def _backward_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 256, "num_warps": 8}
 
 
-def _factor_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
+def _factor_config(dtype: torch.dtype) -> dict[str, int]:
     if dtype is torch.float32:
-        return {"BLOCK_ROWS": 16, "BLOCK_FEATURES": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 128, "num_warps": 4, "num_stages": 3}
 
 
@@ -222,6 +222,14 @@ def sum_chunks(partials: Tensor, shape: torch.Size, scale: float, dtype: torch.d
         BLOCK=1024,
     )
     return out
+
+
+def worth_visiting(rank: int, dtype: torch.dtype) -> bool:
+    """Say whether `visit` moves less memory than two passes over the gradient: one more reading costs its element
+    size for each element, the partial sums of ``grad @ b`` a float32 write and read for each rank and column tile.
+    """
+    columns = _backward_config(rank_tile_of(rank), dtype)["BLOCK_FEATURES"]
+    return rank <= RANK_TILE and 8 * rank <= columns * dtype.itemsize
 
 
 def visit(grad: Tensor, hidden: Tensor, b: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -272,7 +280,7 @@ def factor_gradient(
     rows, features = x.shape
     rank = hidden.shape[1]
     rank_tile = rank_tile_of(rank)
-    config = _factor_config(rank_tile, x.dtype)
+    config = _factor_config(x.dtype)
     tiles = triton.cdiv(features, config["BLOCK_FEATURES"]) * triton.cdiv(rank, rank_tile)
     chunks, chunk_rows = _split(rows, tiles, config["BLOCK_ROWS"])
     shape = (rank, features) if rank_first else (features, rank)
