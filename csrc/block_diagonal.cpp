@@ -5,7 +5,11 @@
 #include <memory>
 
 #include "check.h"
+#include "cpu/simd.h"
 #include "native_ops.h"
+#ifdef PEFTK_CUDA
+#include "cuda_stream.h"
+#endif
 
 namespace peftk {
 namespace {
@@ -17,8 +21,9 @@ struct Sizes {
 };
 
 // One shared block: every block of every row is a row of its own.
-Sizes check_blocks(const Tensor& x, const Tensor& blocks) {
-  check_float(blocks, "blocks");
+Sizes check_blocks(const Tensor& x, const Tensor& blocks, Place place = Place::cpu) {
+  check_float(blocks, "blocks", place);
+  check_same_device(blocks, "blocks", x, "x");
   STD_TORCH_CHECK(blocks.dim() == 3 && blocks.size(1) == blocks.size(2) && blocks.numel() > 0,
                   "blocks: expected shape (nb, b, b)");
   const int64_t count = blocks.size(0), size = blocks.size(1), features = count * size;
@@ -90,5 +95,59 @@ void block_rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& bl
   if (need_blocks)
     sum_partials_cpu(partial.get(), chunks, s.count, s.size, static_cast<float*>(dblocks.mutable_data_ptr()));
 }
+
+#ifdef PEFTK_CUDA
+
+namespace {
+
+Sizes check_small_blocks(const Tensor& x, const Tensor& blocks) {
+  const Sizes s = check_blocks(x, blocks, Place::cuda);
+  STD_TORCH_CHECK(s.size >= 2 && s.size <= kCudaRotateSize, "blocks: expected a block size from 2 to ", kCudaRotateSize,
+                  "; got ", s.size);
+  return s;
+}
+
+}  // namespace
+
+void block_rotate_on_cuda(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out) {
+  const Dtype dtype = check_dtype(x, "x", Place::cuda);
+  check_like(out, "out", x, "x", Place::cuda);
+  const Sizes s = check_small_blocks(x, blocks);
+  const CudaStream stream(x);
+  block_rotate_cuda({x.const_data_ptr(), blocks.const_data_ptr<float>(), out.mutable_data_ptr(), s.rows, s.count,
+                     s.size, transpose, dtype},
+                    stream.get());
+}
+
+void block_rotate_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool transpose,
+                                   Tensor& dx, Tensor& dblocks) {
+  const Dtype dtype = check_dtype(grad, "grad", Place::cuda);
+  const Sizes s = check_small_blocks(grad, blocks);
+  const bool need_x = dx.numel() > 0, need_blocks = dblocks.numel() > 0;
+  if (need_x) check_like(dx, "dx", grad, "grad", Place::cuda);
+  if (need_blocks) {
+    check_like(x, "x", grad, "grad", Place::cuda);
+    check_like(dblocks, "dblocks", blocks, "blocks", Place::cuda);
+  }
+  if (!need_x && !need_blocks) return;
+  const CudaStream stream(grad);
+  BlockRotateBackwardParams p{grad.const_data_ptr(),
+                              need_blocks ? x.const_data_ptr() : nullptr,
+                              blocks.const_data_ptr<float>(),
+                              need_x ? dx.mutable_data_ptr() : nullptr,
+                              nullptr,
+                              s.rows,
+                              s.count,
+                              s.size,
+                              0,
+                              transpose,
+                              dtype};
+  // From torch's allocator, which knows the stream: it may hand the memory on as soon as this returns.
+  const Tensor partial = torch::stable::new_empty(blocks, {need_blocks ? block_rotate_partials_cuda(p) : 0});
+  if (need_blocks) p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  block_rotate_backward_cuda(p, need_blocks ? static_cast<float*>(dblocks.mutable_data_ptr()) : nullptr, stream.get());
+}
+
+#endif
 
 }  // namespace peftk

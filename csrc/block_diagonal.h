@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "cpu/simd.h"
+#include "dtype.h"
 
 namespace peftk {
 
@@ -20,9 +20,9 @@ struct BlockRotateBackwardParams {
   const void* x;        // (rows, count * size)
   const float* blocks;  // (count, size, size)
   void* dx;             // (rows, count * size), may be grad itself; null if not wanted
-  float* partial;       // (chunks, count, size, padded(size)), zeroed; null if not wanted
+  float* partial;       // workspace of the sums; null if the gradient of the blocks is not wanted
   int64_t rows, count, size;
-  int64_t chunks;  // the rows are cut into this many pieces, which sum apart
+  int64_t chunks;  // CPU only: the rows are cut into this many pieces, which sum apart
   bool transpose;
   Dtype dtype;
 };
@@ -30,11 +30,22 @@ struct BlockRotateBackwardParams {
 // Rows of a tile: x, y and the block stay in the first-level cache together. A multiple of the six of a strip.
 constexpr int64_t kRotateRows = 48;
 
+// `partial` is (chunks, count, size, padded(size)) and zeroed.
 void block_rotate_cpu(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end);
 void block_rotate_backward_cpu(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end);
 // Lay blocks out with padded rows, transposed where asked: (count, size, padded(size)).
 void pack_blocks_cpu(const float* blocks, int64_t size, bool transpose, float* packed, int64_t begin, int64_t end);
 // dblocks (count, size, size) = sum of the partials over the chunks, in their order.
 void sum_partials_cpu(const float* partial, int64_t chunks, int64_t count, int64_t size, float* dblocks);
+
+// Largest block of the CUDA kernels; matrix instructions are faster above.
+constexpr int64_t kCudaRotateSize = 16;
+
+// The stream is a cudaStream_t. A launch that fails throws a std::runtime_error that names the kernel.
+void block_rotate_cuda(const BlockRotateParams& p, void* stream);
+// `dblocks` (count, size, size) is null if not wanted; without rows it becomes zero.
+void block_rotate_backward_cuda(const BlockRotateBackwardParams& p, float* dblocks, void* stream);
+// How many floats `partial` must hold; they need not be initialised.
+int64_t block_rotate_partials_cuda(const BlockRotateBackwardParams& p);
 
 }  // namespace peftk

@@ -26,4 +26,9 @@ struct CayleyBackwardParams {
 void cayley_cpu(const CayleyParams& p, int64_t begin, int64_t end);
 void cayley_backward_cpu(const CayleyBackwardParams& p, int64_t begin, int64_t end);
 
+// The exact transform only. The stream is a cudaStream_t. A launch that fails throws a std::runtime_error that names
+// the kernel.
+void cayley_cuda(const CayleyParams& p, int64_t count, void* stream);
+void cayley_backward_cuda(const CayleyBackwardParams& p, int64_t count, void* stream);
+
 }  // namespace peftk

@@ -1,6 +1,7 @@
 // peftk._C: importing it registers the operators of ops.cpp. Nothing here takes a tensor.
 #include <pybind11/pybind11.h>
 
+#include <sstream>
 #include <string>
 
 #include "cpu/simd.h"
@@ -23,7 +24,13 @@ pybind11::dict build_info() {
   info["version"] = PEFTK_QUOTED(PEFTK_VERSION);
   info["torch"] = PEFTK_QUOTED(PEFTK_TORCH_VERSION);
   info["compiler"] = __VERSION__;
-  info["cuda_architectures"] = pybind11::list();
+  pybind11::list architectures;
+#ifdef PEFTK_CUDA
+  // As in TORCH_CUDA_ARCH_LIST: "8.0", "9.0a", "10.0+PTX".
+  std::istringstream listed(PEFTK_QUOTED(PEFTK_CUDA));
+  for (std::string one; listed >> one;) architectures.append(one);
+#endif
+  info["cuda_architectures"] = architectures;
   return info;
 }
 

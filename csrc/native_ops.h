@@ -21,4 +21,15 @@ void shrink(const Tensor& x, const Tensor& m, bool transposed, double scale, Ten
 void outer(const Tensor& x, const Tensor& h, bool transposed, double scale, Tensor& out);
 void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Tensor& out);
 
+#ifdef PEFTK_CUDA
+// The same operators on CUDA tensors.
+void block_rotate_on_cuda(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out);
+void block_rotate_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool transpose,
+                                   Tensor& dx, Tensor& dblocks);
+void cayley_on_cuda(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
+                    Tensor& out);
+void cayley_backward_on_cuda(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
+                             torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
+#endif
+
 }  // namespace peftk

@@ -24,3 +24,12 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("outer", TORCH_BOX(&peftk::outer));
   m.impl("dropout", TORCH_BOX(&peftk::dropout));
 }
+
+#ifdef PEFTK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
+  m.impl("block_rotate", TORCH_BOX(&peftk::block_rotate_on_cuda));
+  m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward_on_cuda));
+  m.impl("cayley", TORCH_BOX(&peftk::cayley_on_cuda));
+  m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward_on_cuda));
+}
+#endif

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../dtype.h"
+
 #define PEFTK_INLINE inline __attribute__((always_inline))
 
 // PEFTK_KERNEL(name, (parameters), (arguments)) defines `void name(parameters)`, which calls
@@ -51,9 +53,6 @@ constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
 
 constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// The dtypes of activations. float16 and float64 stay with the torch backend.
-enum class Dtype { float32, bfloat16 };
 
 struct BFloat16 {
   uint16_t bits;

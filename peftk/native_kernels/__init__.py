@@ -1,4 +1,4 @@
-"""Backend "native": C++ on the CPU. Large products stay in torch's own libraries, in place."""
+"""Backend "native": C++ on the CPU, CUDA C++ on NVIDIA GPUs. Large products stay in torch's own libraries, in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Cayley transform in C++ on the CPU."""
+"""The Cayley transform in C++ on the CPU, and the exact one in CUDA."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ._supports import device_reason
 
 _ops = torch.ops.peftk_native
 
 EXACT_SIZE = 64
-"""Largest block that the exact transform inverts in C++; LAPACK is faster above."""
+"""Largest block that the exact transform inverts in C++ and CUDA; LAPACK is faster above."""
 
 
 def _supports(packed: Tensor, block_size: int, polynomial: list[float]) -> str | None:
-    if packed.device.type != "cpu":
-        return f"the C++ kernels take CPU tensors; got one on {packed.device}"
     if packed.dtype is not torch.float32:
         return f"the C++ kernels take float32 triangles; got {packed.dtype}"
     if not polynomial and block_size > EXACT_SIZE:
         return f"the exact transform takes blocks up to {EXACT_SIZE} in C++; got {block_size}"
-    return None
+    if polynomial and packed.device.type == "cuda":
+        return "the CUDA kernels have the exact transform only; got a Neumann series"
+    return device_reason(packed)
 
 
 def cayley_supports(packed: Tensor, block_size: int, polynomial: list[float]) -> str | None:
@@ -30,7 +31,7 @@ def cayley_supports(packed: Tensor, block_size: int, polynomial: list[float]) ->
 
 def cayley(packed: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
     """See `peftk.functional.cayley`."""
-    out = torch.empty(packed.shape[0], block_size, block_size)
+    out = torch.empty(packed.shape[0], block_size, block_size, device=packed.device)
     _ops.cayley(packed.contiguous(), block_size, polynomial, out)
     return out
 
@@ -42,6 +43,6 @@ def cayley_backward_supports(grad: Tensor, packed: Tensor, blocks: Tensor, polyn
 
 def cayley_backward(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: list[float]) -> Tensor:
     """Return the gradient of `cayley` in the packed triangles."""
-    out = torch.empty(packed.shape)
+    out = torch.empty(packed.shape, device=packed.device)
     _ops.cayley_backward(grad.contiguous(), packed.contiguous(), blocks, polynomial, out)
     return out
