@@ -17,12 +17,13 @@ MAX_SIZE = 256
 """Largest block: the wider rows of a panel do not fit in registers."""
 
 RESIDENT_SIZE = 64
-"""Largest block whose matrices one program holds in registers; above, programs share a block by panels of rows."""
+"""Largest block whose powers one program holds in registers; above, programs share a block by panels of rows."""
 
-RESIDENT_TERMS = {16: 65, 32: 65, 64: 5}
-"""Most coefficients that a resident block takes without spilling, by its padded size."""
+RESIDENT_GRADIENT_SIZE = 32
+"""The same for the backward pass, which holds more matrices at a time."""
 
 PANEL = 16
+"""Rows in a panel."""
 
 
 @triton.jit
@@ -188,6 +189,7 @@ def _cayley_panel_backward_kernel(
     packed_ptr,
     series_ptr,
     ds_ptr,
+    dpacked_ptr,
     stride_packed_block,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -199,6 +201,7 @@ def _cayley_panel_backward_kernel(
     """Write a panel of rows of dS = sum_j B_j G (S^T)^j with B_j = sum_i c_(i+j+1) (S^T)^i.
 
     From the highest j down, dS <- dS S^T + B_j G and B_(j-1) = B_j S^T + c_j I: rows do not need each other.
+    A panel of all rows is packed at once.
     """
     PANELS: tl.constexpr = (SIZE + PANEL - 1) // PANEL
     program = tl.program_id(0).to(tl.int64)
@@ -224,16 +227,19 @@ def _cayley_panel_backward_kernel(
             part_mask = (rows < SIZE) & k_mask[None, :]
             right_mask = k_mask[:, None] & (cols < SIZE)
             # S^T
-            s = _skew_entries(packed, cols, (k + ks)[:, None], right_mask, SIZE)
+            right = _skew_entries(packed, cols, (k + ks)[:, None], right_mask, SIZE)
             grad = tl.load(grad_ptr + first + (k + ks)[:, None] * SIZE + cols, mask=right_mask, other=0.0)
             left = tl.load(series_ptr + part, mask=part_mask, other=0.0)
             ds = tl.dot(left, grad, ds, input_precision="ieee")
-            series = tl.dot(left, s, series, input_precision="ieee")
-            ds = tl.dot(tl.load(ds_ptr + part, mask=part_mask, other=0.0), s, ds, input_precision="ieee")
+            series = tl.dot(left, right, series, input_precision="ieee")
+            ds = tl.dot(tl.load(ds_ptr + part, mask=part_mask, other=0.0), right, ds, input_precision="ieee")
         tl.debug_barrier()
         series += _coefficient(TERMS - 3 - stage, POLYNOMIAL, TERMS) * eye
         tl.store(ds_ptr + entry, ds, mask=inside)
         tl.store(series_ptr + entry, series, mask=inside)
+    if PANEL == WIDTH:
+        packed_entry = program * stride_packed_block + rows * (2 * SIZE - rows - 1) // 2 + (cols - rows - 1)
+        tl.store(dpacked_ptr + packed_entry, ds - tl.trans(ds), mask=inside & (rows < cols))
 
 
 @triton.jit
@@ -290,18 +296,14 @@ def _options(size: int, count: int, polynomial: list[float], forward: bool) -> t
     }
 
 
-def _is_resident(size: int, polynomial: list[float]) -> bool:
-    return size <= RESIDENT_SIZE and len(polynomial) <= RESIDENT_TERMS[max(triton.next_power_of_2(size), 16)]
-
-
-def _panel_options(size: int, polynomial: list[float]) -> dict:
+def _panel_options(size: int, panel: int, polynomial: list[float]) -> dict:
     """Return the arguments that forward and backward share when programs share a block."""
     return {
         "num_warps": 8,
         "stride_packed_block": size * (size - 1) // 2,
         "SIZE": size,
         "WIDTH": triton.next_power_of_2(size),
-        "PANEL": PANEL,
+        "PANEL": panel,
         "BLOCK_K": 16,
         "POLYNOMIAL": tuple(polynomial),
         "TERMS": len(polynomial),
@@ -317,13 +319,13 @@ def cayley(packed: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
     """See `peftk.functional.cayley`."""
     count = packed.shape[0]
     blocks = torch.empty(count, block_size, block_size, dtype=packed.dtype, device=packed.device)
-    if not _is_resident(block_size, polynomial):
+    if block_size > RESIDENT_SIZE:
         launch(
             _cayley_panel_kernel,
             (count * triton.cdiv(block_size, PANEL),),
             packed_ptr=packed.contiguous(),
             blocks_ptr=blocks,
-            **_panel_options(block_size, polynomial),
+            **_panel_options(block_size, PANEL, polynomial),
         )
         return blocks
     programs, options = _options(block_size, count, polynomial, forward=True)
@@ -342,29 +344,33 @@ def cayley_backward(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: li
         return torch.zeros_like(packed, memory_format=torch.contiguous_format)
     count, size = packed.shape[0], blocks.shape[-1]
     dpacked = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-    if not _is_resident(size, polynomial):
+    if size > RESIDENT_GRADIENT_SIZE:
+        # One panel of a block that fits in registers needs no second launch to meet its transpose.
+        panel = PANEL if size > RESIDENT_SIZE else RESIDENT_SIZE
         series, ds = (torch.empty(blocks.shape, dtype=packed.dtype, device=packed.device) for _ in range(2))
         launch(
             _cayley_panel_backward_kernel,
-            (count * triton.cdiv(size, PANEL),),
+            (count * triton.cdiv(size, panel),),
             grad_ptr=grad.contiguous(),
             packed_ptr=packed.contiguous(),
             series_ptr=series,
             ds_ptr=ds,
-            **_panel_options(size, polynomial),
-        )
-        tiles = triton.cdiv(size, 32)
-        launch(
-            _pack_skew_gradient_kernel,
-            (count * tiles * tiles,),
-            num_warps=4,
-            ds_ptr=ds,
             dpacked_ptr=dpacked,
-            stride_packed_block=size * (size - 1) // 2,
-            SIZE=size,
-            TILE=32,
-            TILES=tiles,
+            **_panel_options(size, panel, polynomial),
         )
+        if panel < size:
+            tiles = triton.cdiv(size, 32)
+            launch(
+                _pack_skew_gradient_kernel,
+                (count * tiles * tiles,),
+                num_warps=4,
+                ds_ptr=ds,
+                dpacked_ptr=dpacked,
+                stride_packed_block=size * (size - 1) // 2,
+                SIZE=size,
+                TILE=32,
+                TILES=tiles,
+            )
         return dpacked
     programs, options = _options(size, count, polynomial, forward=False)
     launch(
