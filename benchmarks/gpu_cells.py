@@ -125,7 +125,8 @@ def layer(cell: Cell, device: str, seconds: float, peers: bool = True) -> Iterat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for arm, backend in arms:
-            inspect(arm, device, backend)
+            # As many for every width.
+            inspect(arm, device, backend, launches=cell.out_features == cell.features)
     info = {
         "method": cell.method,
         "tokens": cell.tokens,

@@ -141,6 +141,7 @@ def test_part_writes_every_comparison_and_the_report_shows_it(
         "GPU: Triton's product with LoRA inside (D1) beside the vendor's alone",
         "GPU: the Cayley transform",
         "GPU: raw operators",
+        "Costs on paper, for an H200",
         "Not measured",
     ):
         assert f"## {title}" in text, title
