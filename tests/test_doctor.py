@@ -164,6 +164,13 @@ def test_an_outdated_extension_is_named(monkeypatch):
     assert "OUTDATED" in invoke().output
 
 
+@pytest.mark.parametrize(("built", "line"), [([], "without CUDA"), (["8.0", "9.0a"], "CUDA for 8.0, 9.0a")])
+def test_the_architectures_of_the_extension_are_named(built, line):
+    facts = {"version": "1", "torch": "2", "compiler": "3", "cuda_architectures": built}
+    found = {"state": "loaded", "reason": None, "built_from": facts, "capability": "avx2"}
+    assert f"compiler 3, {line}; uses avx2" in doctor._extension_line(found)
+
+
 def test_a_named_backend_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setattr(_config, "_override", "triton")
     report = json.loads((done := invoke("--json")).output)

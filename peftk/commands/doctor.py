@@ -153,7 +153,9 @@ def _extension_line(found: Report) -> str:
     facts = f"built from peftk {built['version']}, torch {built['torch']}, compiler {built['compiler']}"
     if found["state"] == "outdated":
         return f"OUTDATED: {found['reason']}; install peftk again. {facts}"
-    return f"{facts}; uses {found['capability']}"
+    architectures = ", ".join(built["cuda_architectures"])
+    cuda = f"CUDA for {architectures}" if architectures else "without CUDA"
+    return f"{facts}, {cuda}; uses {found['capability']}"
 
 
 def _operator_rows(report: Report) -> list[tuple[str, ...]]:
