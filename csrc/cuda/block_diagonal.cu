@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarp = 32;
+// How many blocks of threads share the rows, at most. Tests lower it, so that few rows take several turns.
+int most_blocks = 1024;
 // Sums that the threads of a block add up at once.
 constexpr int kTogether = 8;
 
@@ -274,7 +276,8 @@ Plan plan_pass(const Params& p, Pass pass, bool gradient) {
   q.lanes = plan.pieces ? power_up(q.features / piece, kWarp) : kThreads;
   plan.columns = divide_up(q.features, plan.pieces ? q.lanes * piece : any_width);
   const int64_t turn = (kThreads / q.lanes) * (plan.pieces && gradient ? 2 : 4);
-  const int64_t wanted = divide_up(gradient ? 512 : 1024, plan.columns), possible = divide_up(q.rows, turn);
+  const int64_t wanted = divide_up(gradient ? most_blocks / 2 : most_blocks, plan.columns),
+                possible = divide_up(q.rows, turn);
   q.chunks = static_cast<int>(wanted < possible ? wanted : (possible > 0 ? possible : 1));
   return plan;
 }

@@ -219,6 +219,12 @@ void run_rotations(bool few) {
       }
   // So many partial sums that several threads share an element.
   check_rotations<__nv_bfloat16>({600, 2, 16, true, false, 0});
+  most_blocks = 4;
+  for (const int64_t size : {4, 5, 16}) {
+    check_rotations<float>({40, 3, size, false, false, 0});
+    check_rotations<__nv_bfloat16>({40, 4, size, false, true, 0});
+  }
+  most_blocks = 1024;
 }
 
 // The inverse of a general matrix by elimination with the largest pivots.
