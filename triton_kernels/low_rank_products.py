@@ -179,6 +179,8 @@ def gate_arguments(gate: Tensor | None, like: Tensor) -> dict[str, Tensor | int]
 def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, dropout: bool) -> dict[str, int]:
     if dtype is torch.float32:
         return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 32, "num_warps": 4, "num_stages": 2}
+    if rank_tile == 64 and rows > 4096 and not dropout:
+        return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 64, "num_warps": 8, "num_stages": 4}
     # The mask takes registers: half the columns at once spill none.
     columns = 128 if rank_tile == 16 and not dropout else 64
     return {"BLOCK_ROWS": 64 if rows > 4096 else 16, "BLOCK_FEATURES": columns, "num_warps": 4, "num_stages": 3}
