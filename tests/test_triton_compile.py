@@ -1,0 +1,276 @@
+"""Every Triton kernel x shipped config, compiled for four GPUs that need not be there.
+
+The launches are those that full-size calls on meta tensors make. What a kernel must compile to is read from its own
+matrix products and from what its arguments are known to be divisible by.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which has no package for this platform")
+
+import torch
+import triton
+import triton.language as tl
+from peftk.triton_kernels import _launch, low_rank
+from torch import Tensor
+
+from peftk import _registry, triton_kernels
+from peftk.testing import triton_compiler
+from peftk.testing.calls import NEUMANN
+from peftk.testing.triton_compiler import SHARED_LIMITS, TARGETS, Compiled, Specialization
+
+if _launch.INTERPRETED:
+    pytest.skip("an interpreted process compiles nothing", allow_module_level=True)
+
+TOKENS, WIDTH = 8192, 4096
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+OPERATORS = {n: o for n, o in _registry.OPERATORS.items() if not isinstance(o.kernel("triton"), str)}
+FAMILIES = sorted({o.family for o in OPERATORS.values()})
+Call = tuple[str, tuple]
+
+# (kernel, target) to the reason why its spills are accepted.
+SPILLS: dict[tuple[str, str], str] = {}
+# Kernels that are launched only on the targets named.
+ONLY = {"_linear_kernel": ("sm_90", "sm_100")}
+# Accesses that need not be wide: the rows of a packed triangle start anywhere, and are nothing beside the activations.
+NARROW = {
+    "_cayley_kernel": {"load"},
+    "_cayley_panel_kernel": {"load"},
+    "_cayley_backward_kernel": {"store"},
+    "_pack_skew_gradient_kernel": {"load", "store"},
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def block_diagonal_calls() -> Iterator[Call]:
+    def calls(rows: int, features: int, size: int, dtype: torch.dtype, parameters: torch.dtype, transpose: bool):
+        x, blocks = meta(rows, features, dtype=dtype), meta(features // size, size, size, dtype=parameters)
+        yield "block_rotate", (x, blocks, transpose)
+        yield "block_rotate_backward", (x, x, blocks, transpose, True, True)
+
+    for size in (2, 4, 8, 16, 32, 64, 128, 256):
+        yield from calls(TOKENS, WIDTH, size, BF16, FP32, False)
+    for size in (32, 256):
+        yield from calls(TOKENS, WIDTH, size, BF16, BF16, True)
+    for size in (2, 16, 32, 64, 128, 256):
+        yield from calls(TOKENS, WIDTH, size, FP32, FP32, False)
+    yield from calls(TOKENS, WIDTH, 32, FP16, FP32, False)
+    yield from calls(TOKENS - 1, 4095, 13, BF16, FP32, False)
+    yield from calls(1, WIDTH, 32, BF16, FP32, False)
+    yield from calls(1, WIDTH, 256, BF16, FP32, False)
+    x, weight, bias, blocks = meta(TOKENS, WIDTH, dtype=BF16), meta(WIDTH, WIDTH, dtype=BF16), None, meta(128, 32, 32)
+    shared = meta(1, 32, 32)
+    yield "block_rotate", (x, shared, False)
+    yield "block_rotate_backward", (x, x, shared, False, True, True)
+    yield "block_rotate_backward", (x, x, blocks, False, True, False)
+    yield "block_rotate_backward", (x, x, blocks, False, False, True)
+    yield "block_rotate_linear", (x, weight, bias, blocks)
+    yield "block_rotate_linear_backward", (x, x, weight, blocks, True, True, False)
+
+
+def cayley_calls() -> Iterator[Call]:
+    for size in (2, 13, 16, 32, 64, 65, 128, 256):
+        count = WIDTH // size
+        packed, blocks = meta(count, size * (size - 1) // 2), meta(count, size, size)
+        yield "cayley", (packed, size, NEUMANN)
+        yield "cayley_backward", (blocks, packed, blocks, NEUMANN)
+
+
+def low_rank_calls() -> Iterator[Call]:
+    def calls(rows: int, features: int, rank: int, dtype: torch.dtype, gate: str | None = None, p: float = 0.0):
+        x, a = meta(rows, features, dtype=dtype), meta(rank, features, dtype=dtype)
+        y, b, hidden = meta(rows, WIDTH, dtype=dtype), meta(WIDTH, rank, dtype=dtype), meta(rows, rank, dtype=dtype)
+        weight, bias = meta(WIDTH, features, dtype=dtype), meta(WIDTH, dtype=dtype)
+        gates = {None: None, "rank": meta(rank), "token": meta(rows, rank)}
+        factors = a, b, gates[gate], 2.0, p, torch.tensor(1234) if p else None
+        needs = True, True, True, gate is not None
+        yield "low_rank_add", (y, x, *factors)
+        yield "low_rank_add_backward", (y, x, hidden, *factors, *needs)
+        yield "low_rank_linear", (x, weight, bias, *factors)
+        yield "low_rank_linear_backward", (y, x, hidden, weight, *factors, *needs, True)
+
+    for rank in (1, 8, 16, 64, 128, 256):
+        yield from calls(TOKENS, WIDTH, rank, BF16)
+    yield from calls(TOKENS, WIDTH, 16, BF16, None, 0.1)
+    yield from calls(TOKENS, WIDTH, 16, BF16, "rank", 0.0)
+    yield from calls(TOKENS, WIDTH, 16, BF16, "token", 0.1)
+    yield from calls(TOKENS, WIDTH, 16, FP16)
+    yield from calls(TOKENS, WIDTH, 16, FP32)
+    yield from calls(TOKENS, WIDTH, 64, FP32, "rank", 0.1)
+    yield from calls(TOKENS - 1, 4095, 7, BF16, "rank", 0.1)
+    yield from calls(1, WIDTH, 16, BF16)
+
+
+def recorded(operator: str, args: tuple) -> list[_launch.Launch]:
+    with _launch.recorded() as launches:
+        assert OPERATORS[operator].reason("triton", args) is None
+        OPERATORS[operator].kernel("triton")[0](*args)
+    return launches
+
+
+CALLS = {"block_diagonal": block_diagonal_calls, "cayley": cayley_calls, "low_rank": low_rank_calls}
+
+
+def specializations(family: str) -> list[Specialization]:
+    launches = [launch for call in CALLS[family]() for launch in recorded(*call)]
+    if family == "low_rank":
+        # The other designs of the fused layer, which no shape chooses by itself yet.
+        for name, (operator, args) in itertools.product(low_rank.DESIGNS, low_rank_calls()):
+            x = args[0]
+            if operator.startswith("low_rank_linear") and x.dtype is not FP32 and x.shape == (TOKENS, WIDTH):
+                with low_rank.use_design(name):
+                    launches += recorded(operator, args)
+    return triton_compiler.distinct(launches)
+
+
+@pytest.fixture(scope="module")
+def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's cache, whose keys cover source, options and version: the second run of the tests compiles nothing."""
+    if getattr(pytestconfig, "cache", None) is None:
+        return tmp_path_factory.mktemp("triton")
+    return pytestconfig.cache.mkdir("triton")
+
+
+def wide_accesses(found: Compiled) -> set[str]:
+    """Return what must happen 128 bits at a time: where rows come in multiples of 16 elements, loads and stores."""
+    one = found.specialization
+    odd = {name for name, kind in one.signature if kind.startswith("i") and name not in one.divisible}
+    if found.target.startswith("gfx") or any(n.startswith("stride_") or n in ("features", "count") for n in odd):
+        return set()
+    # The blocks of the transform, unlike those of the rotation, lie in memory one by one.
+    if "cayley" in one.kernel.__module__ and dict(one.constexprs)["SIZE"] % 16:
+        return set()
+    return {"load", "store"} - NARROW.get(one.kernel.__name__, set())
+
+
+def matrix_families(found: Compiled) -> set[str]:
+    """Return the families of matrix instructions that the products of a kernel must become."""
+    half = [(rows, columns, inner) for rows, columns, inner, dtype in found.dots if dtype in ("bf16", "f16")]
+    if not half:
+        return set()
+    if found.target in ("sm_80", "gfx942"):
+        return {"mma" if found.target == "sm_80" else "mfma"}
+    # Those of a warp group take 64 rows of 4 warps; smaller tiles are left to single warps.
+    large = any(rows >= 64 for rows, *_ in half) and dict(found.specialization.options)["num_warps"] % 4 == 0
+    return {("wgmma" if found.target == "sm_90" else "tcgen05") if large else "mma"}
+
+
+def problems(found: Compiled) -> Iterator[str]:
+    counts, name = found.counts, found.specialization.kernel.__name__
+    if found.spilled and (name, found.target) not in SPILLS:
+        yield f"{found.spilled} bytes spilled"
+    if found.shared > SHARED_LIMITS[found.target]:
+        yield f"{found.shared} bytes of shared memory, more than {SHARED_LIMITS[found.target]}"
+    yield from (f"no {family}" for family in matrix_families(found) if not counts[family])
+    if found.tf32:
+        yield "a product rounds float32 to tf32"
+    if counts["atomic"]:
+        yield "atomics: the order of their sums is not fixed"
+    wide = (
+        {
+            "load": counts["load_wide"] + counts["copy_wide"] + counts["tma_load"],
+            "store": counts["store_wide"] + counts["tma_store"],
+        }
+        if found.target.startswith("sm_")
+        else {}
+    )
+    for kind in wide_accesses(found):
+        if not wide[kind]:
+            yield f"no {kind}s of 128 bits"
+
+
+def shown(found: Compiled) -> str:
+    counts = {k: v for k, v in found.counts.items() if v}
+    return f"{found.specialization}: {found.registers} registers, {counts}, products {found.dots}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_compiles_to_what_it_should(family: str, target: str, cache: Path) -> None:
+    wrong = []
+    for one in specializations(family):
+        if target not in ONLY.get(one.kernel.__name__, TARGETS):
+            continue
+        found = triton_compiler.compile_for(one, target, cache)
+        wrong += [f"{problem}: {shown(found)}" for problem in problems(found)]
+    assert not wrong, f"{len(wrong)} on {target}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("operator", ["block_rotate", "low_rank_add"])
+def test_without_divisibility_the_wide_accesses_are_lost(operator: str, cache: Path) -> None:
+    """Shows that the check of 128-bit accesses can fail."""
+    args = next(args for name, args in CALLS[OPERATORS[operator].family]() if name == operator)
+    one = triton_compiler.specialize(recorded(operator, args)[-1])
+    found = triton_compiler.compile_for(one, "sm_90", cache)
+    lost = triton_compiler.compile_for(one.misaligned(), "sm_90", cache)
+    assert found.counts["load_wide"] + found.counts["copy_wide"] > 0 < found.counts["store_wide"]
+    assert lost.counts["load_wide"] + lost.counts["copy_wide"] + lost.counts["store_wide"] == 0
+
+
+@triton.jit
+def _greedy(x_ptr, y_ptr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + index[:, None] * SIZE + index[None, :])
+    tl.store(y_ptr + index[:, None] * SIZE + index[None, :], tl.dot(x, x) + tl.dot(x, tl.trans(x)))
+
+
+def test_the_checks_can_fail(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile far too large for one warp, in float32: it spills and rounds to tf32."""
+    x = meta(128, 128)
+    with _launch.recorded() as launches:
+        _launch.launch(_greedy, (1,), num_warps=1, x_ptr=x, y_ptr=x, SIZE=128)
+    (one,) = triton_compiler.distinct(launches)
+    found = triton_compiler.compile_for(one, "sm_80", cache)
+    assert any("bytes spilled" in p for p in problems(found))
+    assert any("tf32" in p for p in problems(found))
+    monkeypatch.setitem(SHARED_LIMITS, "sm_80", found.shared - 1)
+    assert any("shared memory" in p for p in problems(found))
+
+
+LAUNCHES = {
+    "block_rotate": ["block_rotate_kernel"],
+    "block_rotate_backward": ["block_rotate_backward_kernel"],
+    "block_rotate_linear": ["block_rotate_kernel"],
+    "block_rotate_linear_backward": ["block_rotate_backward_kernel"],
+    "cayley": ["cayley_kernel"],
+    "cayley_backward": ["cayley_backward_kernel"],
+    "low_rank_add": ["shrink_kernel", "expand_kernel"],
+    "low_rank_add_backward": [
+        *("backward_kernel", "sum_kernel", "hidden_gradient_kernel"),
+        *("factor_gradient_kernel", "sum_kernel", "expand_kernel"),
+    ],
+}
+LAUNCHES["low_rank_linear"] = LAUNCHES["low_rank_add"]
+LAUNCHES["low_rank_linear_backward"] = LAUNCHES["low_rank_add_backward"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_number_of_launches(operator: str) -> None:
+    args = next(args for name, args in CALLS[OPERATORS[operator].family]() if name == operator)
+    assert [launch.name for launch in recorded(operator, args)] == LAUNCHES[operator]
+
+
+def test_every_operator_is_covered() -> None:
+    assert set(OPERATORS) == set(_registry.OPERATORS) == set(LAUNCHES)
+    assert {name for calls in CALLS.values() for name, _ in calls()} == set(OPERATORS)
+
+
+def test_every_kernel_is_covered() -> None:
+    """No kernel of a family is left out by the calls above."""
+    compiled = {one.kernel.__name__ for family in FAMILIES for one in specializations(family)}
+    written = set()
+    for module in pkgutil.iter_modules(triton_kernels.__path__):
+        names = vars(importlib.import_module(f"peftk.triton_kernels.{module.name}"))
+        written |= {n for n, f in names.items() if isinstance(f, triton.runtime.JITFunction) and n.endswith("_kernel")}
+    assert compiled == written
