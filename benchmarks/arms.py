@@ -9,11 +9,9 @@ on the same clock, and the JSON holds every sample of every arm in `extra_info`.
 from __future__ import annotations
 
 import datetime
-import gc
 import os
 import platform
 import statistics
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -23,6 +21,7 @@ import torch
 
 import peftk
 from peftk import _registry, _tuning
+from peftk.testing.memory import peak_bytes, saved_bytes
 from peftk.testing.timing import Weave, no_garbage_collection, paired_ratio
 
 PACKAGES = ("torch", "triton", "peft", "lycoris_lora", "transformers", "numpy")
@@ -109,44 +108,6 @@ class traced_backends:
         _registry.Operator.select = self._select
 
 
-def saved_bytes(arm: Arm) -> int:
-    """Return the bytes that one step keeps for its backward pass, beyond inputs and parameters."""
-    owned = {t.untyped_storage().data_ptr() for t in arm.owned()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-            # An address is only unique while its owner lives.
-            alive.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        arm.step()
-    return sum(kept.values())
-
-
-def peak_bytes(arm: Arm) -> int:
-    """Return the largest number of bytes that torch's allocator held during one step, above what it held before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    # A gradient that is left from the last step would be freed in this one, and hide as much of its peak.
-    for tensor in arm.owned():
-        tensor.grad = None
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            arm.step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def compare(benchmark: Any, arms: list[Arm], reference: str, info: dict[str, Any], budget: Budget) -> None:
     """Check, count and time the arms of one comparison, and leave everything in ``benchmark.extra_info``.
 
@@ -167,7 +128,7 @@ def compare(benchmark: Any, arms: list[Arm], reference: str, info: dict[str, Any
         if arm.owned:
             for name, count in (("saved_bytes", saved_bytes), ("peak_bytes", peak_bytes)):
                 try:
-                    arm.found[name] = count(arm)
+                    arm.found[name] = count(arm.step, arm.owned())
                 except Exception as error:
                     arm.found[f"{name}_reason"] = f"{type(error).__name__}: {str(error)[:200]}"
     benchmark.extra_info.update(info, reference=reference, **environment())

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from peftk.testing.memory import saved_bytes
 from peftk.testing.timing import no_garbage_collection, paired_ratio
 
-from .arms import Arm, check, saved_bytes
+from .arms import Arm, check
 
 FLUSHED = 256 * 2**20
 """Bytes written before every sample: several times the L2 cache of any GPU."""
@@ -179,7 +180,7 @@ def inspect(arm: Arm, device: str, backend: str | None = None, launches: bool = 
     if launches:
         counts["kernels"] = lambda: kernels(arm.step)
     if arm.owned:
-        counts["saved_bytes"] = lambda: saved_bytes(arm)
+        counts["saved_bytes"] = lambda: saved_bytes(arm.step, arm.owned())
     for name, count in counts.items():
         try:
             found[name] = count()

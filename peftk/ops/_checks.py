@@ -8,6 +8,26 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOATING = frozenset(FLOATING)
+
+
+def ordinary(x: Tensor, *others: Tensor | None) -> bool:
+    """Say whether all arguments are what a call usually has: strided floating-point tensors on one device.
+
+    It is the short way around `check_tensor` for every argument: where it says no, those checks find the fault, or
+    that there is none. An argument that is no tensor raises AttributeError.
+    """
+    dtype, device = x.dtype, x.device
+    if dtype not in _FLOATING or x.layout is not torch.strided:
+        return False
+    for other in others:
+        if other is not None and (
+            (other.dtype is not dtype and other.dtype not in _FLOATING)
+            or other.layout is not torch.strided
+            or other.device != device
+        ):
+            return False
+    return True
 
 
 def check_tensor(name: str, value: object, like: Tensor | None = None) -> None:

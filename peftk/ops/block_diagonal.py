@@ -8,9 +8,32 @@ from torch import Tensor
 from .. import _registry
 from .._tuning import power_bucket
 from ._autograd import apply, run_backward
-from ._checks import autocast_input, cast, check_frozen, check_shape, check_tensor
+from ._checks import autocast_input, cast, check_frozen, check_shape, check_tensor, ordinary
 
 __all__ = ["block_rotate", "block_rotate_linear"]
+
+
+def _fits(x: Tensor, blocks: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
+    """Say cheaply whether the arguments are right; the full checks below find out what is wrong."""
+    try:
+        count, size, columns = blocks.shape
+        features = x.shape[-1]
+        return (
+            size == columns
+            and count * size == features > 0
+            and ordinary(x, blocks, weight, bias)
+            and (
+                weight is None
+                or (
+                    not weight.requires_grad
+                    and weight.shape[1] == features
+                    and weight.dim() == 2
+                    and (bias is None or bias.shape == weight.shape[:1])
+                )
+            )
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
 
 
 def _check_rotation(x: Tensor, blocks: Tensor) -> None:
@@ -34,20 +57,26 @@ def _block_dtype(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _prepare_rotate(x: Tensor, blocks: Tensor, *, transpose: bool = False) -> tuple:
-    _check_rotation(x, blocks)
+    if not _fits(x, blocks):
+        _check_rotation(x, blocks)
     x = autocast_input(x)
     return x, _block_dtype(x, blocks), bool(transpose)
 
 
-def _prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> tuple:
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> None:
     _check_rotation(x, blocks)
     check_tensor("weight", weight, like=x)
     check_frozen("weight", weight)
     check_shape("weight", weight, (None, x.shape[-1]), "(out_features, in_features)")
-    x = autocast_input(x)
     if bias is not None:
         check_tensor("bias", bias, like=x)
         check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
+
+
+def _prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> tuple:
+    if not _fits(x, blocks, weight, bias):
+        _check_linear(x, weight, bias, blocks)
+    x = autocast_input(x)
     return x, cast(weight, x.dtype), cast(bias, x.dtype), _block_dtype(x, blocks)
 
 

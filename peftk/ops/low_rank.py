@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _registry
 from .._tuning import power_bucket
 from ._autograd import apply, run_backward
-from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor
+from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, ordinary
 
 __all__ = ["low_rank_add", "low_rank_linear"]
 
@@ -28,8 +30,56 @@ def _check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
         raise ValueError(f"b: expected shape (out_features, rank) = (any, {a.shape[0]}); got {tuple(b.shape)}")
 
 
+def _check_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+    _check_factors(x, a, b)
+    check_tensor("base", base, like=x)
+    check_shape("base", base, (*x.shape[:-1], b.shape[0]), "(..., out_features)")
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
+    _check_factors(x, a, b)
+    check_tensor("weight", weight, like=x)
+    check_frozen("weight", weight)
+    check_shape("weight", weight, (b.shape[0], x.shape[-1]), "(out_features, in_features)")
+    if bias is not None:
+        check_tensor("bias", bias, like=x)
+        check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
+
+
+def _fits_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_add` finds out what is wrong."""
+    try:
+        (rank, features), (out, columns), shape = a.shape, b.shape, x.shape
+        return (
+            columns == rank > 0
+            and shape[-1] == features
+            and base.shape == (*shape[:-1], out)
+            and ordinary(x, a, b, base)
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+
+
+def _fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_linear` finds out what is wrong."""
+    try:
+        (rank, features), (out, columns) = a.shape, b.shape
+        return (
+            columns == rank > 0
+            and x.shape[-1] == features
+            and weight.shape == (out, features)
+            and not weight.requires_grad
+            and (bias is None or bias.shape == (out,))
+            and ordinary(x, a, b, weight, bias)
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+
+
 def _prepare_gate(x: Tensor, a: Tensor, scale: float | Tensor, gate: Tensor | None) -> tuple[Tensor | None, float]:
     """Return the gate and a Python scale; a scale that is a tensor becomes part of the gate."""
+    if gate is None and type(scale) is float and -math.inf < scale < math.inf:
+        return None, scale
     rank = a.shape[0]
     if gate is not None:
         check_tensor("gate", gate, like=x)
@@ -48,6 +98,8 @@ def _prepare_gate(x: Tensor, a: Tensor, scale: float | Tensor, gate: Tensor | No
 
 
 def _prepare_dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tensor | None]:
+    if type(dropout_p) is float and dropout_p == 0.0:
+        return 0.0, None
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: expected a number; got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
@@ -80,10 +132,8 @@ def _prepare_add(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple:
-    _check_factors(x, a, b)
-    check_tensor("base", base, like=x)
-    expected = (*x.shape[:-1], b.shape[0])
-    check_shape("base", base, expected, "(..., out_features)")
+    if not _fits_add(base, x, a, b):
+        _check_add(base, x, a, b)
     gate, scale = _prepare_gate(x, a, scale, gate)
     x = autocast_input(x)
     return (base, x, *_factors(x, a, b, gate), scale, *_prepare_dropout(dropout_p, seed))
@@ -101,13 +151,8 @@ def _prepare_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple:
-    _check_factors(x, a, b)
-    check_tensor("weight", weight, like=x)
-    check_frozen("weight", weight)
-    check_shape("weight", weight, (b.shape[0], x.shape[-1]), "(out_features, in_features)")
-    if bias is not None:
-        check_tensor("bias", bias, like=x)
-        check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
+    if not _fits_linear(x, weight, bias, a, b):
+        _check_linear(x, weight, bias, a, b)
     gate, scale = _prepare_gate(x, a, scale, gate)
     x = autocast_input(x)
     return (

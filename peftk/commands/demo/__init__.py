@@ -16,11 +16,11 @@ BATCH = 16
 COMPARED = 128
 
 
-def _config(library: Any, method: str, targets: list[str]) -> Any:
+def _config(library: Any, method: str, targets: list[str], encoder: Any) -> Any:
     common = {"target_modules": targets, "modules_to_save": ["classifier"]}
     if method == "lora":
         return library.LoraConfig(r=16, lora_alpha=32, **common)
-    return library.OFTConfig(oft_block_size=32, **common)
+    return library.OFTConfig(oft_block_size=_fitting_block(encoder, targets), **common)
 
 
 def _need(package: str) -> Any:
@@ -54,12 +54,51 @@ def _load_encoder(model: str | None) -> tuple[Any, Any, str]:
             f"expected the folder or name of a transformers text encoder; got {source!r}: {reason}",
             param_hint="--model",
         ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _check_encoder(encoder, tokenizer, source)
     # The classifier takes the mean of the hidden states; a pooler would stand unused.
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     return encoder.float(), tokenizer, name
+
+
+def _check_encoder(encoder: Any, tokenizer: Any, source: str) -> None:
+    """Check that a model is what the demo can train, and give its tokenizer a padding token."""
+
+    def refuse(reason: str) -> None:
+        raise typer.BadParameter(
+            f"expected a transformers text encoder; got {source!r}: {reason}", param_hint="--model"
+        )
+
+    config = encoder.config
+    if getattr(config, "is_encoder_decoder", False):
+        refuse(f"{type(encoder).__name__} is an encoder-decoder, which needs a target text")
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        refuse(f"the configuration of {type(encoder).__name__} has no hidden_size")
+    from . import training
+
+    if not training.linear_names(encoder):
+        refuse(f"{type(encoder).__name__} has no nn.Linear to adapt")
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < TOKENS + 2:
+        refuse(f"it reads at most {positions} positions; the demo's texts take {TOKENS} tokens")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            refuse("its tokenizer has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _fitting_block(encoder: Any, targets: list[str]) -> int:
+    """Return the largest OFT block up to 32 that divides the input of every layer that is adapted."""
+    import math
+
+    from torch import nn
+
+    sizes = [
+        module.in_features
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
+    ]
+    return next(size for size in (32, 16, 8, 4, 2, 1) if math.gcd(*sizes) % size == 0)
 
 
 def _check(method: str, steps: int, output: Path) -> None:
@@ -83,7 +122,7 @@ def demo(
         str | None,
         typer.Option(help="Folder or name of a transformers text encoder; by default all-MiniLM-L6-v2."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of every arm.")] = 80,
+    steps: Annotated[int, typer.Option(help="Training steps of every arm.")] = 120,
     output: Annotated[Path, typer.Option(help="Folder for adapter, results and picture.")] = Path("demo-out"),
     seed: Annotated[int, typer.Option(help="Decides the first weights and the order of the batches.")] = 0,
     compare: Annotated[bool, typer.Option(help="Train Hugging Face PEFT and the frozen model beside it.")] = True,
@@ -145,19 +184,22 @@ def run(
     )
     pristine = copy.deepcopy(base)
     targets = training.linear_names(encoder)
-    adapted = get_peft_model(base, _config(nn, method, targets))
+    adapted = get_peft_model(base, _config(nn, method, targets, encoder))
     before = training.accuracy(training.logits(pristine, held_out), held_out)
+    console.print("training the head alone on the frozen encoder, to convergence")
+    head = training.converged_head(pristine, data)
+    head_alone = training.accuracy(head(training.features(pristine, held_out)), held_out)
     arms = [training.make_arm("peftk", adapted, RATES[method], steps)]
     with_peft = compare and importlib.util.find_spec("peft") is not None
     if with_peft:
         import peft
 
-        other = peft.get_peft_model(copy.deepcopy(pristine), _config(peft, method, targets))
+        other = peft.get_peft_model(copy.deepcopy(pristine), _config(peft, method, targets, encoder))
         # Names and shapes are the same, so this is every first weight, the adapter's included.
         other.load_state_dict(adapted.state_dict())
         arms.append(training.make_arm("Hugging Face PEFT", other, RATES[method], steps))
     if compare:
-        arms.append(training.make_arm("frozen model", training.frozen_copy(pristine), RATES[method], steps))
+        arms.append(training.make_arm(training.FROZEN, training.frozen_copy(pristine, targets), RATES[method], steps))
 
     def progress(numbers: Any) -> Any:
         return track(numbers, f"training {len(arms)} arms", console=console, disable=not console.is_terminal)
@@ -172,6 +214,13 @@ def run(
         warnings.simplefilter("ignore")  # the saved configuration carries no name of a base model
         reloaded = PeftModel.from_pretrained(copy.deepcopy(pristine), str(output / "adapter"))
     merged = copy.deepcopy(adapted).merge_and_unload()
+    difference = {
+        "merged": training.distance(training.logits(merged, part), unmerged[:COMPARED]),
+        "reloaded": training.distance(training.logits(reloaded, part), unmerged[:COMPARED]),
+    }
+    if with_peft:
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pristine), str(output / "adapter"))
+        difference["read by Hugging Face PEFT"] = training.distance(training.logits(theirs, part), unmerged[:COMPARED])
     by_name = {arm.name: arm for arm in arms}
     trainable, total = adapted.get_nb_trainable_parameters()
     results: dict[str, Any] = {
@@ -182,17 +231,18 @@ def run(
         "steps": steps,
         "versions": {"peftk": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
         "parameters": {"trainable": trainable, "all": total},
-        "accuracy": {"before": before, "peftk": training.accuracy(unmerged, held_out)},
-        "merged_difference": training.distance(training.logits(merged, part), unmerged[:COMPARED]),
-        "reloaded_difference": training.distance(training.logits(reloaded, part), unmerged[:COMPARED]),
+        "accuracy": {"before": before, "head alone": head_alone, "peftk": training.accuracy(unmerged, held_out)},
+        "difference": difference,
         "step_ms": {arm.name: 1000 * arm.median for arm in arms},
-        "saved_mib": {arm.name: arm.saved_bytes / 2**20 for arm in arms},
-        "losses": {arm.name: arm.losses for arm in arms},
+        "peak_mib": {arm.name: arm.peak_bytes / 2**20 for arm in arms},
+        "losses": {arm.name: arm.losses for arm in arms if arm.name != training.FROZEN},
         "adapter": str(output / "adapter"),
     }
-    for arm in arms[1:]:
-        results["accuracy"][arm.name] = training.accuracy(training.logits(arm.model, held_out), held_out)
+    if compare:
+        results["of_frozen_step"] = {arm.name: arm.ratio(by_name[training.FROZEN]) for arm in arms}
     if with_peft:
+        theirs = by_name["Hugging Face PEFT"]
+        results["accuracy"][theirs.name] = training.accuracy(training.logits(theirs.model, held_out), held_out)
         pairs = zip(by_name["peftk"].losses, by_name["Hugging Face PEFT"].losses, strict=True)
         results["largest_loss_gap"] = max(abs(ours - theirs) for ours, theirs in pairs)
     draw(output / "demo.png", f"{method} on {name}", results["losses"], results["step_ms"])
@@ -204,17 +254,18 @@ def show(results: dict[str, Any], output: Path, console: Any) -> None:
     """Print the results as one table and a few lines."""
     from rich.table import Table
 
-    floor = results["step_ms"].get("frozen model")
     table = Table(title=f"{results['method']} on {results['model']}, {results['steps']} steps")
-    for heading in ("", "accuracy", "step (median)", "of the frozen step", "kept for backward"):
+    for heading in ("", "accuracy", "step (median)", "of the frozen step", "peak memory"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("before training", f"{results['accuracy']['before']:.1%}", "", "", "")
+    accuracy = results["accuracy"]
+    table.add_row("before training", f"{accuracy['before']:.1%}", "", "", "")
+    table.add_row("head alone, to convergence", f"{accuracy['head alone']:.1%}", "", "", "")
     for name, milliseconds in results["step_ms"].items():
-        label = "frozen model, head trained as long" if name == "frozen model" else name
-        ratio = f"{milliseconds / floor:.2f}x" if floor else "not measured"
-        kept = f"{results['saved_mib'][name]:.0f} MiB"
-        table.add_row(label, f"{results['accuracy'][name]:.1%}", f"{milliseconds:.0f} ms", ratio, kept)
+        ratio = f"{results['of_frozen_step'][name]:.2f}x" if "of_frozen_step" in results else "not measured"
+        right = f"{accuracy[name]:.1%}" if name in accuracy else ""
+        table.add_row(name, right, f"{milliseconds:.0f} ms", ratio, f"{results['peak_mib'][name]:.0f} MiB")
     console.print(table)
+    console.print("Peak memory: the most that torch's allocator held during one step, above the model itself.")
     trainable, total = results["parameters"]["trainable"], results["parameters"]["all"]
     console.print(
         f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}",
@@ -224,8 +275,8 @@ def show(results: dict[str, Any], output: Path, console: Any) -> None:
         console.print("Hugging Face PEFT: not measured (not installed, or --no-compare).")
     if "largest_loss_gap" in results:
         console.print(f"largest gap between the two loss curves: {results['largest_loss_gap']:.1e}")
-    console.print(f"merged against unmerged logits: largest relative difference {results['merged_difference']:.1e}")
-    console.print(f"reloaded against trained logits: largest relative difference {results['reloaded_difference']:.1e}")
+    for name, found in results["difference"].items():
+        console.print(f"logits of the trained adapter, {name}: largest relative difference {found:.1e}")
     console.print(
         f"adapter: {results['adapter']}   figures: {output / 'results.json'}   picture: {output / 'demo.png'}"
     )

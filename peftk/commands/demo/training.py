@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ...testing.memory import peak_bytes
+
+FROZEN = "frozen model"
+# Steps of the frozen model: enough for a median.
+FLOOR_STEPS = 32
 HEAD_RATE = 1e-2
 WARM_UP = 8
 EVALUATION_BATCH = 64
@@ -52,12 +57,22 @@ class Arm:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    saved_bytes: int = 0
+    peak_bytes: int = 0
+
+    def timed(self) -> list[float]:
+        """Return the seconds of every step but the first ones (caches, allocator)."""
+        return self.seconds[min(WARM_UP, len(self.seconds) // 2) :]
 
     @property
     def median(self) -> float:
-        """Median seconds of a step, the first ones (caches, allocator) left out."""
-        return statistics.median(self.seconds[min(WARM_UP, len(self.seconds) // 2) :])
+        """Median seconds of a step."""
+        return statistics.median(self.timed())
+
+    def ratio(self, floor: Arm) -> float:
+        """Median of the ratios of a step's time to that of the floor's step of the same round."""
+        first = len(floor.seconds) - len(floor.timed())
+        pairs = zip(self.seconds[first:], floor.seconds[first:], strict=False)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -82,16 +97,51 @@ def linear_names(encoder: nn.Module) -> list[str]:
     )
 
 
-def frozen_copy(model: Classifier) -> Classifier:
-    """Return a copy that trains the head only, while the gradient still runs through the whole encoder.
+def frozen_copy(model: Classifier, targets: list[str]) -> Classifier:
+    """Return a copy that trains the head only, while the gradient still runs down to the layers that adapters adapt.
 
-    Every adapted arm needs the gradient of the activations down to the first adapted layer; asking for it at the
-    embeddings makes the frozen model's step the same two products a layer, which is the floor that adapters add to.
+    An adapter needs the gradient of its layer's output, and so of all activations above the first adapted layer.
+    Asking for it there makes the frozen model's step the same two products a layer, which is the floor that adapters
+    add to.
     """
     frozen = copy.deepcopy(model)
     frozen.encoder.requires_grad_(False)
-    frozen.encoder.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+
+    def ask_for_gradient(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()
+
+    for name, module in frozen.encoder.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
+            module.register_forward_hook(ask_for_gradient)
     return frozen
+
+
+@torch.no_grad()
+def features(model: Classifier, data: Batches) -> Tensor:
+    """Return what the classifier of a model sees of every example, (examples, hidden)."""
+    head, model.classifier = model.classifier, nn.Identity()
+    try:
+        return logits(model, data)
+    finally:
+        model.classifier = head
+
+
+def converged_head(model: Classifier, data: Batches, steps: int = 1000) -> nn.Linear:
+    """Train only the head, to convergence, on the features of the frozen encoder: what no adapter has to beat.
+
+    The whole of the examples is one batch, so a thousand steps take a second or two.
+    """
+    seen = features(model, data)
+    head = copy.deepcopy(model.classifier)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=HEAD_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        cross_entropy(head(seen), data.labels).backward()
+        optimizer.step()
+        schedule.step()
+    return head
 
 
 def make_arm(name: str, model: nn.Module, rate: float, steps: int) -> Arm:
@@ -116,48 +166,42 @@ def orders(count: int, batch: int, seed: int) -> Iterator[Tensor]:
         yield from (chunk for chunk in shuffled.split(batch) if len(chunk) == batch)
 
 
+def backpropagate(arm: Arm, data: Batches, chosen: Tensor) -> Tensor:
+    """Run forward and backward on one batch and return the loss."""
+    loss = cross_entropy(arm.model(data.ids[chosen], data.mask[chosen]), data.labels[chosen])
+    loss.backward()
+    return loss
+
+
 def step(arm: Arm, data: Batches, chosen: Tensor) -> None:
     """Train on one batch and note loss and time."""
     begin = time.perf_counter()
     arm.optimizer.zero_grad(set_to_none=True)
-    loss = cross_entropy(arm.model(data.ids[chosen], data.mask[chosen]), data.labels[chosen])
-    loss.backward()
+    loss = backpropagate(arm, data, chosen)
     arm.optimizer.step()
     arm.scheduler.step()
     arm.seconds.append(time.perf_counter() - begin)
     arm.losses.append(loss.item())
 
 
-def saved_bytes(arm: Arm, data: Batches, chosen: Tensor) -> int:
-    """Count the bytes that one forward pass keeps for the backward pass, parameters and buffers left out."""
-    owned = {t.untyped_storage().data_ptr() for t in (*arm.model.parameters(), *arm.model.buffers())}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # an address counts once only while its storage lives
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        cross_entropy(arm.model(data.ids[chosen], data.mask[chosen]), data.labels[chosen])
-    return sum(kept.values())
-
-
 def train(
     arms: list[Arm], data: Batches, steps: int, batch: int, seed: int, track: Callable[[Iterable], Iterable]
 ) -> None:
-    """Train all arms on the same batches, one step of each in turn, so that a busy moment hits them alike."""
+    """Train all arms on the same batches, one step of each in turn, so that a busy moment hits them alike.
+
+    The frozen arm stops after FLOOR_STEPS: it is there for the time of a step only.
+    """
     source = orders(len(data.labels), batch, seed)
-    first = next(source)
+    chosen = next(source)
     for arm in arms:
-        arm.saved_bytes = saved_bytes(arm, data, first)
+        owned = [*arm.model.parameters(), *arm.model.buffers()]
+        arm.peak_bytes = peak_bytes(lambda arm=arm: backpropagate(arm, data, chosen), owned)
+        arm.optimizer.zero_grad(set_to_none=True)
     for number in track(range(steps)):
         chosen = next(source)
-        for turn in range(len(arms)):
-            step(arms[(number + turn) % len(arms)], data, chosen)
+        turns = [arm for arm in arms if number < FLOOR_STEPS or arm.name != FROZEN]
+        for turn in range(len(turns)):
+            step(turns[(number + turn) % len(turns)], data, chosen)
 
 
 def first(data: Batches, count: int) -> Batches:

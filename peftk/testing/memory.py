@@ -1,0 +1,58 @@
+"""Memory of one step on the CPU: what it keeps for its backward pass, and what it holds at its peak."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def saved_bytes(step: Callable[[], object], owned: Iterable[Tensor]) -> int:
+    """Return the bytes that a step keeps for its backward pass.
+
+    Args:
+        step: runs the step.
+        owned: tensors that exist without it (inputs, parameters); they are not counted.
+    """
+    known = {t.untyped_storage().data_ptr() for t in owned}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            # An address is only unique while its owner lives.
+            alive.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
+def peak_bytes(step: Callable[[], object], owned: Iterable[Tensor]) -> int:
+    """Return the largest number of bytes that torch's allocator held during a step, above what it held before.
+
+    Args:
+        step: runs the step.
+        owned: tensors whose gradients are dropped first: one that is left from the last step would be freed in this
+            one, and hide as much of its peak.
+    """
+    for tensor in owned:
+        tensor.grad = None
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            step()
+    held = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
