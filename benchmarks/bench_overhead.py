@@ -1,8 +1,8 @@
-"""What the dispatch costs: public functions on tiny tensors, beside the same kernels called directly.
+"""What the dispatch costs: public functions on tiny tensors, beside their kernels and beside plain PyTorch.
 
-The difference is everything that peftk adds to a kernel: checks, casts, the choice of a backend and, with gradients,
-the autograd Function and torch's autograd engine. With gradients there is also an arm of plain PyTorch under its own
-autograd, which is what a user would write instead.
+What a call takes beyond its kernel is everything that peftk adds: checks, casts, the choice of a backend and, with
+gradients, the autograd Function and torch's autograd engine. The arm of plain PyTorch is what a user would write
+instead; what a call takes beyond that is what peftk costs him where tensors are tiny.
 """
 
 from __future__ import annotations
@@ -114,11 +114,18 @@ def test_forward(operator: str, backend: str, benchmark, budget: Budget) -> None
             call.limit,
             note=f"the {backend} kernel called directly",
         ),
+        Arm(
+            "plain",
+            lambda: PLAIN[operator](*arguments),
+            lambda: {"output": call.error(PLAIN[operator](*arguments), exact)},
+            call.limit,
+            note="plain PyTorch",
+        ),
     ]
     benchmark.group = f"overhead {operator} forward {backend}"
     info = _info(f"{operator}-forward-{backend}", operator, "forward")
     with torch.no_grad(), peftk.use_backend(backend):
-        compare(benchmark, arms, "kernel", info, _budget(budget))
+        compare(benchmark, arms, "plain", info, _budget(budget))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -85,8 +85,18 @@ def table(name: str) -> Table:
     }
 
 
+@functools.cache
+def _cells(operator: str, device: torch.device) -> dict[tuple, dict[str, float]] | None:
+    return table(device_class(device.type, device.index)).get(operator)
+
+
+def clear() -> None:
+    """Forget the tables, so that the next look-up reads them again."""
+    table.cache_clear()
+    _cells.cache_clear()
+
+
 def lookup(operator: str, args: tuple, bucket: Callable[..., tuple]) -> dict[str, float] | None:
     """Return the measured microseconds of each backend for a call, fastest first, or None if untuned."""
-    device = args[0].device
-    cells = table(device_class(device.type, device.index)).get(operator)
+    cells = _cells(operator, args[0].device)
     return None if cells is None else cells.get(cell(args, bucket))

@@ -92,10 +92,10 @@ def test_every_operator_can_be_timed() -> None:
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("PEFTK_CACHE_DIR", str(tmp_path))
-    _tuning.table.cache_clear()
+    _tuning.clear()
     yield tmp_path
     monkeypatch.undo()
-    _tuning.table.cache_clear()
+    _tuning.clear()
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

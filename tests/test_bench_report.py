@@ -92,9 +92,9 @@ def synthetic(seed: int = 0) -> dict[str, Any]:
             ),
             benchmark(
                 "overhead",
-                "block_rotate-forward-torch",
-                "kernel",
-                {"peftk": measured(30, 20), "kernel": measured(20, 20)},
+                "block_rotate-forward-native",
+                "plain",
+                {"peftk": measured(30, 20), "kernel": measured(10, 20), "plain": measured(20, 20)},
                 mode="forward",
             ),
             {"fullname": "benchmarks/bench_layers.py::test_layer[dead]", "extra_info": {"suite": "layers"}},
@@ -118,7 +118,7 @@ def test_csv_has_one_line_for_each_arm(run_file: Path, tmp_path: Path) -> None:
         reader = csv.DictReader(file)
         assert tuple(reader.fieldnames) == results.COLUMNS
         rows = list(reader)
-    assert len(rows) == 5 + 2 + 4 + 2
+    assert len(rows) == 5 + 2 + 4 + 3
     by_arm = {row["arm"]: row for row in rows if row["suite"] == "layers"}
     ours = by_arm["peftk"]
     assert (ours["status"], ours["backends"], ours["samples"], ours["device_class"]) == (
@@ -176,8 +176,9 @@ def test_tables_name_targets_void_rows_and_reasons(run_file: Path) -> None:
     assert reasons[("test_layer[dead]", "")] == "failed: OutOfMemoryError: | no"
     assert reasons[("LoRA r16, 1024², fp32", "compile")] == "skipped: no C++ compiler"
     (dispatch,) = found["Dispatch: microseconds a call, forward"].rows
-    assert float(dispatch[2]) == pytest.approx(10, abs=1)
-    assert dispatch[4] == "met"
+    assert float(dispatch[4]) == pytest.approx(20, abs=1)
+    assert float(dispatch[5]) == pytest.approx(10, abs=1)
+    assert dispatch[6] == "met"
     assert all(len(row) == len(table.header) for table in found.values() for row in table.rows)
 
 

@@ -16,7 +16,8 @@ from peftk.native_kernels import _supports, block_diagonal, cayley
 
 
 def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
-    return SimpleNamespace(shape=torch.Size(shape), dtype=dtype, device=torch.device("cuda", 0))
+    device = torch.device("cuda", 0)
+    return SimpleNamespace(shape=torch.Size(shape), dtype=dtype, device=device, is_cpu=False, is_cuda=True)
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def write_table(path: Path, device_class: str, measurements: Iterable[Measuremen
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(_dump(content))
     os.replace(temporary, path)
-    _tuning.table.cache_clear()
+    _tuning.clear()
     return written
 
 

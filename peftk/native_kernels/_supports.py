@@ -37,16 +37,16 @@ def cuda_reason(index: int) -> str | None:
 
 def device_reason(t: Tensor) -> str | None:
     """Return None if there is compiled code for the device of a tensor, else the reason why there is none."""
+    if t.is_cpu:
+        return None
     if t.device.type == "cuda":
         return cuda_reason(t.device.index)
-    if t.device.type != "cpu":
-        return f"the C++ kernels take CPU and CUDA tensors; got one on {t.device}"
-    return None
+    return f"the C++ kernels take CPU and CUDA tensors; got one on {t.device}"
 
 
 def supports_activations(x: Tensor) -> str | None:
     """Return None if C++ on the CPU reads activations like x, else the reason why it does not."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the C++ kernels take CPU tensors; got one on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"the C++ kernels take float32 and bfloat16; got {x.dtype}"

@@ -9,14 +9,16 @@ from torch.nn.functional import linear
 from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ._supports import device_reason, supports_activations
 
-_ops = torch.ops.peftk_native
+# Looked up once: the look-up of an operator by name costs as much as a small kernel.
+_rotate = torch.ops.peftk_native.block_rotate.default
+_rotate_backward = torch.ops.peftk_native.block_rotate_backward.default
 
 CUDA_SIZES = range(2, 17)
 """Block sizes of the CUDA kernels: above, matrix instructions are faster, and Triton has them."""
 
 
 def _reason(x: Tensor, blocks: Tensor) -> str | None:
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return supports_activations(x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the CUDA kernels take float32, bfloat16 and float16; got {x.dtype}"
@@ -26,6 +28,8 @@ def _reason(x: Tensor, blocks: Tensor) -> str | None:
 
 
 def _matrices(blocks: Tensor) -> Tensor:
+    if blocks.dtype is torch.float32 and blocks.is_contiguous():
+        return blocks
     return blocks.float().contiguous()
 
 
@@ -36,15 +40,16 @@ def block_rotate_supports(x: Tensor, blocks: Tensor, transpose: bool) -> str | N
 
 def block_rotate(x: Tensor, blocks: Tensor, transpose: bool) -> Tensor:
     """See `peftk.functional.block_rotate`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _ops.block_rotate(x.contiguous(), _matrices(blocks), transpose, out)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _rotate(x, _matrices(blocks), transpose, out)
     return out
 
 
 def _backward(grad: Tensor, x: Tensor, blocks: Tensor, transpose: bool, dx: Tensor, need_blocks: bool) -> Tensor:
     matrices = _matrices(blocks)
     dblocks = torch.empty(matrices.shape if need_blocks else 0, dtype=torch.float32, device=grad.device)
-    _ops.block_rotate_backward(grad, x.contiguous(), matrices, transpose, dx, dblocks)
+    _rotate_backward(grad, x.contiguous(), matrices, transpose, dx, dblocks)
     return dblocks.to(blocks.dtype)
 
 

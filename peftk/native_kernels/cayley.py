@@ -8,7 +8,9 @@ from torch import Tensor
 from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ._supports import device_reason
 
-_ops = torch.ops.peftk_native
+# Looked up once: the look-up of an operator by name costs as much as a small kernel.
+_cayley = torch.ops.peftk_native.cayley.default
+_cayley_backward = torch.ops.peftk_native.cayley_backward.default
 
 EXACT_SIZE = 64
 """Largest block that the exact transform inverts in C++ and CUDA; LAPACK is faster above."""
@@ -19,7 +21,7 @@ def _supports(packed: Tensor, block_size: int, polynomial: list[float]) -> str |
         return f"the C++ kernels take float32 triangles; got {packed.dtype}"
     if not polynomial and block_size > EXACT_SIZE:
         return f"the exact transform takes blocks up to {EXACT_SIZE} in C++; got {block_size}"
-    if polynomial and packed.device.type == "cuda":
+    if polynomial and packed.is_cuda:
         return "the CUDA kernels have the exact transform only; got a Neumann series"
     return device_reason(packed)
 
@@ -32,7 +34,7 @@ def cayley_supports(packed: Tensor, block_size: int, polynomial: list[float]) ->
 def cayley(packed: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
     """See `peftk.functional.cayley`."""
     out = torch.empty(packed.shape[0], block_size, block_size, device=packed.device)
-    _ops.cayley(packed.contiguous(), block_size, polynomial, out)
+    _cayley(packed.contiguous(), block_size, polynomial, out)
     return out
 
 
@@ -43,6 +45,7 @@ def cayley_backward_supports(grad: Tensor, packed: Tensor, blocks: Tensor, polyn
 
 def cayley_backward(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: list[float]) -> Tensor:
     """Return the gradient of `cayley` in the packed triangles."""
-    out = torch.empty(packed.shape, device=packed.device)
-    _ops.cayley_backward(grad.contiguous(), packed.contiguous(), blocks, polynomial, out)
+    packed = packed.contiguous()
+    out = torch.empty_like(packed)
+    _cayley_backward(grad.contiguous(), packed, blocks, polynomial, out)
     return out

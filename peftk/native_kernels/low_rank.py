@@ -10,17 +10,20 @@ from .. import _C  # noqa: F401 - importing it registers the operators of peftk_
 from ..torch_kernels._philox import dropout_threshold
 from ._supports import supports_activations
 
-_ops = torch.ops.peftk_native
+# Looked up once: the look-up of an operator by name costs as much as a small kernel.
+_shrink_thin = torch.ops.peftk_native.shrink.default
+_outer_thin = torch.ops.peftk_native.outer.default
+_dropout = torch.ops.peftk_native.dropout.default
 
 
 def _reason(x: Tensor, seed: Tensor | None) -> str | None:
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the C++ kernels take CPU tensors; got one on {x.device}"
     return None if seed is None else supports_activations(x)
 
 
 def _dropout_(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor) -> Tensor:
-    _ops.dropout(x, int(seed), dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p), out)
+    _dropout(x, int(seed), dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p), out)
     return out
 
 
@@ -64,7 +67,7 @@ def _shrink(rows: Tensor, factor: Tensor, transposed: bool, scale: float = 1.0) 
     rank = factor.shape[0 if transposed else 1]
     if _thin(rows, rank):
         out = torch.empty(rows.shape[0], rank)
-        _ops.shrink(rows.contiguous(), factor.contiguous(), transposed, scale, out)
+        _shrink_thin(rows.contiguous(), factor.contiguous(), transposed, scale, out)
         return out
     return _scaled_(linear(rows, factor) if transposed else torch.mm(rows, factor), scale)
 
@@ -74,7 +77,7 @@ def _outer(rows: Tensor, hidden: Tensor, transposed: bool, scale: float = 1.0) -
     rank = hidden.shape[1]
     if _thin(rows, rank):
         out = torch.empty((rank, rows.shape[1]) if transposed else (rows.shape[1], rank))
-        _ops.outer(rows.contiguous(), hidden.contiguous(), transposed, scale, out)
+        _outer_thin(rows.contiguous(), hidden.contiguous(), transposed, scale, out)
         return out
     # MKL computes this product twice as fast as its transpose.
     out = _scaled_(torch.mm(hidden.mT, rows), scale)
@@ -148,6 +151,10 @@ def low_rank_linear(
     """Return the output and the rank-sized product; see `peftk.functional.low_rank_linear`."""
     # Base first: where b is zero, the output keeps every bit of the base layer's.
     y = linear(x, weight, bias)
+    if gate is None and seed is None and x.dim() == 2:
+        hidden = _shrink(x, a, True)
+        y.addmm_(hidden, b.t(), alpha=scale)
+        return y, hidden
     return y, _expand_(y, x, a, b, gate, scale, dropout_p, seed)
 
 

@@ -17,14 +17,14 @@ def ordinary(x: Tensor, *others: Tensor | None) -> bool:
     It is the short way around `check_tensor` for every argument: where it says no, those checks find the fault, or
     that there is none. An argument that is no tensor raises AttributeError.
     """
-    dtype, device = x.dtype, x.device
+    dtype, on_cpu = x.dtype, x.is_cpu
     if dtype not in _FLOATING or x.layout is not torch.strided:
         return False
     for other in others:
         if other is not None and (
             (other.dtype is not dtype and other.dtype not in _FLOATING)
             or other.layout is not torch.strided
-            or other.device != device
+            or (not other.is_cpu if on_cpu else other.device != x.device)
         ):
             return False
     return True

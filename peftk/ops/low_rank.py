@@ -115,10 +115,12 @@ def _prepare_dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tens
 
 
 def _factors(x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = x.dtype
+    if gate is None and a.dtype is dtype and b.dtype is dtype:
+        return a, b, None
     # Rounding the small factors to the dtype of x is the cast that PEFT applies to x itself, at full size. The gate,
     # smaller still, stays exact: its gradient is a long sum.
-    exact = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return cast(a, x.dtype), cast(b, x.dtype), cast(gate, exact)
+    return cast(a, dtype), cast(b, dtype), cast(gate, torch.float64 if dtype is torch.float64 else torch.float32)
 
 
 def _prepare_add(
