@@ -34,13 +34,9 @@ void shrink(const Tensor& x, const Tensor& m, bool transposed, double scale, Ten
   STD_TORCH_CHECK(o.rows == s.rows && o.columns == rank, "out: expected shape (rows, rank)");
   const std::unique_ptr<float[]> packed(new float[depth * padded(rank)]);
   pad_columns_cpu(m.const_data_ptr<float>(), transposed ? 1 : rank, transposed ? depth : 1, depth, rank, packed.get());
-  const ShrinkParams p{x.const_data_ptr<float>(),
-                       packed.get(),
-                       static_cast<float*>(out.mutable_data_ptr()),
-                       s.rows,
-                       depth,
-                       rank,
-                       static_cast<float>(scale)};
+  const ShrinkParams p{
+      x.const_data_ptr<float>(), packed.get(), static_cast<float*>(out.mutable_data_ptr()), s.rows, depth, rank,
+      static_cast<float>(scale)};
   parallel_for(0, s.rows, 1 + kTaskOperations / (1 + depth * rank),
                [&](int64_t begin, int64_t end) { shrink_cpu(p, begin, end); });
 }

@@ -1,14 +1,4 @@
-"""Settings of the process: the only place that reads environment variables.
-
-========================  =============================================================================
-variable                  meaning
-========================  =============================================================================
-``PEFTK_BACKEND``         ``auto`` (default), ``torch``, ``native`` or ``triton``; read once
-``PEFTK_CACHE_DIR``       where the user's own tuned tables live; default ``~/.cache/peftk``
-``PEFTK_BUILD``           read by ``setup.py`` only: ``auto``, ``none``, ``cpu`` or ``cuda``
-``TRITON_INTERPRET``      Triton's own; with ``1`` the Triton backend accepts CPU tensors when it is named
-========================  =============================================================================
-"""
+"""Settings of the process: the only place that reads environment variables. docs/backends.md lists all of them."""
 
 from __future__ import annotations
 
@@ -79,8 +69,3 @@ def cache_dir() -> Path:
     """Return the folder of the user's own tuned tables; it need not exist."""
     configured = os.environ.get("PEFTK_CACHE_DIR")
     return Path(configured) if configured else Path.home() / ".cache" / "peftk"
-
-
-def triton_interpreted() -> bool:
-    """Say whether Triton was asked to interpret kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -76,8 +76,9 @@ def watched(tmp_path_factory) -> dict:
 
 
 def test_nothing_foreign_is_imported(watched):
-    # What torch looks for when one of its own modules is imported is torch's choice.
-    asked = {name for name, asker in watched["asked"] if asker != "torch"}
+    # What torch looks for when one of its own modules is imported is torch's choice: its counter of operations, where
+    # peftk registers its formulas, looks for Triton, which looks for more.
+    asked = {name for name, asker in watched["asked"] if asker not in ("torch", "triton")}
     assert "peftk" in asked, "the watcher saw nothing"
     assert not FOREIGN & asked
 

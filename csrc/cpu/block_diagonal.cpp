@@ -35,18 +35,27 @@ PEFTK_INLINE void rotate_tile(Tile x, const float* block, int64_t rows, int64_t 
   store_tile(scratch, ld, rows, size, y, stride);
 }
 
+// Rows of a strip: as many as a product takes at once, and few enough for the hardware to follow each as a stream.
+constexpr int64_t kStripRows = 6;
+// Bytes of the blocks that are used together: they stay in the second-level cache while all strips pass by.
+constexpr int64_t kGroupBytes = 1 << 17;
+
 template <typename T>
 PEFTK_INLINE void rotate_tiles(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
   const int64_t b = p.size, ld = padded(b), features = p.count * b;
-  const std::unique_ptr<float[]> in(new float[kRotateRows * ld]), out(new float[kRotateRows * ld]);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t row = tile * kRotateRows, rows = smaller(kRotateRows, p.rows - row);
-    for (int64_t n = 0; n < p.count; ++n) {
-      const int64_t at = row * features + n * b;
-      const Tile x = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, false, in.get());
-      rotate_tile(x, packed + n * b * ld, rows, b, static_cast<T*>(p.y) + at, features, out.get());
+  const int64_t block_bytes = b * ld * static_cast<int64_t>(sizeof(float));
+  const int64_t group = block_bytes < kGroupBytes ? kGroupBytes / block_bytes : 1;
+  const int64_t first_row = begin * kRotateRows, last_row = smaller(end * kRotateRows, p.rows);
+  const std::unique_ptr<float[]> in(new float[kStripRows * ld]), out(new float[kStripRows * ld]);
+  for (int64_t first = 0; first < p.count; first += group)
+    for (int64_t row = first_row; row < last_row; row += kStripRows) {
+      const int64_t rows = smaller(kStripRows, last_row - row);
+      for (int64_t n = first; n < smaller(first + group, p.count); ++n) {
+        const int64_t at = row * features + n * b;
+        const Tile x = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, false, in.get());
+        rotate_tile(x, packed + n * b * ld, rows, b, static_cast<T*>(p.y) + at, features, out.get());
+      }
     }
-  }
 }
 
 PEFTK_INLINE void block_rotate_cpu_body(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {

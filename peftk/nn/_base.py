@@ -159,8 +159,9 @@ class AdapterLayer(nn.Module):
         """Run the base layer with the active adapters; extra arguments go to the base layer."""
         if self.disable_adapters or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
-        first = getattr(self, self.adapter_layer_names[0])
-        names = [name for name in self.active_adapters if name in first]
+        # Straight from the dictionaries: every look-up through nn.Module runs Python of its own.
+        attached = self._modules[self.adapter_layer_names[0]]._modules
+        names = [name for name in self.active_adapters if name in attached]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
@@ -171,20 +172,21 @@ class AdapterLayer(nn.Module):
         Anything else is reached by calling it, so that hooks, sharding, quantisation and nested wrappers keep
         working. Under autocast torch caches the cast of the weight, which only the call profits from.
         """
-        base = self.base_layer
-        weight = base.weight
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear or args or kwargs:
+            return False
+        # A parametrized weight is not among the parameters.
+        weight = base._parameters.get("weight")
         return (
-            type(base) is nn.Linear
-            and type(weight) is nn.Parameter
+            type(weight) is nn.Parameter
             and not weight.requires_grad
-            and weight.dtype == x.dtype
+            and weight.dtype is x.dtype
             and weight.shape == (self.out_features, self.in_features)
-            and not (args or kwargs)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not base._backward_pre_hooks
             and not _has_any_global_hook()
             and "forward" not in base.__dict__
-            and not torch.is_autocast_enabled(x.device.type)
+            and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
         )
 
     # -- adapters ---------------------------------------------------------------------------------------------

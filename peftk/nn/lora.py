@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,29 +253,26 @@ class LoRALinear(AdapterLayer):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self._can_fuse(x, args, kwargs):
-            base = self.base_layer
-            result = F.low_rank_linear(x, base.weight, base.bias, *self._factors(names[0]), **self._dropout(names[0]))
-            result = self._add_bias(result, names[0])
+            frozen = self._modules["base_layer"]._parameters
+            result = self._add(names[0], F.low_rank_linear, x, frozen["weight"], frozen["bias"])
             names = names[1:]
         else:
             result = self.base_layer(x, *args, **kwargs)
             if x.dtype != result.dtype:
                 x = x.to(result.dtype)
         for name in names:
-            result = F.low_rank_add(result, x, *self._factors(name), **self._dropout(name))
-            result = self._add_bias(result, name)
+            result = self._add(name, F.low_rank_add, result, x)
         return result
+
+    def _add(self, name: str, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+        """Call one of the low-rank functions with the factors, the scale and the dropout of an adapter."""
+        scale, p, b = self.scaling[name], self.lora_dropout[name], self.lora_B[name]
+        dropout = {"dropout_p": p} if self.training and p > 0 else {}
+        result = function(*args, self.lora_A[name].weight, b.weight, scale, **dropout)
+        return result if b.bias is None else result + (b.bias * scale).to(result.dtype)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float | Tensor]:
         return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-
-    def _dropout(self, name: str) -> dict[str, float]:
-        p = self.lora_dropout[name]
-        return {"dropout_p": p} if self.training and p > 0 else {}
-
-    def _add_bias(self, result: Tensor, name: str) -> Tensor:
-        bias = self.lora_B[name].bias
-        return result if bias is None else result + (bias * self.scaling[name]).to(result.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense update of one adapter, (out, in), in the adapter's dtype."""

@@ -242,8 +242,9 @@ class OFTLinear(AdapterLayer):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(names) == 1 and self._can_fuse(x, args, kwargs):
-            base = self.base_layer
-            return F.block_rotate_linear(x, base.weight, base.bias, self.oft_R[names[0]].blocks())
+            frozen = self._modules["base_layer"]._parameters
+            blocks = self.oft_R[names[0]].blocks()
+            return F.block_rotate_linear(x, frozen["weight"], frozen["bias"], blocks)
         for name in names:
             x = F.block_rotate(x, self.oft_R[name].blocks())
         return self.base_layer(x, *args, **kwargs)
