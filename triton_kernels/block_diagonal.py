@@ -70,7 +70,10 @@ def _backward_tiling(rows: int, size: int, dtype: torch.dtype) -> Tiling:
     width = _width(size, half)
     if width <= RESIDENT_WIDTH:
         block_rows = 64 if half or width == 16 else 16
-        return Tiling(width // size, width, width, width, 16 if rows <= 16 else block_rows, 512, 4)
+        # What fits in registers without a spill was tried: the masks of odd sizes take registers of their own.
+        if half and (rows <= 16 or width % size):
+            block_rows = 32
+        return Tiling(width // size, width, width, width, block_rows, 512, 4)
     if half:
         cols, k = (128, 64) if width == 128 else (64, 32)
         return Tiling(1, width, cols, k, 16 if rows <= 16 else 64, 256, 8)

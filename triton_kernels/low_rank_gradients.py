@@ -194,8 +194,8 @@ def _backward_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 256, "num_warps": 8}
 
 
-def _factor_config(dtype: torch.dtype) -> dict[str, int]:
-    if dtype is torch.float32:
+def _factor_config(dtype: torch.dtype, mask: dict) -> dict[str, int]:
+    if dtype is torch.float32 or (mask["DROPOUT"] and not mask["ALIGNED"]):
         return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 128, "num_warps": 4, "num_stages": 3}
 
@@ -280,7 +280,8 @@ def factor_gradient(
     rows, features = x.shape
     rank = hidden.shape[1]
     rank_tile = rank_tile_of(rank)
-    config = _factor_config(x.dtype)
+    mask = mask_arguments(features, dropout_p, seed)
+    config = _factor_config(x.dtype, mask)
     tiles = triton.cdiv(features, config["BLOCK_FEATURES"]) * triton.cdiv(rank, rank_tile)
     chunks, chunk_rows = _split(rows, tiles, config["BLOCK_ROWS"])
     shape = (rank, features) if rank_first else (features, rank)
@@ -303,7 +304,7 @@ def factor_gradient(
         HAS_GATE=gate is not None,
         BLOCK_RANK=rank_tile,
         **gate_arguments(gate, hidden),
-        **mask_arguments(features, dropout_p, seed),
+        **mask,
         **config,
     )
     return partials

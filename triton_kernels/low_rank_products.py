@@ -176,9 +176,12 @@ def gate_arguments(gate: Tensor | None, like: Tensor) -> dict[str, Tensor | int]
 
 # float32 tiles stay below 64 rows of output: from there on Triton 3.7 may compute an "ieee" dot of masked float32
 # operands in tf32 on sm_100.
-def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, dropout: bool) -> dict[str, int]:
-    if dtype is torch.float32:
-        return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 32, "num_warps": 4, "num_stages": 2}
+# A mask of rows that do not start on a multiple of four is drawn element by element: small tiles, or its words spill.
+def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, mask: dict) -> dict[str, int]:
+    dropout = mask["DROPOUT"]
+    if dtype is torch.float32 or (dropout and not mask["ALIGNED"]):
+        rows = 16 if dropout and rank_tile == 64 else 32
+        return {"BLOCK_ROWS": rows, "BLOCK_FEATURES": 32, "num_warps": 4, "num_stages": 2}
     if rank_tile == 64 and rows > 4096 and not dropout:
         return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 64, "num_warps": 8, "num_stages": 4}
     # The mask takes registers: half the columns at once spill none.
@@ -186,8 +189,8 @@ def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, dropout: bool)
     return {"BLOCK_ROWS": 64 if rows > 4096 else 16, "BLOCK_FEATURES": columns, "num_warps": 4, "num_stages": 3}
 
 
-def _expand_config(dtype: torch.dtype) -> dict[str, int]:
-    if dtype is torch.float32:
+def _expand_config(dtype: torch.dtype, mask: dict) -> dict[str, int]:
+    if dtype is torch.float32 or (mask["DROPOUT"] and not mask["ALIGNED"]):
         return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 64, "num_warps": 4}
     return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 128, "num_warps": 4}
 
@@ -204,7 +207,8 @@ def shrink(
     """Write ``dropout(x) @ factor.T``; strides are the factor's along rank and features."""
     rows, features = x.shape
     rank_tile = rank_tile_of(rank)
-    config = _shrink_config(rows, rank_tile, x.dtype, seed is not None)
+    mask = mask_arguments(features, dropout_p, seed)
+    config = _shrink_config(rows, rank_tile, x.dtype, mask)
     _launch.launch(
         _shrink_kernel,
         (triton.cdiv(rows, config["BLOCK_ROWS"]) * triton.cdiv(rank, rank_tile),),
@@ -220,7 +224,7 @@ def shrink(
         stride_factor_rank=strides[0],
         stride_factor_feature=strides[1],
         BLOCK_RANK=rank_tile,
-        **mask_arguments(features, dropout_p, seed),
+        **mask,
         **config,
     )
     return out
@@ -243,7 +247,8 @@ def expand(
     rows, features = out.shape
     rank = hidden.shape[1]
     rank_tile = rank_tile_of(rank)
-    config = _expand_config(hidden.dtype)
+    mask = mask_arguments(features, dropout_p, seed)
+    config = _expand_config(hidden.dtype, mask)
     _launch.launch(
         _expand_kernel,
         (triton.cdiv(rows, config["BLOCK_ROWS"]) * triton.cdiv(features, config["BLOCK_FEATURES"]),),
@@ -266,7 +271,7 @@ def expand(
         HAS_GATE=gate is not None,
         BLOCK_RANK=rank_tile,
         **gate_arguments(gate, hidden),
-        **mask_arguments(features, dropout_p, seed),
+        **mask,
         **config,
     )
     return out
