@@ -48,7 +48,7 @@ for backend in sys.argv[1:]:
     with peftk.use_backend(backend):
         rotated = peftk.functional.block_rotate(x, blocks)
         layer(rotated).sum().backward()
-        torch.testing.assert_close(rotated.double(), truth, rtol=0, atol=truth.abs().max().item() * 24 * 2**-23)
+        torch.testing.assert_close(rotated.double(), truth, rtol=0, atol=truth.abs().max().item() * LIMITS[torch.float32])
         print(backend, "ran")
 print(peftk.__version__, Path(peftk.__file__).with_name("py.typed").is_file())
 print(peftk.explain("block_rotate", x, blocks))

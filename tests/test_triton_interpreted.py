@@ -27,6 +27,7 @@ FAMILIES = {
 DTYPES = ("f32", "f16", "f16-f32", "bf16", "bf16-f32")
 SKIPS = (
     r"the Triton kernels take float32, float16 and bfloat16; got torch\.float64",
+    r"the Triton kernels take a base of float32, float16 or bfloat16; got torch\.float64",
     r"the Triton kernels take float32 triangles; got torch\.float64",
     r"the exact transform is CUDA C\+\+'s or torch's: Triton has no inversion",
 )
