@@ -48,12 +48,12 @@ doctor: $(DONE)-native  ## Say what runs on this machine, and test it
 lint: $(DONE)-lint  ## Check the style of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 format: $(DONE)-lint  ## Rewrite Python and C++ in that style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 setup: $(DONE)-native  ## Only build and install, into $(VENV)
 

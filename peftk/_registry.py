@@ -145,7 +145,7 @@ class Operator:
         if timings is None:
             return Explanation(self.name, able[0], "untuned: the first that can run", candidates)
         chosen = next((b for b in timings if b in able), "torch")
-        return Explanation(self.name, chosen, "fastest in the tuned table", candidates)
+        return Explanation(self.name, chosen, "the fastest in the tuned table, or as good", candidates)
 
     def __call__(self, *args: Any) -> Any:
         """Choose a backend and run it; this is what the dispatcher calls."""

@@ -23,6 +23,9 @@ SHIPPED = Path(__file__).parent / "tuned"
 
 Table = dict[str, dict[tuple, dict[str, float]]]
 
+TIE = 1.1
+"""Times this close are the same: what differs is the noise. The backend that untuned calls prefer then comes first."""
+
 
 @functools.cache
 def device_class(device_type: str, index: int | None = None) -> str:
@@ -78,11 +81,7 @@ def table(name: str) -> Table:
             continue
         for operator, cells in found.items():
             merged.setdefault(operator, {}).update(cells)
-    # Fastest first, so that a look-up is a walk.
-    return {
-        operator: {key: dict(sorted(times.items(), key=lambda item: item[1])) for key, times in cells.items()}
-        for operator, cells in merged.items()
-    }
+    return {operator: {key: _ranked(times) for key, times in cells.items()} for operator, cells in merged.items()}
 
 
 @functools.cache
@@ -96,7 +95,17 @@ def clear() -> None:
     _cells.cache_clear()
 
 
+def _ranked(times: dict[str, float]) -> dict[str, float]:
+    """Put the backends into the order in which a look-up walks over them: ties by preference, then by time."""
+    tie = TIE * min(times.values(), default=0.0)
+    return dict(sorted(times.items(), key=lambda item: (0, _order(item[0])) if item[1] <= tie else (1, item[1])))
+
+
+def _order(backend: str) -> int:
+    return _config.BACKENDS.index(backend) if backend in _config.BACKENDS else len(_config.BACKENDS)
+
+
 def lookup(operator: str, args: tuple, bucket: Callable[..., tuple]) -> dict[str, float] | None:
-    """Return the measured microseconds of each backend for a call, fastest first, or None if untuned."""
+    """Return the measured microseconds of each backend for a call, best first, or None if untuned."""
     cells = _cells(operator, args[0].device)
     return None if cells is None else cells.get(cell(args, bucket))

@@ -226,11 +226,15 @@ def bench(
     if load > cores / 2:
         console.print(f"[yellow]The machine is busy (load {load:.1f} on {cores} cores): do not trust these times.[/]")
     calls = list(choose_calls(wanted, quick, device))
-    measurements = [
-        measure(call, device, *((0.02, 3) if quick else (0.15, 5)))
-        for call in track(calls, "timing", console=console, disable=not console.is_terminal)
-    ]
+    path = output or _config.cache_dir() / f"{device_class}.json"
+    measurements: list[Measurement] = []
+    written = first = 0
+    for at, call in enumerate(track(calls, "timing", console=console, disable=not console.is_terminal)):
+        measurements.append(measure(call, device, *((0.02, 3) if quick else (0.15, 5))))
+        # After every operator, so that an interruption of these long minutes loses one only.
+        if tune and (at + 1 == len(calls) or calls[at + 1].operator != call.operator):
+            written += write_table(path, device_class, measurements[first:])
+            first = len(measurements)
     show(measurements, console)
     if tune:
-        path = output or _config.cache_dir() / f"{device_class}.json"
-        console.print(f"{write_table(path, device_class, measurements)} cells written to {path}", soft_wrap=True)
+        console.print(f"{written} cells written to {path}", soft_wrap=True)

@@ -79,9 +79,8 @@ def _outer(rows: Tensor, hidden: Tensor, transposed: bool, scale: float = 1.0) -
         out = torch.empty((rank, rows.shape[1]) if transposed else (rows.shape[1], rank))
         _outer_thin(rows.contiguous(), hidden.contiguous(), transposed, scale, out)
         return out
-    # MKL computes this product twice as fast as its transpose.
-    out = _scaled_(torch.mm(hidden.mT, rows), scale)
-    return out if transposed else out.mT.contiguous()
+    product = torch.mm(hidden.mT, rows) if transposed else torch.mm(rows.mT, hidden)
+    return _scaled_(product, scale)
 
 
 def _expand_(
