@@ -98,13 +98,13 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     _tuning.clear()
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
 def test_a_tie_goes_to_the_backend_that_untuned_calls_prefer() -> None:
     assert list(_tuning._ranked({"torch": 10.0, "native": 10.9})) == ["native", "torch"]
     assert list(_tuning._ranked({"torch": 10.0, "native": 11.1})) == ["torch", "native"]
     assert list(_tuning._ranked({"triton": 30.0, "torch": 10.0, "native": 20.0})) == ["torch", "native", "triton"]
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_tuned_table_round_trip(operator: str, cache: Path) -> None:
     """What the command measures is what the registry looks up and obeys."""
     calls = small_calls(operator)
