@@ -134,7 +134,7 @@ def test_small_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(found["step_ms"]) == names
     assert {name: len(losses) for name, losses in found["losses"].items()} == dict.fromkeys(names[:2], 6)
     assert list(found["of_frozen_step"]) == names
-    assert list(found["accuracy"]) == ["before", *names[:2]]
+    assert list(found["accuracy"]) == ["before", "head alone", *names[:2]]
     # The adapter's own activations come on top of the frozen model's.
     assert found["peak_mib"]["peftk"] > 0
     # The same first weights and batches: the curves of both libraries differ by rounding only.

@@ -18,8 +18,7 @@ from ...testing.memory import peak_bytes
 FROZEN = "frozen model"
 # Steps of the frozen model: enough for a median.
 FLOOR_STEPS = 32
-# The head starts converged, so that it only has to follow the adapter.
-HEAD_RATE = 1e-3
+HEAD_RATE = 1e-2
 WARM_UP = 8
 EVALUATION_BATCH = 64
 
@@ -135,7 +134,7 @@ def converged_head(model: Classifier, data: Batches, steps: int = 1000) -> nn.Li
     """
     seen = features(model, data)
     head = copy.deepcopy(model.classifier)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=HEAD_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
