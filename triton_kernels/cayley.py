@@ -187,7 +187,8 @@ def _cayley_panel_kernel(
 def _cayley_panel_backward_kernel(
     grad_ptr,
     packed_ptr,
-    series_ptr,
+    even_ptr,
+    odd_ptr,
     ds_ptr,
     dpacked_ptr,
     stride_packed_block,
@@ -198,10 +199,11 @@ def _cayley_panel_backward_kernel(
     POLYNOMIAL: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Write a panel of rows of dS = sum_j B_j G (S^T)^j with B_j = sum_i c_(i+j+1) (S^T)^i.
+    """Write a panel of rows of dS - dS^T, packed, where dS = sum_j B_j G (S^T)^j and B_j = sum_i c_(i+j+1) (S^T)^i.
 
-    From the highest j down, dS <- dS S^T + B_j G and B_(j-1) = B_j S^T + c_j I: rows do not need each other.
-    A panel of all rows is packed at once.
+    S is skew, so that a term of degree i + j in dS^T is that of dS with G^T for G, negated where the degree is odd:
+    the sum over G - G^T in even degrees and G + G^T in odd ones is dS - dS^T. B_j is kept as its even and its odd
+    powers. From the highest j down, dS <- dS S^T + B_j G and B_(j-1) = B_j S^T + c_j I: rows do not need each other.
     """
     PANELS: tl.constexpr = (SIZE + PANEL - 1) // PANEL
     program = tl.program_id(0).to(tl.int64)
@@ -213,14 +215,36 @@ def _cayley_panel_backward_kernel(
     inside = (rows < SIZE) & (cols < SIZE)
     entry = first + rows * SIZE + cols
     eye = tl.where(rows == cols, 1.0, 0.0)
-    ds = POLYNOMIAL[TERMS - 1] * tl.load(grad_ptr + entry, mask=inside, other=0.0)
+    grad = tl.load(grad_ptr + entry, mask=inside, other=0.0)
+    mirrored = tl.load(grad_ptr + first + cols * SIZE + rows, mask=inside, other=0.0)
+    ds = POLYNOMIAL[TERMS - 1] * (grad + mirrored if TERMS % 2 else grad - mirrored)
     tl.store(ds_ptr + entry, ds, mask=inside)
     s = _skew_entries(packed, rows, cols, inside, SIZE)
-    tl.store(series_ptr + entry, POLYNOMIAL[TERMS - 2] * eye - POLYNOMIAL[TERMS - 1] * s, mask=inside)
+    tl.store(even_ptr + entry, POLYNOMIAL[TERMS - 2] * eye, mask=inside)
+    tl.store(odd_ptr + entry, -POLYNOMIAL[TERMS - 1] * s, mask=inside)
     for stage in range(TERMS - 2):
+        # +1 where j = TERMS - 3 - stage is even.
+        sign = 1.0 - 2.0 * ((TERMS - 3 - stage) % 2)
         tl.debug_barrier()
+        # A sum of its own for each product: Triton was reported to miscompile two of them into one on sm_100. And two
+        # loops, one for each right factor, or the registers do not suffice.
+        ds_even = tl.zeros((PANEL, WIDTH), tl.float32)
+        ds_odd = tl.zeros((PANEL, WIDTH), tl.float32)
+        for k in range(0, SIZE, BLOCK_K):
+            k_mask = k + ks < SIZE
+            part = first + rows * SIZE + (k + ks)[None, :]
+            part_mask = (rows < SIZE) & k_mask[None, :]
+            right_mask = k_mask[:, None] & (cols < SIZE)
+            grad = tl.load(grad_ptr + first + (k + ks)[:, None] * SIZE + cols, mask=right_mask, other=0.0)
+            mirrored = sign * tl.load(grad_ptr + first + cols * SIZE + (k + ks)[:, None], mask=right_mask, other=0.0)
+            left_even = tl.load(even_ptr + part, mask=part_mask, other=0.0)
+            ds_even = tl.dot(left_even, grad - mirrored, ds_even, input_precision="ieee")
+            left_odd = tl.load(odd_ptr + part, mask=part_mask, other=0.0)
+            ds_odd = tl.dot(left_odd, grad + mirrored, ds_odd, input_precision="ieee")
+        ds_even += ds_odd
         ds = tl.zeros((PANEL, WIDTH), tl.float32)
-        series = tl.zeros((PANEL, WIDTH), tl.float32)
+        even = tl.zeros((PANEL, WIDTH), tl.float32)
+        odd = tl.zeros((PANEL, WIDTH), tl.float32)
         for k in range(0, SIZE, BLOCK_K):
             k_mask = k + ks < SIZE
             part = first + rows * SIZE + (k + ks)[None, :]
@@ -228,41 +252,17 @@ def _cayley_panel_backward_kernel(
             right_mask = k_mask[:, None] & (cols < SIZE)
             # S^T
             right = _skew_entries(packed, cols, (k + ks)[:, None], right_mask, SIZE)
-            grad = tl.load(grad_ptr + first + (k + ks)[:, None] * SIZE + cols, mask=right_mask, other=0.0)
-            left = tl.load(series_ptr + part, mask=part_mask, other=0.0)
-            ds = tl.dot(left, grad, ds, input_precision="ieee")
-            series = tl.dot(left, right, series, input_precision="ieee")
+            even = tl.dot(tl.load(odd_ptr + part, mask=part_mask, other=0.0), right, even, input_precision="ieee")
+            odd = tl.dot(tl.load(even_ptr + part, mask=part_mask, other=0.0), right, odd, input_precision="ieee")
             ds = tl.dot(tl.load(ds_ptr + part, mask=part_mask, other=0.0), right, ds, input_precision="ieee")
         tl.debug_barrier()
-        series += _coefficient(TERMS - 3 - stage, POLYNOMIAL, TERMS) * eye
+        ds += ds_even
+        even += _coefficient(TERMS - 3 - stage, POLYNOMIAL, TERMS) * eye
         tl.store(ds_ptr + entry, ds, mask=inside)
-        tl.store(series_ptr + entry, series, mask=inside)
-    if PANEL == WIDTH:
-        packed_entry = program * stride_packed_block + rows * (2 * SIZE - rows - 1) // 2 + (cols - rows - 1)
-        tl.store(dpacked_ptr + packed_entry, ds - tl.trans(ds), mask=inside & (rows < cols))
-
-
-@triton.jit
-def _pack_skew_gradient_kernel(
-    ds_ptr, dpacked_ptr, stride_packed_block, SIZE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
-):
-    """Write dS_ij - dS_ji for i < j into the packed triangle, one tile of a block."""
-    program = tl.program_id(0).to(tl.int64)
-    block = program // (TILES * TILES)
-    tile = (program % (TILES * TILES)).to(tl.int32)
-    i = tile // TILES * TILE + tl.arange(0, TILE)
-    j = tile % TILES * TILE + tl.arange(0, TILE)
-    ds = ds_ptr + block * (SIZE * SIZE)
-    # A tile below the diagonal has nothing to read or write.
-    upper = tl.load(
-        ds + i[:, None] * SIZE + j[None, :], mask=(i[:, None] < j[None, :]) & (j < SIZE)[None, :], other=0.0
-    )
-    lower = tl.load(
-        ds + j[:, None] * SIZE + i[None, :], mask=(i[None, :] < j[:, None]) & (j < SIZE)[:, None], other=0.0
-    )
-    i = i[:, None]
-    entry = dpacked_ptr + block * stride_packed_block + i * (2 * SIZE - i - 1) // 2 + (j[None, :] - i - 1)
-    tl.store(entry, upper - tl.trans(lower), mask=(i < j[None, :]) & (j < SIZE)[None, :])
+        tl.store(even_ptr + entry, even, mask=inside)
+        tl.store(odd_ptr + entry, odd, mask=inside)
+    packed_entry = program // PANELS * stride_packed_block + rows * (2 * SIZE - rows - 1) // 2 + (cols - rows - 1)
+    tl.store(dpacked_ptr + packed_entry, ds, mask=inside & (rows < cols))
 
 
 def _supports(packed: Tensor, size: int, polynomial: list[float]) -> str | None:
@@ -296,14 +296,14 @@ def _options(size: int, count: int, polynomial: list[float], forward: bool) -> t
     }
 
 
-def _panel_options(size: int, panel: int, polynomial: list[float]) -> dict:
+def _panel_options(size: int, polynomial: list[float]) -> dict:
     """Return the arguments that forward and backward share when programs share a block."""
     return {
-        "num_warps": 8,
+        "num_warps": 4 if size <= 64 else 8,
         "stride_packed_block": size * (size - 1) // 2,
         "SIZE": size,
         "WIDTH": triton.next_power_of_2(size),
-        "PANEL": panel,
+        "PANEL": PANEL,
         "BLOCK_K": 16,
         "POLYNOMIAL": tuple(polynomial),
         "TERMS": len(polynomial),
@@ -325,7 +325,7 @@ def cayley(packed: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
             (count * triton.cdiv(block_size, PANEL),),
             packed_ptr=packed.contiguous(),
             blocks_ptr=blocks,
-            **_panel_options(block_size, PANEL, polynomial),
+            **_panel_options(block_size, polynomial),
         )
         return blocks
     programs, options = _options(block_size, count, polynomial, forward=True)
@@ -345,32 +345,18 @@ def cayley_backward(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: li
     count, size = packed.shape[0], blocks.shape[-1]
     dpacked = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     if size > RESIDENT_GRADIENT_SIZE:
-        # One panel of a block that fits in registers needs no second launch to meet its transpose.
-        panel = PANEL if size > RESIDENT_SIZE else RESIDENT_SIZE
-        series, ds = (torch.empty(blocks.shape, dtype=packed.dtype, device=packed.device) for _ in range(2))
+        even, odd, ds = (torch.empty(blocks.shape, dtype=packed.dtype, device=packed.device) for _ in range(3))
         launch(
             _cayley_panel_backward_kernel,
-            (count * triton.cdiv(size, panel),),
+            (count * triton.cdiv(size, PANEL),),
             grad_ptr=grad.contiguous(),
             packed_ptr=packed.contiguous(),
-            series_ptr=series,
+            even_ptr=even,
+            odd_ptr=odd,
             ds_ptr=ds,
             dpacked_ptr=dpacked,
-            **_panel_options(size, panel, polynomial),
+            **_panel_options(size, polynomial),
         )
-        if panel < size:
-            tiles = triton.cdiv(size, 32)
-            launch(
-                _pack_skew_gradient_kernel,
-                (count * tiles * tiles,),
-                num_warps=4,
-                ds_ptr=ds,
-                dpacked_ptr=dpacked,
-                stride_packed_block=size * (size - 1) // 2,
-                SIZE=size,
-                TILE=32,
-                TILES=tiles,
-            )
         return dpacked
     programs, options = _options(size, count, polynomial, forward=False)
     launch(
