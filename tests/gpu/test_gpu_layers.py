@@ -8,6 +8,7 @@ from gpu_calls import FRESH, METHODS, layer, trainable
 
 import peftk
 from peftk.testing.compare import assert_close, assert_same_bits
+from peftk.testing.memory import saved_bytes
 
 pytestmark = pytest.mark.cuda
 
@@ -34,25 +35,12 @@ def test_saved_bytes_stay_in_the_budget(method: str, dtype: torch.dtype, device:
     module = layer(METHODS[method], dtype, device)
     tokens, features, out = 1024, 512, 384
     x = torch.randn(tokens, features, device=device, dtype=dtype, requires_grad=True)
-    owned = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
-    saved: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            saved[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = module(x)
+    saved = saved_bytes(lambda: module(x), (x, *module.parameters()))
     if method == "lora":
         budget = x.element_size() * 16 * (tokens + (features + out if dtype is not torch.float32 else 0))
     else:
         budget = 4 * features * 32
-    assert sum(saved.values()) <= budget
-    del y
+    assert saved <= budget
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
