@@ -10,9 +10,31 @@
 
 #include "../../csrc/cpu/simd.h"
 
+// VARIANT(level, kernel)(arguments...) calls the variant of a kernel that was compiled for an instruction set.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define VARIANT(level, kernel) \
+  ((level) == CpuLevel::avx512 ? kernel##_avx512 : (level) == CpuLevel::avx2 ? kernel##_avx2 : kernel##_base)
+#else
+#define VARIANT(level, kernel) kernel
+#endif
+
 namespace {
 
 using namespace peftk;
+using Level = CpuLevel;
+
+const char* name_of(Level level) { return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "base"; }
+
+// The instruction sets of this CPU.
+std::vector<Level> levels() {
+  std::vector<Level> result{Level::base};
+  if (cpu_level() >= Level::avx2) result.push_back(Level::avx2);
+  if (cpu_level() >= Level::avx512) result.push_back(Level::avx512);
+  return result;
+}
+
+// Sizes of square blocks: one, odd ones, and those beside whole vectors.
+constexpr int64_t kSizes[] = {1, 2, 3, 5, 8, 12, 30, 32, 33, 64};
 
 // Unit roundoff: half the distance from 1 to the next number.
 constexpr double kFloatUnit = std::numeric_limits<float>::epsilon() / 2.0;
