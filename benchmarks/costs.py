@@ -160,10 +160,10 @@ def calls() -> Iterator[Call]:
     ):
         for out in outs:
             for size in sizes:
-                for neumann in (True, False) if operator == "cayley" else (False,):
+                for variant in ("neumann", "exact") if operator == "cayley" else ("",):
                     for suffix in ("", "_backward"):
                         tokens = 0 if operator == "cayley" else TOKENS
-                        yield Call(f"{operator}{suffix}", tokens, FEATURES, out, size, dtype, neumann)
+                        yield Call(f"{operator}{suffix}", tokens, FEATURES, out, size, dtype, variant)
 
 
 @functools.cache

@@ -52,8 +52,8 @@ def kernel_calls() -> list[Call]:
     found = []
     for suffix in ("", "_backward"):
         for size in (32, 64, 256):
-            for neumann in (True, False):
-                found.append(Call(f"cayley{suffix}", 0, FEATURES, FEATURES, size, F32, neumann))
+            for variant in ("neumann", "exact"):
+                found.append(Call(f"cayley{suffix}", 0, FEATURES, FEATURES, size, F32, variant))
             found.append(Call(f"block_rotate{suffix}", TOKENS, FEATURES, FEATURES, size, BF16))
         # C++ takes small blocks.
         found.append(Call(f"block_rotate{suffix}", TOKENS, FEATURES, FEATURES, 8, BF16))
@@ -230,7 +230,7 @@ def cayley(size: int, neumann: bool, device: str, seconds: float, features: int 
         arms.append((Arm("hf", skip=f"cannot be imported: {failure}"), None))
     for each, backend in arms:
         inspect(each, device, backend)
-    call = Call("cayley", 0, features, features, size, F32, neumann)
+    call = Call("cayley", 0, features, features, size, F32, "neumann" if neumann else "exact")
     for suite, mode in (("gpu-cayley", "forward+backward"), ("gpu-cayley-forward", "forward")):
         found = time_arms([a for a, _ in arms], device, seconds, "eager", forward=mode == "forward")
         yield _finish(_info(suite, call, f"{call}-{mode}", mode), found, device, "eager")

@@ -16,11 +16,11 @@ from benchmarks import arms
 from peftk import _registry, _tuning
 from peftk.commands import bench
 from peftk.testing import memory
-from peftk.testing.calls import FAMILIES, Call, sweep
+from peftk.testing.calls import KINDS, Call, sweep
 from peftk.testing.timing import Weave, paired_ratio
 
-OPERATORS = [name for family in FAMILIES for name in (family, f"{family}_backward")]
-SMALL = {"tokens": (1, 5), "widths": ((24, 16),), "blocks": (4, 8), "ranks": (2,)}
+OPERATORS = [name for known in KINDS for name in (known, f"{known}_backward")]
+SMALL = {"tokens": (1, 5), "widths": ((24, 16),), "blocks": (4, 8), "ranks": (2,), "factors": (2, 4)}
 
 
 def small_calls(operator: str, dtype: torch.dtype = torch.float32) -> list[Call]:

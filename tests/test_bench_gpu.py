@@ -19,7 +19,7 @@ from peftk.testing.calls import Call
 
 F32, BF16 = torch.float32, torch.bfloat16
 PLAIN = [Call(name, 24, 32, 40, 8) for name in ("block_rotate", "low_rank_add", "low_rank_add_backward")]
-SMALL = [*PLAIN, Call("cayley", 0, 32, 32, 8, F32, True), Call("cayley_backward", 0, 32, 32, 8)]
+SMALL = [*PLAIN, Call("cayley", 0, 32, 32, 8, F32, "neumann"), Call("cayley_backward", 0, 32, 32, 8)]
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ def test_accumulators_count_twice_and_views_not_at_all() -> None:
 
 
 def test_a_backend_that_cannot_run_has_a_reason_and_no_figures() -> None:
-    found = costs.cost(Call("cayley", 0, 64, 64, 32, F32, False), "triton")
+    found = costs.cost(Call("cayley", 0, 64, 64, 32, F32, "exact"), "triton")
     assert found.reason and not found.steps
 
 

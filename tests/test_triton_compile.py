@@ -24,7 +24,7 @@ from torch import Tensor
 
 from peftk import _registry, triton_kernels
 from peftk.testing import triton_compiler
-from peftk.testing.calls import NEUMANN
+from peftk.testing.calls.cayley import NEUMANN
 from peftk.testing.triton_compiler import SHARED_LIMITS, TARGETS, Compiled, Specialization
 
 if _launch.INTERPRETED:

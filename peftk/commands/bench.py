@@ -16,7 +16,7 @@ import typer
 
 from .. import _config, _registry, _tuning
 from .._version import __version__
-from ..testing.calls import FAMILIES, Call, sweep
+from ..testing.calls import KINDS, Call, sweep
 from ..testing.timing import Weave
 
 LONGEST_PRODUCT = 0.5
@@ -89,12 +89,16 @@ def choose_calls(operators: Iterable[str], quick: bool, device: str) -> Iterator
     """Yield the calls to time, without those whose dense product alone would take too long on this device."""
     grid: dict[str, Any] = {}
     if quick:
-        grid = {"tokens": (32, 512), "widths": ((384, 384), (1024, 1024)), "blocks": (8, 32), "ranks": (16,)}
+        grid = {
+            "tokens": (32, 512),
+            "widths": ((384, 384), (1024, 1024)),
+            "blocks": (8, 32),
+            "ranks": (16,),
+            "factors": (8,),
+        }
     for dtype in (torch.float32, torch.bfloat16):
         rate = product_rate(device, dtype)
         for operator in operators:
-            if operator.startswith("cayley") and dtype is not torch.float32:
-                continue
             for call in sweep(operator, dtype=dtype, **grid):
                 if call.product_flops / rate <= LONGEST_PRODUCT:
                     yield call
@@ -210,10 +214,10 @@ def bench(
         raise typer.BadParameter(
             f"expected a device of this machine; got {device!r}: {reason}", param_hint="--device"
         ) from error
-    names = operator or list(FAMILIES)
+    names = operator or list(KINDS)
     for name in names:
-        if name.removesuffix("_backward") not in FAMILIES:
-            raise typer.BadParameter(f"expected one of {', '.join(FAMILIES)}; got {name!r}", param_hint="--operator")
+        if name.removesuffix("_backward") not in KINDS:
+            raise typer.BadParameter(f"expected one of {', '.join(KINDS)}; got {name!r}", param_hint="--operator")
     wanted = [
         kind for name in names for kind in ((name,) if name.endswith("_backward") else (name, f"{name}_backward"))
     ]

@@ -19,7 +19,7 @@ import typer
 from .. import _config, _registry, _tuning
 from .._version import __version__
 from ..native_kernels import unavailable
-from ..testing.calls import Call
+from ..testing.calls import KINDS, Call
 from ..testing.compare import LIMITS
 from ..testing.trials import orthogonality, run_trial, trials
 
@@ -39,7 +39,7 @@ def explain_operators(device: str = "cpu") -> list[Report]:
     """Ask the registry about a representative call of every operator, forward and backward."""
     rows = []
     for name, operator in _registry.OPERATORS.items():
-        call = Call(name, TOKENS, FEATURES, FEATURES, 32 if "rotate" in name or "cayley" in name else 16)
+        call = Call(name, TOKENS, FEATURES, FEATURES, KINDS[name.removesuffix("_backward")].usual)
         found = operator.explain(call.arguments(device))
         rows.append(
             {"call": str(call), "device": device, **asdict(found), "candidates": list(map(asdict, found.candidates))}

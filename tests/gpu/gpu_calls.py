@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import peftk
 from peftk import _registry
-from peftk.testing.calls import FAMILIES, Call
+from peftk.testing.calls import KINDS, Call
 
 BACKENDS = ("native", "triton")
 # Sizes that no tile divides, and enough rows for a reduction to be split.
 TOKENS, FEATURES, OUT = 2053, 768, 520
-SIZES = {"block": (8, 32, 256), "rank": (16, 64), "cayley": (8, 32, 64)}
+SIZES = {"block": (8, 32, 256), "rank": (16, 64), "factor": (4, 8), "cayley": (8, 32, 64)}
 
 
 def calls() -> list[Call]:
     """Return calls of every operator, forward and backward."""
     found = []
     for operator in _registry.OPERATORS:
-        family = FAMILIES[operator.removesuffix("_backward")]
-        for size in SIZES[family]:
-            for dtype in (torch.float32, torch.bfloat16):
-                if family == "cayley":
-                    if dtype is torch.float32:
-                        found += [Call(operator, 0, FEATURES, FEATURES, size, dtype, neumann) for neumann in (0, 1)]
-                    continue
-                found.append(Call(operator, TOKENS, FEATURES, OUT, size, dtype))
+        forward = operator.removesuffix("_backward")
+        kind = KINDS[forward]
+        for size in SIZES.get(forward, SIZES[kind.size]):
+            if not kind.fits(FEATURES, OUT, size):
+                continue
+            for dtype, variant in itertools.product(kind.dtypes, kind.variants):
+                found.append(Call(operator, TOKENS, FEATURES, OUT, size, dtype, variant))
     return found
 
 

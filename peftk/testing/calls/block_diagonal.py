@@ -1,0 +1,38 @@
+"""Calls of the block rotation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._kind import Kind, Normal
+
+if TYPE_CHECKING:
+    from . import Call
+
+
+def _fits(features: int, out: int, size: int) -> bool:
+    return features % size == 0
+
+
+def _rotate(call: Call, normal: Normal) -> tuple:
+    x = normal(call.tokens, call.features, dtype=call.dtype)
+    blocks = normal(call.features // call.size, call.size, call.size, spread=call.size**-0.5)
+    if call.backward:
+        return normal(call.tokens, call.features, dtype=call.dtype), x, blocks, False, True, True
+    return x, blocks, False
+
+
+def _rotate_linear(call: Call, normal: Normal) -> tuple:
+    x = normal(call.tokens, call.features, dtype=call.dtype)
+    weight = normal(call.out, call.features, spread=call.features**-0.5, dtype=call.dtype)
+    bias = normal(call.out, dtype=call.dtype)
+    blocks = normal(call.features // call.size, call.size, call.size, spread=call.size**-0.5)
+    if call.backward:
+        return normal(call.tokens, call.out, dtype=call.dtype), x, weight, blocks, True, True, False
+    return x, weight, bias, blocks
+
+
+KINDS = {
+    "block_rotate": Kind(_rotate, "block", 32, square=True, fits=_fits),
+    "block_rotate_linear": Kind(_rotate_linear, "block", 32, fits=_fits),
+}
