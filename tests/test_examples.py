@@ -1,0 +1,75 @@
+"""Every script of examples/ runs as it stands, on its tiny random model, and does what it says."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+# Adapted once on the fly and once in the weight, or computed in another order: a few roundings of float32.
+ROUNDING = 100 * torch.finfo(torch.float32).eps
+
+
+def script(name: str) -> ModuleType:
+    """Import one example."""
+    pytest.importorskip("transformers")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def falls(losses: list[float]) -> bool:
+    """Say whether the last losses are below the first ones."""
+    return sum(losses[-3:]) / 3 < 0.98 * sum(losses[:3]) / 3
+
+
+def test_readme_lists_every_script() -> None:
+    table = (EXAMPLES / "README.md").read_text()
+    assert sorted(re.findall(r"\]\((\w+)\.py\)", table)) == SCRIPTS
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_is_tested_and_says_how_it_is_run(name: str) -> None:
+    assert f'script("{name}")' in Path(__file__).read_text()
+    assert f"    python examples/{name}.py" in script(name).__doc__
+
+
+def test_bert_masked_lm(tmp_path: Path) -> None:
+    """The loss falls, the file loads again, and names, shapes and what is trained are PEFT's."""
+    peft = pytest.importorskip("peft")
+    results = script("bert_masked_lm").main(["--steps", "25", "--output", str(tmp_path)])
+    assert len(results) >= 2
+    for found in results.values():
+        assert falls(found["losses"])
+        assert found["difference"] == 0
+        theirs = peft.get_peft_model(copy.deepcopy(found["base"]), peft.PeftConfig.from_peft_type(**_fields(found)))
+        names = [(name, tuple(p.shape), p.requires_grad) for name, p in found["model"].named_parameters()]
+        assert names == [(name, tuple(p.shape), p.requires_grad) for name, p in theirs.named_parameters()]
+
+
+def _fields(found: dict) -> dict:
+    ours = found["config"].to_dict()
+    return {name: value for name, value in ours.items() if name not in ("auto_mapping", "runtime_config")}
+
+
+def test_t5_sequence_to_sequence(tmp_path: Path) -> None:
+    found = script("t5_sequence_to_sequence").main(["--steps", "25", "--output", str(tmp_path)])
+    assert falls(found["losses"])
+    assert found["differences"]["loaded"] == 0
+    assert found["differences"]["merged"] < ROUNDING * found["largest"]
+
+
+def test_llama_oft(tmp_path: Path) -> None:
+    found = script("llama_oft").main(["--steps", "25", "--output", str(tmp_path)])
+    assert found["fresh"] == 0
+    assert falls(found["losses"])
+    assert found["differences"]["loaded"] == 0
+    assert found["differences"]["merged"] < ROUNDING * found["largest"]
