@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import LAYER_OF_CONFIG, PeftConfig
+from .nn import PeftConfig, check_known, layer_class_for
 from .nn._base import Adapter, AdapterLayer
 from .nn.config import pattern_key
 from .nn.saved import ModulesToSaveWrapper
@@ -48,12 +48,7 @@ def make_plan(
     strict: bool = True,
 ) -> Plan:
     """Make all tensors of a new adapter without touching the model or `config`."""
-    layer_class = LAYER_OF_CONFIG.get(type(config))
-    if layer_class is None:
-        raise TypeError(
-            f"peft_config: expected one of {sorted(c.__name__ for c in LAYER_OF_CONFIG)}, got {type(config).__name__} "
-            f"from {type(config).__module__}"
-        )
+    check_known(config)
     config = copy.deepcopy(config)
     asked = list(config.modules_to_save or ()) if strict else []
     if config.task_type in HEADS:
@@ -65,13 +60,13 @@ def make_plan(
     for path in resolve(model, config, strict=strict):
         module = modules[path]
         if isinstance(module, AdapterLayer):
-            if type(module) is not layer_class:
+            if module.config_class is not type(config):
                 raise ValueError(
                     f"target_modules: module {path!r} has a {type(module).__name__} already; two methods cannot share "
                     "a layer"
                 )
             module = module.base_layer
-        adapters[path] = layer_class.make(
+        adapters[path] = layer_class_for(config, module, path).make(
             module, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
         )
     _check_patterns(config, adapters)
@@ -100,7 +95,9 @@ def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:
     adapters, saved = {}, {}
     for path, module in candidates(model).items():
         if isinstance(module, AdapterLayer) and name in module.adapter_names:
-            adapters[path] = Adapter({c: getattr(module, c)[name] for c in module.adapter_layer_names})
+            containers = {c: getattr(module, c) for c in module.adapter_layer_names}
+            parts = {c: container[name] for c, container in containers.items() if name in container}
+            adapters[path] = Adapter(parts, layer_class=type(module))
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             saved[path] = module.modules_to_save[name]
     return Plan(name, config, adapters, saved)
@@ -109,11 +106,10 @@ def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:
 def attach(model: nn.Module, plan: Plan) -> None:
     """Put the tensors of a plan into the model; nothing is active yet."""
     modules = candidates(model)
-    layer_class = LAYER_OF_CONFIG[type(plan.config)]
     for path, adapter in plan.adapters.items():
         layer = modules[path]
         if not isinstance(layer, AdapterLayer):
-            layer = layer_class.around(layer)
+            layer = adapter.layer_class.around(layer)
             replace_module(model, path, layer)
         layer.attach(plan.name, adapter)
     for path, module in plan.saved.items():
@@ -146,7 +142,7 @@ def _choose_path(layer: nn.TransformerEncoderLayer) -> None:
 
 def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Yield the file key and the tensor of every bias of the base model that the configuration trains."""
-    mode = plan.config.bias
+    mode = plan.config.bias_mode
     if mode == "none":
         return
     root = model._parameters.get("bias")
@@ -155,7 +151,7 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     for path, module in candidates(model).items():
         # The keys are those that the file has when this is the model's only adapter.
         if path in plan.adapters:
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 yield f"{path}.base_layer.bias", module.bias
         elif mode != "all" or any(path.startswith(f"{saved}.") for saved in plan.saved):
             continue
@@ -181,13 +177,13 @@ def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     The mapping is the same before and after the plan is attached. The adapter's name is in no key.
     """
     tensors = {
-        f"{path}.{name}": tensor for path, adapter in plan.adapters.items() for name, tensor in adapter.parameters()
+        f"{path}.{name}": tensor for path, adapter in plan.adapters.items() for name, tensor in adapter.saved_tensors()
     }
     for path, module in plan.saved.items():
         for name, tensor in module.state_dict(keep_vars=True).items():
             tensors[f"{path}.{name}"] = tensor
             # With bias="all" PEFT writes the biases of these modules a second time, under the wrapper's own name.
-            if plan.config.bias == "all" and (name == "bias" or name.endswith(".bias")):
+            if plan.config.bias_mode == "all" and (name == "bias" or name.endswith(".bias")):
                 inner = name if name == "bias" else f"{plan.name}.{name}"
                 tensors[f"{path}.modules_to_save.{inner}"] = tensor
     tensors.update(biases(model, plan))

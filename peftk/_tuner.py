@@ -76,11 +76,11 @@ class Tuner(nn.Module):
         check_adapter_name(name)
         if name in self.peft_config:
             raise ValueError(f"adapter_name: {name!r} exists already; delete it or choose another name")
-        with_bias = [other for other, c in self.peft_config.items() if c.bias != "none"]
-        if with_bias and config.bias != "none":
+        with_bias = [other for other, c in self.peft_config.items() if c.bias_mode != "none"]
+        if with_bias and config.bias_mode != "none":
             raise ValueError(
                 f"bias: adapter {with_bias[0]!r} trains biases of the base model already, and only one adapter can; "
-                f"use bias='none', got {config.bias!r}"
+                f"use bias='none', got {config.bias_mode!r}"
             )
 
     def commit(self, plan: Plan) -> None:
@@ -147,7 +147,7 @@ class Tuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off; merged layers are unmerged."""
         for name in self.active_adapters:
-            mode = self.peft_config[name].bias
+            mode = self.peft_config[name].bias_mode
             if mode != "none":
                 warnings.warn(
                     f"disable_adapter: adapter {name!r} trains biases of the base model (bias={mode!r}), so the output "

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .nn._base import AdapterLayer, why_unsupported
+from .nn import layer_class_for
+from .nn._base import AdapterLayer
+from .nn._kinds import kind_of
 from .nn.config import PeftConfig, TaskType
 from .nn.saved import ModulesToSaveWrapper
 
@@ -143,18 +145,13 @@ def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     names = {
         name
         for name, module in candidates(model).items()
-        if (isinstance(module, (nn.Linear, AdapterLayer)) and not isinstance(module, _NEVER_CALLED))
-        or is_conv1d(module)
+        if kind_of(module.base_layer if isinstance(module, AdapterLayer) else module) in ("Linear", "Conv1D")
+        and not isinstance(module, _NEVER_CALLED)
         if not any(module is head for head in heads)
     }
     if not names:
         raise ValueError(f'target_modules: "{ALL_LINEAR}", but the model has no linear layer besides its head')
     return names
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is the Conv1D of transformers, a linear layer that stores its weight transposed."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def resolve(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> list[str]:
@@ -190,13 +187,8 @@ def resolve(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> lis
             f"{config.layers_to_transform} or layers_pattern={config.layers_pattern}"
         )
     for key in kept:
-        module = modules[key]
-        if isinstance(module, AdapterLayer):
-            continue
-        reason = why_unsupported(module)
-        if reason is not None:
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            raise TypeError(f"target_modules: module {key!r} is a {kind}, which cannot be adapted: {reason}")
+        if not isinstance(modules[key], AdapterLayer):
+            layer_class_for(config, modules[key], key)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""LoRALinear and OFTLinear on their own: formulas, dtypes, the call of the base layer, what is refused."""
+"""Every adapted layer on its own: formulas, dtypes, the call of the base layer, what is refused."""
 
 from __future__ import annotations
 
@@ -6,33 +6,38 @@ import copy
 
 import pytest
 import torch
-from layer_cases import CONFIGS, IDENTITIES, LAYERS, I, O, make, reference, with_hook
+from layer_cases import CASES, IDENTITIES, I, O, example, make, reference, with_hook
 from torch import nn
 
-from peftk.nn import LoraConfig, LoRALinear, OFTConfig, OFTLinear
+from peftk.nn import LoraConfig, LoRALinear, OFTConfig, OFTLinear, layer_class_for
 from peftk.nn.oft import nearest_divisor
 from peftk.testing.compare import assert_close
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients_follow_the_formula(name, bias, fused):
-    layer = make(CONFIGS[name], bias=bias)
+    case = CASES[name]
+    if (case.base == "conv1d" and not bias) or (case.base == "embedding" and bias):
+        return
+    layer = make(case, bias=bias)
     if not fused:
         with_hook(layer)
-    for shape in [(I,), (1, I), (0, I), (5, I), (2, 3, I)]:
-        x = torch.randn(shape, requires_grad=True)
+    for shape in case.shapes():
+        x = example(case, shape)
+        x = x.requires_grad_() if x.is_floating_point() else x
         layer.zero_grad()
         y = layer(x)
         assert y.dtype == x.dtype
         weights = torch.randn(y.shape)
         (y * weights).sum().backward()
-        grads = [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
-        x64 = x.detach().double().requires_grad_()
         trained = [p for p in layer.parameters() if p.requires_grad]
-        y64 = reference(layer, x64)
-        expected = torch.autograd.grad((y64 * weights).sum(), [x64, *trained])
+        grads = [p.grad for p in trained]
+        if x.is_floating_point():
+            trained, grads = [x, *trained], [x.grad, *grads]
+        y64 = reference(layer, x)
+        expected = torch.autograd.grad((y64 * weights).sum(), trained)
         assert_close(y, y64, torch.float32)
         for grad, want in zip(grads, expected, strict=True):
             assert grad is not None
@@ -43,19 +48,20 @@ def test_output_and_gradients_follow_the_formula(name, bias, fused):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_a_fresh_adapter_changes_no_bit(name, fused, dtype):
-    for bias in (True, False):
-        layer = make(IDENTITIES[name], dtype=dtype, bias=bias)
+    case = IDENTITIES[name]
+    for bias in {"conv1d": [True], "embedding": [False]}.get(case.base, [True, False]):
+        layer = make(case, dtype=dtype, bias=bias)
         base = copy.deepcopy(layer.base_layer)
         if not fused:
             with_hook(layer)
-        for shape in [(1, I), (7, I), (2, 3, I), (0, I)]:
-            x = torch.randn(shape, dtype=dtype)
+        for shape in case.shapes():
+            x = example(case, shape, dtype)
             assert torch.equal(layer(x), base(x))
 
 
 def test_scales_are_those_of_the_papers():
-    assert make(CONFIGS["lora"]).scaling["default"] == 5 / 3
-    assert make(CONFIGS["rslora"]).scaling["default"] == 6 / 2
+    assert make(CASES["lora"]).scaling["default"] == 5 / 3
+    assert make(CASES["rslora"]).scaling["default"] == 6 / 2
 
 
 class Rounding(nn.Linear):
@@ -66,7 +72,7 @@ class Rounding(nn.Linear):
 
 
 def test_the_output_has_the_dtype_of_the_base_layer():
-    layer = LoRALinear(Rounding(I, O), CONFIGS["lora"])
+    layer = LoRALinear(Rounding(I, O), CASES["lora"].config)
     x = torch.randn(3, I)
     y = layer(x)
     assert y.dtype == torch.bfloat16
@@ -74,29 +80,31 @@ def test_the_output_has_the_dtype_of_the_base_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["lora", "oft", "oft_exact", "lora_bias"])
+@pytest.mark.parametrize("name", CASES)
 def test_half_precision_bases_get_float32_parameters(name, dtype):
-    layer = make(CONFIGS[name], dtype=dtype)
+    case = CASES[name]
+    layer = make(case, dtype=dtype, bias=case.base != "embedding")
     adapter = [p for n, p in layer.named_parameters() if "base_layer" not in n]
     assert {p.dtype for p in adapter} == {torch.float32}
     # As with PEFT, the initial values are those of the base dtype.
     assert all(torch.equal(p, p.to(dtype).float()) for p in adapter)
-    x = torch.randn(4, I, dtype=dtype, requires_grad=True)
+    x = example(case, dtype=dtype)
+    x = x.requires_grad_() if x.is_floating_point() else x
     for variant in (layer, with_hook(copy.deepcopy(layer))):
         y = variant(x)
         assert y.dtype == dtype
         assert_close(y, reference(layer, x.detach()), dtype)
         y.sum().backward()
         assert all(p.grad is not None for p in variant.parameters() if p.requires_grad)
-    plain = make(CONFIGS[name], dtype=dtype, autocast_adapter_dtype=False)
+    plain = make(case, dtype=dtype, bias=case.base != "embedding", autocast_adapter_dtype=False)
     assert {p.dtype for p in plain.parameters()} == {dtype}
     assert plain(x).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["lora", "oft"])
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.together])
 def test_autocast_computes_in_the_autocast_dtype(name):
-    layer = make(CONFIGS[name])
-    x = torch.randn(3, I)
+    layer = make(CASES[name])
+    x = example(CASES[name])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
@@ -112,7 +120,7 @@ class Doubled(nn.Linear):
 
 def test_the_base_layer_is_called_when_its_call_matters():
     x = torch.randn(3, I)
-    for config in (CONFIGS["lora"], CONFIGS["oft"]):
+    for config in (CASES["lora"].config, CASES["oft"].config):
         calls = []
         layer = make(config)
         expected = layer(x)
@@ -127,7 +135,7 @@ def test_the_base_layer_is_called_when_its_call_matters():
         assert layer.base_layer in calls
         layer.base_layer.forward = lambda x: x[..., :O] * 0
         assert not layer(x * 0).any()
-        subclass = LAYERS[type(config)](Doubled(I, O), config)
+        subclass = layer_class_for(config, base := Doubled(I, O))(base, config)
         assert torch.equal(subclass(x * 0), 2 * subclass.base_layer.bias.expand(3, O))
         parametrised = make(config)
         nn.utils.parametrizations.weight_norm(parametrised.base_layer)
@@ -169,12 +177,14 @@ class Quantised(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "base", [nn.Conv2d(4, 4, 1), nn.Embedding(4, 4), nn.LayerNorm(4), Quantised(), nn.LazyLinear(4), nn.Identity()]
+    "base", [nn.Conv3d(4, 4, 1), nn.LayerNorm(4), Quantised(), nn.LazyLinear(4), nn.LazyConv2d(4, 1), nn.Identity()]
 )
 def test_unsupported_layers_are_refused(base):
     for config in (LoraConfig(r=1), OFTConfig(oft_block_size=2)):
         with pytest.raises(TypeError, match=rf"'a\.b'.*{type(base).__name__}.*support"):
-            LAYERS[type(config)](base, config, module_name="a.b")
+            layer_class_for(config, nn.Linear(4, 4))(base, config, module_name="a.b")
+        with pytest.raises(TypeError, match=rf"'a\.b'.*{type(base).__name__}.*support"):
+            layer_class_for(config, base, "a.b")
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a/b", "keys", "..", "a\\b"])

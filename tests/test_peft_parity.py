@@ -8,135 +8,19 @@ import warnings
 import peft
 import pytest
 import torch
+from parity_cases import CASES, CNN, MLP, SMALL, TOKENS, build, run, theirs_of, train
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BertConfig,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 from peftk.model import PeftModel, get_peft_model
 from peftk.nn import LoraConfig, OFTConfig
 from peftk.testing.compare import assert_close
-
-THEIRS = {LoraConfig: peft.LoraConfig, OFTConfig: peft.OFTConfig}
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
-DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-TOKENS = torch.arange(12).reshape(2, 6)
-
-
-class MLP(nn.Module):
-    """Two layers, a norm and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(12, 16)
-        self.second = nn.Linear(16, 12, bias=False)
-        self.norm = nn.LayerNorm(12)
-        self.head = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-
-    def forward(self, x):
-        return self.head(self.norm(self.second(self.first(x).relu())))
-
-
-MODELS = {
-    "mlp": MLP,
-    "bert": lambda: BertModel(BertConfig(**SMALL, **DROPOUT)),
-    "bert_cls": lambda: BertForSequenceClassification(BertConfig(**SMALL, **DROPOUT, num_labels=3)),
-    "bert_tokens": lambda: BertForTokenClassification(BertConfig(**SMALL, **DROPOUT, num_labels=3)),
-    "bert_qa": lambda: BertForQuestionAnswering(BertConfig(**SMALL, **DROPOUT)),
-    "roberta_cls": lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL, **DROPOUT, num_labels=3)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-}
-CASES = {
-    "default targets": ("bert", LoraConfig, {"r": 4}),
-    "suffixes": ("mlp", LoraConfig, {"r": 2, "lora_alpha": 3, "target_modules": ["first", "head.2"]}),
-    "pattern": ("bert", LoraConfig, {"target_modules": r".*layer\.1.*(query|key)", "use_rslora": True}),
-    "all-linear": ("llama", LoraConfig, {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
-    "layers": (
-        "llama",
-        LoraConfig,
-        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
-    ),
-    "exclude": ("bert", LoraConfig, {"target_modules": ["query", "value"], "exclude_modules": r".*\.0\..*value"}),
-    "patterns": (
-        "mlp",
-        LoraConfig,
-        {"target_modules": ["first", "second"], "rank_pattern": {"^first": 3}, "alpha_pattern": {"second": 5}},
-    ),
-    "bias all": ("mlp", LoraConfig, {"target_modules": ["first"], "bias": "all", "modules_to_save": ["head.2"]}),
-    "bias lora_only": ("bert", LoraConfig, {"target_modules": ["query"], "bias": "lora_only"}),
-    "lora_bias": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "lora_bias": True}),
-    "gaussian": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "init_lora_weights": "gaussian"}),
-    "orthogonal": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "init_lora_weights": "orthogonal"}),
-    "random": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "init_lora_weights": False}),
-    "classification": ("bert_cls", LoraConfig, {"task_type": "SEQ_CLS"}),
-    "classification, all-linear": (
-        "bert_cls",
-        OFTConfig,
-        {"task_type": "SEQ_CLS", "oft_block_size": 8, "target_modules": "all-linear"},
-    ),
-    "nested head": ("roberta_cls", LoraConfig, {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
-    "tokens": ("bert_tokens", OFTConfig, {"task_type": "TOKEN_CLS", "oft_block_size": 4}),
-    "questions": ("bert_qa", LoraConfig, {"task_type": "QUESTION_ANS"}),
-    "oft": ("bert", OFTConfig, {"oft_block_size": 4}),
-    "oft by number": (
-        "mlp",
-        OFTConfig,
-        {"r": 4, "oft_block_size": 0, "target_modules": ["first", "second"], "init_weights": False},
-    ),
-    "oft exact": ("mlp", OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False, "target_modules": ["first"]}),
-    "oft terms": ("mlp", OFTConfig, {"oft_block_size": 4, "num_cayley_neumann_terms": 7, "target_modules": ["first"]}),
-    "oft shared": ("mlp", OFTConfig, {"oft_block_size": 4, "block_share": True, "target_modules": ["first"]}),
-    "coft": ("mlp", OFTConfig, {"oft_block_size": 4, "coft": True, "eps": 0.2, "target_modules": ["first"]}),
-    "oft nearest": ("mlp", OFTConfig, {"oft_block_size": 5, "target_modules": ["first", "second"]}),
-    "oft bias": ("mlp", OFTConfig, {"oft_block_size": 4, "bias": "oft_only", "target_modules": ["first", "second"]}),
-}
-
-
-def build(case, seed=0):
-    """The same base model, adapted by both libraries from the same seed."""
-    kind, config, values = CASES[case]
-    torch.manual_seed(seed)
-    base = MODELS[kind]()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        ours = get_peft_model(copy.deepcopy(base), config(**values))
-        torch.manual_seed(seed)
-        theirs = peft.get_peft_model(copy.deepcopy(base), THEIRS[config](**copy.deepcopy(values)))
-    return base, ours, theirs
-
-
-def run(case, model):
-    kind = CASES[case][0]
-    if kind == "mlp":
-        return model(torch.linspace(-1, 1, 36).reshape(3, 12))
-    outputs = model(input_ids=TOKENS)
-    return torch.cat([t.flatten() for t in outputs.to_tuple() if torch.is_tensor(t)])
-
-
-def train(case, model, steps=2):
-    """A few large steps, so that the adapter matters."""
-    generator = torch.Generator().manual_seed(1)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1.0)
-    for step in range(steps):
-        optimizer.zero_grad()
-        y = run(case, model)
-        (y * torch.randn(y.shape, generator=generator)).mean().backward()
-        if step + 1 < steps:
-            optimizer.step()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    optimizer.step()
-    return grads
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,7 +67,7 @@ def test_half_precision_parameters_are_those_of_peft(config):
     torch.manual_seed(0)
     base = BertModel(BertConfig(**SMALL)).to(torch.bfloat16)
     made = []
-    for build_model, cls in ((get_peft_model, type(config)), (peft.get_peft_model, THEIRS[type(config)])):
+    for build_model, cls in ((get_peft_model, type(config)), (peft.get_peft_model, theirs_of(type(config)))):
         torch.manual_seed(1)
         values = {"r": config.r} if cls.__name__ == "LoraConfig" else {"oft_block_size": 4}
         model = build_model(copy.deepcopy(base), cls(**values))
@@ -258,6 +142,26 @@ def pair_of_oft(**values):
     )
     models[0].load_state_dict(models[1].state_dict())
     return [model.eval() for model in models]
+
+
+def test_d3_a_rotated_convolution_computes_what_it_merges_to():
+    torch.manual_seed(0)
+    base = CNN()
+    x = torch.linspace(-1, 1, 90).reshape(1, 3, 5, 6)
+    values = {"oft_block_size": 3, "target_modules": ["first"]}
+    ours = get_peft_model(copy.deepcopy(base), OFTConfig(**values))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.OFTConfig(**values))
+    assert torch.equal(ours(x), base(x))
+    with pytest.raises(AssertionError):
+        assert_close(theirs(x), base(x).double(), torch.float32)
+    with torch.no_grad():
+        nn.init.normal_(theirs.base_model.model.first.oft_R["default"].weight, std=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    y = ours(x)
+    theirs.merge_adapter()
+    assert_close(y, theirs(x).double(), torch.float32)
+    ours.merge_adapter()
+    assert_close(ours(x), y.double(), torch.float32)
 
 
 def test_d4_peft_never_applies_module_dropout():

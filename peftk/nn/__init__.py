@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ._base import AdapterLayer
+from ._kinds import KINDS, kind_of, why_unsupported
 from .config import PeftConfig, PeftType, TaskType
 from .lora import LoraConfig, LoRALinear
-from .oft import OFTConfig, OFTLinear
+from .oft import OFTConfig, OFTConv2d, OFTLinear
 
-LAYER_OF_CONFIG: dict[type[PeftConfig], type[AdapterLayer]] = {
-    layer.config_class: layer for layer in (LoRALinear, OFTLinear)
-}
+LAYERS: tuple[type[AdapterLayer], ...] = (LoRALinear, OFTLinear, OFTConv2d)
+"""Every adapted layer. A configuration and a kind of layer belong to at most one of them."""
 
-__all__ = ["AdapterLayer", "LoRALinear", "LoraConfig", "OFTConfig", "OFTLinear", "PeftConfig", "PeftType", "TaskType"]
+
+def check_known(config: PeftConfig) -> None:
+    """Raise TypeError unless `config` belongs to a method of this package."""
+    known = {layer.config_class for layer in LAYERS}
+    if type(config) not in known:
+        raise TypeError(
+            f"peft_config: expected one of {sorted(c.__name__ for c in known)}, got {type(config).__name__} "
+            f"from {type(config).__module__}"
+        )
+
+
+def layer_class_for(config: PeftConfig, module: nn.Module, name: str = "") -> type[AdapterLayer]:
+    """Return the class that adapts `module` as `config` says.
+
+    Raises:
+        TypeError: There is none; the message names the module, its class and what is supported.
+    """
+    layers = [layer for layer in LAYERS if layer.config_class is type(config)]
+    kinds = [kind for kind in KINDS if any(kind in layer.base_kinds for layer in layers)]
+    reason = why_unsupported(module, kinds)
+    if reason is not None:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(f"target_modules: module {name!r} is a {kind}, which cannot be adapted: {reason}")
+    return next(layer for layer in layers if kind_of(module) in layer.base_kinds)
+
+
+__all__ = [
+    "AdapterLayer",
+    "LoRALinear",
+    "LoraConfig",
+    "OFTConfig",
+    "OFTConv2d",
+    "OFTLinear",
+    "PeftConfig",
+    "PeftType",
+    "TaskType",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ._kinds import features_of, kind_of, why_unsupported
 from .config import PeftConfig, check_adapter_name
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -21,40 +22,42 @@ class Adapter:
     """The parameters and settings of one adapter on one layer, before they are attached to it.
 
     Attributes:
-        modules: Container name (`lora_A`, `oft_R`, ...) to the module that holds the parameters.
+        parts: Container name (`lora_A`, `oft_R`, ...) to the parameter, or to the module that holds the parameters.
         settings: Attribute name (`r`, `scaling`, ...) to this adapter's value.
+        layer_class: The class of the layer that it belongs to.
     """
 
-    modules: dict[str, nn.Module]
+    parts: dict[str, nn.Module | nn.Parameter]
     settings: dict[str, Any] = field(default_factory=dict)
+    layer_class: type[AdapterLayer] | None = None
 
-    def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Yield `(container.parameter, tensor)` pairs."""
-        for container, module in self.modules.items():
-            for name, parameter in module.named_parameters():
-                yield f"{container}.{name}", parameter
-
-
-def why_unsupported(layer: nn.Module) -> str | None:
-    """Say why an adapter cannot wrap `layer`, or return None if it can."""
-    if not isinstance(layer, nn.Linear):
-        return "only nn.Linear is supported"
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be ignored"
-    weight = layer.weight
-    if type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor" and type(weight) is not Tensor:
-        return f"its weight is a {type(weight).__name__}; only dense floating-point weights are supported"
-    if weight.dtype not in (torch.float64, torch.float32, *_HALF):
-        return f"its weight is {weight.dtype}; float64, float32, bfloat16 and float16 are supported"
-    return None
+    def saved_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the file key, after the path of the layer, and the tensor of everything that a file holds."""
+        for container, part in self.parts.items():
+            if container in self.layer_class.constant_names:
+                continue
+            if isinstance(part, nn.Parameter):
+                yield container, part
+                continue
+            for name, parameter in part.named_parameters():
+                key = f"{container}.{name}"
+                yield self.layer_class.file_names.get(key, key), parameter
 
 
 class AdapterLayer(nn.Module):
     """A frozen layer with any number of named adapters, of which some are active.
 
-    Subclasses set `adapter_layer_names` (containers of parameters) and `other_param_names` (dicts of settings), and
-    implement `make`, `_adapted` and `_merge_into`. Everything else (activation, disabling, merging, exact
-    unmerging, deletion, dtype and device) is written here once.
+    Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
+    Everything else (activation, disabling, merging, exact unmerging, deletion, dtype and device) is written here once.
+
+    Attributes:
+        base_kinds: Which of `KINDS` the class wraps.
+        adapter_layer_names: The containers of parameters, in PEFT's order. An adapter need not have all of them.
+        parameter_names: Those that hold bare parameters (`hada_w1_a.<adapter>`); the others hold modules
+            (`lora_A.<adapter>.weight`).
+        constant_names: Those that are never trained and never saved.
+        file_names: File keys where they differ from `<container>.<parameter>`.
+        other_param_names: Dicts of settings; every adapter has an entry in the first.
 
     Args:
         base_layer: The layer to adapt; it is frozen (its bias is trained if the configuration says so).
@@ -68,7 +71,11 @@ class AdapterLayer(nn.Module):
         ValueError: `config` does not fit the layer.
     """
 
+    base_kinds: ClassVar[tuple[str, ...]] = ("Linear",)
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    parameter_names: ClassVar[frozenset[str]] = frozenset()
+    constant_names: ClassVar[frozenset[str]] = frozenset()
+    file_names: ClassVar[dict[str, str]] = {}
     other_param_names: ClassVar[tuple[str, ...]] = ()
     config_class: ClassVar[type[PeftConfig]] = PeftConfig
 
@@ -84,8 +91,8 @@ class AdapterLayer(nn.Module):
         adapter = self.make(base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
         self._wrap(base_layer)
         base_layer.requires_grad_(False)
-        if config.bias != "none" and base_layer.bias is not None:
-            base_layer.bias.requires_grad_(True)
+        if config.bias_mode != "none" and self.bias is not None:
+            self.bias.requires_grad_(True)
         self.attach(adapter_name, adapter)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
@@ -101,11 +108,11 @@ class AdapterLayer(nn.Module):
         self.base_layer = base_layer
         self.train(base_layer.training)
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict())
+            setattr(self, name, nn.ParameterDict() if name in self.parameter_names else nn.ModuleDict())
         for name in self.other_param_names:
             setattr(self, name, {})
-        self.in_features: int = base_layer.in_features
-        self.out_features: int = base_layer.out_features
+        self.kind: str = kind_of(base_layer)
+        self.in_features, self.out_features = features_of(base_layer)
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
@@ -132,15 +139,16 @@ class AdapterLayer(nn.Module):
             raise TypeError(
                 f"{where}config: {cls.__name__} expects a {cls.config_class.__name__}, got {type(config).__name__}"
             )
-        reason = why_unsupported(base_layer)
+        reason = why_unsupported(base_layer, cls.base_kinds)
         if reason is not None:
             raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
         adapter = cls._create(base_layer, config, module_name, initialise)
+        adapter.layer_class = cls
         weight = base_layer.weight
-        for module in adapter.modules.values():
-            module.to(device=weight.device, dtype=weight.dtype)
-            if autocast_adapter_dtype and weight.dtype in _HALF:
-                module.float()
+        for part in adapter.parts.values():
+            for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                value = parameter.data.to(device=weight.device, dtype=weight.dtype)
+                parameter.data = value.float() if autocast_adapter_dtype and weight.dtype in _HALF else value
         return adapter
 
     @classmethod
@@ -159,21 +167,22 @@ class AdapterLayer(nn.Module):
         """Run the base layer with the active adapters; extra arguments go to the base layer."""
         if self.disable_adapters or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
-        # Straight from the dictionaries: every look-up through nn.Module runs Python of its own.
-        attached = self._modules[self.adapter_layer_names[0]]._modules
+        # Straight from the dictionary: every look-up through nn.Module runs Python of its own.
+        attached = self.__dict__[self.other_param_names[0]]
         names = [name for name in self.active_adapters if name in attached]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
 
     def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
-        """Whether the base layer is a plain dense nn.Linear whose call nobody observes or replaces.
+        """Whether the base layer is a plain dense nn.Linear or nn.Conv2d whose call nobody observes or replaces.
 
         Anything else is reached by calling it, so that hooks, sharding, quantisation and nested wrappers keep
         working. Under autocast torch caches the cast of the weight, which only the call profits from.
         """
         base = self._modules["base_layer"]
-        if type(base) is not nn.Linear or args or kwargs:
+        linear = type(base) is nn.Linear
+        if not (linear or type(base) is nn.Conv2d) or args or kwargs:
             return False
         # A parametrized weight is not among the parameters.
         weight = base._parameters.get("weight")
@@ -181,7 +190,7 @@ class AdapterLayer(nn.Module):
             type(weight) is nn.Parameter
             and not weight.requires_grad
             and weight.dtype is x.dtype
-            and weight.shape == (self.out_features, self.in_features)
+            and (weight.shape == (self.out_features, self.in_features) if linear else weight.dim() == 4)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not base._backward_pre_hooks
             and not _has_any_global_hook()
@@ -189,22 +198,28 @@ class AdapterLayer(nn.Module):
             and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
         )
 
+    def _base_weight(self) -> Tensor:
+        """The frozen weight as (out, in), or as it is stored for a convolution or an embedding."""
+        weight = self.base_layer.weight
+        return weight.mT if self.kind == "Conv1D" else weight
+
     # -- adapters ---------------------------------------------------------------------------------------------
 
     @property
     def adapter_names(self) -> list[str]:
         """The names of all adapters on this layer."""
-        return list(getattr(self, self.adapter_layer_names[0]))
+        return list(getattr(self, self.other_param_names[0]))
 
     def attach(self, adapter_name: str, adapter: Adapter) -> None:
         """Add a made adapter under a new name; it is neither active nor trainable yet."""
         check_adapter_name(adapter_name)
         if adapter_name in self.adapter_names:
             raise ValueError(f"adapter_name: {adapter_name!r} exists already on this layer")
-        for container, module in adapter.modules.items():
-            module.requires_grad_(False)
-            module.train(self.training)
-            getattr(self, container)[adapter_name] = module
+        for container, part in adapter.parts.items():
+            part.requires_grad_(False)
+            if isinstance(part, nn.Module):
+                part.train(self.training)
+            getattr(self, container)[adapter_name] = part
         for name, value in adapter.settings.items():
             getattr(self, name)[adapter_name] = value
 
@@ -229,18 +244,21 @@ class AdapterLayer(nn.Module):
         if self.merged_adapters:
             warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
             self.unmerge()
-        for container in self.adapter_layer_names:
-            for name, module in getattr(self, container).items():
-                module.requires_grad_(name in names and not inference_mode)
+        for name, part in self._trainable():
+            part.requires_grad_(name in names and not inference_mode)
         self.active_adapters = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, part in self._trainable():
+            if name in names:
+                part.requires_grad_(requires_grad)
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
         for container in self.adapter_layer_names:
-            for name, module in getattr(self, container).items():
-                if name in names:
-                    module.requires_grad_(requires_grad)
+            if container not in self.constant_names:
+                yield from getattr(self, container).items()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; a merged layer is unmerged before it is switched off.
@@ -288,7 +306,7 @@ class AdapterLayer(nn.Module):
         """
         self.check_merge(adapter_names)
         names = [*self.merged_adapters, *self._to_merge(adapter_names)]
-        base = {"weight": self.base_layer.weight, "bias": self.base_layer.bias}
+        base = {"weight": self.base_layer.weight, "bias": self.bias}
         weight = base["weight"]
         if "weight" not in self.base_layer._parameters:
             raise ValueError(
@@ -302,13 +320,16 @@ class AdapterLayer(nn.Module):
             for key, tensor in base.items()
             if tensor is not None
         }
+        if self.kind == "Conv1D":
+            source["weight"] = source["weight"].mT
         tensors = dict(source)
         # The adapter that acts first on the input is the last factor next to the weight.
         for name in reversed(names):
             self._merge_into(tensors, name)
-        return {
-            key: tensor.to(base[key].dtype).contiguous() for key, tensor in tensors.items() if tensor is not source[key]
-        }
+        changed = {key: tensor for key, tensor in tensors.items() if tensor is not source[key]}
+        if self.kind == "Conv1D" and "weight" in changed:
+            changed["weight"] = changed["weight"].mT
+        return {key: torch.empty_like(base[key]).copy_(tensor) for key, tensor in changed.items()}
 
     @torch.no_grad()
     def merge(
@@ -367,8 +388,8 @@ class AdapterLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of the base layer."""
-        return self.base_layer.bias
+        """The bias of the base layer, if it has one."""
+        return getattr(self.base_layer, "bias", None)
 
     def extra_repr(self) -> str:
         """Name the active and merged adapters and their settings."""
@@ -378,7 +399,8 @@ class AdapterLayer(nn.Module):
         if self.disable_adapters:
             parts.append("disabled")
         for name in self.adapter_names:
-            values = ", ".join(f"{key}={getattr(self, key)[name]}" for key in self.other_param_names)
+            settings = {key: getattr(self, key) for key in self.other_param_names}
+            values = ", ".join(f"{key}={values[name]}" for key, values in settings.items() if name in values)
             parts.append(f"{name}=({values})")
         return ", ".join(parts)
 

@@ -86,10 +86,14 @@ def check_adapter_name(name: object) -> str:
     """Return `name`, or raise if it can name neither a parameter container nor a folder."""
     if not isinstance(name, str):
         raise TypeError(f"adapter_name: expected a string, got {name!r}")
-    if not name or any(c in name for c in "./\\\0") or hasattr(nn.ModuleDict, name):
+    if (
+        not name
+        or any(c in name for c in "./\\\0")
+        or any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict))
+    ):
         raise ValueError(
             f"adapter_name: expected a non-empty name without '.', '/' or '\\' that is no attribute of "
-            f"nn.ModuleDict, got {name!r}"
+            f"nn.ModuleDict or nn.ParameterDict, got {name!r}"
         )
     return name
 
@@ -239,6 +243,11 @@ class PeftConfig:
         from ..checkpoint import peft as files
 
         return cls.from_dict(files.read_config(folder))
+
+    @property
+    def bias_mode(self) -> str:
+        """Which biases of the base model are trained; "none" for a method that has no such field."""
+        return getattr(self, "bias", "none")
 
     @property
     def is_prompt_learning(self) -> bool:

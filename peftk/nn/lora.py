@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ._base import Adapter, AdapterLayer
+from ._kinds import settle_fan_in_fan_out
 from .config import pattern_key
 from .lora_config import LoraConfig, LoraRuntimeConfig
 
@@ -52,9 +53,7 @@ class LoRALinear(AdapterLayer):
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
-        if config.fan_in_fan_out:
-            warnings.warn("fan_in_fan_out: has no meaning on nn.Linear and is set to False", stacklevel=2)
-            config.fan_in_fan_out = False
+        settle_fan_in_fan_out(config, base_layer)
         r = config.rank_pattern.get(pattern_key(config.rank_pattern, module_name), config.r)
         alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module_name), config.lora_alpha)
         if config.lora_bias and base_layer.bias is None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ._base import Adapter, AdapterLayer
+from ._conv import convolve_with
+from ._kinds import features_of, settle_fan_in_fan_out
 from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
 
 MAX_NEUMANN_TERMS = 64
@@ -23,7 +25,8 @@ MAX_BLOCK = 65_536
 class OFTConfig(PeftConfig, method=PeftType.OFT):
     """Configuration of OFT, with the fields and defaults of PEFT 0.21.
 
-    ``y = base(x R)`` with R block diagonal and orthogonal, ``r * oft_block_size == in_features``.
+    ``y = base(x R)`` with R block diagonal and orthogonal, ``r * oft_block_size == in_features``. A convolution's
+    filters are rotated instead, flattened: ``r * oft_block_size == in_channels * kernel height * kernel width``.
 
     Args:
         r: Number of blocks; 0 if `oft_block_size` is given. Exactly one of the two is non-zero.
@@ -31,7 +34,7 @@ class OFTConfig(PeftConfig, method=PeftType.OFT):
             by the nearest one that does, with a warning.
         module_dropout: Probability, in training, that a block is replaced by the identity, in [0, 1).
         target_modules: As in `LoraConfig`.
-        fan_in_fan_out: As in `LoraConfig`.
+        fan_in_fan_out: As in `LoraConfig`; GPT-2's Conv1D, which PEFT refuses for OFT, is supported.
         bias: Which biases of the model are trained: "none", "all" or "oft_only".
         exclude_modules: As in `LoraConfig`.
         init_weights: True (the identity) or False (normal with deviation 0.1).
@@ -186,20 +189,20 @@ class Rotation(nn.Module):
 
 
 class OFTLinear(AdapterLayer):
-    """An nn.Linear whose input is rotated by OFT adapters: ``y = (x R) W^T + bias``.
+    """An nn.Linear, or GPT-2's Conv1D, whose input is rotated by OFT adapters: ``y = (x R) W^T + bias``.
 
     Parameters per adapter: `oft_R.<name>.weight` (blocks, b (b - 1) / 2), or one row with `block_share`. Several
     active adapters rotate one after another, in the order in which they are active; merging keeps that order.
 
     Args:
-        base_layer: The nn.Linear to adapt; it is frozen.
+        base_layer: The layer to adapt; it is frozen.
         config: An OFTConfig.
         adapter_name: The name of the first adapter.
         module_name: The path of the layer in its model.
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is not a dense nn.Linear.
+        TypeError: `base_layer` is neither, or is not dense.
 
     Source: Qiu et al., arXiv 2506.19847.
 
@@ -210,16 +213,15 @@ class OFTLinear(AdapterLayer):
         torch.Size([2, 8])
     """
 
+    base_kinds = ("Linear", "Conv1D")
     adapter_layer_names = ("oft_R",)
     other_param_names = ("r", "oft_block_size")
     config_class = OFTConfig
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: OFTConfig, module_name: str, initialise: bool) -> Adapter:
-        if config.fan_in_fan_out:
-            warnings.warn("fan_in_fan_out: has no meaning on nn.Linear and is set to False", stacklevel=2)
-            config.fan_in_fan_out = False
-        features = base_layer.in_features
+        settle_fan_in_fan_out(config, base_layer)
+        features = cls._rotated_features(base_layer, module_name)
         name = "oft_block_size" if config.oft_block_size else "r"
         wanted = getattr(config, name)
         size = nearest_divisor(features, wanted)
@@ -239,6 +241,10 @@ class OFTLinear(AdapterLayer):
         if initialise and not config.init_weights:
             nn.init.normal_(rotation.weight, std=0.1)
         return Adapter({"oft_R": rotation}, {"r": features // block_size, "oft_block_size": block_size})
+
+    @staticmethod
+    def _rotated_features(base_layer: nn.Module, module_name: str) -> int:
+        return features_of(base_layer)[0]
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(names) == 1 and self._can_fuse(x, args, kwargs):
@@ -261,6 +267,63 @@ class OFTLinear(AdapterLayer):
         tensors["weight"] = F.block_rotate(weight, _resting(self.oft_R[name], weight.dtype), transpose=True)
 
 
+class OFTConv2d(OFTLinear):
+    """An nn.Conv2d whose flattened filters are rotated by OFT adapters: ``W'[o] = R W[o]``.
+
+    It is the convolution that merging gives, computed from rotated filters. PEFT rotates and folds the image instead,
+    which sums overlapping patches: there, for kernels larger than 1, even an untrained adapter changes the output, and
+    merging changes it again. A file trained by PEFT on such a layer therefore gives here what it gives there merged.
+
+    Parameters per adapter: `oft_R.<name>.weight` (blocks, b (b - 1) / 2), over in_channels * height * width of the
+    kernel. Stride, padding, padding mode and dilation are those of the layer.
+
+    Args:
+        base_layer: The nn.Conv2d to adapt, without groups; it is frozen.
+        config: An OFTConfig.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is not a dense nn.Conv2d.
+        ValueError: It has groups.
+
+    Source: Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280.
+
+    Example:
+        >>> import torch, peftk
+        >>> layer = peftk.nn.OFTConv2d(torch.nn.Conv2d(4, 8, 3), peftk.OFTConfig(oft_block_size=4))
+        >>> layer(torch.randn(1, 4, 5, 5)).shape
+        torch.Size([1, 8, 3, 3])
+    """
+
+    base_kinds = ("Conv2d",)
+
+    @staticmethod
+    def _rotated_features(base_layer: nn.Module, module_name: str) -> int:
+        if base_layer.groups != 1:
+            raise ValueError(
+                f"target_modules: module {module_name!r} is a convolution with groups={base_layer.groups}; OFT rotates "
+                "all input channels together, so expected groups=1"
+            )
+        return base_layer.weight[0].numel()
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        blocks = [self.oft_R[name].blocks() for name in names]
+        return convolve_with(_rotated_filters, self, x, *blocks, args=args, kwargs=kwargs)
+
+    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+        weight = tensors["weight"]
+        tensors["weight"] = _rotated_filters(weight, _resting(self.oft_R[name], weight.dtype))
+
+
+def _rotated_filters(weight: Tensor, *blocks: Tensor) -> Tensor:
+    filters = weight.flatten(1)
+    for block in reversed(blocks):
+        filters = F.block_rotate(filters, block, transpose=True)
+    return filters.view(weight.shape)
+
+
 def _resting(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     """The blocks without dropout, whatever mode the layer is in."""
     training = rotation.training
@@ -271,4 +334,4 @@ def _resting(rotation: Rotation, dtype: torch.dtype) -> Tensor:
         rotation.training = training
 
 
-__all__ = ["OFTConfig", "OFTLinear"]
+__all__ = ["OFTConfig", "OFTConv2d", "OFTLinear"]
