@@ -6,6 +6,7 @@ from ._registry import explain
 from ._version import __version__
 from .model import PeftModel, get_peft_model
 from .nn import LoraConfig, OFTConfig, PeftConfig, PeftType, TaskType
+from .status import get_layer_status, get_model_status
 
 __all__ = [
     "LoraConfig",
@@ -17,6 +18,8 @@ __all__ = [
     "__version__",
     "explain",
     "functional",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "nn",
     "use_backend",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from ._plan import Plan, copy_into, embedding_tensors, file_tensors, make_plan, plan_of, same_meaning
 from ._tuner import Tuner
 from .nn import PeftConfig
@@ -42,7 +45,7 @@ def read_into_plan(
         plan = make_plan(model, name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
     targets = file_tensors(model, plan)
     try:
-        values = files.read_adapter(folder, {key: tensor.shape for key, tensor in targets.items()})
+        values = files.read_adapter(folder, *_expected(targets))
     except CheckpointError:
         # PEFT adds whole embeddings to the file of an adapter on the output layer.
         embeddings = embedding_tensors(model, plan)
@@ -53,8 +56,13 @@ def read_into_plan(
         if not found:
             raise
         targets.update(found)
-        values = files.read_adapter(folder, {key: tensor.shape for key, tensor in targets.items()})
+        values = files.read_adapter(folder, *_expected(targets))
     return plan, lambda: copy_into(targets, values)
+
+
+def _expected(targets: dict[str, Tensor]) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
+    shapes = {key: tensor.shape for key, tensor in targets.items()}
+    return shapes, {key: tensor.dtype for key, tensor in targets.items() if not tensor.is_floating_point()}
 
 
 def _names_in(folder: str) -> set[str]:

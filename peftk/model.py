@@ -15,6 +15,7 @@ from ._signature import restore, with_signature_of
 from ._tuner import Tuner
 from .nn import AdapterLayer, PeftConfig
 from .nn.config import check_bool
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 
 def get_peft_model(
@@ -252,6 +253,14 @@ class PeftModel(nn.Module):
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Return the state of every adapted layer; see `peftk.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Return the state of the adapters as a whole; see `peftk.get_model_status`."""
+        return get_model_status(self)
+
     # -- files ------------------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -311,6 +320,7 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> PeftModel:
         """Load an adapter that peftk or PEFT has saved onto its base model.
 
@@ -322,10 +332,12 @@ class PeftModel(nn.Module):
             adapter_name: The name that the adapter gets.
             is_trainable: Whether it can be trained further; if not, the model is put into evaluation mode.
             autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
+            low_cpu_mem_usage: Accepted for scripts that pass it: what is loaded is never initialised first.
 
         Raises:
             ValueError: The file is damaged, or its keys or shapes do not fit the model.
         """
+        check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         _check_base(model)
         tuner = Tuner(model)
         plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
@@ -342,11 +354,13 @@ class PeftModel(nn.Module):
         adapter_name: str,
         is_trainable: bool = False,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
         """Load another saved adapter, or new values for one that exists; `set_adapter` activates it.
 
         On failure nothing changes. Arguments as in `from_pretrained`.
         """
+        check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         tuner = self.base_model
         plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         if adapter_name not in self.peft_config:

@@ -30,7 +30,7 @@ LAYERS = (
     ("ops",),
     ("functional", "checkpoint"),
     ("nn",),
-    ("targets", "model", "_plan", "_signature", "_tuner", "_loading"),
+    ("targets", "model", "status", "_plan", "_signature", "_tuner", "_loading"),
     ("trainer",),
     ("testing", "__init__"),
     ("commands",),

@@ -96,12 +96,12 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor],
 
     Args:
         folder: made if it does not exist.
-        tensors: key in the file to tensor, any floating dtype and device; saved contiguous, as they are.
+        tensors: key in the file to tensor, any floating or integer dtype and device; saved contiguous, as they are.
         config: the content of adapter_config.json; dicts, lists, strings, finite numbers, None.
 
     Raises:
         TypeError: an argument, key or config field of the wrong type.
-        ValueError: tensors that share memory, hold NaN or infinity, are not floating, or cannot be stored: every key is
+        ValueError: tensors that share memory, hold NaN or infinity, are complex, or cannot be stored: every key is
             named, and nothing has been written.
         OSError: the disk refused; the old files are as they were.
 
@@ -111,9 +111,9 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor],
     path = _folder(folder)
     check_tensors(tensors)
     wrong = [
-        f"key {shown(name)}: dtype expected floating, got {tensor.dtype}"
+        f"key {shown(name)}: dtype expected floating or integer, got {tensor.dtype}"
         for name, tensor in tensors.items()
-        if not tensor.dtype.is_floating_point
+        if tensor.dtype.is_complex
     ]
     if wrong:
         raise ValueError("tensors: " + "; ".join(capped(wrong, "keys")))
@@ -163,13 +163,16 @@ def _unexpected(names: list[str], expected: Mapping[str, Any], missing: list[str
 
 
 def read_adapter(
-    folder: str | os.PathLike[str], expected: Mapping[str, torch.Size | tuple[int, ...]]
+    folder: str | os.PathLike[str],
+    expected: Mapping[str, torch.Size | tuple[int, ...]],
+    integers: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of an adapter that fits `expected` exactly; nothing is applied to any model.
 
     Args:
         folder: holds adapter_model.safetensors.
         expected: key in the file to shape, for every tensor that the model wants.
+        integers: key to dtype for those that are not floating, such as the step counter of a batch norm.
 
     Returns:
         Key to CPU tensor in the dtype of the file, in the order of `expected`.
@@ -177,7 +180,7 @@ def read_adapter(
     Raises:
         TypeError: `expected` is not a mapping to shapes.
         CheckpointError: one message with every problem: missing keys, unexpected keys with the closest expected names,
-            wrong shapes, dtypes that are not floating, NaN or infinity, sha256 that does not agree; or a file that
+            wrong shapes or dtypes, NaN or infinity, sha256 that does not agree; or a file that
             cannot be read at all (see `reader.read_safetensors`).
 
     Example:
@@ -185,6 +188,7 @@ def read_adapter(
     """
     if not isinstance(expected, Mapping) or not all(isinstance(shape, (tuple, list)) for shape in expected.values()):
         raise TypeError("expected: expected a dict from key to shape")
+    integers = integers or {}
     path = _existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME
     file, problems = scan_safetensors(path)
     missing = [name for name in expected if name not in file]
@@ -205,9 +209,9 @@ def read_adapter(
     )
     problems += capped(
         (
-            f"key {shown(name)}: dtype expected floating, got {file[name].dtype}"
+            f"key {shown(name)}: dtype expected {integers.get(name, 'floating')}, got {file[name].dtype}"
             for name in both
-            if not file[name].dtype.is_floating_point
+            if not (file[name].dtype == integers[name] if name in integers else file[name].dtype.is_floating_point)
         ),
         "keys of wrong dtype",
     )
