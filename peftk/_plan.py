@@ -50,8 +50,8 @@ def make_plan(
     """Make all tensors of a new adapter without touching the model or `config`."""
     check_known(config)
     config = copy.deepcopy(config)
-    asked = list(config.modules_to_save or ()) if strict else []
-    if config.task_type in HEADS:
+    asked = list(getattr(config, "modules_to_save", None) or ()) if strict else []
+    if config.task_type in HEADS and hasattr(config, "modules_to_save"):
         heads = [head for head in HEADS[config.task_type] if head not in (config.modules_to_save or ())]
         asked = [head for head in asked if head not in HEADS[config.task_type]]
         config.modules_to_save = [*(config.modules_to_save or ()), *heads]
@@ -90,9 +90,7 @@ def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:
     adapters, saved = {}, {}
     for path, module in candidates(model).items():
         if isinstance(module, AdapterLayer) and name in module.adapter_names:
-            containers = {c: getattr(module, c) for c in module.adapter_layer_names}
-            parts = {c: container[name] for c, container in containers.items() if name in container}
-            adapters[path] = Adapter(parts, layer_class=type(module))
+            adapters[path] = module.adapter(name)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             saved[path] = module.modules_to_save[name]
     return Plan(name, config, adapters, saved)

@@ -76,6 +76,12 @@ class Tuner(nn.Module):
         check_adapter_name(name)
         if name in self.peft_config:
             raise ValueError(f"adapter_name: {name!r} exists already; delete it or choose another name")
+        for other, present in self.peft_config.items():
+            if type(present) is not type(config) and (present._alone or config._alone):
+                raise ValueError(
+                    f"peft_config: {config.peft_type.value} cannot be added to a model with adapter {other!r}, which "
+                    f"is {present.peft_type.value}; one of the two must be the only method of its model"
+                )
         with_bias = [other for other, c in self.peft_config.items() if c.bias_mode != "none"]
         if with_bias and config.bias_mode != "none":
             raise ValueError(
@@ -99,8 +105,8 @@ class Tuner(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters, and no others, active and (unless `inference_mode`) trainable."""
         names = self.known(adapter_name)
-        for _, wrapper in self.wrappers():
-            wrapper.check_set_adapter(names)
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.check_set_adapter(names)
         for _, wrapper in self.wrappers():
             wrapper.set_adapter(names, inference_mode)
         for _, layer in self.layers():
@@ -184,8 +190,10 @@ class Tuner(nn.Module):
             owners.setdefault(id(parameter), []).append(path)
         for path, layer in self.layers():
             layer.check_merge(names)
+            if not any(name in layer.adapter_names for name in names):
+                continue
             sharing = owners[id(layer.base_layer.weight)]
-            if len(sharing) > 1 and any(name in layer.adapter_names for name in names):
+            if len(sharing) > 1:
                 raise ValueError(
                     f"merge: the weight of {path!r} is shared by {sharing}, and merging would change all of them; give "
                     "the layer a copy of the weight first"
@@ -225,7 +233,7 @@ class Tuner(nn.Module):
                 check_finite(layer.merged_tensors(names), names, f"of {path!r} ")
         for path, layer in _progress(list(self.layers()), progressbar, "Merging"):
             layer.merge(adapter_names=names)
-            replace_module(self.model, path, layer.base_layer)
+            replace_module(self.model, path, layer.unwrap())
         for path, wrapper in list(self.wrappers()):
             found = wrapper.check_set_adapter(names)
             replace_module(self.model, path, wrapper.modules_to_save[found[0]] if found else wrapper.original_module)
@@ -235,7 +243,7 @@ class Tuner(nn.Module):
         """Return the base model with its original weights and modules; see `PeftModel.unload`."""
         self.unmerge_adapter()
         for path, layer in list(self.layers()):
-            replace_module(self.model, path, layer.base_layer)
+            replace_module(self.model, path, layer.unwrap())
         for path, wrapper in list(self.wrappers()):
             replace_module(self.model, path, wrapper.original_module)
         return self.model

@@ -113,20 +113,15 @@ def _is_peft_model(model: nn.Module) -> bool:
 
 def _layer_status(name: str, module: AdapterLayer | ModulesToSaveWrapper) -> TunerLayerStatus:
     if isinstance(module, ModulesToSaveWrapper):
-        containers = [module.modules_to_save]
-        available, merged = list(module.modules_to_save), []
+        parts = {adapter: [copy] for adapter, copy in module.modules_to_save.items()}
+        merged = []
     else:
-        containers = [getattr(module, name) for name in module.adapter_layer_names if name not in module.constant_names]
-        available, merged = module.adapter_names, module.merged_adapters
-    parameters = {
-        adapter: [
-            parameter
-            for container in containers
-            if adapter in container
-            for parameter in _parameters(container[adapter])
-        ]
-        for adapter in available
-    }
+        merged = module.merged_adapters
+        parts = {
+            adapter: [p for name, p in module.adapter(adapter).parts.items() if name not in module.constant_names]
+            for adapter in module.adapter_names
+        }
+    parameters = {adapter: [p for part in found for p in _parameters(part)] for adapter, found in parts.items()}
     return TunerLayerStatus(
         name=name,
         module_type=type(module).__name__,
@@ -134,7 +129,7 @@ def _layer_status(name: str, module: AdapterLayer | ModulesToSaveWrapper) -> Tun
         active_adapters=list(module.active_adapters),
         merged_adapters=list(merged),
         requires_grad={a: _agreed(p.requires_grad for p in found) for a, found in parameters.items()},
-        available_adapters=sorted(available),
+        available_adapters=sorted(parts),
         devices={a: sorted({p.device.type for p in found}) for a, found in parameters.items()},
     )
 

@@ -184,9 +184,20 @@ def resolve(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> lis
             closest modules.
         TypeError: A matched module is of a kind that cannot be adapted.
     """
+    modules = candidates(model)
+    if hasattr(config, "find_targets"):
+        kept = config.find_targets(model_type(model), modules)
+    else:
+        kept = _named_targets(model, config, modules, strict)
+    for key in kept:
+        if not isinstance(modules[key], AdapterLayer):
+            layer_class_for(config, modules[key], key)
+    return kept
+
+
+def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module], strict: bool) -> list[str]:
     fill_default_targets(model, config)
     spec = config.target_modules
-    modules = candidates(model)
     by_name = [key for key in modules if _selected(key, spec)]
     unknown = [] if isinstance(spec, str) else sorted(n for n in spec if not any(_named(k, [n]) for k in modules))
     if unknown and (strict or not by_name):
@@ -200,9 +211,6 @@ def resolve(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> lis
             f"{config.exclude_modules}, modules_to_save={config.modules_to_save}, layers_to_transform="
             f"{config.layers_to_transform} or layers_pattern={config.layers_pattern}"
         )
-    for key in kept:
-        if not isinstance(modules[key], AdapterLayer):
-            layer_class_for(config, modules[key], key)
     return kept
 
 
@@ -232,7 +240,8 @@ def resolve_saved(model: nn.Module, config: PeftConfig, asked: Iterable[str]) ->
     unknown = sorted(name for name in asked if not any(key.endswith(name) for key in modules))
     if unknown:
         raise ValueError(f"modules_to_save: not in the model: {describe_unknown(unknown, modules)}")
-    found = [key for key in modules if any(key.endswith(name) for name in config.modules_to_save or ())]
+    names = getattr(config, "modules_to_save", None) or ()
+    found = [key for key in modules if any(key.endswith(name) for name in names)]
     # A module inside one that is saved already is saved with it.
     found = [key for key in found if not any(key.startswith(f"{other}.") for other in found)]
     for key in found:

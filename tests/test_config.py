@@ -9,9 +9,9 @@ import warnings
 import peft
 import pytest
 
-from peftk.nn import LoraConfig, OFTConfig, PeftConfig
+from peftk.nn import AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig
 
-PAIRS = [(LoraConfig, peft.LoraConfig), (OFTConfig, peft.OFTConfig)]
+PAIRS = [(LoraConfig, peft.LoraConfig), (OFTConfig, peft.OFTConfig), (AdaptionPromptConfig, peft.AdaptionPromptConfig)]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -49,6 +49,7 @@ FULL = [
         },
     ),
     (OFTConfig, {"target_modules": "all-linear"}),
+    (AdaptionPromptConfig, {"adapter_len": 10, "adapter_layers": 30, "task_type": "CAUSAL_LM"}),
     (OFTConfig, {"r": 2, "oft_block_size": 0, "coft": True, "eps": 0.1, "block_share": True, "bias": "oft_only"}),
 ]
 

@@ -58,6 +58,8 @@ def test_outputs_gradients_and_files_agree_after_training(case, tmp_path):
             assert torch.equal(p, q), name
     assert not any(p.requires_grad for p in from_theirs.parameters())
     assert not from_theirs.training
+    if ours.active_peft_config.is_adaption_prompt:
+        return
     merged = from_theirs.merge_and_unload()
     assert_close(run(case, merged), z.double(), torch.float32)
 

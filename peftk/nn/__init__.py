@@ -6,11 +6,12 @@ from torch import nn
 
 from ._base import AdapterLayer
 from ._kinds import KINDS, kind_of, why_unsupported
+from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
 from .config import PeftConfig, PeftType, TaskType
 from .lora import LoraConfig, LoRALinear
 from .oft import OFTConfig, OFTConv2d, OFTLinear
 
-LAYERS: tuple[type[AdapterLayer], ...] = (LoRALinear, OFTLinear, OFTConv2d)
+LAYERS: tuple[type[AdapterLayer], ...] = (LoRALinear, OFTLinear, OFTConv2d, AdaptedAttention)
 """Every adapted layer. A configuration and a kind of layer belong to at most one of them."""
 
 
@@ -32,15 +33,18 @@ def layer_class_for(config: PeftConfig, module: nn.Module, name: str = "") -> ty
     """
     layers = [layer for layer in LAYERS if layer.config_class is type(config)]
     kinds = [kind for kind in KINDS if any(kind in layer.base_kinds for layer in layers)]
-    reason = why_unsupported(module, kinds)
+    # A method that adapts whole modules instead of these kinds has one class, which says what it wraps.
+    reason = why_unsupported(module, kinds) if kinds else layers[0].refusal(module)
     if reason is not None:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(f"target_modules: module {name!r} is a {kind}, which cannot be adapted: {reason}")
-    return next(layer for layer in layers if kind_of(module) in layer.base_kinds)
+    return next(layer for layer in layers if not kinds or kind_of(module) in layer.base_kinds)
 
 
 __all__ = [
+    "AdaptedAttention",
     "AdapterLayer",
+    "AdaptionPromptConfig",
     "LoRALinear",
     "LoraConfig",
     "OFTConfig",

@@ -139,7 +139,7 @@ class AdapterLayer(nn.Module):
             raise TypeError(
                 f"{where}config: {cls.__name__} expects a {cls.config_class.__name__}, got {type(config).__name__}"
             )
-        reason = why_unsupported(base_layer, cls.base_kinds)
+        reason = cls.refusal(base_layer)
         if reason is not None:
             raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
         adapter = cls._create(base_layer, config, module_name, initialise)
@@ -150,6 +150,11 @@ class AdapterLayer(nn.Module):
                 value = parameter.data.to(device=weight.device, dtype=weight.dtype)
                 parameter.data = value.float() if autocast_adapter_dtype and weight.dtype in _HALF else value
         return adapter
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        """Say why this class cannot wrap `layer`, or return None if it can."""
+        return why_unsupported(layer, cls.base_kinds)
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: PeftConfig, module_name: str, initialise: bool) -> Adapter:
@@ -210,6 +215,12 @@ class AdapterLayer(nn.Module):
         """The names of all adapters on this layer."""
         return list(getattr(self, self.other_param_names[0]))
 
+    def adapter(self, adapter_name: str) -> Adapter:
+        """Return the parameters of an adapter of this layer."""
+        containers = {name: getattr(self, name) for name in self.adapter_layer_names}
+        parts = {name: container[adapter_name] for name, container in containers.items() if adapter_name in container}
+        return Adapter(parts, layer_class=type(self))
+
     def attach(self, adapter_name: str, adapter: Adapter) -> None:
         """Add a made adapter under a new name; it is neither active nor trainable yet."""
         check_adapter_name(adapter_name)
@@ -234,6 +245,9 @@ class AdapterLayer(nn.Module):
         """Make and attach another adapter; `set_adapter` activates it."""
         adapter = self.make(self.base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
         self.attach(adapter_name, adapter)
+
+    def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError if these adapters cannot be active together on this layer."""
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters, and no others, active and (unless `inference_mode`) trainable.
@@ -376,6 +390,10 @@ class AdapterLayer(nn.Module):
         self.merged_adapters = []
 
     # -- what other code reads off a layer --------------------------------------------------------------------
+
+    def unwrap(self) -> nn.Module:
+        """Return the wrapped layer, which is about to take this one's place."""
+        return self.base_layer
 
     def get_base_layer(self) -> nn.Module:
         """Return the wrapped layer."""

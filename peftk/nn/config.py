@@ -32,6 +32,7 @@ class TaskType(str, Enum):
 class PeftType(str, Enum):
     """The adapter methods that peftk implements."""
 
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
     LORA = "LORA"
     OFT = "OFT"
 
@@ -139,6 +140,8 @@ class PeftConfig:
     # The fields that change what a trained tensor means: a file that disagrees must not be loaded over it.
     _meaning: ClassVar[tuple[str, ...]] = ()
     _never_in_file: ClassVar[frozenset[str]] = frozenset()
+    # Whether the method cannot stand beside another one in a model.
+    _alone: ClassVar[bool] = False
 
     def __init_subclass__(cls, method: PeftType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -24,6 +24,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -76,6 +78,8 @@ MODELS = {
     "bert_qa": lambda: BertForQuestionAnswering(BertConfig(**SMALL, **DROPOUT)),
     "roberta_cls": lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL, **DROPOUT, num_labels=3)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "llama_gqa": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=1)),
 }
 
 _METHODS = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
