@@ -5,10 +5,11 @@ from ._config import use_backend
 from ._registry import explain
 from ._version import __version__
 from .model import PeftModel, get_peft_model
-from .nn import AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig, PeftType, TaskType
+from .nn import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig, PeftType, TaskType
 from .status import get_layer_status, get_model_status
 
 __all__ = [
+    "AdaLoraConfig",
     "AdaptionPromptConfig",
     "LoraConfig",
     "OFTConfig",

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .nn import PeftConfig, check_known, layer_class_for
 from .nn._base import Adapter, AdapterLayer
-from .nn.config import pattern_key
 from .nn.saved import ModulesToSaveWrapper
 from .targets import HEADS, candidates, resolve, resolve_saved
 
@@ -80,7 +79,7 @@ def make_plan(
 def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field, None) or {}
-        unused = sorted(p for p in patterns if not any(pattern_key([p], path) for path in adapters))
+        unused = sorted(p for p in patterns if not any(config.pattern_applies(p, path) for path in adapters))
         if unused:
             warnings.warn(f"{field}: these keys match no adapted module and have no effect: {unused}", stacklevel=3)
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._plan import Plan, attach, biases, plan_of, replace_module
-from .nn import PeftConfig
+from ._plan import PREFIX, Plan, attach, biases, plan_of, replace_module
+from .nn import AdaLoraConfig, PeftConfig
 from .nn._base import AdapterLayer, check_finite
-from .nn.config import check_adapter_name
+from .nn.config import check_adapter_name, check_int
+from .nn.rank_allocator import RankAllocator, orthogonality_loss
 from .nn.saved import ModulesToSaveWrapper
 from .targets import candidates, describe_unknown
 
@@ -30,6 +31,7 @@ class Tuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
+        self._allocators: dict[str, RankAllocator] = {}
         self.train(model.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +91,13 @@ class Tuner(nn.Module):
                 f"use bias='none', got {config.bias_mode!r}"
             )
 
+        trained = self._trained_adalora()
+        if trained and isinstance(config, AdaLoraConfig) and not config.inference_mode:
+            raise ValueError(
+                f"inference_mode: adapter {trained[0]!r} is a trainable AdaLoRA adapter already, and only one can be; "
+                "set inference_mode=True for the others"
+            )
+
     def commit(self, plan: Plan) -> None:
         """Add a planned adapter. The first one becomes active; a later one waits for `set_adapter`."""
         first = not self.peft_config
@@ -136,12 +145,52 @@ class Tuner(nn.Module):
         for _, module in (*self.layers(), *self.wrappers()):
             module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
+        self._allocators.pop(adapter_name, None)
         remaining = [name for name in self.active_adapters if name != adapter_name]
         if not remaining and self.active_adapters and self.peft_config:
             remaining = [next(iter(self.peft_config))]
             warnings.warn(f"delete_adapter: {adapter_name!r} was active; {remaining[0]!r} is active now", stacklevel=3)
             self.set_adapter(remaining)
         self.active_adapters = remaining
+
+    # -- AdaLoRA ----------------------------------------------------------------------------------------------
+
+    def _trained_adalora(self) -> list[str]:
+        return [n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        """What chooses the ranks of the trainable AdaLoRA adapter.
+
+        Raises:
+            ValueError: There is none.
+        """
+        names = self._trained_adalora()
+        if not names:
+            raise ValueError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
+        if names[0] not in self._allocators:
+            layers = [(path, layer) for path, layer in self.layers() if names[0] in layer.adapter_names]
+            self._allocators[names[0]] = RankAllocator(layers, names[0], self.peft_config[names[0]])
+        return self._allocators[names[0]]
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Prune the trainable AdaLoRA adapter; see `PeftModel.update_and_allocate`."""
+        check_int("global_step", global_step, 0, 2**63)
+        self.rankallocator.update_and_allocate(global_step)
+
+    def orthogonality_loss(self) -> Tensor:
+        """Return the term that keeps A and B of AdaLoRA orthogonal; see `PeftModel.orthogonality_loss`."""
+        allocator = self.rankallocator
+        return allocator.config.orth_reg_weight * orthogonality_loss(allocator.layers, allocator.adapter_name)
+
+    def pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned."""
+        config = self.peft_config[name]
+        if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
+            for path, layer in self.layers():
+                if name in layer.adapter_names:
+                    layer.prune(name, config.kept_triplets(path), tensors, f"{PREFIX}{path}.")
+        return tensors
 
     # -- switching off ----------------------------------------------------------------------------------------
 

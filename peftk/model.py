@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._loading import read_into_plan
 from ._plan import Plan, file_tensors, make_plan, plan_of, unaliased
@@ -240,6 +240,32 @@ class PeftModel(nn.Module):
         """Return the base model as it was before it was adapted: original weights, original modules, frozen."""
         return self.base_model.unload()
 
+    # -- AdaLoRA ----------------------------------------------------------------------------------------------
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Take in the gradients of a step and prune the trainable AdaLoRA adapter when its schedule says so.
+
+        Call it in every training step, after `loss.backward()` and before the gradients are cleared.
+
+        Args:
+            global_step: The number of the step, from 0 to `total_step`.
+
+        Raises:
+            ValueError: There is no trainable AdaLoRA adapter, or there are no gradients.
+        """
+        self.base_model.update_and_allocate(global_step)
+
+    def orthogonality_loss(self) -> Tensor:
+        """Return AdaLoRA's regulariser, `orth_reg_weight` included: a scalar to be added to the loss in training.
+
+        ``orth_reg_weight * mean(||A A^T - I||, ||B^T B - I||)`` over all A and B of the trainable AdaLoRA adapter,
+        Frobenius norms. PEFT adds it to `outputs.loss` by itself; here nothing is added that was not asked for.
+
+        Raises:
+            ValueError: There is no trainable AdaLoRA adapter.
+        """
+        return self.base_model.orthogonality_loss()
+
     # -- numbers ----------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -301,7 +327,7 @@ class PeftModel(nn.Module):
             target = folder if name == "default" else os.path.join(folder, name)
             os.makedirs(target, exist_ok=True)
             plan = plan_of(self.get_base_model(), name, self.peft_config[name])
-            tensors = unaliased(file_tensors(self.get_base_model(), plan))
+            tensors = self.base_model.pruned(name, unaliased(file_tensors(self.get_base_model(), plan)))
             files.write_adapter(target, tensors, self._config_for_file(name))
 
     def _config_for_file(self, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pytest
@@ -103,11 +104,16 @@ def test_the_configuration_of_the_caller_is_not_changed():
     }
 
 
-def test_conv1d_of_gpt2_is_refused_by_name():
+def test_conv1d_of_gpt2_is_a_linear_layer():
     model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
-    for spec in (None, "all-linear"):
-        with pytest.raises(TypeError, match=r"'h.0.attn.c_attn' is a transformers.*Conv1D.*nn.Linear"):
-            get_peft_model(model, LoraConfig(target_modules=spec))
+    for spec, names in (
+        (None, {"attn.c_attn"}),
+        ("all-linear", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    ):
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=spec, fan_in_fan_out=True))
+        assert {path for path, _ in adapted.base_model.layers()} == {f"h.0.{name}" for name in names}
+    with pytest.warns(UserWarning, match="fan_in_fan_out.*set to True"):
+        get_peft_model(model, LoraConfig())
 
 
 def test_patterns_that_match_nothing_are_reported():

@@ -6,12 +6,13 @@ from torch import nn
 
 from ._base import AdapterLayer
 from ._kinds import KINDS, kind_of, why_unsupported
+from .adalora import AdaLoraConfig, AdaLoRALinear
 from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
 from .config import PeftConfig, PeftType, TaskType
 from .lora import LoraConfig, LoRALinear
 from .oft import OFTConfig, OFTConv2d, OFTLinear
 
-LAYERS: tuple[type[AdapterLayer], ...] = (LoRALinear, OFTLinear, OFTConv2d, AdaptedAttention)
+LAYERS: tuple[type[AdapterLayer], ...] = (LoRALinear, AdaLoRALinear, OFTLinear, OFTConv2d, AdaptedAttention)
 """Every adapted layer. A configuration and a kind of layer belong to at most one of them."""
 
 
@@ -42,6 +43,8 @@ def layer_class_for(config: PeftConfig, module: nn.Module, name: str = "") -> ty
 
 
 __all__ = [
+    "AdaLoRALinear",
+    "AdaLoraConfig",
     "AdaptedAttention",
     "AdapterLayer",
     "AdaptionPromptConfig",

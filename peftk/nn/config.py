@@ -33,6 +33,7 @@ class PeftType(str, Enum):
     """The adapter methods that peftk implements."""
 
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    ADALORA = "ADALORA"
     LORA = "LORA"
     OFT = "OFT"
 
@@ -198,6 +199,10 @@ class PeftConfig:
                 f"layers_to_transform: works with a list of target_modules only, got the pattern "
                 f"{self.target_modules!r}"
             )
+
+    def pattern_applies(self, key: str, module_name: str) -> bool:
+        """Whether a key of a field like `rank_pattern` means the module of this name."""
+        return pattern_key([key], module_name) is not None
 
     @classmethod
     def _check_file(cls, values: Mapping[str, Any]) -> None:

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
-from ._base import Adapter, AdapterLayer
-from ._kinds import settle_fan_in_fan_out
+from ._base import Adapter
+from ._kinds import features_of, settle_fan_in_fan_out
+from ._low_rank import LowRankLinear
 from .config import pattern_key
 from .lora_config import LoraConfig, LoraRuntimeConfig
 
 
-def low_rank_delta(a: Tensor, b: Tensor, scale: float | Tensor = 1.0, *, gate: Tensor | None = None) -> Tensor:
-    """Return the dense update ``scale * (B * gate) A`` of shape (out, in), in the dtype of the factors."""
-    return ((b if gate is None else b * gate) @ a) * scale
-
-
-class LoRALinear(AdapterLayer):
+class LoRALinear(LowRankLinear):
     """An nn.Linear with LoRA adapters: ``y = x W^T + bias + s * (dropout(x) A^T) B^T``.
 
     Parameters per adapter: `lora_A.<name>.weight` (r, in), `lora_B.<name>.weight` (out, r) and, with `lora_bias`,
@@ -61,40 +55,21 @@ class LoRALinear(AdapterLayer):
                 f"lora_bias: module {module_name!r} has no bias, so this adapter can never be merged", stacklevel=2
             )
         linear = nn.Linear if initialise else _uninitialised_linear
-        a = linear(base_layer.in_features, r, bias=False)
-        b = linear(r, base_layer.out_features, bias=config.lora_bias)
+        features = features_of(base_layer)
+        a = linear(features[0], r, bias=False)
+        b = linear(r, features[1], bias=config.lora_bias)
         if initialise:
             _initialise(a, b, config.init_lora_weights)
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         settings = {"r": r, "lora_alpha": alpha, "scaling": scaling, "lora_dropout": float(config.lora_dropout)}
         return Adapter({"lora_A": a, "lora_B": b}, settings)
 
-    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if self._can_fuse(x, args, kwargs):
-            frozen = self._modules["base_layer"]._parameters
-            result = self._add(names[0], F.low_rank_linear, x, frozen["weight"], frozen["bias"])
-            names = names[1:]
-        else:
-            result = self.base_layer(x, *args, **kwargs)
-            if x.dtype != result.dtype:
-                x = x.to(result.dtype)
-        for name in names:
-            result = self._add(name, F.low_rank_add, result, x)
-        return result
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, float | Tensor, None]:
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], None
 
-    def _add(self, name: str, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-        """Call one of the low-rank functions with the factors, the scale and the dropout of an adapter."""
-        scale, p, b = self.scaling[name], self.lora_dropout[name], self.lora_B[name]
-        dropout = {"dropout_p": p} if self.training and p > 0 else {}
-        result = function(*args, self.lora_A[name].weight, b.weight, scale, **dropout)
-        return result if b.bias is None else result + (b.bias * scale).to(result.dtype)
-
-    def _factors(self, name: str) -> tuple[Tensor, Tensor, float | Tensor]:
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the dense update of one adapter, (out, in), in the adapter's dtype."""
-        return low_rank_delta(*self._factors(adapter))
+    def _extra_bias(self, name: str) -> Tensor | None:
+        bias = self.lora_B[name].bias
+        return None if bias is None else bias * self.scaling[name]
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Raise ValueError if an adapter has a bias and the base layer has none to merge it into."""
@@ -103,14 +78,6 @@ class LoRALinear(AdapterLayer):
                 raise ValueError(
                     f"merge: adapter {name!r} has a bias (lora_bias=True) but the base layer has none to merge it into"
                 )
-
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
-        weight = tensors["weight"]
-        a, b, scale = self._factors(name)
-        tensors["weight"] = weight + low_rank_delta(a.to(weight.dtype), b.to(weight.dtype), scale)
-        bias = self.lora_B[name].bias
-        if bias is not None:
-            tensors["bias"] = tensors["bias"] + bias.to(weight.dtype) * scale
 
 
 def _uninitialised_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:

@@ -121,7 +121,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         """Check every field."""
         super().__post_init__()
         check_int("r", self.r, 1, MAX_RANK)
-        check_number("lora_alpha", self.lora_alpha, 0, MAX_ALPHA, above=True)
+        self._check_alpha()
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
         for name in ("fan_in_fan_out", "use_rslora", "lora_bias"):
@@ -132,6 +132,9 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         if not isinstance(self.runtime_config, LoraRuntimeConfig):
             raise TypeError(f"runtime_config: expected a LoraRuntimeConfig, got {self.runtime_config!r}")
         refuse_unimplemented(self, _NOT_IMPLEMENTED)
+
+    def _check_alpha(self) -> None:
+        check_number("lora_alpha", self.lora_alpha, 0, MAX_ALPHA, above=True)
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):

@@ -28,5 +28,7 @@ CASES = {
     "random": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first"], "init_lora_weights": False}),
     "classification": ("bert_cls", LoraConfig, {"task_type": "SEQ_CLS"}),
     "nested head": ("roberta_cls", LoraConfig, {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
+    "gpt2": ("gpt2", LoraConfig, {"r": 2, "fan_in_fan_out": True}),
+    "gpt2, all-linear": ("gpt2", LoraConfig, {"r": 2, "target_modules": "all-linear", "fan_in_fan_out": True}),
     "questions": ("bert_qa", LoraConfig, {"task_type": "QUESTION_ANS"}),
 }
