@@ -38,6 +38,7 @@ class Arm:
         limit: largest error of a result that may be timed.
         owned: returns tensors that exist without the arm (inputs, parameters), which are not counted as saved.
         note: what a reader should know about this arm.
+        remark: how its function differs from that of the other arms, for the report.
         skip: why the arm cannot run at all.
         forward: the forward pass of the step alone, with what autograd records.
     """
@@ -48,6 +49,7 @@ class Arm:
     limit: float = 0.0
     owned: Callable[[], list[torch.Tensor]] | None = None
     note: str = ""
+    remark: str = ""
     skip: str | None = None
     forward: Callable[[], object] | None = None
     found: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +59,8 @@ class Arm:
 class Budget:
     """How much to measure: seconds for the samples of one comparison, and bounds on the rounds.
 
-    A comparison in which one sample takes more than `slow` seconds gets `least_slow` rounds at least.
+    A comparison in which one sample takes more than `slow` seconds gets `least_slow` rounds at least; if that sample is
+    a peer's, the peer alone gets so few. No comparison takes many more than `longest` seconds.
     """
 
     seconds: float = 4.0
@@ -65,6 +68,7 @@ class Budget:
     most: int = 200
     slow: float = 2.0
     least_slow: int = 5
+    longest: float = 240.0
 
 
 QUICK = Budget(seconds=0.2, least=3, most=10, least_slow=1)
@@ -133,32 +137,51 @@ def compare(benchmark: Any, arms: list[Arm], reference: str, info: dict[str, Any
                     arm.found[f"{name}_reason"] = f"{type(error).__name__}: {str(error)[:200]}"
     benchmark.extra_info.update(info, reference=reference, **environment())
     if valid:
-        _time(benchmark, valid, budget)
+        _time(benchmark, valid, budget, reference)
         if reference in valid:
             for arm in valid.values():
-                times = arm.found["samples_us"], valid[reference].found["samples_us"]
-                arm.found["ratio"], arm.found["ratio_q25"], arm.found["ratio_q75"] = paired_ratio(*times)
-    benchmark.extra_info["arms"] = {arm.name: {"note": arm.note, **arm.found} for arm in arms}
+                times, others = arm.found["samples_us"], valid[reference].found["samples_us"]
+                ratios = paired_ratio(times, others[: len(times)])
+                arm.found["ratio"], arm.found["ratio_q25"], arm.found["ratio_q75"] = ratios
+    benchmark.extra_info["arms"] = {arm.name: described(arm) for arm in arms}
     for arm in arms:
         if arm is arms[0] or arm.name == reference:
             assert arm.found["status"] == "measured", f"{arm.name}: {arm.found['reason']}"
 
 
-def _time(benchmark: Any, valid: dict[str, Arm], budget: Budget) -> None:
+def described(arm: Arm) -> dict[str, Any]:
+    """Return all that is known about an arm."""
+    return {"note": arm.note, **({"remark": arm.remark} if arm.remark else {}), **arm.found}
+
+
+def _time(benchmark: Any, valid: dict[str, Arm], budget: Budget, reference: str) -> None:
     lead = next(iter(valid))
     weave = Weave({name: arm.step for name, arm in valid.items()})
-    slowest = max(weave.seconds.values())
-    least = budget.least_slow if slowest > budget.slow else budget.least
-    rounds = weave.rounds_within(budget.seconds, least, budget.most)
+    # A peer that is so slow must not take the samples of all the others: it takes part in the first rounds only.
+    rare = {n for n, seconds in weave.seconds.items() if seconds > budget.slow and n not in (lead, reference)}
+    slowest = max(seconds for name, seconds in weave.seconds.items() if name not in rare)
+    few = budget.least_slow
+    least = few if slowest > budget.slow else budget.least
+    rounds = weave.rounds_within(budget.seconds, least, budget.most, rare)
+    rounds = min(rounds, weave.rounds_within(budget.longest, few, rounds, rare))
+    started = 0
+
+    def others() -> None:
+        nonlocal started
+        started += 1
+        weave.round({lead} if started <= few else {lead, *rare})
+
     with no_garbage_collection():
-        benchmark.pedantic(
-            lambda: weave.sample(lead), setup=lambda: weave.round(leave_out=lead), rounds=rounds, iterations=1
-        )
+        benchmark.pedantic(lambda: weave.sample(lead), setup=others, rounds=rounds, iterations=1)
     weave.samples[lead] = [seconds / weave.calls for seconds in benchmark.stats.stats.data]
     benchmark.extra_info.update(rounds=rounds, calls_per_sample=weave.calls, load_after=round(os.getloadavg()[0], 2))
     for name, arm in valid.items():
         times = [round(1e6 * seconds, 3) for seconds in weave.samples[name]]
         arm.found.update(samples_us=times, median_us=statistics.median(times), min_us=min(times))
+        if len(times) < rounds:
+            seconds = 1e-6 * arm.found["median_us"]
+            rarely = f"one step takes {seconds:.1f} s, so it took part in the first {len(times)} rounds only"
+            arm.remark = "; ".join(filter(None, (arm.remark, rarely)))
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

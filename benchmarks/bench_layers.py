@@ -9,26 +9,30 @@ import pytest
 import torch
 
 from benchmarks.arms import Budget, compare
-from benchmarks.peers import Bench, Cell
+from benchmarks.methods import METHODS, Cell, available
+from benchmarks.peers import Bench
 from peftk.testing.timing import Weave
 
-METHODS = (("lora", 16), ("oft-exact", 32), ("oft-neumann", 32))
 F32, BF16 = torch.float32, torch.bfloat16
 TOKENS = 512
 
 # The headline of the report gets more samples than the least.
 SECONDS = 12.0
 
+# Seconds that one step of a peer may take, by a rough estimate.
+LONGEST_PEER = 60.0
+
 # Seconds for one product on this device above which a cell cannot be sampled often enough to mean anything.
 LONGEST_PRODUCT = 5.0
 
 
 def _cells() -> list:
-    cells = [Cell(method, size, 1024, TOKENS, F32, F32) for method, size in METHODS]
-    cells += [Cell(method, size, 4096, TOKENS, F32, F32) for method, size in METHODS]
-    for features in (1024, 4096):
-        for method, size in METHODS:
-            cells += [Cell(method, size, features, TOKENS, BF16, parameters) for parameters in (F32, BF16)]
+    cells = []
+    for dtypes in (((F32, F32),), ((BF16, F32), (BF16, BF16))):
+        for features in (1024, 4096):
+            for name, method in available().items():
+                size = method.size_for(features)
+                cells += [Cell(name, size, features, TOKENS, base, adapter) for base, adapter in dtypes]
     return [pytest.param(c, id=str(c), marks=[pytest.mark.full_run] if c.features > 1024 else []) for c in cells]
 
 
@@ -46,7 +50,7 @@ def seconds_of_product(cell: Cell) -> float:
 @pytest.mark.parametrize("cell", _cells())
 def test_layer(cell: Cell, benchmark, budget: Budget, request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--bench-quick"):
-        cell = dataclasses.replace(cell, tokens=64, features=256)
+        cell = dataclasses.replace(cell, tokens=64, features=256, size=METHODS[cell.method].size_for(256))
     seconds = seconds_of_product(cell)
     if seconds > LONGEST_PRODUCT:
         pytest.skip(
@@ -55,6 +59,9 @@ def test_layer(cell: Cell, benchmark, budget: Budget, request: pytest.FixtureReq
         )
     slow = f"left out: every sample takes {2 * seconds:.1f} s or more here, in the same slow products as the other arms"
     leave_out = {"compile": slow, "peftk-torch": slow} if seconds > 0.5 else {}
+    step = seconds * METHODS[cell.method].peft_work(cell)
+    if step > LONGEST_PEER:
+        leave_out["hf"] = f"left out: one step takes about {step:.0f} s here, in products of matrices of its own"
     benchmark.group = f"layer {cell}"
     info = {
         "suite": "layers",

@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 import peftk
 from benchmarks import truth
 from benchmarks.arms import Arm, Budget, compare
-from benchmarks.peers import plain_cayley, why_no_compiler
+from benchmarks.methods.rotations import plain_cayley
+from benchmarks.peers import why_no_compiler
 from peftk.testing.calls import Call, sweep
 from peftk.testing.cases import block_diagonal, low_rank
 from peftk.testing.compare import LIMITS

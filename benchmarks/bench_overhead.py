@@ -19,7 +19,9 @@ from torch.nn.functional import linear
 import peftk
 from benchmarks import truth
 from benchmarks.arms import Arm, Budget, compare
-from benchmarks.peers import Bench, Cell, plain_cayley
+from benchmarks.methods import Cell
+from benchmarks.methods.rotations import plain_cayley
+from benchmarks.peers import Bench
 from peftk.testing.calls import Call
 from peftk.testing.compare import LIMITS
 

@@ -20,7 +20,9 @@ from peftk.testing.compare import LIMITS, error
 from . import truth
 from .arms import Arm, environment
 from .gpu_timing import inspect, time_arms
-from .peers import Bench, Cell, plain_cayley, why_no_compiler
+from .methods import Cell
+from .methods.rotations import plain_cayley
+from .peers import Bench, why_no_compiler
 
 BF16, F32 = torch.bfloat16, torch.float32
 TOKENS, FEATURES, RANK = 8192, 4096, 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .results import Comparison, Results, Row
-from .tables import Table, milliseconds, short, target
+from .tables import DAGGERS, Table, mark, milliseconds, short, target
 
 ARMS = {
     "peftk": "peftk (auto)",
@@ -31,7 +31,7 @@ def _pair(row: Row | None) -> str:
     if row.ratio is None:
         return "-"
     low, high = row.found["ratio_q25"], row.found["ratio_q75"]
-    return f"{row.ratio:.3f}x ({low:.2f}-{high:.2f}) / {row.found['wall_ratio']:.2f}x"
+    return f"{row.ratio:.3f}x ({low:.2f}-{high:.2f}) / {row.found['wall_ratio']:.2f}x{mark(row)}"
 
 
 def _time(row: Row | None) -> str:
@@ -71,7 +71,7 @@ def _layers(results: Results) -> Iterable[Table]:
             title,
             "Device time (median and quartiles of paired ratios) / wall time, both with a cold L2 cache, over those of "
             "the bare products of the frozen layer (device / wall time in the second column). An arm with a backend in "
-            "its name is refused if any of its operators ran elsewhere.",
+            f"its name is refused if any of its operators ran elsewhere. {DAGGERS}",
             ("layer", "bare", *arms.values(), "target", "N"),
             [
                 (

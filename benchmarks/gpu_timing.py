@@ -14,7 +14,7 @@ import torch
 from peftk.testing.memory import saved_bytes
 from peftk.testing.timing import no_garbage_collection, paired_ratio
 
-from .arms import Arm, check
+from .arms import Arm, check, described
 
 FLUSHED = 256 * 2**20
 """Bytes written before every sample: several times the L2 cache of any GPU."""
@@ -199,7 +199,7 @@ def time_arms(arms: list[Arm], device: str, seconds: float, reference: str, forw
         forward: time `Arm.forward` instead of `Arm.step`.
     """
     chosen = {arm.name: arm for arm in arms if arm.found["status"] == "measured" and (arm.forward or not forward)}
-    all_found = {arm.name: {"note": arm.note, **arm.found} for arm in arms if arm.forward or not forward}
+    all_found = {arm.name: described(arm) for arm in arms if arm.forward or not forward}
     if not chosen:
         return {"arms": all_found, "rounds": 0}
     weave = ColdWeave({name: arm.forward if forward else arm.step for name, arm in chosen.items()}, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,9 +71,16 @@ def _present(found: list[Comparison], arms: dict[str, str]) -> dict[str, str]:
     return {a: label for a, label in arms.items() if any(a in c.rows and c.rows[a].measured for c in found)}
 
 
-def overhead(results: Results) -> Figure | None:
+def _by_width(found: list[Comparison], large: bool) -> list[Comparison]:
+    """Return the comparisons of narrow layers, or those of wide ones if there are both: one picture for each."""
+    narrow = [c for c in found if c.info["in_features"] <= 1024]
+    wide = [c for c in found if c not in narrow]
+    return (wide if narrow else []) if large else narrow or wide
+
+
+def overhead(results: Results, large: bool = False) -> Figure | None:
     """Bars: multiples of the frozen layer, with quartiles and targets."""
-    found = [c for c in results.of("layers") if c.rows["frozen"].measured]
+    found = _by_width([c for c in results.of("layers") if c.rows["frozen"].measured], large)
     if not found:
         return None
     arms = _present(found, LAYER_ARMS)
@@ -171,9 +179,9 @@ def errors(results: Results) -> Figure | None:
     return figure
 
 
-def memory(results: Results) -> Figure | None:
+def memory(results: Results, large: bool = False) -> Figure | None:
     """Bars: bytes kept for backward, and the peak above the frozen layer's."""
-    found = [c for c in results.of("layers") if "peak_bytes" in c.rows["frozen"].found]
+    found = _by_width([c for c in results.of("layers") if "peak_bytes" in c.rows["frozen"].found], large)
     if not found:
         return None
     arms = _present(found, LAYER_ARMS)
@@ -246,9 +254,11 @@ def dispatch(results: Results) -> Figure | None:
 
 PLOTS: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
     "overhead": (overhead, "Overhead over the frozen layer"),
+    "overhead_wide": (functools.partial(overhead, large=True), "Overhead over the frozen layer, wide layers"),
     "speed_up": (speed_up, "Speed-up over peers"),
     "errors": (errors, "Error against float64"),
     "memory": (memory, "Memory"),
+    "memory_wide": (functools.partial(memory, large=True), "Memory, wide layers"),
     "kernels": (kernels, "C++ kernels beside plain PyTorch"),
     "dispatch": (dispatch, "Cost of the dispatch"),
 }

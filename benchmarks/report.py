@@ -79,7 +79,7 @@ def _inline(text: str) -> str:
 
 
 def _table(table: Table) -> str:
-    kind = ' class="reasons"' if table.header[-1] == "reason" else ""
+    kind = ' class="reasons"' if table.header[-1] in ("reason", "remark") else ""
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in table.header)
     rows = "".join("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     return (

@@ -24,6 +24,7 @@ COLUMNS = (
     "arm",
     "status",
     "reason",
+    "remark",
     "backends",
     "samples",
     "calls_per_sample",
@@ -121,7 +122,10 @@ class Comparison:
         rows = [self.rows.get(arm) for arm in arms]
         if any(row is None or not row.measured for row in rows):
             return None
-        return tuple(row.found["samples_us"] for row in rows)
+        samples = [row.found["samples_us"] for row in rows]
+        # A slow arm has taken part in the first rounds only.
+        shared = min(map(len, samples))
+        return tuple(times[:shared] for times in samples)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .methods import METHODS
 from .results import Comparison, Results, Row
 
 PEERS = {
@@ -17,19 +18,27 @@ LAYER_ARMS = {"peftk": "peftk", **PEERS}
 
 # Forward + backward over the frozen layer that is asked for: (method, dtype, features).
 TARGETS = {
-    ("lora", "float32", 1024): 1.10,
-    ("oft-exact", "float32", 1024): 1.12,
-    ("oft-neumann", "float32", 1024): 1.12,
-    ("lora", "bfloat16", 1024): 1.6,
-    ("oft-exact", "bfloat16", 1024): 1.8,
-    ("oft-neumann", "bfloat16", 1024): 1.8,
-    ("lora", "bfloat16", 4096): 1.12,
-    ("oft-exact", "bfloat16", 4096): 1.17,
-    ("oft-neumann", "bfloat16", 4096): 1.15,
+    (method, dtype, features): most
+    for method, limits in {
+        "lora": (1.10, 1.6, 1.12),
+        "adalora": (1.10, 1.6, 1.10),
+        "loha": (1.35, 2.0, 1.25),
+        "lokr": (1.5, 2.0, 1.45),
+        "c3a": (1.6, 2.5, 1.6),
+        "oft-exact": (1.12, 1.8, 1.17),
+        "oft-neumann": (1.12, 1.8, 1.15),
+        "boft": (1.15, 1.8, 1.2),
+    }.items()
+    for (dtype, features), most in zip((("float32", 1024), ("bfloat16", 1024), ("bfloat16", 4096)), limits, strict=True)
 }
 # The same over the bare products on an H200, bf16, 8192 tokens, 4096 x 4096: (method, size).
-GPU_TARGETS = {("lora", 16): 1.12} | {(f"oft-{kind}", b): 1.12 for kind in ("exact", "neumann") for b in (32, 64, 256)}
+GPU_TARGETS = {
+    **{("lora", 16): 1.12, ("loha", 8): 1.12, ("lokr", 8): 1.30, ("boft", 4): 1.17, ("c3a", 128): 1.15},
+    **{(f"oft-{kind}", b): 1.12 for kind in ("exact", "neumann") for b in (32, 64, 256)},
+}
 DISPATCH_TARGET_US = 12.0
+
+DAGGERS = "A dagger: that arm computes something else, or was sampled less often; a table below says what."
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,7 @@ def short(comparison: Comparison) -> str:
     info = comparison.info
     if not info["suite"].startswith("layers"):
         return info["cell"]
-    letter = "r" if info["method"] == "lora" else "b"
-    method = {"lora": "LoRA", "oft-exact": "OFT exact", "oft-neumann": "OFT Neumann"}[info["method"]]
+    method = METHODS[info["method"]]
     dtype = {"float32": "fp32", "bfloat16": "bf16"}
     base, adapter = dtype[info["dtype"]], dtype[info["parameters"]]
     dtypes = base if base == adapter else f"{base} base, {adapter} adapter"
@@ -56,7 +64,7 @@ def short(comparison: Comparison) -> str:
         dtypes = "bf16 base, bf16 adapter"
     features, out = info["in_features"], info["out_features"]
     width = f"{features}²" if out == features else f"{features} \u2192 {out}"
-    return f"{method} {letter}{info['size']}, {width}, {dtypes}"
+    return f"{method.title} {method.size_text(info['size'])}, {width}, {dtypes}"
 
 
 def target(comparison: Comparison) -> float | None:
@@ -87,7 +95,12 @@ def _ratio(row: Row | None) -> str:
         return row.found["status"]
     if row.ratio is None:
         return "-"
-    return f"{row.ratio:.3f}x ({row.found['ratio_q25']:.2f}-{row.found['ratio_q75']:.2f})"
+    return f"{row.ratio:.3f}x ({row.found['ratio_q25']:.2f}-{row.found['ratio_q75']:.2f}){mark(row)}"
+
+
+def mark(row: Row | None) -> str:
+    """Return a dagger for an arm that there is a remark about, where it has times."""
+    return " \u2020" if row is not None and row.measured and row.found.get("remark") else ""
 
 
 def _bytes(row: Row | None, key: str) -> str:
@@ -134,15 +147,16 @@ def layers(results: Results) -> Iterable[Table]:
         "Layers: forward + backward as a multiple of the frozen layer",
         "Median (and quartiles) of the ratios to the frozen layer's sample of the same round; x requires grad in every "
         "arm, so the frozen layer does two products. The target is peftk's; one marked (AMX) was set for a CPU with "
-        "bf16 matrix hardware and says nothing about a CPU without it. LyCORIS' OFT rotates the output, not the input.",
+        f"bf16 matrix hardware and says nothing about a CPU without it. {DAGGERS}",
         ("layer", "frozen", *LAYER_ARMS.values(), "target", "N"),
         rows,
     )
     yield Table(
         "Layers: how much faster peftk is",
-        "Median of the ratios of the peer's time to peftk's, of samples of the same round. Above 1, peftk is faster.",
+        "Median of the ratios of the peer's time to peftk's, of samples of the same round. Above 1, peftk is faster. "
+        + DAGGERS,
         ("layer", *PEERS.values()),
-        [(short(c), *(_times(c.ratio(arm, "peftk")) for arm in PEERS)) for c in found],
+        [(short(c), *(_times(c.ratio(arm, "peftk")) + mark(c.rows.get(arm)) for arm in PEERS)) for c in found],
     )
     yield Table(
         "Layers: error against float64",
@@ -165,6 +179,21 @@ def layers(results: Results) -> Iterable[Table]:
             for c in found
         ],
     )
+    yield from remarks(found)
+
+
+def remarks(found: list[Comparison]) -> Iterable[Table]:
+    """What computes something else than its row says, or was sampled less often."""
+    seen: dict[tuple[str, str], list[str]] = {}
+    for c in found:
+        for name, row in c.rows.items():
+            if mark(row):
+                key = LAYER_ARMS.get(name, name), row.found["remark"]
+                seen.setdefault(key, []).append(short(c))
+    rows = [("; ".join(layers), arm, remark) for (arm, remark), layers in seen.items()]
+    if rows:
+        note = "Each of these was compared with a float64 formula of what it says it computes."
+        yield Table("Layers: what the daggers mean", note, ("layers", "arm", "remark"), rows)
 
 
 def _times(value: float | None) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import gpu, gpu_cells, gpu_timing, results
 from benchmarks.arms import Arm
-from benchmarks.peers import Cell
+from benchmarks.methods import Cell
 from peftk.testing.calls import Call
 
 F32, BF16 = torch.float32, torch.bfloat16

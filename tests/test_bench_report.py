@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import results, tables
+from benchmarks.methods import METHODS
 
 INFO = {
     "suite": "layers",
@@ -69,7 +70,7 @@ def synthetic(seed: int = 0) -> dict[str, Any]:
     layer = {
         "peftk": measured(1080.0, 1000.0),
         "frozen": measured(1000.0, 1000.0),
-        "hf": measured(2500.0, 1000.0),
+        "hf": measured(2500.0, 1000.0, remark="computes half of it"),
         "compile": {"status": "skipped", "note": "", "reason": "no C++ compiler"},
         "lycoris": {
             "status": "void",
@@ -169,8 +170,12 @@ def test_tables_name_targets_void_rows_and_reasons(run_file: Path) -> None:
     assert cells["target"] == "<= 1.10x met"
     assert cells["torch.compile"] == "skipped"
     assert cells["LyCORIS"] == "void"
+    assert cells["HF PEFT eager"] == "2.500x (2.48-2.52) \u2020"
+    assert found["Layers: what the daggers mean"].rows == [
+        ("LoRA r16, 1024², fp32", "HF PEFT eager", "computes half of it")
+    ]
     (speed,) = found["Layers: how much faster peftk is"].rows
-    assert float(speed[1].removesuffix("x")) == pytest.approx(2500 / 1080, rel=0.03)
+    assert float(speed[1].removesuffix("x \u2020")) == pytest.approx(2500 / 1080, rel=0.03)
     assert speed[2:4] == ("-", "-")
     reasons = {row[:2]: row[2] for row in found["Not measured"].rows}
     assert reasons[("test_layer[dead]", "")] == "failed: OutOfMemoryError: | no"
@@ -180,6 +185,28 @@ def test_tables_name_targets_void_rows_and_reasons(run_file: Path) -> None:
     assert float(dispatch[5]) == pytest.approx(10, abs=1)
     assert dispatch[6] == "met"
     assert all(len(row) == len(table.header) for table in found.values() for row in table.rows)
+
+
+def test_every_method_has_a_name_and_its_targets() -> None:
+    names = set()
+    for name, method in METHODS.items():
+        for features, dtype in ((1024, "float32"), (1024, "bfloat16"), (4096, "float32"), (4096, "bfloat16")):
+            info = {"method": name, "size": method.size_for(features), "dtype": dtype, "parameters": dtype}
+            info |= {"in_features": features, "out_features": features}
+            comparison = results.Comparison({**INFO, **info, "device_class": "cpu-amx", "arms": {}})
+            names.add(tables.short(comparison))
+            asked = tables.target(comparison)
+            assert (asked is None) == (name == "dora" or (features, dtype) == (4096, "float32"))
+    assert len(names) == 4 * len(METHODS)
+    assert {"BOFT b4 m2, 1024², fp32", "C3A b512, 4096², bf16 base, bf16 adapter", "LoKr f8, 4096², fp32"} <= names
+
+
+def test_a_rare_arm_is_compared_over_the_rounds_that_it_took_part_in() -> None:
+    row = {"status": "measured", "note": ""}
+    found = {"a": {**row, "samples_us": [2.0, 4.0]}, "b": {**row, "samples_us": [1.0, 2.0, 100.0]}}
+    comparison = results.Comparison({**INFO, "arms": found})
+    assert comparison.ratio("a", "b") == 2.0
+    assert comparison.difference("b", "a") == -1.5
 
 
 def test_a_target_for_other_hardware_is_no_verdict() -> None:

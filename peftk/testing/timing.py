@@ -12,7 +12,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
@@ -78,16 +78,16 @@ class Weave:
         self.sample(name)
         return (time.perf_counter() - start) / self.calls
 
-    def round(self, leave_out: str | None = None) -> None:
-        """Time every arm once, in a random order, except one that the caller times itself."""
-        order = [name for name in self._arms if name != leave_out]
+    def round(self, leave_out: Collection[str] = ()) -> None:
+        """Time every arm once, in a random order, except those that the caller times itself or not at all."""
+        order = [name for name in self._arms if name not in leave_out]
         self._random.shuffle(order)
         for name in order:
             self.samples[name].append(self._seconds(name))
 
-    def rounds_within(self, seconds: float, least: int, most: int) -> int:
+    def rounds_within(self, seconds: float, least: int, most: int, leave_out: Collection[str] = ()) -> int:
         """Return how many rounds fit into a time, but not fewer or more than asked."""
-        one = self.calls * sum(self.seconds.values())
+        one = self.calls * sum(seconds for name, seconds in self.seconds.items() if name not in leave_out)
         return max(least, min(most, int(seconds / max(one, 1e-9))))
 
     def run(self, rounds: int) -> dict[str, list[float]]:
