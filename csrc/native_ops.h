@@ -16,6 +16,12 @@ void cayley(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderO
 void cayley_backward(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
                      torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
 
+// Circular convolution between spectra in planes (circulant.h), and as a weight; an empty `weight` is zero.
+void circulant_mix(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& out);
+void circulant_contract(const Tensor& grad, const Tensor& x, Tensor& out);
+void circulant_weight(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out);
+void circulant_weight_backward(const Tensor& grad, double scale, Tensor& dkernel);
+
 // Thin products of LoRA: `m` is (depth, rank), or (rank, depth) where transposed; so is the result of `outer`.
 void shrink(const Tensor& x, const Tensor& m, bool transposed, double scale, Tensor& out);
 void outer(const Tensor& x, const Tensor& h, bool transposed, double scale, Tensor& out);

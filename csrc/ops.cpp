@@ -10,6 +10,10 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
       " -> ()");
   m.def("cayley(Tensor packed, int block_size, float[] polynomial, Tensor(a!) out) -> ()");
   m.def("cayley_backward(Tensor grad, Tensor packed, Tensor blocks, float[] polynomial, Tensor(a!) out) -> ()");
+  m.def("circulant_mix(Tensor x, Tensor kernel, bool adjoint, Tensor(a!) out) -> ()");
+  m.def("circulant_contract(Tensor grad, Tensor x, Tensor(a!) out) -> ()");
+  m.def("circulant_weight(Tensor weight, Tensor kernel, float scale, Tensor(a!) out) -> ()");
+  m.def("circulant_weight_backward(Tensor grad, float scale, Tensor(a!) dkernel) -> ()");
   m.def("shrink(Tensor x, Tensor m, bool transposed, float scale, Tensor(a!) out) -> ()");
   m.def("outer(Tensor x, Tensor h, bool transposed, float scale, Tensor(a!) out) -> ()");
   m.def("dropout(Tensor x, int seed, int threshold, float scale, Tensor(a!) out) -> ()");
@@ -20,6 +24,10 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward));
   m.impl("cayley", TORCH_BOX(&peftk::cayley));
   m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward));
+  m.impl("circulant_mix", TORCH_BOX(&peftk::circulant_mix));
+  m.impl("circulant_contract", TORCH_BOX(&peftk::circulant_contract));
+  m.impl("circulant_weight", TORCH_BOX(&peftk::circulant_weight));
+  m.impl("circulant_weight_backward", TORCH_BOX(&peftk::circulant_weight_backward));
   m.impl("shrink", TORCH_BOX(&peftk::shrink));
   m.impl("outer", TORCH_BOX(&peftk::outer));
   m.impl("dropout", TORCH_BOX(&peftk::dropout));

@@ -2,6 +2,17 @@
 
 from .ops.block_diagonal import block_rotate, block_rotate_linear
 from .ops.cayley import cayley
+from .ops.circulant import circulant_linear, circulant_weight, circular_conv, circular_conv_add
 from .ops.low_rank import low_rank_add, low_rank_linear
 
-__all__ = ["block_rotate", "block_rotate_linear", "cayley", "low_rank_add", "low_rank_linear"]
+__all__ = [
+    "block_rotate",
+    "block_rotate_linear",
+    "cayley",
+    "circulant_linear",
+    "circulant_weight",
+    "circular_conv",
+    "circular_conv_add",
+    "low_rank_add",
+    "low_rank_linear",
+]

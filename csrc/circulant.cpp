@@ -1,0 +1,145 @@
+#include "circulant.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+
+#include "check.h"
+#include "native_ops.h"
+#ifdef PEFTK_CUDA
+#include "cuda_stream.h"
+#endif
+
+namespace peftk {
+namespace {
+
+using torch::stable::parallel_for;
+
+// The spectrum of activations, (rows, blocks * 2 * lanes).
+int64_t check_spectrum(const Tensor& t, const char* name, int64_t width) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == width, name, ": expected shape (rows, ", width, ")");
+  return t.size(0);
+}
+
+// The three planes of kernels, (out_blocks, in_blocks, 3, lanes).
+void check_planes(const Tensor& t, const char* name, Place place) {
+  check_float(t, name, place);
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(2) == 3 && t.numel() > 0 && t.size(3) % kCirculantLanes == 0, name,
+                  ": expected shape (out_blocks, in_blocks, 3, lanes) with lanes in multiples of ", kCirculantLanes);
+}
+
+CirculantMixParams check_mix(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& out, Place place) {
+  const Dtype dtype = check_dtype(x, "x", place);
+  check_planes(kernel, "kernel", place);
+  check_same_device(kernel, "kernel", x, "x");
+  check_dense(out, "out", place);
+  check_same_device(out, "out", x, "x");
+  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type(), "out: expected the dtype of x");
+  const int64_t out_blocks = kernel.size(0), in_blocks = kernel.size(1), lanes = kernel.size(3);
+  const int64_t rows = check_spectrum(x, "x", (adjoint ? out_blocks : in_blocks) * 2 * lanes);
+  STD_TORCH_CHECK(check_spectrum(out, "out", (adjoint ? in_blocks : out_blocks) * 2 * lanes) == rows, "out: expected ",
+                  rows, " rows, as x has");
+  return {x.const_data_ptr(),
+          kernel.const_data_ptr<float>(),
+          out.mutable_data_ptr(),
+          rows,
+          out_blocks,
+          in_blocks,
+          lanes,
+          adjoint,
+          dtype};
+}
+
+struct Blocks {
+  int64_t out_blocks, in_blocks, size;
+};
+
+Blocks check_kernel(const Tensor& kernel, const char* name, const Tensor& weight, const char* weight_name,
+                    Place place) {
+  check_float(kernel, name, place);
+  check_same_device(kernel, name, weight, weight_name);
+  STD_TORCH_CHECK(kernel.dim() == 3 && kernel.numel() > 0, name, ": expected shape (out_blocks, in_blocks, b)");
+  const Blocks s{kernel.size(0), kernel.size(1), kernel.size(2)};
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && weight.size(0) == s.out_blocks * s.size && weight.size(1) == s.in_blocks * s.size,
+      weight_name, ": expected shape (", s.out_blocks * s.size, ", ", s.in_blocks * s.size, ")");
+  return s;
+}
+
+CirculantWeightParams check_weight(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out, Place place) {
+  const Dtype dtype = check_dtype(out, "out", place);
+  const Blocks s = check_kernel(kernel, "kernel", out, "out", place);
+  const bool given = weight.numel() > 0;
+  if (given) check_like(weight, "weight", out, "out", place);
+  return {given ? weight.const_data_ptr() : nullptr,
+          kernel.const_data_ptr<float>(),
+          out.mutable_data_ptr(),
+          s.out_blocks,
+          s.in_blocks,
+          s.size,
+          static_cast<float>(scale),
+          dtype};
+}
+
+// Enough chunks for many cores, few enough for their sums to stay small; from the shape alone, because the bits must
+// not depend on the number of threads.
+int64_t contract_chunks(int64_t rows, int64_t sums) {
+  const int64_t possible = (rows + 63) / 64, afforded = (int64_t{1} << 21) / sums;
+  const int64_t wanted = possible < 16 ? possible : 16, chunks = wanted < afforded ? wanted : afforded;
+  return chunks > 0 ? chunks : 1;
+}
+
+}  // namespace
+
+void circulant_mix(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& out) {
+  const CirculantMixParams p = check_mix(x, kernel, adjoint, out, Place::cpu);
+  const int64_t work = kMixRows * p.out_blocks * p.in_blocks * p.lanes;
+  parallel_for(0, (p.rows + kMixRows - 1) / kMixRows, 1 + 65536 / work,
+               [&](int64_t begin, int64_t end) { circulant_mix_cpu(p, begin, end); });
+}
+
+void circulant_contract(const Tensor& grad, const Tensor& x, Tensor& out) {
+  const Dtype dtype = check_dtype(grad, "grad");
+  check_dense(x, "x");
+  STD_TORCH_CHECK(x.scalar_type() == grad.scalar_type(), "x: expected the dtype of grad");
+  check_planes(out, "out", Place::cpu);
+  const int64_t out_blocks = out.size(0), in_blocks = out.size(1), lanes = out.size(3), sums = out.numel();
+  const int64_t rows = check_spectrum(grad, "grad", out_blocks * 2 * lanes);
+  STD_TORCH_CHECK(check_spectrum(x, "x", in_blocks * 2 * lanes) == rows, "x: expected ", rows, " rows, as grad has");
+  const int64_t chunks = contract_chunks(rows, sums);
+  // Value-initialised: the sums start from zero.
+  const std::unique_ptr<float[]> partial(new float[chunks * sums]());
+  const CirculantContractParams p{
+      grad.const_data_ptr(), x.const_data_ptr(), partial.get(), rows, out_blocks, in_blocks, lanes, chunks, dtype};
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { circulant_contract_cpu(p, begin, end); });
+  float* result = static_cast<float*>(out.mutable_data_ptr());
+  parallel_for(0, sums, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float sum = 0.0f;
+      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * sums + i];
+      result[i] = sum;
+    }
+  });
+}
+
+void circulant_weight(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out) {
+  const CirculantWeightParams p = check_weight(weight, kernel, scale, out, Place::cpu);
+  parallel_for(0, p.out_blocks, 1 + 65536 / (p.size * p.size * p.in_blocks),
+               [&](int64_t begin, int64_t end) { circulant_weight_cpu(p, begin, end); });
+}
+
+void circulant_weight_backward(const Tensor& grad, double scale, Tensor& dkernel) {
+  const Dtype dtype = check_dtype(grad, "grad");
+  const Blocks s = check_kernel(dkernel, "dkernel", grad, "grad", Place::cpu);
+  const CirculantWeightBackwardParams p{grad.const_data_ptr(),
+                                        static_cast<float*>(dkernel.mutable_data_ptr()),
+                                        s.out_blocks,
+                                        s.in_blocks,
+                                        s.size,
+                                        static_cast<float>(scale),
+                                        dtype};
+  parallel_for(0, s.out_blocks, 1 + 65536 / (s.size * s.size * s.in_blocks),
+               [&](int64_t begin, int64_t end) { circulant_weight_backward_cpu(p, begin, end); });
+}
+
+}  // namespace peftk

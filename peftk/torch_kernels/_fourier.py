@@ -1,0 +1,64 @@
+"""The real Fourier transform of blocks as a product with a constant matrix, in planes that pad to whole vectors.
+
+A block of b real numbers becomes h = ceil(b / 2) lanes of a real and an imaginary part, padded to ``lanes(b)``. Lane 0
+holds the constant as its real part and, where b is even, the alternating sum as its imaginary part, so that an even
+block needs exactly b numbers. Every other lane is a complex number. The transform of activations is orthonormal: it
+keeps magnitudes, so that float16 does not overflow, and its inverse is the transposed matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+LANES = 8
+"""Lanes are padded to multiples of this: a vector of the C++ kernels."""
+
+
+def lanes(block_size: int) -> int:
+    """Return the number of lanes of a block, padding included."""
+    return -(-((block_size + 1) // 2) // LANES) * LANES
+
+
+@functools.lru_cache(maxsize=32)
+def transform(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the orthonormal transform, (b, 2 * lanes): ``x @ transform`` has a real and an imaginary plane."""
+    cosine, sine = _waves(block_size)
+    spread = torch.full((cosine.shape[1],), math.sqrt(2 / block_size), dtype=torch.float64)
+    spread[0] = math.sqrt(1 / block_size)
+    return _planes([cosine * spread, sine * spread], dtype, device)
+
+
+@functools.lru_cache(maxsize=32)
+def kernel_transform(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the transform of kernels, (b, 3 * lanes), which is not scaled.
+
+    The planes of a spectrum (a, s, c) multiply a lane (re, im) to ``(a re + s im, c im - s re)``: c is a again, except
+    in lane 0, whose two numbers are real and apart, so that s is zero there.
+    """
+    cosine, sine = _waves(block_size)
+    third, second = cosine.clone(), sine.clone()
+    third[:, 0], second[:, 0] = sine[:, 0], 0.0
+    return _planes([cosine, second, third], dtype, device)
+
+
+def _waves(block_size: int) -> tuple[Tensor, Tensor]:
+    # Reduced before the division, so that large products lose no digits.
+    steps = torch.outer(torch.arange(block_size, device="cpu"), torch.arange((block_size + 1) // 2, device="cpu"))
+    angle = (steps % block_size).double() * (2 * math.pi / block_size)
+    cosine, sine = angle.cos(), angle.sin()
+    if block_size % 2 == 0:
+        sine[:, 0] = 1.0
+        sine[1::2, 0] = -1.0
+    return cosine, sine
+
+
+def _planes(planes: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    rows, columns = planes[0].shape
+    padded = torch.zeros(rows, len(planes), lanes(rows), dtype=torch.float64, device="cpu")
+    for i, plane in enumerate(planes):
+        padded[:, i, :columns] = plane
+    return padded.flatten(1).to(device, dtype)

@@ -1,0 +1,340 @@
+"""Circular convolution in Triton: the steps between the spectra, and the dense matrix; products are torch's.
+
+Which way a call takes is decided in `peftk/torch_kernels/_circulant_paths.py`, which also says what a spectrum is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..torch_kernels._circulant_paths import Paths
+from ._launch import launch, unsupported
+
+MAX_CHUNKS = 32
+"""How many pieces the rows are cut into for the gradient of a kernel, at most."""
+
+
+@triton.jit
+def _mix_kernel(
+    x_ptr,
+    planes_ptr,
+    out_ptr,
+    rows,
+    from_blocks,
+    to_blocks,
+    lanes,
+    stride_x_row,
+    stride_x_block,
+    stride_out_row,
+    stride_out_block,
+    stride_planes_from,
+    stride_planes_to,
+    ADJOINT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TO: tl.constexpr,
+    BLOCK_LANES: tl.constexpr,
+):
+    """Write the spectrum of the convolution for a tile of rows, of blocks of the output, and of lanes."""
+    lane = (tl.program_id(0) * BLOCK_LANES + tl.arange(0, BLOCK_LANES))[None, None, :]
+    to = (tl.program_id(1) * BLOCK_TO + tl.arange(0, BLOCK_TO))[None, :, None]
+    row = (tl.program_id(2).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None, None]
+    x = x_ptr + row * stride_x_row + lane
+    planes = planes_ptr + to * stride_planes_to + lane
+    x_mask = (row < rows) & (lane < lanes)
+    planes_mask = (to < to_blocks) & (lane < lanes)
+    real = tl.zeros((BLOCK_ROWS, BLOCK_TO, BLOCK_LANES), tl.float32)
+    imaginary = tl.zeros((BLOCK_ROWS, BLOCK_TO, BLOCK_LANES), tl.float32)
+    for n in range(from_blocks):
+        x_real = tl.load(x + n * stride_x_block, mask=x_mask, other=0.0).to(tl.float32)
+        x_imaginary = tl.load(x + n * stride_x_block + lanes, mask=x_mask, other=0.0).to(tl.float32)
+        a = tl.load(planes + n * stride_planes_from, mask=planes_mask, other=0.0)
+        s = tl.load(planes + n * stride_planes_from + lanes, mask=planes_mask, other=0.0)
+        c = tl.load(planes + n * stride_planes_from + 2 * lanes, mask=planes_mask, other=0.0)
+        if ADJOINT:
+            real += a * x_real - s * x_imaginary
+            imaginary += c * x_imaginary + s * x_real
+        else:
+            real += a * x_real + s * x_imaginary
+            imaginary += c * x_imaginary - s * x_real
+    out = out_ptr + row * stride_out_row + to * stride_out_block + lane
+    mask = (row < rows) & (to < to_blocks) & (lane < lanes)
+    tl.store(out, real.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out + lanes, imaginary.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _contract_kernel(
+    grad_ptr,
+    x_ptr,
+    partial_ptr,
+    rows,
+    rows_per_chunk,
+    out_blocks,
+    in_blocks,
+    lanes,
+    lane_tiles,
+    in_tiles,
+    stride_grad_row,
+    stride_x_row,
+    stride_block,
+    stride_partial_chunk,
+    stride_partial_out,
+    stride_partial_in,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_LANES: tl.constexpr,
+):
+    """Write one chunk's sums of products for a tile of pairs of blocks and of lanes."""
+    program = tl.program_id(0)
+    lane = (program % lane_tiles * BLOCK_LANES + tl.arange(0, BLOCK_LANES))[None, None, :]
+    ins = (program // lane_tiles % in_tiles * BLOCK_IN + tl.arange(0, BLOCK_IN))[None, :, None]
+    outs = (program // lane_tiles // in_tiles * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[:, None, None]
+    chunk = tl.program_id(1).to(tl.int64)
+    first = chunk * rows_per_chunk
+    grad = grad_ptr + first * stride_grad_row + outs * stride_block + lane
+    x = x_ptr + first * stride_x_row + ins * stride_block + lane
+    grad_mask = (outs < out_blocks) & (lane < lanes)
+    x_mask = (ins < in_blocks) & (lane < lanes)
+    a = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)
+    s = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)
+    c = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)
+    for _ in range(tl.minimum(rows_per_chunk, rows - first).to(tl.int32)):
+        grad_real = tl.load(grad, mask=grad_mask, other=0.0).to(tl.float32)
+        grad_imaginary = tl.load(grad + lanes, mask=grad_mask, other=0.0).to(tl.float32)
+        x_real = tl.load(x, mask=x_mask, other=0.0).to(tl.float32)
+        x_imaginary = tl.load(x + lanes, mask=x_mask, other=0.0).to(tl.float32)
+        a += grad_real * x_real
+        s += grad_real * x_imaginary - grad_imaginary * x_real
+        c += grad_imaginary * x_imaginary
+        grad += stride_grad_row
+        x += stride_x_row
+    mask = (outs < out_blocks) & (ins < in_blocks) & (lane < lanes)
+    partial = partial_ptr + chunk * stride_partial_chunk + outs * stride_partial_out + ins * stride_partial_in + lane
+    tl.store(partial, a, mask=mask)
+    tl.store(partial + lanes, s, mask=mask)
+    tl.store(partial + 2 * lanes, c, mask=mask)
+
+
+@triton.jit
+def _weight_kernel(
+    weight_ptr,
+    kernel_ptr,
+    out_ptr,
+    out_features,
+    in_features,
+    size,
+    scale,
+    stride_row,
+    stride_kernel_out,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Write out = weight + scale * circulant for one tile."""
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = (row < out_features)[:, None] & (col < in_features)[None, :]
+    shift = (col % size)[None, :] - (row % size)[:, None]
+    # The first rows of the blocks of one row of blocks lie side by side: block n starts at column n * size.
+    place = (col // size * size)[None, :] + tl.where(shift < 0, shift + size, shift)
+    offset = (row // size).to(tl.int64)[:, None] * stride_kernel_out
+    value = tl.load(kernel_ptr + offset + place, mask=mask, other=0.0) * scale
+    at = row.to(tl.int64)[:, None] * stride_row + col[None, :]
+    if HAS_WEIGHT:
+        value += tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_backward_kernel(
+    grad_ptr,
+    dkernel_ptr,
+    in_blocks,
+    size,
+    scale,
+    stride_row,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PLACES: tl.constexpr,
+):
+    """Write dkernel for a tile of places of one block: sums along the wrapped diagonals of its gradient."""
+    block = tl.program_id(0)
+    place = tl.program_id(1) * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)
+    start = (block // in_blocks).to(tl.int64) * size * stride_row + block % in_blocks * size
+    total = tl.zeros((BLOCK_ROWS, BLOCK_PLACES), tl.float32)
+    for first in range(0, size, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        col = row[:, None] + place[None, :]
+        col = tl.where(col >= size, col - size, col)
+        mask = (row < size)[:, None] & (place < size)[None, :]
+        at = start + row.to(tl.int64)[:, None] * stride_row + col
+        total += tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    at = block.to(tl.int64) * size + place
+    tl.store(dkernel_ptr + at, tl.sum(total, 0) * scale, mask=place < size)
+
+
+def _lanes_of_a_tile(lanes: int, most: int) -> int:
+    return min(triton.next_power_of_2(lanes), most)
+
+
+def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
+    out_blocks, in_blocks, _, lanes = planes.shape
+    (from_blocks, to_blocks) = (out_blocks, in_blocks) if adjoint else (in_blocks, out_blocks)
+    rows = spectrum.shape[0]
+    out = torch.empty(rows, to_blocks * 2 * lanes, dtype=spectrum.dtype, device=spectrum.device)
+    block_lanes = _lanes_of_a_tile(lanes, 64)
+    block_to = min(triton.next_power_of_2(to_blocks), 8)
+    block_rows = 4
+    launch(
+        _mix_kernel,
+        (triton.cdiv(lanes, block_lanes), triton.cdiv(to_blocks, block_to), triton.cdiv(rows, block_rows)),
+        num_warps=4,
+        x_ptr=spectrum,
+        planes_ptr=planes,
+        out_ptr=out,
+        rows=rows,
+        from_blocks=from_blocks,
+        to_blocks=to_blocks,
+        lanes=lanes,
+        stride_x_row=spectrum.shape[1],
+        stride_x_block=2 * lanes,
+        stride_out_row=out.shape[1],
+        stride_out_block=2 * lanes,
+        stride_planes_from=planes.stride(0 if adjoint else 1),
+        stride_planes_to=planes.stride(1 if adjoint else 0),
+        ADJOINT=adjoint,
+        BLOCK_ROWS=block_rows,
+        BLOCK_TO=block_to,
+        BLOCK_LANES=block_lanes,
+    )
+    return out
+
+
+def _contract(grad: Tensor, x: Tensor, lanes: int) -> Tensor:
+    rows, out_blocks, in_blocks = grad.shape[0], grad.shape[1] // (2 * lanes), x.shape[1] // (2 * lanes)
+    block_lanes = _lanes_of_a_tile(lanes, 32)
+    block_out = min(triton.next_power_of_2(out_blocks), 8)
+    block_in = min(triton.next_power_of_2(in_blocks), 4)
+    lane_tiles, in_tiles = triton.cdiv(lanes, block_lanes), triton.cdiv(in_blocks, block_in)
+    tiles = lane_tiles * in_tiles * triton.cdiv(out_blocks, block_out)
+    chunks = max(1, min(MAX_CHUNKS, triton.cdiv(rows, 64), triton.cdiv(2048, tiles)))
+    per_chunk = triton.cdiv(rows, chunks)
+    chunks = triton.cdiv(rows, per_chunk)
+    partial = torch.empty(chunks, out_blocks, in_blocks, 3, lanes, dtype=torch.float32, device=x.device)
+    launch(
+        _contract_kernel,
+        (tiles, chunks),
+        num_warps=4,
+        grad_ptr=grad,
+        x_ptr=x,
+        partial_ptr=partial,
+        rows=rows,
+        rows_per_chunk=per_chunk,
+        out_blocks=out_blocks,
+        in_blocks=in_blocks,
+        lanes=lanes,
+        lane_tiles=lane_tiles,
+        in_tiles=in_tiles,
+        stride_grad_row=grad.shape[1],
+        stride_x_row=x.shape[1],
+        stride_block=2 * lanes,
+        stride_partial_chunk=partial.stride(0),
+        stride_partial_out=partial.stride(1),
+        stride_partial_in=partial.stride(2),
+        BLOCK_OUT=block_out,
+        BLOCK_IN=block_in,
+        BLOCK_LANES=block_lanes,
+    )
+    return partial[0] if chunks == 1 else partial.sum(0)
+
+
+def _write(weight: Tensor | None, kernel: Tensor, scale: float, out: Tensor) -> None:
+    out_features, in_features = out.shape
+    block_rows, block_cols = 16, 128
+    launch(
+        _weight_kernel,
+        (triton.cdiv(in_features, block_cols), triton.cdiv(out_features, block_rows)),
+        num_warps=4,
+        weight_ptr=out if weight is None else weight,
+        kernel_ptr=kernel,
+        out_ptr=out,
+        out_features=out_features,
+        in_features=in_features,
+        size=kernel.shape[2],
+        scale=scale,
+        stride_row=in_features,
+        stride_kernel_out=kernel.stride(0),
+        HAS_WEIGHT=weight is not None,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+    )
+
+
+def _gather(grad: Tensor, scale: float, dkernel: Tensor) -> None:
+    out_blocks, in_blocks, size = dkernel.shape
+    block_places = min(triton.next_power_of_2(size), 128)
+    launch(
+        _weight_backward_kernel,
+        (out_blocks * in_blocks, triton.cdiv(size, block_places)),
+        num_warps=4,
+        grad_ptr=grad,
+        dkernel_ptr=dkernel,
+        in_blocks=in_blocks,
+        size=size,
+        scale=scale,
+        stride_row=grad.shape[1],
+        BLOCK_ROWS=16,
+        BLOCK_PLACES=block_places,
+    )
+
+
+_paths = Paths(_mix, _contract, _write, _gather)
+
+circular_conv = _paths.circular_conv
+circular_conv_backward = _paths.circular_conv_backward
+circular_conv_add = _paths.circular_conv_add
+circular_conv_add_backward = _paths.circular_conv_backward
+circulant_linear = _paths.circulant_linear
+circulant_linear_backward = _paths.circulant_linear_backward
+circulant_weight = _paths.circulant_weight
+circulant_weight_backward = _paths.circulant_weight_backward
+
+
+def circular_conv_supports(x: Tensor, kernel: Tensor, scale: float) -> str | None:
+    """Return None, or why Triton cannot convolve x."""
+    return unsupported(x)
+
+
+def circular_conv_backward_supports(grad: Tensor, x: Tensor, *args: object) -> str | None:
+    """Return None, or why Triton cannot run the backward pass."""
+    return unsupported(x)
+
+
+def circular_conv_add_supports(base: Tensor, x: Tensor, kernel: Tensor, scale: float) -> str | None:
+    """Return None, or why Triton cannot add onto the base."""
+    if base.dtype is not x.dtype:
+        return f"base and x must share a dtype to be accumulated in place; got {base.dtype} and {x.dtype}"
+    return unsupported(x)
+
+
+circular_conv_add_backward_supports = circular_conv_backward_supports
+
+
+def circulant_linear_supports(x: Tensor, *args: object) -> str | None:
+    """Return None, or why Triton cannot convolve x."""
+    return unsupported(x)
+
+
+circulant_linear_backward_supports = circular_conv_backward_supports
+
+
+def circulant_weight_supports(weight: Tensor, kernel: Tensor, scale: float) -> str | None:
+    """Return None, or why Triton cannot write the weight."""
+    return unsupported(weight)
+
+
+def circulant_weight_backward_supports(grad: Tensor, kernel: Tensor, scale: float) -> str | None:
+    """Return None, or why Triton cannot run the backward pass."""
+    return unsupported(grad)
