@@ -148,7 +148,7 @@ def test_autocast(case: Case) -> None:
     inputs = case.cast(case.inputs(), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, grads, _ = forward_backward(lambda **kw: call(case, kw), case, inputs)
-    base_decides = case.operator in ("cayley", "low_rank_add")
+    base_decides = case.operator in ("cayley", "circulant_weight", "circular_conv_add", "low_rank_add")
     assert y.dtype == (torch.float32 if base_decides else torch.bfloat16)
     truth, expected, _ = forward_backward(case.formula, case, case.inputs())
     assert_close(y, truth, torch.bfloat16)

@@ -42,6 +42,11 @@ SPILLS: dict[tuple[str, str], str] = {}
 ONLY = {"_linear_kernel": ("sm_90", "sm_100")}
 # Accesses that need not be wide: the rows of a packed triangle start anywhere, and are nothing beside the activations.
 NARROW = {
+    # A row's tile has few elements for each thread; rolled rows and diagonals of circulant blocks start anywhere.
+    "_circulant_mix_kernel": {"load"},
+    "_circulant_contract_kernel": {"load"},
+    "_circulant_weight_kernel": {"load"},
+    "_circulant_weight_backward_kernel": {"load", "store"},
     "_cayley_kernel": {"load"},
     "_cayley_panel_kernel": {"load"},
     "_cayley_backward_kernel": {"store"},
@@ -119,7 +124,36 @@ def recorded(operator: str, args: tuple) -> list[_launch.Launch]:
     return launches
 
 
-CALLS = {"block_diagonal": block_diagonal_calls, "cayley": cayley_calls, "low_rank": low_rank_calls}
+def circulant_calls() -> Iterator[Call]:
+    def calls(rows: int, features: int, out: int, size: int, dtype: torch.dtype):
+        x, y, weight = meta(rows, features, dtype=dtype), meta(rows, out, dtype=dtype), meta(out, features, dtype=dtype)
+        kernel = meta(out // size, features // size, size)
+        yield "circular_conv", (x, kernel, 1.0)
+        yield "circular_conv_backward", (y, x, kernel, 1.0, True, True)
+        yield "circular_conv_add", (y, x, kernel, 1.0)
+        yield "circular_conv_add_backward", (y, x, kernel, 1.0, True, True)
+        yield "circulant_linear", (x, weight, None, kernel, 1.0)
+        yield "circulant_linear_backward", (y, x, weight, kernel, 1.0, True, True, False)
+        yield "circulant_weight", (weight, kernel, 1.0)
+        yield "circulant_weight_backward", (weight, kernel, 1.0)
+
+    yield from calls(TOKENS, WIDTH, WIDTH, 128, BF16)
+    yield from calls(TOKENS, WIDTH, WIDTH, 128, FP32)
+    # Small blocks, where the dense way is taken; one row; few blocks; and sizes that no power of two divides.
+    yield from (
+        *itertools.islice(calls(TOKENS, WIDTH, WIDTH, 8, BF16), 2),
+        *itertools.islice(calls(1, WIDTH, WIDTH, 128, BF16), 1),
+        *itertools.islice(calls(TOKENS, WIDTH, WIDTH, 1024, FP16), 2),
+        *calls(TOKENS - 1, 45 * 91, 3 * 91, 91, BF16),
+    )
+
+
+CALLS = {
+    "circulant": circulant_calls,
+    "block_diagonal": block_diagonal_calls,
+    "cayley": cayley_calls,
+    "low_rank": low_rank_calls,
+}
 
 
 def specializations(family: str) -> list[Specialization]:
@@ -254,6 +288,11 @@ LAUNCHES = {
         *("factor_gradient_kernel", "sum_kernel", "expand_kernel"),
     ],
 }
+LAUNCHES["circular_conv"] = LAUNCHES["circular_conv_add"] = LAUNCHES["circulant_linear"] = ["circulant_mix_kernel"]
+for _name in ("circular_conv", "circular_conv_add", "circulant_linear"):
+    LAUNCHES[f"{_name}_backward"] = ["circulant_mix_kernel", "circulant_contract_kernel"]
+LAUNCHES["circulant_weight"] = ["circulant_weight_kernel"]
+LAUNCHES["circulant_weight_backward"] = ["circulant_weight_backward_kernel"]
 LAUNCHES["low_rank_linear"] = LAUNCHES["low_rank_add"]
 LAUNCHES["low_rank_linear_backward"] = LAUNCHES["low_rank_add_backward"]
 

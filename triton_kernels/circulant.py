@@ -18,7 +18,7 @@ MAX_CHUNKS = 32
 
 
 @triton.jit
-def _mix_kernel(
+def _circulant_mix_kernel(
     x_ptr,
     planes_ptr,
     out_ptr,
@@ -66,7 +66,7 @@ def _mix_kernel(
 
 
 @triton.jit
-def _contract_kernel(
+def _circulant_contract_kernel(
     grad_ptr,
     x_ptr,
     partial_ptr,
@@ -119,7 +119,7 @@ def _contract_kernel(
 
 
 @triton.jit
-def _weight_kernel(
+def _circulant_weight_kernel(
     weight_ptr,
     kernel_ptr,
     out_ptr,
@@ -149,7 +149,7 @@ def _weight_kernel(
 
 
 @triton.jit
-def _weight_backward_kernel(
+def _circulant_weight_backward_kernel(
     grad_ptr,
     dkernel_ptr,
     in_blocks,
@@ -188,7 +188,7 @@ def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
     block_to = min(triton.next_power_of_2(to_blocks), 8)
     block_rows = 4
     launch(
-        _mix_kernel,
+        _circulant_mix_kernel,
         (triton.cdiv(lanes, block_lanes), triton.cdiv(to_blocks, block_to), triton.cdiv(rows, block_rows)),
         num_warps=4,
         x_ptr=spectrum,
@@ -224,7 +224,7 @@ def _contract(grad: Tensor, x: Tensor, lanes: int) -> Tensor:
     chunks = triton.cdiv(rows, per_chunk)
     partial = torch.empty(chunks, out_blocks, in_blocks, 3, lanes, dtype=torch.float32, device=x.device)
     launch(
-        _contract_kernel,
+        _circulant_contract_kernel,
         (tiles, chunks),
         num_warps=4,
         grad_ptr=grad,
@@ -254,7 +254,7 @@ def _write(weight: Tensor | None, kernel: Tensor, scale: float, out: Tensor) -> 
     out_features, in_features = out.shape
     block_rows, block_cols = 16, 128
     launch(
-        _weight_kernel,
+        _circulant_weight_kernel,
         (triton.cdiv(in_features, block_cols), triton.cdiv(out_features, block_rows)),
         num_warps=4,
         weight_ptr=out if weight is None else weight,
@@ -276,7 +276,7 @@ def _gather(grad: Tensor, scale: float, dkernel: Tensor) -> None:
     out_blocks, in_blocks, size = dkernel.shape
     block_places = min(triton.next_power_of_2(size), 128)
     launch(
-        _weight_backward_kernel,
+        _circulant_weight_backward_kernel,
         (out_blocks * in_blocks, triton.cdiv(size, block_places)),
         num_warps=4,
         grad_ptr=grad,

@@ -260,9 +260,7 @@ class CircularConv(torch.autograd.Function):
         """Run the backward operator."""
         x, kernel = ctx.saved_tensors
         need_x, need_kernel, _ = ctx.needs_input_grad
-        dx, dkernel = run_backward(
-            "circular_conv", _conv_backward, grad, x, kernel, ctx.scale, need_x, need_kernel
-        )
+        dx, dkernel = run_backward("circular_conv", _conv_backward, grad, x, kernel, ctx.scale, need_x, need_kernel)
         return dx if need_x else None, dkernel if need_kernel else None, None
 
 

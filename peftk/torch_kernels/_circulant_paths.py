@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._fourier import kernel_transform, lanes, transform
+from ._fourier import inverse, kernel_transform, lanes, transform
 
 WRITE = 40
 """What writing an element of a matrix costs, in operations of a matrix product."""
@@ -57,10 +57,9 @@ def _single(kernel: Tensor) -> Tensor:
     return kernel.contiguous() if kernel.dtype is torch.float32 else kernel.float().contiguous()
 
 
-def _spectrum(rows: Tensor, size: int) -> Tensor:
+def _spectrum(rows: Tensor, matrix: Tensor) -> Tensor:
     """Return the planes of activations: (rows, blocks * 2 * lanes)."""
-    planes = torch.mm(rows.view(-1, size), transform(size, rows.dtype, rows.device))
-    return planes.view(rows.shape[0], -1)
+    return torch.mm(rows.view(-1, matrix.shape[0]), matrix).view(rows.shape[0], -1)
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,12 @@ class Paths:
             dense = self._weight(None, kernel, scale, x.dtype)
             return out.addmm_(x, dense if adjoint else dense.mT, beta=beta)
         planes = torch.mm(_single(kernel).view(-1, size), kernel_transform(size, torch.float32, kernel.device))
-        mixed = self.mix(_spectrum(x, size), planes.view(out_blocks, in_blocks, 3, lanes(size)), adjoint)
-        back = transform(size, x.dtype, x.device).mT
+        # Gradients walk back through the transforms: first through that of the result.
+        there, back = transform(size, x.dtype, x.device), inverse(size, x.dtype, x.device)
+        there, back = (back, there) if adjoint else (there, back)
+        mixed = self.mix(_spectrum(x, there), planes.view(out_blocks, in_blocks, 3, lanes(size)), adjoint)
         # The scale comes last: float16 would lose digits of a spectrum that it has made small.
-        out.view(-1, size).addmm_(mixed.view(-1, 2 * lanes(size)), back, beta=beta, alpha=scale)
+        out.view(-1, size).addmm_(mixed.view(-1, 2 * lanes(size)), back.mT, beta=beta, alpha=scale)
         return out
 
     def _kernel_gradient(self, grad: Tensor, x: Tensor, kernel: Tensor, scale: float) -> Tensor:
@@ -107,7 +108,9 @@ class Paths:
             return torch.zeros_like(kernel)
         if dense_pays(x.shape[0], kernel):
             return self.circulant_weight_backward(torch.mm(grad.mT, x), kernel, scale)
-        planes = self.contract(_spectrum(grad, size), _spectrum(x, size), lanes(size))
+        left = _spectrum(grad, inverse(size, x.dtype, x.device))
+        right = _spectrum(x, transform(size, x.dtype, x.device))
+        planes = self.contract(left, right, lanes(size))
         back = kernel_transform(size, torch.float32, kernel.device).mT
         found = torch.mm(planes.view(out_blocks * in_blocks, -1), back)
         return found.mul_(scale).view(kernel.shape).to(kernel.dtype)

@@ -2,8 +2,10 @@
 
 A block of b real numbers becomes h = ceil(b / 2) lanes of a real and an imaginary part, padded to ``lanes(b)``. Lane 0
 holds the constant as its real part and, where b is even, the alternating sum as its imaginary part, so that an even
-block needs exactly b numbers. Every other lane is a complex number. The transform of activations is orthonormal: it
-keeps magnitudes, so that float16 does not overflow, and its inverse is the transposed matrix.
+block needs exactly b numbers. Every other lane is a complex number.
+
+The transform of activations nearly keeps magnitudes, so that float16 does not overflow. It would keep them exactly with
+1 / sqrt(b) in every entry, whose rounding is the same in all terms of a sum; a power of two has none.
 """
 
 from __future__ import annotations
@@ -25,11 +27,19 @@ def lanes(block_size: int) -> int:
 
 @functools.lru_cache(maxsize=32)
 def transform(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the orthonormal transform, (b, 2 * lanes): ``x @ transform`` has a real and an imaginary plane."""
+    """Return the transform of activations, (b, 2 * lanes): ``x @ transform`` has a real and an imaginary plane."""
     cosine, sine = _waves(block_size)
-    spread = torch.full((cosine.shape[1],), math.sqrt(2 / block_size), dtype=torch.float64)
-    spread[0] = math.sqrt(1 / block_size)
-    return _planes([cosine * spread, sine * spread], dtype, device)
+    scale = _power(block_size)
+    return _planes([cosine * scale, sine * scale], dtype, device)
+
+
+@functools.lru_cache(maxsize=32)
+def inverse(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the inverse of `transform`, transposed: (b, 2 * lanes) with ``transform @ inverse.mT = 1``."""
+    cosine, sine = _waves(block_size)
+    scale = torch.full((cosine.shape[1],), 2 / (block_size * _power(block_size)), dtype=torch.float64)
+    scale[0] /= 2
+    return _planes([cosine * scale, sine * scale], dtype, device)
 
 
 @functools.lru_cache(maxsize=32)
@@ -43,6 +53,10 @@ def kernel_transform(block_size: int, dtype: torch.dtype, device: torch.device) 
     third, second = cosine.clone(), sine.clone()
     third[:, 0], second[:, 0] = sine[:, 0], 0.0
     return _planes([cosine, second, third], dtype, device)
+
+
+def _power(block_size: int) -> float:
+    return 2.0 ** round(-math.log2(block_size) / 2)
 
 
 def _waves(block_size: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._fourier import kernel_transform, lanes, transform
+from ._fourier import inverse, kernel_transform, lanes, transform
 
 
 def _exact(x: Tensor) -> bool:
@@ -22,9 +22,10 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     return x.reshape(-1, x.shape[-1] // size, size)
 
 
-def _spectrum(x: Tensor, size: int) -> Tensor:
+def _spectrum(x: Tensor, matrix: Tensor) -> Tensor:
     """Return the planes of activations by lane: (lanes, rows, blocks, 2)."""
-    planes = _blocks(x, size) @ transform(size, x.dtype, x.device)
+    size = matrix.shape[0]
+    planes = _blocks(x, size) @ matrix
     return planes.unflatten(-1, (2, lanes(size))).permute(3, 0, 1, 2)
 
 
@@ -40,9 +41,12 @@ def _mixer(kernel: Tensor, dtype: torch.dtype) -> Tensor:
 def _mix(x: Tensor, kernel: Tensor, adjoint: bool) -> Tensor:
     """Convolve by matrix products: x with the kernel, or a gradient with its adjoint."""
     size = kernel.shape[-1]
-    planes, mixer = _spectrum(x, size).flatten(2), _mixer(kernel, x.dtype)
+    # Gradients walk back through the transforms: first through that of the result.
+    there, back = transform(size, x.dtype, x.device), inverse(size, x.dtype, x.device)
+    there, back = (back, there) if adjoint else (there, back)
+    planes, mixer = _spectrum(x, there).flatten(2), _mixer(kernel, x.dtype)
     mixed = torch.bmm(planes, mixer.mT if adjoint else mixer).unflatten(-1, (-1, 2))
-    return mixed.permute(1, 2, 3, 0).flatten(2) @ transform(size, x.dtype, x.device).mT
+    return mixed.permute(1, 2, 3, 0).flatten(2) @ back.mT
 
 
 def _convolve(x: Tensor, kernel: Tensor, scale: float, adjoint: bool) -> Tensor:
@@ -70,7 +74,8 @@ def _kernel_gradient(grad: Tensor, x: Tensor, kernel: Tensor, scale: float) -> T
         found = torch.fft.irfft(torch.einsum("tmf,tnf->mnf", left.conj_physical(), right), size)
         return (found * scale).to(kernel.dtype)
     out_blocks, in_blocks, _ = kernel.shape
-    left, right = _spectrum(grad, size).flatten(2), _spectrum(x, size).flatten(2)
+    left = _spectrum(grad, inverse(size, x.dtype, x.device)).flatten(2)
+    right = _spectrum(x, transform(size, x.dtype, x.device)).flatten(2)
     products = torch.bmm(left.mT, right).float().view(lanes(size), out_blocks, 2, in_blocks, 2)
     # The planes of `kernel_transform`: (a, s, c) multiply (re, im) to (a re + s im, c im - s re).
     a, s, c = products[:, :, 0, :, 0], products[:, :, 0, :, 1] - products[:, :, 1, :, 0], products[:, :, 1, :, 1]

@@ -28,9 +28,7 @@ def conv_add(base: Tensor, x: Tensor, kernel: Tensor, scale: float | Tensor = 1.
     return base + conv(x, kernel, scale)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: float | Tensor = 1.0
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Multiply by the weight and by the dense matrix."""
     y = x @ weight.mT + conv(x, kernel, scale)
     return y if bias is None else y + bias
@@ -98,24 +96,24 @@ CASES = [
     _case("circular_conv", "vector-b2", (), 1, 3, 2),
     _case("circular_conv", "empty-b4", (0,), 3, 2, 4),
     _case("circular_conv", "b3", (5, 2), 2, 3, 3, scale=-0.5),
-    _case("circular_conv", "b17", (6,), 2, 1, 17),
-    _case("circular_conv", "b32-tensor-scale", (5,), 2, 1, 32, scale=[0.75]),
-    _case("circular_conv", "b48-many-rows", (131,), 1, 2, 48),
+    _case("circular_conv", "b17", (5,), 2, 1, 17),
+    _case("circular_conv", "b32-tensor-scale", (3,), 2, 1, 32, scale=[0.75]),
+    _case("circular_conv", "b48-many-rows", (67,), 1, 2, 48),
     _case("circular_conv", "b8-many-blocks", (3,), 9, 5, 8),
     _case("circular_conv_add", "one-row-b2", (1,), 3, 2, 2),
     _case("circular_conv_add", "vector-b1", (), 3, 2, 1),
     _case("circular_conv_add", "empty-b3", (0, 2), 3, 2, 3),
     _case("circular_conv_add", "b5", (7, 3), 2, 4, 5, scale=2.0),
-    _case("circular_conv_add", "b16", (5,), 3, 2, 16, scale=1 / 32),
-    _case("circular_conv_add", "b34", (4,), 1, 2, 34),
+    _case("circular_conv_add", "b16", (3,), 3, 2, 16, scale=1 / 32),
+    _case("circular_conv_add", "b34", (2,), 1, 2, 34),
     _case("circulant_linear", "one-row-b2", (1,), 2, 3, 2),
     _case("circulant_linear", "one-row-b32-no-bias", (1,), 2, 1, 32, bias=False),
     _case("circulant_linear", "vector-b4", (), 3, 2, 4),
     _case("circulant_linear", "empty-b5", (0,), 2, 2, 5),
     _case("circulant_linear", "b7-no-bias", (3, 2), 3, 2, 7, bias=False, scale=-1.5),
-    _case("circulant_linear", "b20-tensor-scale", (5,), 2, 1, 20, scale=[-0.5]),
-    _case("circulant_linear", "b32", (24,), 2, 2, 32, scale=0.25),
-    _case("circulant_linear", "b8", (24,), 3, 4, 8),
+    _case("circulant_linear", "b20-tensor-scale", (2,), 2, 1, 20, scale=[-0.5]),
+    _case("circulant_linear", "b32", (12,), 1, 2, 32, scale=0.25),
+    _case("circulant_linear", "b8", (12,), 3, 4, 8),
     _case("circulant_weight", "b1", (), 3, 5, 1),
     _case("circulant_weight", "one-block-b6", (), 1, 1, 6),
     _case("circulant_weight", "b3", (), 4, 2, 3, scale=-0.5),
