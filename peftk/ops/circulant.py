@@ -2,121 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import _registry
 from .._tuning import power_bucket
 from ._autograd import apply, run_backward
-from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, ordinary
+from ._circulant_arguments import Scale, prepare_add, prepare_conv, prepare_linear, prepare_weight
 
 __all__ = ["circulant_linear", "circulant_weight", "circular_conv", "circular_conv_add"]
-
-
-def _check_kernel(kernel: object, like: Tensor) -> None:
-    check_tensor("kernel", kernel, like=like)
-    if kernel.dim() != 3 or 0 in kernel.shape:
-        raise ValueError(
-            f"kernel: expected shape (out_features / b, in_features / b, b) with no size 0; got {tuple(kernel.shape)}"
-        )
-
-
-def _check_conv(x: Tensor, kernel: Tensor) -> None:
-    check_tensor("x", x)
-    if x.dim() == 0:
-        raise ValueError("x: expected at least 1 dimension (..., in_features); got a 0-dimensional tensor")
-    _check_kernel(kernel, x)
-    _, blocks, size = kernel.shape
-    if x.shape[-1] != blocks * size:
-        raise ValueError(
-            f"kernel: expected shape (out_features / b, in_features / b, b) with in_features = {x.shape[-1]}, the last "
-            f"size of x; got {tuple(kernel.shape)}, which has {blocks} * {size} = {blocks * size}"
-        )
-
-
-def _check_add(base: Tensor, x: Tensor, kernel: Tensor) -> None:
-    _check_conv(x, kernel)
-    check_tensor("base", base, like=x)
-    check_shape("base", base, (*x.shape[:-1], kernel.shape[0] * kernel.shape[2]), "(..., out_features)")
-
-
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor) -> None:
-    _check_conv(x, kernel)
-    check_tensor("weight", weight, like=x)
-    check_frozen("weight", weight)
-    check_shape("weight", weight, (kernel.shape[0] * kernel.shape[2], x.shape[-1]), "(out_features, in_features)")
-    if bias is not None:
-        check_tensor("bias", bias, like=x)
-        check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
-
-
-def _fits(x: Tensor, kernel: Tensor, *others: Tensor | None) -> bool:
-    """Say cheaply whether x and the kernel are right; `_check_conv` finds out what is wrong."""
-    try:
-        out_blocks, in_blocks, size = kernel.shape
-        return 0 < in_blocks * size == x.shape[-1] and out_blocks > 0 and ordinary(x, kernel, *others)
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return False
-
-
-def _prepare_scale(kernel: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
-    """Return the kernel and a Python scale; a scale that is a tensor is multiplied into the kernel."""
-    if type(scale) is float and -math.inf < scale < math.inf:
-        return kernel, scale
-    if not isinstance(scale, Tensor):
-        return kernel, check_scale(scale)
-    if scale.dim() != 0:
-        raise ValueError(f"scale: expected a number or a 0-dimensional tensor; got shape {tuple(scale.shape)}")
-    check_tensor("scale", scale)
-    return kernel * scale.to(kernel.device, kernel.dtype), 1.0
-
-
-def _kernel_like(x: Tensor, kernel: Tensor) -> Tensor:
-    # float64 activations take a float64 kernel and the reverse; everything else adds up in float32 inside.
-    return cast(kernel, x.dtype) if x.dtype is torch.float64 or kernel.dtype is torch.float64 else kernel
-
-
-def _prepare_conv(x: Tensor, kernel: Tensor, scale: float | Tensor = 1.0) -> tuple:
-    if not _fits(x, kernel):
-        _check_conv(x, kernel)
-    kernel, scale = _prepare_scale(kernel, scale)
-    x = autocast_input(x)
-    return x, _kernel_like(x, kernel), scale
-
-
-def _prepare_add(base: Tensor, x: Tensor, kernel: Tensor, scale: float | Tensor = 1.0) -> tuple:
-    if not (_fits(x, kernel, base) and base.shape == (*x.shape[:-1], kernel.shape[0] * kernel.shape[2])):
-        _check_add(base, x, kernel)
-    return base, *_prepare_conv(x, kernel, scale)
-
-
-def _prepare_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: float | Tensor = 1.0
-) -> tuple:
-    if not (
-        _fits(x, kernel, weight, bias)
-        and weight.shape == (kernel.shape[0] * kernel.shape[2], x.shape[-1])
-        and not weight.requires_grad
-        and (bias is None or bias.shape == weight.shape[:1])
-    ):
-        _check_linear(x, weight, bias, kernel)
-    x, kernel, scale = _prepare_conv(x, kernel, scale)
-    return x, cast(weight, x.dtype), cast(bias, x.dtype), kernel, scale
-
-
-def _prepare_weight(weight: Tensor, kernel: Tensor, scale: float | Tensor = 1.0) -> tuple:
-    check_tensor("weight", weight)
-    _check_kernel(kernel, weight)
-    out_blocks, in_blocks, size = kernel.shape
-    check_shape("weight", weight, (out_blocks * size, in_blocks * size), "(out_features, in_features) of the kernel")
-    kernel, scale = _prepare_scale(kernel, scale)
-    return weight, _kernel_like(weight, kernel), scale
-
-
-def _rows(x: Tensor) -> int:
-    return x.numel() // max(x.shape[-1], 1)
 
 
 def _conv_flops(rows: int, kernel: torch.Size) -> int:
@@ -129,10 +23,6 @@ def _leading(x: torch.Size) -> int:
     return x.numel() // max(x[-1], 1)
 
 
-def _gradient_flops(rows: int, kernel: torch.Size, need_x: bool, need_kernel: bool) -> int:
-    return _conv_flops(rows, kernel) * (need_x + need_kernel)
-
-
 def _linear_flops(
     x: torch.Size, weight: torch.Size, _bias: object, kernel: torch.Size, *_args: object, **_kw: object
 ) -> int:
@@ -142,26 +32,19 @@ def _linear_flops(
 def _backward_flops(
     grad: torch.Size, x: torch.Size, kernel: torch.Size, _scale: object, need_x: bool, need_kernel: bool, **_kw: object
 ) -> int:
-    return _gradient_flops(_leading(x), kernel, need_x, need_kernel)
+    return _conv_flops(_leading(x), kernel) * (need_x + need_kernel)
 
 
 def _linear_backward_flops(
-    grad: torch.Size,
-    x: torch.Size,
-    weight: torch.Size,
-    kernel: torch.Size,
-    _scale: object,
-    need_x: bool,
-    need_kernel: bool,
-    *_args: object,
-    **_kw: object,
+    grad: torch.Size, x: torch.Size, weight: torch.Size, kernel: torch.Size, scale: object, *needs: bool, **_kw: object
 ) -> int:
-    return 2 * grad.numel() * weight[1] * need_x + _gradient_flops(_leading(x), kernel, need_x, need_kernel)
+    product = 2 * grad.numel() * weight[1] * needs[0]
+    return product + _backward_flops(grad, x, kernel, scale, *needs[:2])
 
 
 def _bucket(x: Tensor, kernel: Tensor) -> tuple:
     out_blocks, in_blocks, size = kernel.shape
-    return power_bucket(_rows(x), out_blocks * size, in_blocks * size, size)
+    return power_bucket(_leading(x.shape), out_blocks * size, in_blocks * size, size)
 
 
 def _out_shape(x: Tensor, kernel: Tensor) -> tuple:
@@ -178,7 +61,7 @@ _conv = _registry.define(
     fake=lambda x, kernel, scale: x.new_empty(_out_shape(x, kernel)),
     flops=lambda x, kernel, *_, **__: _conv_flops(_leading(x), kernel),
     bucket=lambda x, kernel, scale: _bucket(x, kernel),
-    prepare=_prepare_conv,
+    prepare=prepare_conv,
 )
 
 _add = _registry.define(
@@ -187,7 +70,7 @@ _add = _registry.define(
     fake=lambda base, x, kernel, scale: base.new_empty(base.shape),
     flops=lambda base, x, kernel, *_, **__: _conv_flops(_leading(x), kernel),
     bucket=lambda base, x, kernel, scale: _bucket(x, kernel),
-    prepare=_prepare_add,
+    prepare=prepare_add,
 )
 
 _conv_backward, _add_backward = (
@@ -208,7 +91,7 @@ _linear = _registry.define(
     fake=lambda x, weight, bias, kernel, scale: x.new_empty(_out_shape(x, kernel)),
     flops=_linear_flops,
     bucket=lambda x, weight, bias, kernel, scale: _bucket(x, kernel),
-    prepare=_prepare_linear,
+    prepare=prepare_linear,
 )
 
 _linear_backward = _registry.define(
@@ -229,7 +112,7 @@ _weight = _registry.define(
     fake=lambda weight, kernel, scale: weight.new_empty(weight.shape),
     flops=lambda weight, kernel, *_, **__: 2 * weight.numel(),
     bucket=lambda weight, kernel, scale: power_bucket(*weight.shape, kernel.shape[-1]),
-    prepare=_prepare_weight,
+    prepare=prepare_weight,
 )
 
 _weight_backward = _registry.define(
@@ -337,7 +220,7 @@ class CirculantWeight(torch.autograd.Function):
         return grad if need_weight else None, dkernel, None
 
 
-def circular_conv(x: Tensor, kernel: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+def circular_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
     """Multiply by a matrix of circulant blocks, given by the first row of each.
 
     ``y[..., m*b + p] = scale * sum_n sum_q kernel[m, n, (q - p) % b] * x[..., n*b + q]``
@@ -367,10 +250,10 @@ def circular_conv(x: Tensor, kernel: Tensor, scale: float | Tensor = 1.0) -> Ten
         >>> peftk.functional.circular_conv(torch.tensor([1.0, 2.0, 3.0]), shift).round()
         tensor([2., 3., 1.])
     """
-    return apply(CircularConv, *_prepare_conv(x, kernel, scale))
+    return apply(CircularConv, *prepare_conv(x, kernel, scale))
 
 
-def circular_conv_add(base: Tensor, x: Tensor, kernel: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+def circular_conv_add(base: Tensor, x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
     """Add a circular convolution to the output of a base layer: C3A where the base layer stays a layer of its own.
 
     ``base + circular_conv(x, kernel, scale)``
@@ -379,7 +262,7 @@ def circular_conv_add(base: Tensor, x: Tensor, kernel: Tensor, scale: float | Te
         base: output of the base layer, (..., out_features); it is not written to.
         x: activations, (..., in_features), float64, float32, bfloat16 or float16.
         kernel: (out_features / b, in_features / b, b), as in `circular_conv`.
-        scale: a finite number, or a 0-dimensional tensor, which may require grad.
+        scale: as in `circular_conv`.
 
     Returns:
         (..., out_features) in the dtype of ``base``.
@@ -399,12 +282,10 @@ def circular_conv_add(base: Tensor, x: Tensor, kernel: Tensor, scale: float | Te
         >>> peftk.functional.circular_conv_add(torch.zeros(1, 2), x, kernel).round()
         tensor([[2., 2.]])
     """
-    return apply(CircularConvAdd, *_prepare_add(base, x, kernel, scale))
+    return apply(CircularConvAdd, *prepare_add(base, x, kernel, scale))
 
 
-def circulant_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: float | Tensor = 1.0
-) -> Tensor:
+def circulant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
     """Apply a frozen linear layer and its C3A adapter in one operator.
 
     ``linear(x, weight, bias) + circular_conv(x, kernel, scale)``, which is
@@ -436,10 +317,10 @@ def circulant_linear(
         >>> torch.equal(peftk.functional.circulant_linear(x, weight, None, kernel), x @ weight.T)
         True
     """
-    return apply(CirculantLinear, *_prepare_linear(x, weight, bias, kernel, scale))
+    return apply(CirculantLinear, *prepare_linear(x, weight, bias, kernel, scale))
 
 
-def circulant_weight(weight: Tensor, kernel: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+def circulant_weight(weight: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
     """Add a matrix of circulant blocks to a weight, as merging C3A does.
 
     ``out[m*b + p, n*b + q] = weight[m*b + p, n*b + q] + scale * kernel[m, n, (q - p) % b]``, written in one pass:
@@ -469,4 +350,4 @@ def circulant_weight(weight: Tensor, kernel: Tensor, scale: float | Tensor = 1.0
                 [3., 1., 2.],
                 [2., 3., 1.]])
     """
-    return apply(CirculantWeight, *_prepare_weight(weight, kernel, scale))
+    return apply(CirculantWeight, *prepare_weight(weight, kernel, scale))

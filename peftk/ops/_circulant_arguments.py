@@ -1,0 +1,112 @@
+"""The arguments of the circular convolution: what is checked, and how they reach the operators."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, ordinary
+
+Scale = float | Tensor
+
+
+def _check_kernel(kernel: object, like: Tensor) -> None:
+    check_tensor("kernel", kernel, like=like)
+    if kernel.dim() != 3 or 0 in kernel.shape:
+        raise ValueError(f"kernel: expected shape (out / b, in / b, b) with no size 0; got {tuple(kernel.shape)}")
+
+
+def _check_conv(x: Tensor, kernel: Tensor) -> None:
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least 1 dimension (..., in_features); got a 0-dimensional tensor")
+    _check_kernel(kernel, x)
+    _, blocks, size = kernel.shape
+    if x.shape[-1] != blocks * size:
+        raise ValueError(
+            f"kernel: expected shape (out_features / b, in_features / b, b) with in_features = {x.shape[-1]}, the last "
+            f"size of x; got {tuple(kernel.shape)}, which has {blocks} * {size} = {blocks * size}"
+        )
+
+
+def _check_add(base: Tensor, x: Tensor, kernel: Tensor) -> None:
+    _check_conv(x, kernel)
+    check_tensor("base", base, like=x)
+    check_shape("base", base, (*x.shape[:-1], kernel.shape[0] * kernel.shape[2]), "(..., out_features)")
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor) -> None:
+    _check_conv(x, kernel)
+    check_tensor("weight", weight, like=x)
+    check_frozen("weight", weight)
+    check_shape("weight", weight, (kernel.shape[0] * kernel.shape[2], x.shape[-1]), "(out_features, in_features)")
+    if bias is not None:
+        check_tensor("bias", bias, like=x)
+        check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
+
+
+def _fits(x: Tensor, kernel: Tensor, *others: Tensor | None) -> bool:
+    """Say cheaply whether x and the kernel are right; `_check_conv` finds out what is wrong."""
+    try:
+        out_blocks, in_blocks, size = kernel.shape
+        return 0 < in_blocks * size == x.shape[-1] and out_blocks > 0 and ordinary(x, kernel, *others)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+
+
+def _prepare_scale(kernel: Tensor, scale: Scale) -> tuple[Tensor, float]:
+    """Return the kernel and a Python scale; a scale that is a tensor is multiplied into the kernel."""
+    if type(scale) is float and -math.inf < scale < math.inf:
+        return kernel, scale
+    if not isinstance(scale, Tensor):
+        return kernel, check_scale(scale)
+    if scale.dim() != 0:
+        raise ValueError(f"scale: expected a number or a 0-dimensional tensor; got shape {tuple(scale.shape)}")
+    check_tensor("scale", scale)
+    return kernel * scale.to(kernel.device, kernel.dtype), 1.0
+
+
+def _kernel_like(x: Tensor, kernel: Tensor) -> Tensor:
+    # float64 activations take a float64 kernel and the reverse; everything else adds up in float32 inside.
+    return cast(kernel, x.dtype) if x.dtype is torch.float64 or kernel.dtype is torch.float64 else kernel
+
+
+def prepare_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
+    """Return the arguments of the operator behind `circular_conv`."""
+    if not _fits(x, kernel):
+        _check_conv(x, kernel)
+    kernel, scale = _prepare_scale(kernel, scale)
+    x = autocast_input(x)
+    return x, _kernel_like(x, kernel), scale
+
+
+def prepare_add(base: Tensor, x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
+    """Return the arguments of the operator behind `circular_conv_add`."""
+    if not (_fits(x, kernel, base) and base.shape == (*x.shape[:-1], kernel.shape[0] * kernel.shape[2])):
+        _check_add(base, x, kernel)
+    return base, *prepare_conv(x, kernel, scale)
+
+
+def prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: Scale = 1.0) -> tuple:
+    """Return the arguments of the operator behind `circulant_linear`."""
+    if not (
+        _fits(x, kernel, weight, bias)
+        and weight.shape == (kernel.shape[0] * kernel.shape[2], x.shape[-1])
+        and not weight.requires_grad
+        and (bias is None or bias.shape == weight.shape[:1])
+    ):
+        _check_linear(x, weight, bias, kernel)
+    x, kernel, scale = prepare_conv(x, kernel, scale)
+    return x, cast(weight, x.dtype), cast(bias, x.dtype), kernel, scale
+
+
+def prepare_weight(weight: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
+    """Return the arguments of the operator behind `circulant_weight`."""
+    check_tensor("weight", weight)
+    _check_kernel(kernel, weight)
+    out_blocks, in_blocks, size = kernel.shape
+    check_shape("weight", weight, (out_blocks * size, in_blocks * size), "(out_features, in_features) of the kernel")
+    kernel, scale = _prepare_scale(kernel, scale)
+    return weight, _kernel_like(weight, kernel), scale
