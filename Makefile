@@ -6,6 +6,7 @@ GPU_VENV ?= .venv-gpu
 CXX ?= g++
 JOBS ?= 2
 ARGS ?=
+METHOD ?=
 
 export CXX
 export MAX_JOBS ?= $(JOBS)
@@ -24,8 +25,8 @@ SOURCES := setup.py pyproject.toml peftk/_version.py $(wildcard csrc/*.h csrc/*.
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(DONE)-demo  ## Train, merge and save an adapter on a real model; ARGS="--method oft" and the like
-	$(BIN)/python -m peftk demo $(ARGS)
+demo: $(DONE)-demo  ## Train, merge and save an adapter on a real model; METHOD=oft, ARGS=--all, ARGS=--images
+	$(BIN)/python -m peftk demo $(if $(METHOD),--method $(METHOD)) $(ARGS)
 
 # One thread for each of the workers, or they would take the cores from each other.
 test: $(DONE)-test  ## Check the style and run every test; ARGS="-k cayley" and the like

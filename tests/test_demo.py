@@ -11,11 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import peftk
 from peftk.__main__ import app
-from peftk.commands.demo import METHODS, _fitting_block
+from peftk.commands.demo import METHODS, methods
 from peftk.commands.demo import data as demo_data
 
 RUNNER = CliRunner()
+# Relative to the largest: what another order of the same sums may change in float32.
+ROUNDING = 1000 * torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,8 @@ def test_incomplete_library_is_named(tmp_path: Path) -> None:
         (["--steps", "1"], "expected at least 2"),
         (["--model", "/nowhere/model"], "text encoder"),
         (["--output", "/proc/nowhere"], "expected a folder to write to"),
+        (["--all", "--method", "lora"], "either --all or a method"),
+        (["--images", "--model", "x"], "trains its own ConvNet"),
     ],
 )
 def test_bad_arguments_are_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -103,33 +108,40 @@ def test_a_model_that_cannot_be_trained_is_named(fault: str, tmp_path: Path) -> 
 
 def test_oft_takes_a_block_that_divides_every_layer() -> None:
     encoder = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 24))
-    assert _fitting_block(encoder, ["0", "1"]) == 8
-    assert _fitting_block(encoder, ["0"]) == 8
-    assert _fitting_block(torch.nn.Sequential(torch.nn.Linear(384, 3)), ["0"]) == 32
+    assert methods.fitting_block(methods.Sizes.of(encoder, ["0", "1"], 1).inputs) == 8
+    assert methods.fitting_block((384,)) == 32
+    assert methods.fitting_block((7,)) == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_small_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny encoder of the user's own, few examples: every result is there and agrees."""
+@pytest.fixture(scope="module")
+def own_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=30522, **SMALL)
-    source = _saved(transformers, tmp_path / "own", transformers.BertModel(config))
-    small = demo_data.build_dataset(20, 5)
-    monkeypatch.setattr(demo_data, "build_dataset", lambda: small)
-    arguments = [
-        "--method",
-        method,
-        "--steps",
-        "6",
-        "--model",
-        source,
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    return _saved(transformers, tmp_path_factory.mktemp("own"), transformers.BertModel(config))
+
+
+@pytest.fixture
+def few_examples(dataset: demo_data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = len(dataset.classes)
+    few = demo_data.Dataset(dataset.classes, dataset.train[: 20 * classes], dataset.test[: 5 * classes])
+    monkeypatch.setattr(demo_data, "build_dataset", lambda: few)
+
+
+def _check_difference(difference: dict[str, float]) -> None:
+    assert difference["merged"] < ROUNDING
+    assert difference["reloaded"] == 0
+    assert difference.get("read by Hugging Face PEFT", 0.0) < ROUNDING
+
+
+@pytest.mark.usefixtures("few_examples")
+@pytest.mark.parametrize("method", ["lora", "oft"])
+def test_small_run(method: str, own_encoder: str, tmp_path: Path) -> None:
+    """A tiny encoder of the user's own, few examples: every result is there and agrees."""
+    arguments = ["--method", method, "--steps", "6", "--model", own_encoder, "--output", str(tmp_path)]
     result = RUNNER.invoke(app, ["demo", *arguments])
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = json.loads((tmp_path / "results.json").read_text())
     names = ["peftk", "Hugging Face PEFT", "frozen model"]
     assert list(found["step_ms"]) == names
     assert {name: len(losses) for name, losses in found["losses"].items()} == dict.fromkeys(names[:2], 6)
@@ -138,13 +150,61 @@ def test_small_run(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # The adapter's own activations come on top of the frozen model's.
     assert found["peak_mib"]["peftk"] > 0
     # The same first weights and batches: the curves of both libraries differ by rounding only.
-    unit = torch.finfo(torch.float32).eps
-    assert found["largest_loss_gap"] < 1000 * unit
+    assert found["largest_loss_gap"] < ROUNDING
     assert list(found["difference"]) == ["merged", "reloaded", "read by Hugging Face PEFT"]
-    assert found["difference"]["merged"] < 1000 * unit
-    assert found["difference"]["reloaded"] == 0
-    assert found["difference"]["read by Hugging Face PEFT"] < 1000 * unit
+    _check_difference(found["difference"])
     assert found["parameters"]["trainable"] < found["parameters"]["all"]
-    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert "peak memory" in result.output
+
+
+@pytest.mark.usefixtures("few_examples")
+def test_all_methods_side_by_side(own_encoder: str, tmp_path: Path) -> None:
+    """Every method that peftk exports trains, merges, is saved and read again, in one table and one picture."""
+    result = RUNNER.invoke(app, ["demo", "--all", "--steps", "6", "--model", own_encoder, "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert [row["method"] for row in found["methods"]] == list(METHODS)
+    for row in found["methods"]:
+        assert row["title"] in result.output
+        assert len(row["losses"]["peftk"]) == 6
+        assert list(row["step_ms"]) == ["peftk", "Hugging Face PEFT", "frozen model"]
+        _check_difference(row["difference"])
+        if not row["apart"]:
+            assert row["largest_loss_gap"] < ROUNDING, row["method"]
+            assert "read by Hugging Face PEFT" in row["difference"]
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert "about" in result.output and "on this machine" in result.output
+
+
+def test_images(tmp_path: Path) -> None:
+    """Every method that has a layer for convolutions does a real job on them: digits that are turned are read again."""
+    pytest.importorskip("sklearn")
+    result = RUNNER.invoke(app, ["demo", "--images", "--steps", "60", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "images.json").read_text())
+    assert {"oft", "oft-exact"} <= {row["method"] for row in found["methods"]}
+    assert found["accuracy"]["before"] < 0.3
+    for row in found["methods"]:
+        assert row["title"] in result.output
+        assert row["accuracy"]["peftk"] > found["accuracy"]["before"] + 0.3
+        _check_difference(row["difference"])
+    assert (tmp_path / "images.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_method_is_in_the_demo_or_its_absence_is_explained() -> None:
+    kinds = methods._exported()
+    assert {"LoraConfig", "OFTConfig"} <= set(kinds)
+    assert set(kinds) == {m.config for m in methods.available().values()} | (set(kinds) & set(methods.ELSEWHERE))
+    examples = Path(__file__).resolve().parent.parent / "examples"
+    for name, text in methods.ELSEWHERE.items():
+        if name in kinds:
+            assert (examples / re.search(r"examples/(\S+)", text).group(1)).is_file()
+
+
+def test_a_method_without_a_recipe_takes_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "RECIPES", ())
+    found = methods.available.__wrapped__()
+    assert {"lora", "oft"} <= set(found)
+    assert found["lora"].build(peftk, methods.Sizes((8,), (8,), 4), ["x"]).r == peftk.LoraConfig().r

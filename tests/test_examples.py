@@ -73,3 +73,12 @@ def test_llama_oft(tmp_path: Path) -> None:
     assert falls(found["losses"])
     assert found["differences"]["loaded"] == 0
     assert found["differences"]["merged"] < ROUNDING * found["largest"]
+
+
+def test_llama_adaption_prompt(tmp_path: Path) -> None:
+    found = script("llama_adaption_prompt").main(["--steps", "25", "--output", str(tmp_path)])
+    assert found["fresh"] == found["disabled"] == found["difference"] == 0
+    assert falls(found["losses"])
+    # The gates have opened, in both layers.
+    assert len(found["gates"]) == 2
+    assert all(found["gates"].values())

@@ -1,9 +1,10 @@
-"""The picture of the demo: loss curves of both libraries and the time of a step beside the frozen model."""
+"""The pictures of the demos: one method with its loss curves, or all methods side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 COLOURS = {"peftk": "#1f6fb4", "Hugging Face PEFT": "#d1742f", "frozen model": "#8a8a8a"}
 
@@ -39,3 +40,51 @@ def draw(path: Path, title: str, losses: Mapping[str, Sequence[float]], millisec
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+def draw_all(path: Path, results: Mapping[str, Any]) -> None:
+    """Write the picture of all methods as a PNG: accuracy, time of a step and peak memory, one row a method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = results["methods"]
+    titles = [row["title"] for row in rows]
+    places = range(len(rows))
+    figure = Figure(figsize=(12.5, 1.9 + 0.46 * len(rows)), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    figure.suptitle(f"{results['model']}, {results['steps']} steps of each method")
+
+    right_answers = [100 * row["accuracy"]["peftk"] for row in rows]
+    bars = left.barh(places, right_answers, color=COLOURS["peftk"], height=0.6)
+    left.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
+    for name, style in (("before", ":"), ("head alone", "--")):
+        value = 100 * results["accuracy"][name]
+        label = f"{'before training' if name == 'before' else 'head alone, converged'}: {value:.0f} %"
+        left.axvline(value, color="#444444", linestyle=style, linewidth=1, label=label)
+    left.set(xlim=(0, 112), xlabel="right answers, held out (%)", xticks=range(0, 101, 20))
+    left.set_yticks(list(places), titles)
+    left.invert_yaxis()
+
+    _pairs(middle, rows, "of_frozen_step", "{:.2f}x")
+    middle.axvline(1, color=COLOURS["frozen model"], linewidth=1, linestyle="--", label="frozen model")
+    middle.set(xlabel="time of a step, of the frozen model's")
+    _pairs(right, rows, "peak_mib", "{:.0f}")
+    right.set(xlabel="peak memory of a step, above the model (MiB)")
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    figure.savefig(path)
+
+
+def _pairs(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, form: str) -> None:
+    """Draw one figure of both libraries as two bars a method."""
+    for offset, name in ((-0.2, "peftk"), (0.2, "Hugging Face PEFT")):
+        found = [(place, row[key][name]) for place, row in enumerate(rows) if name in row.get(key, {})]
+        if not found:
+            continue
+        places, values = zip(*found, strict=True)
+        bars = axes.barh([p + offset for p in places], values, color=COLOURS[name], height=0.38, label=name)
+        axes.bar_label(bars, labels=[form.format(value) for value in values], padding=3, fontsize=7)
+    axes.margins(x=0.16)

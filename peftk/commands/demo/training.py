@@ -1,4 +1,4 @@
-"""The training behind the demo: one classifier, trained with peftk, with Hugging Face PEFT and frozen, in turn."""
+"""The training behind the demos: one task, several models of it trained on the same batches, in turn."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from ...testing.memory import peak_bytes
 
+OURS = "peftk"
+PEFT = "Hugging Face PEFT"
 FROZEN = "frozen model"
 # Steps of the frozen model: enough for a median.
 FLOOR_STEPS = 32
@@ -25,39 +27,56 @@ EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Batches:
-    """Token ids, attention masks and labels of one side of the split: (examples, tokens), the same, (examples,)."""
+    """What the model reads of every example (token ids and attention masks, or pictures), and the labels."""
 
-    ids: Tensor
-    mask: Tensor
+    inputs: tuple[Tensor, ...]
     labels: Tensor
 
+    def take(self, chosen: Any) -> Batches:
+        """Return the chosen examples: indices or a slice."""
+        return Batches(tuple(part[chosen] for part in self.inputs), self.labels[chosen])
 
-class Classifier(nn.Module):
-    """A text encoder, the mean of its last hidden states, and a linear classifier."""
 
-    def __init__(self, encoder: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.classifier = nn.Linear(encoder.config.hidden_size, classes)
+@dataclass(frozen=True)
+class Task:
+    """A pretrained model with a last layer `classifier`, the layers of it that are adapted, and what it has to learn.
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits, (examples, classes)."""
-        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return self.classifier((hidden * weights).sum(1) / weights.sum(1))
+    `number` is the place of the task in the settings of a method: 0 for the text encoder, 1 for the ConvNet.
+    """
+
+    name: str
+    question: str
+    number: int
+    model: nn.Module
+    targets: list[str]
+    data: Batches
+    held_out: Batches
+    batch: int
+    classes: tuple[str, ...]
 
 
 @dataclass
 class Arm:
-    """One of the trainings that are compared: its model, optimiser, losses and seconds of every step."""
+    """One of the trainings that are compared: its model, optimiser, losses and seconds of every step.
+
+    `limit` is how many steps it takes at most, `budget` how many seconds; `allocate` is told the number of every step.
+    """
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    limit: int
+    budget: float = float("inf")
+    allocate: Callable[[int], Any] | None = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+
+    def goes_on(self) -> bool:
+        """Say whether the arm takes the next step."""
+        over = len(self.seconds) >= 4 and sum(self.seconds) > self.budget
+        return len(self.seconds) < self.limit and not over
 
     def timed(self) -> list[float]:
         """Return the seconds of every step but the first ones (caches, allocator)."""
@@ -70,8 +89,9 @@ class Arm:
 
     def ratio(self, floor: Arm) -> float:
         """Median of the ratios of a step's time to that of the floor's step of the same round."""
-        first = len(floor.seconds) - len(floor.timed())
-        pairs = zip(self.seconds[first:], floor.seconds[first:], strict=False)
+        common = min(len(self.seconds), len(floor.seconds))
+        first = min(WARM_UP, common // 2)
+        pairs = zip(self.seconds[first:common], floor.seconds[first:common], strict=True)
         return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
@@ -86,18 +106,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def linear_names(encoder: nn.Module) -> list[str]:
-    """Return the last name of every linear layer of an encoder, its unused pooler left out."""
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in encoder.named_modules()
-            if isinstance(module, nn.Linear) and "pooler" not in name
-        }
-    )
-
-
-def frozen_copy(model: Classifier, targets: list[str]) -> Classifier:
+def frozen_copy(model: nn.Module, targets: list[str]) -> nn.Module:
     """Return a copy that trains the head only, while the gradient still runs down to the layers that adapters adapt.
 
     An adapter needs the gradient of its layer's output, and so of all activations above the first adapted layer.
@@ -105,20 +114,21 @@ def frozen_copy(model: Classifier, targets: list[str]) -> Classifier:
     add to.
     """
     frozen = copy.deepcopy(model)
-    frozen.encoder.requires_grad_(False)
+    frozen.requires_grad_(False)
+    frozen.classifier.requires_grad_(True)
 
     def ask_for_gradient(module: nn.Module, args: tuple, output: Tensor) -> None:
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
 
-    for name, module in frozen.encoder.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
+    for name, module in frozen.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name.rpartition(".")[2] in targets:
             module.register_forward_hook(ask_for_gradient)
     return frozen
 
 
 @torch.no_grad()
-def features(model: Classifier, data: Batches) -> Tensor:
+def features(model: nn.Module, data: Batches) -> Tensor:
     """Return what the classifier of a model sees of every example, (examples, hidden)."""
     head, model.classifier = model.classifier, nn.Identity()
     try:
@@ -127,7 +137,7 @@ def features(model: Classifier, data: Batches) -> Tensor:
         model.classifier = head
 
 
-def converged_head(model: Classifier, data: Batches, steps: int = 1000) -> nn.Linear:
+def converged_head(model: nn.Module, data: Batches, steps: int = 1000) -> nn.Linear:
     """Train only the head, to convergence, on the features of the frozen encoder: what no adapter has to beat.
 
     The whole of the examples is one batch, so a thousand steps take a second or two.
@@ -144,8 +154,8 @@ def converged_head(model: Classifier, data: Batches, steps: int = 1000) -> nn.Li
     return head
 
 
-def make_arm(name: str, model: nn.Module, rate: float, steps: int) -> Arm:
-    """Give a model AdamW, its head a rate of its own, with a short warm-up and a linear decay."""
+def make_arm(name: str, model: nn.Module, rate: float, steps: int, limit: int | None = None) -> Arm:
+    """Give a model AdamW, its head a rate of its own, with a short warm-up and a linear decay over `steps`."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for n, p in trained if "classifier" in n], "lr": HEAD_RATE},
@@ -154,7 +164,10 @@ def make_arm(name: str, model: nn.Module, rate: float, steps: int) -> Arm:
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.01)
     warm_up = min(WARM_UP, max(1, steps // 2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / warm_up) * (1 - s / steps))
-    return Arm(name, model.train(), optimizer, schedule)
+    allocate = None
+    if name != FROZEN and hasattr(model.base_model, "update_and_allocate"):
+        allocate = model.base_model.update_and_allocate
+    return Arm(name, model.train(), optimizer, schedule, steps if limit is None else limit, allocate=allocate)
 
 
 def orders(count: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -166,20 +179,22 @@ def orders(count: int, batch: int, seed: int) -> Iterator[Tensor]:
         yield from (chunk for chunk in shuffled.split(batch) if len(chunk) == batch)
 
 
-def backpropagate(arm: Arm, data: Batches, chosen: Tensor) -> Tensor:
+def backpropagate(arm: Arm, part: Batches) -> Tensor:
     """Run forward and backward on one batch and return the loss."""
-    loss = cross_entropy(arm.model(data.ids[chosen], data.mask[chosen]), data.labels[chosen])
+    loss = cross_entropy(arm.model(*part.inputs), part.labels)
     loss.backward()
     return loss
 
 
-def step(arm: Arm, data: Batches, chosen: Tensor) -> None:
+def step(arm: Arm, part: Batches) -> None:
     """Train on one batch and note loss and time."""
     begin = time.perf_counter()
     arm.optimizer.zero_grad(set_to_none=True)
-    loss = backpropagate(arm, data, chosen)
+    loss = backpropagate(arm, part)
     arm.optimizer.step()
     arm.scheduler.step()
+    if arm.allocate is not None:
+        arm.allocate(len(arm.losses) + 1)
     arm.seconds.append(time.perf_counter() - begin)
     arm.losses.append(loss.item())
 
@@ -187,26 +202,18 @@ def step(arm: Arm, data: Batches, chosen: Tensor) -> None:
 def train(
     arms: list[Arm], data: Batches, steps: int, batch: int, seed: int, track: Callable[[Iterable], Iterable]
 ) -> None:
-    """Train all arms on the same batches, one step of each in turn, so that a busy moment hits them alike.
-
-    The frozen arm stops after FLOOR_STEPS: it is there for the time of a step only.
-    """
+    """Train all arms on the same batches, one step of each in turn, so that a busy moment hits them alike."""
     source = orders(len(data.labels), batch, seed)
-    chosen = next(source)
+    part = data.take(next(source))
     for arm in arms:
         owned = [*arm.model.parameters(), *arm.model.buffers()]
-        arm.peak_bytes = peak_bytes(lambda arm=arm: backpropagate(arm, data, chosen), owned)
+        arm.peak_bytes = peak_bytes(lambda arm=arm: backpropagate(arm, part), owned)
         arm.optimizer.zero_grad(set_to_none=True)
     for number in track(range(steps)):
-        chosen = next(source)
-        turns = [arm for arm in arms if number < FLOOR_STEPS or arm.name != FROZEN]
+        part = data.take(next(source))
+        turns = [arm for arm in arms if arm.goes_on()]
         for turn in range(len(turns)):
-            step(turns[(number + turn) % len(turns)], data, chosen)
-
-
-def first(data: Batches, count: int) -> Batches:
-    """Return the first examples."""
-    return Batches(data.ids[:count], data.mask[:count], data.labels[:count])
+            step(turns[(number + turn) % len(turns)], part)
 
 
 @torch.no_grad()
@@ -214,10 +221,8 @@ def logits(model: nn.Module, data: Batches) -> Tensor:
     """Return the logits of every example in evaluation mode."""
     training = model.training
     model.eval()
-    parts = [
-        model(data.ids[i : i + EVALUATION_BATCH], data.mask[i : i + EVALUATION_BATCH])
-        for i in range(0, len(data.labels), EVALUATION_BATCH)
-    ]
+    count = len(data.labels)
+    parts = [model(*data.take(slice(i, i + EVALUATION_BATCH)).inputs) for i in range(0, count, EVALUATION_BATCH)]
     model.train(training)
     return torch.cat(parts)
 
@@ -230,9 +235,3 @@ def accuracy(found: Tensor, data: Batches) -> float:
 def distance(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference relative to the largest magnitude."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def tokenise(tokenizer: Any, texts: list[str], labels: list[int], length: int) -> Batches:
-    """Turn texts into tensors of one length."""
-    encoded = tokenizer(texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-    return Batches(encoded["input_ids"], encoded["attention_mask"], torch.tensor(labels))
