@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=48, help="tokens of a passage")
-    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate")
+    parser.add_argument("--rate", type=float, default=5e-2, help="learning rate")
     parser.add_argument("--output", default="adapters/llama_adaption_prompt")
     options = parser.parse_args(arguments)
 
