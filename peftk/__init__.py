@@ -5,7 +5,7 @@ from ._config import use_backend
 from ._registry import explain
 from ._version import __version__
 from .model import PeftModel, get_peft_model
-from .nn import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig, PeftType, TaskType
+from .nn import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig, PeftType, TaskType, XLoraConfig
 from .status import get_layer_status, get_model_status
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "PeftModel",
     "PeftType",
     "TaskType",
+    "XLoraConfig",
     "__version__",
     "explain",
     "functional",

@@ -8,11 +8,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._plan import Plan, copy_into, embedding_tensors, file_tensors, make_plan, plan_of, same_meaning
+from ._plan import Plan, copy_into, embedding_tensors, same_meaning
 from ._tuner import Tuner
 from .nn import PeftConfig
 from .nn.config import check_bool
 from .targets import resolve
+
+
+def read_config(folder: str | os.PathLike[str]) -> PeftConfig:
+    """Read the configuration of a saved adapter."""
+    from .checkpoint import peft as files
+
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        raise ValueError(f"model_id: expected the folder of a saved adapter (nothing is downloaded), got {folder!r}")
+    return PeftConfig.from_dict(files.read_config(folder))
 
 
 def read_into_plan(
@@ -23,10 +33,7 @@ def read_into_plan(
     from .checkpoint import peft as files
 
     check_bool("is_trainable", is_trainable)
-    folder = os.fspath(folder)
-    if not os.path.isdir(folder):
-        raise ValueError(f"model_id: expected the folder of a saved adapter (nothing is downloaded), got {folder!r}")
-    config = PeftConfig.from_dict(files.read_config(folder))
+    config = read_config(folder)
     config.inference_mode = not is_trainable
     model = tuner.model
     if name in tuner.peft_config:
@@ -34,16 +41,16 @@ def read_into_plan(
         merged = [path for path, layer in tuner.layers() if name in layer.merged_adapters]
         if merged:
             raise ValueError(f"adapter_name: {name!r} is merged into {merged[0]!r}; unmerge it before loading over it")
-        plan = plan_of(model, name, tuner.peft_config[name])
-        if set(resolve(model, config, strict=False)) != set(plan.adapters):
+        plan = tuner.plan_of(name)
+        if plan.adapters and set(resolve(model, config, strict=False)) != set(plan.adapters):
             raise ValueError(
                 f"target_modules: the file names {config.target_modules}, which are not the modules that adapter "
                 f"{name!r} has in memory; load it under a new name"
             )
     else:
         tuner.check_new(name, config)
-        plan = make_plan(model, name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
-    targets = file_tensors(model, plan)
+        plan = tuner.plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
+    targets = tuner.file_tensors(plan)
     try:
         values = files.read_adapter(folder, *_expected(targets))
     except CheckpointError:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._plan import PREFIX, Plan, attach, biases, plan_of, replace_module
+from ._plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
 from .nn import AdaLoraConfig, PeftConfig
 from .nn._base import AdapterLayer, check_finite
 from .nn.config import check_adapter_name, check_int
@@ -97,6 +97,18 @@ class Tuner(nn.Module):
                 f"inference_mode: adapter {trained[0]!r} is a trainable AdaLoRA adapter already, and only one can be; "
                 "set inference_mode=True for the others"
             )
+
+    def plan(self, name: str, config: PeftConfig, **options: Any) -> Plan:
+        """Make all tensors of a new adapter without touching the model; see `make_plan`."""
+        return make_plan(self.model, name, config, **options)
+
+    def plan_of(self, name: str) -> Plan:
+        """Describe an adapter that the model has already."""
+        return plan_of(self.model, name, self.peft_config[name])
+
+    def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
+        """Map every key of an adapter's file to its tensor; see `file_tensors`."""
+        return file_tensors(self.model, plan)
 
     def commit(self, plan: Plan) -> None:
         """Add a planned adapter. The first one becomes active; a later one waits for `set_adapter`."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._loading import read_into_plan
-from ._plan import Plan, file_tensors, make_plan, plan_of, unaliased
+from ._plan import Plan, unaliased
 from ._signature import restore, with_signature_of
 from ._tuner import Tuner
+from ._xlora import tuner_for, tuner_for_file
 from .nn import AdapterLayer, PeftConfig
 from .nn.config import check_bool
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -98,9 +99,9 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         _check_base(model)
-        tuner = Tuner(model)
+        tuner = tuner_for(model, peft_config)
         tuner.check_new(adapter_name, peft_config)
-        plan = make_plan(model, adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        plan = tuner.plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         self._start(tuner, plan)
 
     def _start(self, tuner: Tuner, plan: Plan) -> None:
@@ -126,7 +127,7 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the adapted model."""
         _refuse_mixed_batch(kwargs)
-        return self.get_base_model().generate(*args, **kwargs)
+        return self.base_model.generate(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made for this base model, and cannot be found by its name.
@@ -187,7 +188,7 @@ class PeftModel(nn.Module):
             raise TypeError(f"peft_config: expected a configuration of peftk, got {type(peft_config).__name__}")
         tuner = self.base_model
         tuner.check_new(adapter_name, peft_config)
-        plan = make_plan(tuner.model, adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        plan = tuner.plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         tuner.commit(plan)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -326,8 +327,8 @@ class PeftModel(nn.Module):
         for name in names:
             target = folder if name == "default" else os.path.join(folder, name)
             os.makedirs(target, exist_ok=True)
-            plan = plan_of(self.get_base_model(), name, self.peft_config[name])
-            tensors = self.base_model.pruned(name, unaliased(file_tensors(self.get_base_model(), plan)))
+            tensors = unaliased(self.base_model.file_tensors(self.base_model.plan_of(name)))
+            tensors = self.base_model.pruned(name, tensors)
             files.write_adapter(target, tensors, self._config_for_file(name))
 
     def _config_for_file(self, name: str) -> dict[str, Any]:
@@ -347,6 +348,7 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> PeftModel:
         """Load an adapter that peftk or PEFT has saved onto its base model.
 
@@ -359,13 +361,15 @@ class PeftModel(nn.Module):
             is_trainable: Whether it can be trained further; if not, the model is put into evaluation mode.
             autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
             low_cpu_mem_usage: Accepted for scripts that pass it: what is loaded is never initialised first.
+            adapters: For X-LoRA: names to the folders of the experts; None means the sub-folders 0, 1, ... of
+                `model_id`.
 
         Raises:
             ValueError: The file is damaged, or its keys or shapes do not fit the model.
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         _check_base(model)
-        tuner = Tuner(model)
+        tuner = tuner_for_file(model, model_id, adapters)
         plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         result = cls.__new__(cls)
         result._start(tuner, plan)

@@ -9,9 +9,14 @@ import warnings
 import peft
 import pytest
 
-from peftk.nn import AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig
+from peftk.nn import AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig, XLoraConfig
 
-PAIRS = [(LoraConfig, peft.LoraConfig), (OFTConfig, peft.OFTConfig), (AdaptionPromptConfig, peft.AdaptionPromptConfig)]
+PAIRS = [
+    (LoraConfig, peft.LoraConfig),
+    (OFTConfig, peft.OFTConfig),
+    (AdaptionPromptConfig, peft.AdaptionPromptConfig),
+    (XLoraConfig, peft.XLoraConfig),
+]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -49,6 +54,7 @@ FULL = [
         },
     ),
     (OFTConfig, {"target_modules": "all-linear"}),
+    (XLoraConfig, {"hidden_size": 16, "adapters": {"a": "b"}, "top_k_lora": 1, "task_type": "CAUSAL_LM"}),
     (AdaptionPromptConfig, {"adapter_len": 10, "adapter_layers": 30, "task_type": "CAUSAL_LM"}),
     (OFTConfig, {"r": 2, "oft_block_size": 0, "coft": True, "eps": 0.1, "block_share": True, "bias": "oft_only"}),
 ]

@@ -11,6 +11,7 @@ from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
 from .config import PeftConfig, PeftType, TaskType
 from .lora import LoraConfig, LoRALinear
 from .oft import OFTConfig, OFTConv2d, OFTLinear
+from .xlora_config import XLoraConfig
 
 LAYERS: tuple[type[AdapterLayer], ...] = (LoRALinear, AdaLoRALinear, OFTLinear, OFTConv2d, AdaptedAttention)
 """Every adapted layer. A configuration and a kind of layer belong to at most one of them."""
@@ -56,4 +57,5 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "TaskType",
+    "XLoraConfig",
 ]

@@ -36,6 +36,7 @@ class PeftType(str, Enum):
     ADALORA = "ADALORA"
     LORA = "LORA"
     OFT = "OFT"
+    XLORA = "XLORA"
 
 
 def check_bool(name: str, value: object) -> None:

@@ -1,0 +1,214 @@
+"""X-LoRA: LoRA experts side by side in one low-rank product, weighted for every token by a classifier."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ._base import AdapterLayer
+from .lora import LoRALinear
+from .xlora_config import XLoraConfig
+
+
+class XLoraClassifier(nn.Module):
+    """Predicts the weights of the experts from the last hidden state of the base model.
+
+    Parameters: `layers.<i>.weight` and `layers.<i>.bias`; in between ReLU and, with `xlora_dropout_p`, dropout.
+
+    Args:
+        config: The configuration.
+        experts: Number of experts.
+        layers: Number of adapted layers.
+    """
+
+    def __init__(self, config: XLoraConfig, experts: int, layers: int) -> None:
+        super().__init__()
+        self.config = config
+        self.experts = experts
+        self.adapted = layers
+        widths = [config.hidden_size] + [config.xlora_size] * (config.xlora_depth - 1)
+        parts: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            parts += [nn.Linear(before, after), nn.ReLU()]
+            if config.xlora_dropout_p > 0:
+                parts.append(nn.Dropout(config.xlora_dropout_p))
+        parts.append(nn.Linear(widths[-1], experts * layers if config.layerwise_scalings else experts))
+        self.layers = nn.Sequential(*parts)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the weights, (batch, tokens, layers, experts), for hidden states (batch, tokens, hidden_size)."""
+        logits = self.layers(hidden.to(self.layers[-1].weight.dtype))
+        rows = self.adapted if self.config.layerwise_scalings else 1
+        logits = logits.unflatten(-1, (rows, self.experts))
+        if self.config.enable_softmax:
+            logits = torch.softmax(logits / self.config.softmax_temperature, -1)
+        return logits.expand(-1, -1, self.adapted, -1)
+
+
+def select(weights: Tensor, config: XLoraConfig) -> Tensor:
+    """Keep the `top_k_lora` largest weights of every token and, if asked, take the softmax of those that are left."""
+    if config.top_k_lora is not None:
+        kept = torch.zeros_like(weights, dtype=torch.bool)
+        kept.scatter_(-1, torch.topk(weights, config.top_k_lora, dim=-1).indices, True)
+        weights = weights * kept
+    if config.enable_softmax_topk:
+        left = weights != 0
+        weights = torch.softmax(weights.masked_fill(~left, float("-inf")), -1).masked_fill(~left, 0.0)
+    return weights
+
+
+class Gates:
+    """What the adapted layers of one model share: the weights of the experts in the pass that is running.
+
+    Args:
+        config: The configuration.
+        experts: The names of the experts, in their order.
+    """
+
+    def __init__(self, config: XLoraConfig, experts: Sequence[str]) -> None:
+        self.config = config
+        self.experts = list(experts)
+        self.latest: Tensor | None = None
+        self.log: list[Tensor] = []
+        self.logging = False
+        self._running = False
+        self._weights: Tensor | None = None
+        self._made: dict[tuple, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors with a history can neither be copied nor pickled.
+        return self.__dict__ | {"latest": None, "log": [], "_running": False, "_weights": None, "_made": {}}
+
+    @contextlib.contextmanager
+    def using(self, weights: Tensor | None) -> Iterator[None]:
+        """Run a pass with these weights, (batch, tokens, layers, experts) or (experts,), or without experts."""
+        before = self._running, self._weights, self._made
+        if weights is not None:
+            shared = weights.dim() == 4 and not self.config.layerwise_scalings
+            weights = select(weights[:, :, :1] if shared else weights, self.config)
+        self._running, self._weights, self._made = True, weights, {}
+        try:
+            yield
+        finally:
+            self._running, self._weights, self._made = before
+
+    def of(self, layer: XLoraLayer) -> Tensor | None:
+        """Return the gate of a layer, (batch, tokens, total rank) or (total rank,); None switches its experts off."""
+        if not self._running:
+            raise RuntimeError(
+                f"X-LoRA: layer {layer.module_name!r} was called outside of a forward pass of its PeftModel, so its "
+                "experts have no weights; call the PeftModel (gradient checkpointing calls layers again afterwards and "
+                "is not supported)"
+            )
+        weights = self._weights
+        if weights is None:
+            return None
+        number = -1
+        if weights.dim() == 4:
+            # One gate serves every layer with the same experts, unless each has weights of its own.
+            number = layer.number if self.config.layerwise_scalings else 0
+            weights = weights[:, :, number]
+        names = layer.expert_names()
+        scales = [layer.scaling[name] for name in names]
+        key = (number, *((name, layer.r[name], scale) for name, scale in zip(names, scales, strict=True)))
+        if key not in self._made:
+            factor = self.config.global_scaling_weight
+            parts = []
+            for name, scale in zip(names, scales, strict=True):
+                index = self.experts.index(name)
+                part = weights[..., index : index + 1] * (scale * factor)
+                parts.append(part.expand(*part.shape[:-1], layer.r[name]))
+            self._made[key] = torch.cat(parts, -1)
+        return self._made[key]
+
+
+class XLoraLayer(AdapterLayer):
+    """What the adapted layers of an X-LoRA model have in common, beside what they are as LoRA layers."""
+
+    def _wrap(self, base_layer: nn.Module) -> None:
+        super()._wrap(base_layer)
+        self.gates: Gates | None = None
+        self.number = 0
+        self.module_name = ""
+
+    def expert_names(self) -> list[str]:
+        """The names of the experts that this layer has, in their order."""
+        return [name for name in self.gates.experts if name in self.scaling]
+
+    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise ValueError: the weights of the experts depend on the input."""
+        raise ValueError(
+            "merge: the experts of X-LoRA are weighted anew for every token, which no weight can hold; use unload to "
+            "take them off the model"
+        )
+
+
+class XLoraLinear(XLoraLayer, LoRALinear):
+    """A linear layer with LoRA experts: ``y = x W^T + bias + ((dropout(x) A^T) * gate) B^T``.
+
+    A (total rank, in) and B (out, total rank) are the factors of all experts, one behind the other, and the gate
+    (..., total rank) holds each expert's weight for the token times its scale: one product for all experts.
+    """
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        gate = self.gates.of(self)
+        if gate is None:
+            return self.base_layer(x, *args, **kwargs)
+        result = None
+        if not self._can_fuse(x, args, kwargs):
+            result = self.base_layer(x, *args, **kwargs)
+            if x.dtype != result.dtype:
+                x = x.to(result.dtype)
+        if gate.dim() > 1:
+            gate = _fit(gate, x, self.module_name)
+        for p, part, columns in self._groups():
+            a = torch.cat([self.lora_A[name].weight for name in part]) if len(part) > 1 else self.lora_A[part[0]].weight
+            b = torch.cat([self.lora_B[n].weight for n in part], 1) if len(part) > 1 else self.lora_B[part[0]].weight
+            options = {"gate": gate if columns is None else gate[..., columns].contiguous()}
+            if p > 0:
+                options["dropout_p"] = p
+            if result is None:
+                frozen = self._modules["base_layer"]._parameters
+                result = F.low_rank_linear(x, frozen["weight"], frozen["bias"], a, b, **options)
+            else:
+                result = F.low_rank_add(result, x, a, b, **options)
+        return result
+
+    def _groups(self) -> list[tuple[float, list[str], slice | None]]:
+        """Return the experts that share a dropout probability, and where their ranks stand in the gate."""
+        names = self.expert_names()
+        if not self.training or len({self.lora_dropout[name] for name in names}) == 1:
+            return [(self.lora_dropout[names[0]] if self.training else 0.0, names, None)]
+        groups, start = [], 0
+        for name in names:
+            groups.append((self.lora_dropout[name], [name], slice(start, start + self.r[name])))
+            start += self.r[name]
+        return groups
+
+
+def _fit(gate: Tensor, x: Tensor, where: str) -> Tensor:
+    """Return the gate, (batch, tokens, total rank), in the leading shape of x, (..., features)."""
+    positions = gate.shape[:2]
+    if x.shape[:-1] == positions:
+        return gate
+    if x.dim() == 2 and x.shape[0] == positions.numel():
+        return gate.flatten(0, 1)
+    if x.dim() > 3 and x.shape[:2] == positions:
+        between = x.shape[2:-1]
+        return gate.view(*positions, *(1 for _ in between), -1).expand(*positions, *between, -1)
+    raise ValueError(
+        f"X-LoRA: the weights of the experts are for (batch, tokens) = {tuple(positions)}, and layer {where!r} got an "
+        f"input of shape {tuple(x.shape)}, whose positions are others"
+    )
+
+
+GATED: dict[type[AdapterLayer], type[XLoraLayer]] = {LoRALinear: XLoraLinear}
+"""The class that a layer of a LoRA expert has in an X-LoRA model."""
+
+__all__ = ["GATED", "Gates", "XLoraClassifier", "XLoraConfig", "XLoraLayer", "XLoraLinear"]
