@@ -368,6 +368,7 @@ class PeftModel(nn.Module):
             ValueError: The file is damaged, or its keys or shapes do not fit the model.
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
+        check_bool("is_trainable", is_trainable)
         _check_base(model)
         tuner = tuner_for_file(model, model_id, adapters)
         plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
