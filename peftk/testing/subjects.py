@@ -7,6 +7,7 @@ without one is an error.
 from __future__ import annotations
 
 import functools
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -283,6 +284,70 @@ def _of_kind(name: str, config: Callable[[], PeftConfig], kind: str) -> Subject 
     return Subject(name, layer, make, lambda dtype: _input(kind, dtype), _refused_by_layer(config, kind, usual))
 
 
+class _Weighted(nn.Module):
+    """A layer with two experts, weighted for every token."""
+
+    def __init__(self, layer: AdapterLayer, weights: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weights = nn.Parameter(weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer with the weights."""
+        with self.layer.gates.using(self.weights):
+            return self.layer(x)
+
+
+def _experts() -> Iterator[Subject]:
+    """Yield the layers that can hold the experts of X-LoRA."""
+    from ..nn.xlora import GATED, Gates
+
+    settings = peftk.XLoraConfig(hidden_size=FEATURES, adapters={"0": "", "1": ""})
+
+    def mixture(kind: str, base: nn.Module, dtype: torch.dtype = torch.float32) -> _Weighted:
+        torch.manual_seed(3)
+        config = peftk.LoraConfig(r=4, init_lora_weights=False)
+        layer = GATED[layer_class_for(config, base)](base, config, "0")
+        layer.add_adapter("1", config)
+        layer.set_adapter(["0", "1"])
+        layer.gates = Gates(settings, ["0", "1"])
+        x = _input(kind, dtype)
+        tokens = (x.shape[0], 1) if x.dim() == 4 else x.shape[:2]
+        return _Weighted(_filled(layer), torch.rand(*tokens, 1, 2).to(dtype))
+
+    def together(kind: str) -> None:
+        model = mixture(kind, BASES[kind]())
+        model(_input(kind, torch.float32))
+
+    def mixed(kind: str) -> None:
+        config = peftk.LoraConfig(r=4, target_modules=["0"])
+        with tempfile.TemporaryDirectory() as folder:
+            peftk.get_peft_model(nn.Sequential(BASES[kind]()), config).save_pretrained(folder)
+            one = peftk.XLoraConfig(hidden_size=FEATURES, adapters={"one": folder})
+            model = peftk.get_peft_model(nn.Sequential(BASES[kind]()), one)
+        model(_input(kind, torch.float32), adapter_names=["0", "0"])
+
+    for kind in KINDS:
+        if not any(kind in layer.base_kinds for layer in GATED.values()):
+            continue
+
+        def make(dtype: torch.dtype, kind: str = kind) -> nn.Module:
+            return mixture(kind, BASES[kind](dtype=dtype), dtype)
+
+        def example(dtype: torch.dtype, kind: str = kind) -> Tensor:
+            return _input(kind, dtype)
+
+        refuses = _refused(
+            {
+                "merging": lambda kind=kind: mixture(kind, BASES[kind]()).layer.merge(),
+                "several active adapters": functools.partial(together, kind),
+                "quantised weights": lambda kind=kind: mixture(kind, _Quantised()),
+                "batches that mix adapters": functools.partial(mixed, kind),
+            }
+        )
+        yield Subject("X-LoRA", KINDS[kind], make, example, refuses)
+
+
 def subjects() -> Iterator[Subject]:
     """Yield every method on every kind of layer that it wraps.
 
@@ -301,3 +366,4 @@ def subjects() -> Iterator[Subject]:
                 found = _of_kind(name, lambda c=config_class, f=fields: c(**f), kind)
                 if found is not None:
                     yield found
+    yield from _experts()
