@@ -21,6 +21,15 @@ void circulant_mix(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& 
 void circulant_contract(const Tensor& grad, const Tensor& x, Tensor& out);
 void circulant_weight(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out);
 void circulant_weight_backward(const Tensor& grad, double scale, Tensor& dkernel);
+void khatri_rao(const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b, Tensor& a, Tensor& b);
+void khatri_rao_backward(const Tensor& grad_a, const Tensor& grad_b, const Tensor& w1_a, const Tensor& w1_b,
+                         const Tensor& w2_a, const Tensor& w2_b, Tensor& dw1_a, Tensor& dw1_b, Tensor& dw2_a,
+                         Tensor& dw2_b);
+void hadamard_weight(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
+                     const Tensor& w2_b, double scale, Tensor& out);
+void hadamard_weight_backward(const Tensor& grad, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
+                              const Tensor& w2_b, double scale, Tensor& dw1_a, Tensor& dw1_b, Tensor& dw2_a,
+                              Tensor& dw2_b);
 
 // Thin products of LoRA: `m` is (depth, rank), or (rank, depth) where transposed; so is the result of `outer`.
 void shrink(const Tensor& x, const Tensor& m, bool transposed, double scale, Tensor& out);

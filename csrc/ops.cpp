@@ -14,6 +14,16 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
   m.def("circulant_contract(Tensor grad, Tensor x, Tensor(a!) out) -> ()");
   m.def("circulant_weight(Tensor weight, Tensor kernel, float scale, Tensor(a!) out) -> ()");
   m.def("circulant_weight_backward(Tensor grad, float scale, Tensor(a!) dkernel) -> ()");
+  m.def("khatri_rao(Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, Tensor(a!) a, Tensor(b!) b) -> ()");
+  m.def(
+      "khatri_rao_backward(Tensor grad_a, Tensor grad_b, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b,"
+      " Tensor(a!) dw1_a, Tensor(b!) dw1_b, Tensor(c!) dw2_a, Tensor(d!) dw2_b) -> ()");
+  m.def(
+      "hadamard_weight(Tensor weight, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale,"
+      " Tensor(a!) out) -> ()");
+  m.def(
+      "hadamard_weight_backward(Tensor grad, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale,"
+      " Tensor(a!) dw1_a, Tensor(b!) dw1_b, Tensor(c!) dw2_a, Tensor(d!) dw2_b) -> ()");
   m.def("shrink(Tensor x, Tensor m, bool transposed, float scale, Tensor(a!) out) -> ()");
   m.def("outer(Tensor x, Tensor h, bool transposed, float scale, Tensor(a!) out) -> ()");
   m.def("dropout(Tensor x, int seed, int threshold, float scale, Tensor(a!) out) -> ()");
@@ -28,6 +38,10 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("circulant_contract", TORCH_BOX(&peftk::circulant_contract));
   m.impl("circulant_weight", TORCH_BOX(&peftk::circulant_weight));
   m.impl("circulant_weight_backward", TORCH_BOX(&peftk::circulant_weight_backward));
+  m.impl("khatri_rao", TORCH_BOX(&peftk::khatri_rao));
+  m.impl("khatri_rao_backward", TORCH_BOX(&peftk::khatri_rao_backward));
+  m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight));
+  m.impl("hadamard_weight_backward", TORCH_BOX(&peftk::hadamard_weight_backward));
   m.impl("shrink", TORCH_BOX(&peftk::shrink));
   m.impl("outer", TORCH_BOX(&peftk::outer));
   m.impl("dropout", TORCH_BOX(&peftk::dropout));

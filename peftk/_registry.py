@@ -159,7 +159,7 @@ class Operator:
         return kernel(*args)
 
 
-_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, list, type(None)))
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, list, type(None), torch.dtype))
 
 
 def _plain(args: tuple) -> bool:

@@ -3,6 +3,7 @@
 from .ops.block_diagonal import block_rotate, block_rotate_linear
 from .ops.cayley import cayley
 from .ops.circulant import circulant_linear, circulant_weight, circular_conv, circular_conv_add
+from .ops.hadamard import hadamard_weight, khatri_rao
 from .ops.low_rank import low_rank_add, low_rank_linear
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "circulant_weight",
     "circular_conv",
     "circular_conv_add",
+    "hadamard_weight",
+    "khatri_rao",
     "low_rank_add",
     "low_rank_linear",
 ]

@@ -60,7 +60,7 @@ def moved(inputs: Inputs, device: torch.device | str) -> Inputs:
 
 
 def call(case: Case, inputs: Inputs) -> Tensor:
-    return getattr(peftk.functional, case.operator)(**inputs)
+    return case.function(**inputs)
 
 
 def leaves(case: Case, inputs: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
@@ -98,7 +98,7 @@ def test_matches_float64_formula(case: Case, backend: str, dtype: str, device: t
             assert any(known in reason for known in REFUSALS.get(backend, ())), reason
         pytest.skip(reason)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
-    function = getattr(peftk.functional, case.operator)
+    function = case.function
     with peftk.use_backend(backend):
         y, grads, grad = forward_backward(function, case, inputs)
     # The truth starts from the rounded inputs, and its incoming gradient from the rounded one.
@@ -155,7 +155,7 @@ def test_layouts(case: Case, backend: str, device: torch.device) -> None:
     inputs = moved(case.cast(case.inputs(), torch.float32), device)
     if reason := reason_against(case, inputs, backend):
         pytest.skip(reason)
-    function = getattr(peftk.functional, case.operator)
+    function = case.function
     with peftk.use_backend(backend):
         for name, value in inputs.items():
             if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
@@ -190,7 +190,7 @@ def test_every_element_is_written(
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     try:
         with peftk.use_backend(backend):
-            y, grads, _ = forward_backward(getattr(peftk.functional, case.operator), case, inputs)
+            y, grads, _ = forward_backward(case.function, case, inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert y.isfinite().all()
@@ -203,7 +203,7 @@ def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str, dev
     inputs = moved(case.cast(case.inputs(), torch.float32), device)
     if reason := reason_against(case, inputs, backend):
         pytest.skip(reason)
-    function = getattr(peftk.functional, case.operator)
+    function = case.function
     threads = torch.get_num_threads()
     with peftk.use_backend(backend):
         y, grads, _ = forward_backward(function, case, inputs)
@@ -218,7 +218,7 @@ def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str, dev
             other, grads_other, _ = forward_backward(function, case, inputs)
         finally:
             torch.set_num_threads(threads)
-    if backend == "native" and case.operator in ("block_rotate", "cayley"):
+    if backend == "native" and case.operator in ("block_rotate", "cayley", "hadamard_weight", "khatri_rao"):
         assert_same_bits(other, y, what="output with another number of threads")
         for name in grads:
             assert_same_bits(grads_other[name], grads[name], what=f"d{name} with another number of threads")

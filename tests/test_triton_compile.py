@@ -51,6 +51,10 @@ NARROW = {
     "_cayley_panel_kernel": {"load"},
     "_cayley_backward_kernel": {"store"},
     "_cayley_panel_backward_kernel": {"store"},
+    # Factors with the rank last have short rows; the gradients in the factors are nothing beside the incoming one.
+    "_khatri_rao_kernel": {"load"},
+    "_khatri_rao_backward_kernel": {"load", "store"},
+    "_hadamard_gradient_kernel": {"store"},
 }
 
 
@@ -117,6 +121,27 @@ def low_rank_calls() -> Iterator[Call]:
     yield from calls(1, WIDTH, 16, BF16)
 
 
+def hadamard_calls() -> Iterator[Call]:
+    def factors(out: int, features: int, rank: int, dtype: torch.dtype) -> tuple:
+        left, right = meta(out, rank, dtype=dtype), meta(rank, features, dtype=dtype)
+        return left, right, left, right
+
+    needs = True, True, True, True
+    for rank, dtype, parameters in ((8, BF16, FP32), (8, FP32, FP32), (16, BF16, FP32), (5, FP16, FP16)):
+        four = factors(WIDTH, WIDTH, rank, parameters)
+        yield "khatri_rao", (*four, dtype)
+        a, b = meta(rank**2, WIDTH, dtype=dtype), meta(WIDTH, rank**2, dtype=dtype)
+        yield "khatri_rao_backward", (a, b, *four, *needs)
+    for rank, dtype, parameters in ((8, BF16, FP32), (32, BF16, FP32), (64, BF16, BF16), (32, FP32, FP32)):
+        four, weight = factors(WIDTH, WIDTH, rank, parameters), meta(WIDTH, WIDTH, dtype=dtype)
+        yield "hadamard_weight", (weight, *four, 1.5)
+        yield "hadamard_weight_backward", (weight, *four, 1.5, *needs)
+    four, weight = factors(WIDTH - 1, 4095, 13, FP32), meta(WIDTH - 1, 4095, dtype=FP16)
+    yield "hadamard_weight", (weight, *four, 1.5)
+    yield "hadamard_weight_backward", (weight, *four, 1.5, *needs)
+    yield "hadamard_weight_backward", (weight, *four, 1.5, True, False, True, False)
+
+
 def recorded(operator: str, args: tuple) -> list[_launch.Launch]:
     with _launch.recorded() as launches:
         assert OPERATORS[operator].reason("triton", args) is None
@@ -150,6 +175,7 @@ def circulant_calls() -> Iterator[Call]:
 
 CALLS = {
     "circulant": circulant_calls,
+    "hadamard": hadamard_calls,
     "block_diagonal": block_diagonal_calls,
     "cayley": cayley_calls,
     "low_rank": low_rank_calls,
@@ -282,6 +308,10 @@ LAUNCHES = {
     "block_rotate_linear_backward": ["block_rotate_backward_kernel"],
     "cayley": ["cayley_kernel"],
     "cayley_backward": ["cayley_backward_kernel"],
+    "khatri_rao": ["khatri_rao_kernel"] * 2,
+    "khatri_rao_backward": ["khatri_rao_backward_kernel"] * 2,
+    "hadamard_weight": ["hadamard_weight_kernel"],
+    "hadamard_weight_backward": ["hadamard_gradient_kernel", "sum_kernel"] * 2,
     "low_rank_add": ["shrink_kernel", "expand_kernel"],
     "low_rank_add_backward": [
         *("backward_kernel", "sum_kernel", "hidden_gradient_kernel"),

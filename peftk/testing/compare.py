@@ -49,6 +49,11 @@ def error(actual: Tensor, truth: Tensor) -> Error:
     )
 
 
+def joined(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return one tensor as it is, and several as a flat one."""
+    return result if isinstance(result, Tensor) else torch.cat([t.flatten() for t in result])
+
+
 def assert_close(
     actual: Tensor, truth: Tensor, dtype: torch.dtype, *, eager: Tensor | None = None, what: str = "result"
 ) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import functional
+from ..compare import joined
+
 Inputs = dict[str, Any]
 
 
@@ -41,6 +44,10 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.operator}-{self.name}"
+
+    def function(self, **inputs: Any) -> Tensor:
+        """Call the public function; a result of several tensors becomes one flat tensor, as the formula's does."""
+        return joined(getattr(functional, self.operator)(**inputs))
 
     def inputs(self, seed: int = 0) -> Inputs:
         """Return the arguments in float64; equal seeds give equal bits."""

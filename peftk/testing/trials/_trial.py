@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import functional
+from ..compare import joined
 
 Report = dict[str, Any]
 
@@ -35,5 +36,5 @@ class Trial:
     formula: Callable[..., Tensor]
 
     def call(self, **inputs: Tensor) -> Tensor:
-        """Run the public function."""
-        return getattr(functional, self.operator)(**inputs, **self.options)
+        """Run the public function; several results become one flat tensor."""
+        return joined(getattr(functional, self.operator)(**inputs, **self.options))

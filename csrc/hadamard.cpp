@@ -1,0 +1,196 @@
+#include "hadamard.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+
+#include "check.h"
+#include "cpu/simd.h"
+#include "low_rank.h"
+#include "native_ops.h"
+
+namespace peftk {
+namespace {
+
+using torch::stable::parallel_for;
+
+struct Sizes {
+  int64_t out, features, r1, r2;
+};
+
+Sizes check_factors(const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b,
+                    Place place = Place::cpu) {
+  check_float(w1_a, "w1_a", place);
+  check_float(w1_b, "w1_b", place);
+  check_float(w2_a, "w2_a", place);
+  check_float(w2_b, "w2_b", place);
+  check_same_device(w1_b, "w1_b", w1_a, "w1_a");
+  check_same_device(w2_a, "w2_a", w1_a, "w1_a");
+  check_same_device(w2_b, "w2_b", w1_a, "w1_a");
+  STD_TORCH_CHECK(w1_a.dim() == 2 && w1_b.dim() == 2 && w2_a.dim() == 2 && w2_b.dim() == 2,
+                  "factors: expected 2 dimensions");
+  STD_TORCH_CHECK(w1_a.size(1) == w1_b.size(0) && w2_a.size(1) == w2_b.size(0),
+                  "factors: expected (out, rank) and (rank, features) of one rank");
+  STD_TORCH_CHECK(w1_a.size(0) == w2_a.size(0) && w1_b.size(1) == w2_b.size(1),
+                  "factors: expected both pairs to have one out and one features");
+  return {w1_a.size(0), w1_b.size(1), w1_a.size(1), w2_a.size(1)};
+}
+
+// Null for a result of no elements, which is not wanted.
+float* wanted(Tensor& out, const char* name, const Tensor& like, const char* like_name, Place place = Place::cpu) {
+  if (out.numel() == 0) return nullptr;
+  check_like(out, name, like, like_name, place);
+  return static_cast<float*>(out.mutable_data_ptr());
+}
+
+const float* floats(const Tensor& t) { return t.const_data_ptr<float>(); }
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of `stride` floats, whole vectors each: the matrix itself where its rows are, else a copy.
+class Aligned {
+ public:
+  Aligned(const Tensor& t, int64_t rows, int64_t columns) : data_(floats(t)), stride_(padded(columns)) {
+    if (stride_ == columns) return;
+    copy_.reset(new float[rows * stride_]);
+    pad_columns_cpu(data_, columns, 1, rows, columns, copy_.get());
+    data_ = copy_.get();
+  }
+  const float* get() const { return data_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  const float* data_;
+  int64_t stride_;
+  std::unique_ptr<float[]> copy_;
+};
+
+// Operations of a task: enough to pay for handing it to a thread.
+constexpr int64_t kTaskOperations = 1 << 18;
+
+}  // namespace
+
+void khatri_rao(const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b, Tensor& a, Tensor& b) {
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
+  const Dtype dtype = check_dtype(a, "a");
+  const int64_t rank = s.r1 * s.r2;
+  STD_TORCH_CHECK(check_dtype(b, "b") == dtype, "b: expected the dtype of a");
+  STD_TORCH_CHECK(a.numel() == rank * s.features, "a: expected shape (r1 * r2, features)");
+  STD_TORCH_CHECK(b.numel() == rank * s.out, "b: expected shape (out, r1 * r2)");
+  const KhatriRaoParams p{
+      floats(w1_a), floats(w1_b), floats(w2_a), floats(w2_b), a.mutable_data_ptr(), b.mutable_data_ptr(), s.out,
+      s.features,   s.r1,         s.r2,         dtype};
+  parallel_for(0, rank, 1 + kTaskOperations / (1 + s.features),
+               [&](int64_t begin, int64_t end) { khatri_rao_a_cpu(p, begin, end); });
+  parallel_for(0, s.out, 1 + kTaskOperations / (1 + rank),
+               [&](int64_t begin, int64_t end) { khatri_rao_b_cpu(p, begin, end); });
+}
+
+void khatri_rao_backward(const Tensor& grad_a, const Tensor& grad_b, const Tensor& w1_a, const Tensor& w1_b,
+                         const Tensor& w2_a, const Tensor& w2_b, Tensor& dw1_a, Tensor& dw1_b, Tensor& dw2_a,
+                         Tensor& dw2_b) {
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
+  const Dtype dtype = check_dtype(grad_a, "grad_a");
+  const int64_t rank = s.r1 * s.r2;
+  STD_TORCH_CHECK(check_dtype(grad_b, "grad_b") == dtype, "grad_b: expected the dtype of grad_a");
+  STD_TORCH_CHECK(grad_a.numel() == rank * s.features, "grad_a: expected shape (r1 * r2, features)");
+  STD_TORCH_CHECK(grad_b.numel() == rank * s.out, "grad_b: expected shape (out, r1 * r2)");
+  const KhatriRaoBackwardParams p{grad_a.const_data_ptr(),
+                                  grad_b.const_data_ptr(),
+                                  floats(w1_a),
+                                  floats(w1_b),
+                                  floats(w2_a),
+                                  floats(w2_b),
+                                  wanted(dw1_a, "dw1_a", w1_a, "w1_a"),
+                                  wanted(dw1_b, "dw1_b", w1_b, "w1_b"),
+                                  wanted(dw2_a, "dw2_a", w2_a, "w2_a"),
+                                  wanted(dw2_b, "dw2_b", w2_b, "w2_b"),
+                                  s.out,
+                                  s.features,
+                                  s.r1,
+                                  s.r2,
+                                  dtype};
+  if (p.dw1_b != nullptr || p.dw2_b != nullptr)
+    parallel_for(0, divide_up(s.features, kHadamardColumns), 1 + kTaskOperations / (1 + rank * kHadamardColumns),
+                 [&](int64_t begin, int64_t end) { khatri_rao_backward_a_cpu(p, begin, end); });
+  if (p.dw1_a != nullptr || p.dw2_a != nullptr)
+    parallel_for(0, s.out, 1 + kTaskOperations / (1 + rank),
+                 [&](int64_t begin, int64_t end) { khatri_rao_backward_b_cpu(p, begin, end); });
+}
+
+void hadamard_weight(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
+                     const Tensor& w2_b, double scale, Tensor& out) {
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
+  const Dtype dtype = check_dtype(weight, "weight");
+  check_like(out, "out", weight, "weight");
+  STD_TORCH_CHECK(weight.numel() == s.out * s.features, "weight: expected shape (out, features)");
+  const Aligned b1(w1_b, s.r1, s.features), b2(w2_b, s.r2, s.features);
+  const HadamardWeightParams p{weight.const_data_ptr(),
+                               floats(w1_a),
+                               b1.get(),
+                               floats(w2_a),
+                               b2.get(),
+                               out.mutable_data_ptr(),
+                               s.out,
+                               s.features,
+                               s.r1,
+                               s.r2,
+                               b1.stride(),
+                               static_cast<float>(scale),
+                               dtype};
+  parallel_for(0, divide_up(s.out, kHadamardRows),
+               1 + kTaskOperations / (1 + kHadamardRows * s.features * (s.r1 + s.r2 + 1)),
+               [&](int64_t begin, int64_t end) { hadamard_weight_cpu(p, begin, end); });
+}
+
+void hadamard_weight_backward(const Tensor& grad, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
+                              const Tensor& w2_b, double scale, Tensor& dw1_a, Tensor& dw1_b, Tensor& dw2_a,
+                              Tensor& dw2_b) {
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
+  const Dtype dtype = check_dtype(grad, "grad");
+  STD_TORCH_CHECK(grad.numel() == s.out * s.features, "grad: expected shape (out, features)");
+  const Aligned b1(w1_b, s.r1, s.features), b2(w2_b, s.r2, s.features);
+  // From the shape alone: the bits must not depend on the number of threads.
+  const int64_t chunk = kHadamardRows * (1 + s.out / (8 * kHadamardRows)), chunks = divide_up(s.out, chunk);
+  const int64_t stride = b1.stride();
+  float* const db1 = wanted(dw1_b, "dw1_b", w1_b, "w1_b");
+  float* const db2 = wanted(dw2_b, "dw2_b", w2_b, "w2_b");
+  // Value-initialised: the sums start from zero.
+  const std::unique_ptr<float[]> sums1(db1 ? new float[chunks * s.r1 * stride]() : nullptr);
+  const std::unique_ptr<float[]> sums2(db2 ? new float[chunks * s.r2 * stride]() : nullptr);
+  const std::unique_ptr<float[]> t1(new float[s.features * padded(s.r1)]), t2(new float[s.features * padded(s.r2)]);
+  pad_columns_cpu(floats(w1_b), 1, s.features, s.features, s.r1, t1.get());
+  pad_columns_cpu(floats(w2_b), 1, s.features, s.features, s.r2, t2.get());
+  const HadamardWeightBackwardParams p{grad.const_data_ptr(),
+                                       floats(w1_a),
+                                       b1.get(),
+                                       floats(w2_a),
+                                       b2.get(),
+                                       t1.get(),
+                                       t2.get(),
+                                       wanted(dw1_a, "dw1_a", w1_a, "w1_a"),
+                                       wanted(dw2_a, "dw2_a", w2_a, "w2_a"),
+                                       sums1.get(),
+                                       sums2.get(),
+                                       s.out,
+                                       s.features,
+                                       s.r1,
+                                       s.r2,
+                                       stride,
+                                       chunk,
+                                       static_cast<float>(scale),
+                                       dtype};
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { hadamard_weight_backward_cpu(p, begin, end); });
+  const auto add_up = [&](const float* sums, int64_t rank, float* out) {
+    for (int64_t i = 0; out != nullptr && i < rank; ++i)
+      for (int64_t k = 0; k < s.features; ++k) {
+        float sum = 0.0f;
+        for (int64_t c = 0; c < chunks; ++c) sum += sums[(c * rank + i) * stride + k];
+        out[i * s.features + k] = sum;
+      }
+  };
+  add_up(sums1.get(), s.r1, db1);
+  add_up(sums2.get(), s.r2, db2);
+}
+
+}  // namespace peftk
