@@ -127,12 +127,12 @@ def hadamard_calls() -> Iterator[Call]:
         return left, right, left, right
 
     needs = True, True, True, True
-    for rank, dtype, parameters in ((8, BF16, FP32), (8, FP32, FP32), (16, BF16, FP32), (5, FP16, FP16)):
+    for rank, dtype, parameters in ((8, BF16, FP32), (32, FP32, FP32), (5, FP16, FP16)):
         four = factors(WIDTH, WIDTH, rank, parameters)
         yield "khatri_rao", (*four, dtype)
         a, b = meta(rank**2, WIDTH, dtype=dtype), meta(WIDTH, rank**2, dtype=dtype)
         yield "khatri_rao_backward", (a, b, *four, *needs)
-    for rank, dtype, parameters in ((8, BF16, FP32), (32, BF16, FP32), (64, BF16, BF16), (32, FP32, FP32)):
+    for rank, dtype, parameters in ((8, BF16, FP32), (32, BF16, FP32), (32, FP32, FP32)):
         four, weight = factors(WIDTH, WIDTH, rank, parameters), meta(WIDTH, WIDTH, dtype=dtype)
         yield "hadamard_weight", (weight, *four, 1.5)
         yield "hadamard_weight_backward", (weight, *four, 1.5, *needs)
@@ -311,7 +311,7 @@ LAUNCHES = {
     "khatri_rao": ["khatri_rao_kernel"] * 2,
     "khatri_rao_backward": ["khatri_rao_backward_kernel"] * 2,
     "hadamard_weight": ["hadamard_weight_kernel"],
-    "hadamard_weight_backward": ["hadamard_gradient_kernel", "sum_kernel"] * 2,
+    "hadamard_weight_backward": ["hadamard_gradient_kernel", "sum_kernel"] * 4,
     "low_rank_add": ["shrink_kernel", "expand_kernel"],
     "low_rank_add_backward": [
         *("backward_kernel", "sum_kernel", "hidden_gradient_kernel"),

@@ -15,7 +15,7 @@ from ._launch import launch, unsupported
 from .low_rank_gradients import sum_chunks
 
 MAX_RANK = 64
-"""Largest rank: a factor's tile holds all of it, and wider ones do not fit in registers."""
+"""Largest rank of the gradient of `khatri_rao`, whose tile holds all of it."""
 
 PROGRAMS = 512
 """Programs that a gradient aims at: a few for each multiprocessor of a large GPU."""
@@ -103,16 +103,28 @@ def _khatri_rao_backward_kernel(
 
 
 @triton.jit
-def _factor(ptr, index, length, rank, stride_index, stride_rank, BLOCK_RANK: tl.constexpr, RANK_FIRST: tl.constexpr):
-    """Load a tile of a factor in float32, (rank, index) or (index, rank)."""
-    ranks = tl.arange(0, BLOCK_RANK)
-    if RANK_FIRST:
-        at = index[None, :] * stride_index + ranks[:, None] * stride_rank
-        mask = (index[None, :] < length) & (ranks[:, None] < rank)
-    else:
-        at = index[:, None] * stride_index + ranks[None, :] * stride_rank
-        mask = (index[:, None] < length) & (ranks[None, :] < rank)
-    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+def _product(
+    a_ptr,
+    b_ptr,
+    row,
+    column,
+    rows,
+    columns,
+    rank,
+    stride_a_row,
+    stride_a_rank,
+    stride_b_column,
+    stride_b_rank,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Return a tile of the product of two factors in float32; the rank is a loop, so that any fits in registers."""
+    result = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for i in range(0, rank):
+        a = tl.load(a_ptr + row * stride_a_row + i * stride_a_rank, mask=row < rows, other=0.0)
+        b = tl.load(b_ptr + column * stride_b_column + i * stride_b_rank, mask=column < columns, other=0.0)
+        result += a.to(tl.float32)[:, None] * b.to(tl.float32)[None, :]
+    return result
 
 
 @triton.jit
@@ -128,8 +140,6 @@ def _hadamard_weight_kernel(
     r1,
     r2,
     scale,
-    BLOCK_R1: tl.constexpr,
-    BLOCK_R2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
@@ -137,15 +147,11 @@ def _hadamard_weight_kernel(
     tiles = tl.cdiv(features, BLOCK_FEATURES)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    first = tl.dot(
-        _factor(w1_a_ptr, row, rows, r1, r1, 1, BLOCK_R1, False),
-        _factor(w1_b_ptr, column, features, r1, 1, features, BLOCK_R1, True),
-        input_precision="ieee",
+    first = _product(
+        w1_a_ptr, w1_b_ptr, row, column, rows, features, r1, r1, 1, 1, features, BLOCK_ROWS, BLOCK_FEATURES
     )
-    second = tl.dot(
-        _factor(w2_a_ptr, row, rows, r2, r2, 1, BLOCK_R2, False),
-        _factor(w2_b_ptr, column, features, r2, 1, features, BLOCK_R2, True),
-        input_precision="ieee",
+    second = _product(
+        w2_a_ptr, w2_b_ptr, row, column, rows, features, r2, r2, 1, 1, features, BLOCK_ROWS, BLOCK_FEATURES
     )
     mask = (row[:, None] < rows) & (column[None, :] < features)
     at = row[:, None] * features + column[None, :]
@@ -160,73 +166,79 @@ def _hadamard_weight_kernel(
 def _hadamard_gradient_kernel(
     partials_ptr,
     grad_ptr,
-    a1_ptr,
-    b1_ptr,
-    a2_ptr,
-    b2_ptr,
+    b_ptr,
+    other_a_ptr,
+    other_b_ptr,
     rows,
     columns,
-    r1,
-    r2,
+    rank,
+    other_rank,
     chunk_columns,
     scale,
+    stride_partial_row,
+    stride_partial_rank,
     stride_grad_row,
     stride_grad_column,
-    stride_a1_row,
-    stride_a1_rank,
-    stride_b1_column,
-    stride_b1_rank,
-    stride_a2_row,
-    stride_a2_rank,
-    stride_b2_column,
-    stride_b2_rank,
-    BLOCK_R1: tl.constexpr,
-    BLOCK_R2: tl.constexpr,
+    stride_b_column,
+    stride_b_rank,
+    stride_other_a_row,
+    stride_other_a_rank,
+    stride_other_b_column,
+    stride_other_b_rank,
+    BLOCK_RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Sum the gradients in a1 and a2 over a chunk of columns, for one tile of rows.
+    """Sum (scale * grad * (other_a @ other_b)) @ b.T over a chunk of columns, for one tile of rows and of the rank.
 
-    With rows and columns exchanged, a and b exchange their roles, and these are the gradients in b1 and b2. A chunk's
-    sums lie one after the other, each in the layout of its factor.
+    That is the gradient in the factor a of one pair, and, with rows and columns exchanged, in its factor b.
     """
     tiles = tl.cdiv(rows, BLOCK_ROWS)
+    rank_tiles = tl.cdiv(rank, BLOCK_RANK)
     row = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    chunk = (tl.program_id(0) // tiles).to(tl.int64)
-    a1 = _factor(a1_ptr, row, rows, r1, stride_a1_row, stride_a1_rank, BLOCK_R1, False)
-    a2 = _factor(a2_ptr, row, rows, r2, stride_a2_row, stride_a2_rank, BLOCK_R2, False)
-    sum1 = tl.zeros((BLOCK_ROWS, BLOCK_R1), tl.float32)
-    sum2 = tl.zeros((BLOCK_ROWS, BLOCK_R2), tl.float32)
+    ranks = (tl.program_id(0) // tiles % rank_tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    chunk = (tl.program_id(0) // (tiles * rank_tiles)).to(tl.int64)
+    dtype = grad_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     for start in tl.range(0, chunk_columns, BLOCK_COLUMNS, num_stages=1):
         column = chunk * chunk_columns + start + tl.arange(0, BLOCK_COLUMNS)
-        b1 = _factor(b1_ptr, column, columns, r1, stride_b1_column, stride_b1_rank, BLOCK_R1, True)
-        b2 = _factor(b2_ptr, column, columns, r2, stride_b2_column, stride_b2_rank, BLOCK_R2, True)
+        other = _product(
+            other_a_ptr,
+            other_b_ptr,
+            row,
+            column,
+            rows,
+            columns,
+            other_rank,
+            stride_other_a_row,
+            stride_other_a_rank,
+            stride_other_b_column,
+            stride_other_b_rank,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
         grad = tl.load(
             grad_ptr + row[:, None] * stride_grad_row + column[None, :] * stride_grad_column,
             mask=(row[:, None] < rows) & (column[None, :] < columns),
             other=0.0,
         )
-        grad = grad.to(tl.float32) * scale
-        first = tl.dot(a1, b1, input_precision="ieee")
-        sum2 = tl.dot(grad * first, tl.trans(b2), sum2, input_precision="ieee")
-        second = tl.dot(a2, b2, input_precision="ieee")
-        sum1 = tl.dot(grad * second, tl.trans(b1), sum1, input_precision="ieee")
-    rank1 = tl.arange(0, BLOCK_R1)[None, :]
-    rank2 = tl.arange(0, BLOCK_R2)[None, :]
-    inside = (row < rows)[:, None]
-    out = partials_ptr + chunk * rows * (r1 + r2)
-    tl.store(out + row[:, None] * stride_a1_row + rank1 * stride_a1_rank, sum1, mask=inside & (rank1 < r1))
-    out += rows * r1
-    tl.store(out + row[:, None] * stride_a2_row + rank2 * stride_a2_rank, sum2, mask=inside & (rank2 < r2))
+        b = tl.load(
+            b_ptr + column[:, None] * stride_b_column + ranks[None, :] * stride_b_rank,
+            mask=(column[:, None] < columns) & (ranks[None, :] < rank),
+            other=0.0,
+        )
+        scaled = (grad.to(tl.float32) * scale * other).to(dtype)
+        total = tl.dot(scaled, b.to(dtype), total, input_precision="ieee")
+    tl.store(
+        partials_ptr + chunk * rows * rank + row[:, None] * stride_partial_row + ranks[None, :] * stride_partial_rank,
+        total,
+        mask=(row[:, None] < rows) & (ranks[None, :] < rank),
+    )
 
 
-def _reason(large: Tensor, left: Tensor, right: Tensor) -> str | None:
-    """Judge by a tensor of full size and the two (out, rank) factors."""
-    if left.dtype is torch.float64:
-        return f"the Triton kernels take float32, float16 and bfloat16; got {left.dtype}"
-    rank = max(left.shape[1], right.shape[1])
-    if rank > MAX_RANK:
-        return f"the Triton kernels take ranks of up to {MAX_RANK}; got {rank}"
+def _reason(large: Tensor, factor: Tensor) -> str | None:
+    if factor.dtype is torch.float64:
+        return f"the Triton kernels take float32, float16 and bfloat16; got {factor.dtype}"
     return unsupported(large)
 
 
@@ -244,7 +256,7 @@ def khatri_rao_supports(
     """Return None, or why Triton cannot compute the factors."""
     if dtype is torch.float64:
         return f"the Triton kernels take float32, float16 and bfloat16; got {dtype}"
-    return _reason(w1_a, w1_a, w2_a)
+    return _reason(w1_a, w1_a)
 
 
 def khatri_rao(
@@ -295,7 +307,9 @@ def khatri_rao_backward_supports(
     grad_a: Tensor, grad_b: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, *args: object
 ) -> str | None:
     """Return None, or why Triton cannot run the backward pass."""
-    return _reason(grad_a, w1_a, w2_a) or unsupported(grad_b)
+    if max(w1_a.shape[1], w2_a.shape[1]) > MAX_RANK:
+        return f"the Triton kernels take ranks of up to {MAX_RANK}; got {max(w1_a.shape[1], w2_a.shape[1])}"
+    return _reason(grad_a, w1_a) or unsupported(grad_b)
 
 
 def khatri_rao_backward(
@@ -348,13 +362,9 @@ def khatri_rao_backward(
     return dw1_a, dw1_b, dw2_a, dw2_b
 
 
-# float32 tiles stay below 64 rows: from there on Triton 3.7 may compute an "ieee" dot in tf32 on sm_100.
-_ROWS = 32
-
-
-def hadamard_weight_supports(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, *args: object) -> str | None:
+def hadamard_weight_supports(weight: Tensor, w1_a: Tensor, *args: object) -> str | None:
     """Return None, or why Triton cannot write the weight."""
-    return _reason(weight, w1_a, w2_a)
+    return _reason(weight, w1_a)
 
 
 def hadamard_weight(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float) -> Tensor:
@@ -365,7 +375,7 @@ def hadamard_weight(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2
     out = torch.empty_like(weight)
     launch(
         _hadamard_weight_kernel,
-        (triton.cdiv(rows, _ROWS) * triton.cdiv(features, 64),),
+        (triton.cdiv(rows, 32) * triton.cdiv(features, 128),),
         num_warps=4,
         out_ptr=out,
         weight_ptr=weight,
@@ -378,19 +388,15 @@ def hadamard_weight(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2
         r1=r1,
         r2=r2,
         scale=scale,
-        BLOCK_R1=_block(r1),
-        BLOCK_R2=_block(r2),
-        BLOCK_ROWS=_ROWS,
-        BLOCK_FEATURES=64,
+        BLOCK_ROWS=32,
+        BLOCK_FEATURES=128,
     )
     return out
 
 
-def hadamard_weight_backward_supports(
-    grad: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, *args: object
-) -> str | None:
+def hadamard_weight_backward_supports(grad: Tensor, w1_a: Tensor, *args: object) -> str | None:
     """Return None, or why Triton cannot run the backward pass."""
-    return _reason(grad, w1_a, w2_a)
+    return _reason(grad, w1_a)
 
 
 def hadamard_weight_backward(
@@ -407,63 +413,57 @@ def hadamard_weight_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the four factors; an empty tensor for one not needed."""
     w1_a, w1_b, w2_a, w2_b = _contiguous(w1_a, w1_b, w2_a, w2_b)
-    grad = grad.contiguous()
+    grad = grad.contiguous().view(w1_a.shape[0], w1_b.shape[1])
     empty = w1_a.new_empty(0)
-    dw1_a = dw1_b = dw2_a = dw2_b = empty
-    if need_w1_a or need_w2_a:
-        dw1_a, dw2_a = _gradient(grad, (w1_a, w1_b), (w2_a, w2_b), scale, transposed=False)
-    if need_w1_b or need_w2_b:
-        dw1_b, dw2_b = _gradient(grad, (w1_b, w1_a), (w2_b, w2_a), scale, transposed=True)
     return (
-        dw1_a if need_w1_a else empty,
-        dw1_b if need_w1_b else empty,
-        dw2_a if need_w2_a else empty,
-        dw2_b if need_w2_b else empty,
+        _gradient(grad, w1_b.mT, w2_a, w2_b.mT, scale) if need_w1_a else empty,
+        _gradient(grad.mT, w1_a, w2_b.mT, w2_a, scale).mT if need_w1_b else empty,
+        _gradient(grad, w2_b.mT, w1_a, w1_b.mT, scale) if need_w2_a else empty,
+        _gradient(grad.mT, w2_a, w1_b.mT, w1_a, scale).mT if need_w2_b else empty,
     )
 
 
-def _gradient(grad: Tensor, first: tuple, second: tuple, scale: float, *, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradients in the left factor of each pair; a transposed pair is (rank, rows) and (columns, rank)."""
-    (a1, b1), (a2, b2) = first, second
-    along, across = (1, 0) if transposed else (0, 1)
-    rows, r1, r2 = a1.shape[along], a1.shape[across], a2.shape[across]
-    columns, features = b1.shape[across], (b1 if not transposed else a1).shape[1]
-    block_columns = 32 if max(r1, r2) > 32 else 64
-    row_tiles, column_tiles = triton.cdiv(rows, _ROWS), triton.cdiv(columns, block_columns)
-    per_chunk = triton.cdiv(column_tiles, max(PROGRAMS // max(row_tiles, 1), 1))
+def _gradient(grad: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor, scale: float) -> Tensor:
+    """Return ``(scale * grad * (other_a @ other_b.T)) @ b``, laid out as b is: rank first or last."""
+    (rows, columns), rank, half = grad.shape, b.shape[1], grad.dtype is not torch.float32
+    # float32 tiles stay below 64 rows: from there on Triton 3.7 may compute an "ieee" dot in tf32 on sm_100.
+    block_rows, block_columns = (64, 32) if half else (32, 32)
+    block_rank = 32 if half and rank > 16 else 16
+    tiles = triton.cdiv(rows, block_rows) * triton.cdiv(rank, block_rank)
+    column_tiles = triton.cdiv(columns, block_columns)
+    # From the shape alone: equal calls add in equal order.
+    per_chunk = triton.cdiv(column_tiles, max(PROGRAMS // max(tiles, 1), 1))
     chunks = triton.cdiv(column_tiles, max(per_chunk, 1))
-    size = rows * (r1 + r2)
-    partials = torch.empty(chunks, size, dtype=torch.float32, device=grad.device)
+    rank_last = grad.stride(1) == 1
+    partials = torch.empty(chunks, *((rows, rank) if rank_last else (rank, rows)), device=grad.device)
     launch(
         _hadamard_gradient_kernel,
-        (row_tiles * chunks,),
+        (tiles * chunks,),
         num_warps=4,
         partials_ptr=partials,
         grad_ptr=grad,
-        a1_ptr=a1,
-        b1_ptr=b1,
-        a2_ptr=a2,
-        b2_ptr=b2,
+        b_ptr=b,
+        other_a_ptr=other_a,
+        other_b_ptr=other_b,
         rows=rows,
         columns=columns,
-        r1=r1,
-        r2=r2,
+        rank=rank,
+        other_rank=other_a.shape[1],
         chunk_columns=per_chunk * block_columns,
         scale=scale,
-        stride_grad_row=1 if transposed else features,
-        stride_grad_column=features if transposed else 1,
-        stride_a1_row=a1.stride(along),
-        stride_a1_rank=a1.stride(across),
-        stride_b1_column=b1.stride(across),
-        stride_b1_rank=b1.stride(along),
-        stride_a2_row=a2.stride(along),
-        stride_a2_rank=a2.stride(across),
-        stride_b2_column=b2.stride(across),
-        stride_b2_rank=b2.stride(along),
-        BLOCK_R1=_block(r1),
-        BLOCK_R2=_block(r2),
-        BLOCK_ROWS=_ROWS,
+        stride_partial_row=rank if rank_last else 1,
+        stride_partial_rank=1 if rank_last else rows,
+        stride_grad_row=grad.stride(0),
+        stride_grad_column=grad.stride(1),
+        stride_b_column=b.stride(0),
+        stride_b_rank=b.stride(1),
+        stride_other_a_row=other_a.stride(0),
+        stride_other_a_rank=other_a.stride(1),
+        stride_other_b_column=other_b.stride(0),
+        stride_other_b_rank=other_b.stride(1),
+        BLOCK_RANK=block_rank,
+        BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
     )
-    found = sum_chunks(partials, torch.Size((size,)), 1.0, a1.dtype)
-    return found[: rows * r1].view(a1.shape), found[rows * r1 :].view(a2.shape)
+    found = sum_chunks(partials, partials.shape[1:], 1.0, b.dtype)
+    return found if rank_last else found.mT
