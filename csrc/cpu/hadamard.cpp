@@ -7,12 +7,10 @@
 namespace peftk {
 namespace {
 
-constexpr int64_t kRows = kHadamardRows, kColumns = kHadamardColumns;
-
-PEFTK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PEFTK_INLINE int64_t hadamard_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
-PEFTK_INLINE void factor_a(const KhatriRaoParams& p, int64_t begin, int64_t end) {
+PEFTK_INLINE void hadamard_factor_a(const KhatriRaoParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const float* left = p.w1_b + row / p.r2 * p.features;
     const float* right = p.w2_b + row % p.r2 * p.features;
@@ -22,7 +20,7 @@ PEFTK_INLINE void factor_a(const KhatriRaoParams& p, int64_t begin, int64_t end)
 }
 
 template <typename T>
-PEFTK_INLINE void factor_b(const KhatriRaoParams& p, int64_t begin, int64_t end) {
+PEFTK_INLINE void hadamard_factor_b(const KhatriRaoParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const float* right = p.w2_a + row * p.r2;
     T* out = static_cast<T*>(p.b) + row * p.r1 * p.r2;
@@ -34,23 +32,23 @@ PEFTK_INLINE void factor_b(const KhatriRaoParams& p, int64_t begin, int64_t end)
 }
 
 PEFTK_INLINE void khatri_rao_a_cpu_body(const KhatriRaoParams& p, int64_t begin, int64_t end) {
-  p.dtype == Dtype::float32 ? factor_a<float>(p, begin, end) : factor_a<BFloat16>(p, begin, end);
+  p.dtype == Dtype::float32 ? hadamard_factor_a<float>(p, begin, end) : hadamard_factor_a<BFloat16>(p, begin, end);
 }
 
 PEFTK_INLINE void khatri_rao_b_cpu_body(const KhatriRaoParams& p, int64_t begin, int64_t end) {
-  p.dtype == Dtype::float32 ? factor_b<float>(p, begin, end) : factor_b<BFloat16>(p, begin, end);
+  p.dtype == Dtype::float32 ? hadamard_factor_b<float>(p, begin, end) : hadamard_factor_b<BFloat16>(p, begin, end);
 }
 
 // Every element of the gradient is read once, for both factors.
 template <typename T>
-PEFTK_INLINE void gradient_a(const KhatriRaoBackwardParams& p, int64_t begin, int64_t end) {
+PEFTK_INLINE void hadamard_gradient_a(const KhatriRaoBackwardParams& p, int64_t begin, int64_t end) {
   for (int64_t group = begin; group < end; ++group) {
-    const int64_t first = group * kColumns, columns = smaller(p.features - first, kColumns);
+    const int64_t first = group * kHadamardColumns, columns = hadamard_least(p.features - first, kHadamardColumns);
     for (int64_t j = 0; p.dw2_b != nullptr && j < p.r2; ++j)
       for (int64_t k = 0; k < columns; ++k) p.dw2_b[j * p.features + first + k] = 0.0f;
     for (int64_t i = 0; i < p.r1; ++i) {
       const float* left = p.w1_b + i * p.features + first;
-      float sum[kColumns] = {};
+      float sum[kHadamardColumns] = {};
       for (int64_t j = 0; j < p.r2; ++j) {
         const T* grad = static_cast<const T*>(p.grad_a) + (i * p.r2 + j) * p.features + first;
         const float* right = p.w2_b + j * p.features + first;
@@ -66,7 +64,7 @@ PEFTK_INLINE void gradient_a(const KhatriRaoBackwardParams& p, int64_t begin, in
 }
 
 template <typename T>
-PEFTK_INLINE void gradient_b(const KhatriRaoBackwardParams& p, int64_t begin, int64_t end) {
+PEFTK_INLINE void hadamard_gradient_b(const KhatriRaoBackwardParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* grad = static_cast<const T*>(p.grad_b) + row * p.r1 * p.r2;
     const float *left = p.w1_a + row * p.r1, *right = p.w2_a + row * p.r2;
@@ -85,29 +83,31 @@ PEFTK_INLINE void gradient_b(const KhatriRaoBackwardParams& p, int64_t begin, in
 }
 
 PEFTK_INLINE void khatri_rao_backward_a_cpu_body(const KhatriRaoBackwardParams& p, int64_t begin, int64_t end) {
-  p.dtype == Dtype::float32 ? gradient_a<float>(p, begin, end) : gradient_a<BFloat16>(p, begin, end);
+  p.dtype == Dtype::float32 ? hadamard_gradient_a<float>(p, begin, end) : hadamard_gradient_a<BFloat16>(p, begin, end);
 }
 
 PEFTK_INLINE void khatri_rao_backward_b_cpu_body(const KhatriRaoBackwardParams& p, int64_t begin, int64_t end) {
-  p.dtype == Dtype::float32 ? gradient_b<float>(p, begin, end) : gradient_b<BFloat16>(p, begin, end);
+  p.dtype == Dtype::float32 ? hadamard_gradient_b<float>(p, begin, end) : hadamard_gradient_b<BFloat16>(p, begin, end);
 }
 
 template <typename T>
-PEFTK_INLINE void write_tiles(const HadamardWeightParams& p, int64_t begin, int64_t end) {
-  const std::unique_ptr<float[]> tiles(new float[2 * kRows * kColumns]);
-  float *first = tiles.get(), *second = first + kRows * kColumns;
+PEFTK_INLINE void hadamard_write_tiles(const HadamardWeightParams& p, int64_t begin, int64_t end) {
+  const std::unique_ptr<float[]> tiles(new float[2 * kHadamardRows * kHadamardColumns]);
+  float *first = tiles.get(), *second = first + kHadamardRows * kHadamardColumns;
   for (int64_t group = begin; group < end; ++group) {
-    const int64_t row = group * kRows, rows = smaller(p.out - row, kRows);
-    for (int64_t column = 0; column < p.features; column += kColumns) {
-      const int64_t columns = smaller(p.features - column, kColumns), wide = padded(columns);
-      product({p.w1_a + row * p.r1, p.r1, 1}, p.w1_b + column, p.stride, first, kColumns, rows, wide, p.r1, false);
-      product({p.w2_a + row * p.r2, p.r2, 1}, p.w2_b + column, p.stride, second, kColumns, rows, wide, p.r2, false);
+    const int64_t row = group * kHadamardRows, rows = hadamard_least(p.out - row, kHadamardRows);
+    for (int64_t column = 0; column < p.features; column += kHadamardColumns) {
+      const int64_t columns = hadamard_least(p.features - column, kHadamardColumns), wide = padded(columns);
+      product({p.w1_a + row * p.r1, p.r1, 1}, p.w1_b + column, p.stride, first, kHadamardColumns, rows, wide, p.r1,
+              false);
+      product({p.w2_a + row * p.r2, p.r2, 1}, p.w2_b + column, p.stride, second, kHadamardColumns, rows, wide, p.r2,
+              false);
       for (int64_t i = 0; i < rows; ++i) {
         const T* weight = static_cast<const T*>(p.weight) + (row + i) * p.features + column;
         T* out = static_cast<T*>(p.result) + (row + i) * p.features + column;
         for (int64_t j = 0; j < columns; ++j) {
           const float base = to_float(weight[j]);
-          const float delta = first[i * kColumns + j] * second[i * kColumns + j] * p.scale;
+          const float delta = first[i * kHadamardColumns + j] * second[i * kHadamardColumns + j] * p.scale;
           // -0.0 + 0.0 is +0.0: where nothing is added, every bit of the weight stays.
           from_float(delta == 0.0f ? base : base + delta, out[j]);
         }
@@ -117,46 +117,51 @@ PEFTK_INLINE void write_tiles(const HadamardWeightParams& p, int64_t begin, int6
 }
 
 PEFTK_INLINE void hadamard_weight_cpu_body(const HadamardWeightParams& p, int64_t begin, int64_t end) {
-  p.dtype == Dtype::float32 ? write_tiles<float>(p, begin, end) : write_tiles<BFloat16>(p, begin, end);
+  p.dtype == Dtype::float32 ? hadamard_write_tiles<float>(p, begin, end)
+                            : hadamard_write_tiles<BFloat16>(p, begin, end);
 }
 
 // One matrix's share of a tile: what the tile of the gradient, already times the other product, gives its factors.
-PEFTK_INLINE void contract_tile(const float* tile, const float* w_a, const float* transposed, int64_t rank,
-                                int64_t rows, int64_t columns, int64_t stride, float* da, float* db) {
+PEFTK_INLINE void hadamard_contract_tile(const float* tile, const float* w_a, const float* transposed, int64_t rank,
+                                         int64_t rows, int64_t columns, int64_t stride, float* da, float* db) {
   const int64_t wide = padded(rank);
-  if (da != nullptr) product({tile, kColumns, 1}, transposed, wide, da, wide, rows, wide, columns, true);
-  if (db != nullptr) product({w_a, 1, rank}, tile, kColumns, db, stride, rank, padded(columns), rows, true);
+  if (da != nullptr) product({tile, kHadamardColumns, 1}, transposed, wide, da, wide, rows, wide, columns, true);
+  if (db != nullptr) product({w_a, 1, rank}, tile, kHadamardColumns, db, stride, rank, padded(columns), rows, true);
 }
 
 template <typename T>
-PEFTK_INLINE void contract_chunks(const HadamardWeightBackwardParams& p, int64_t begin, int64_t end) {
+PEFTK_INLINE void hadamard_contract_chunks(const HadamardWeightBackwardParams& p, int64_t begin, int64_t end) {
   const bool need1 = p.dw1_a != nullptr || p.dw1_b != nullptr, need2 = p.dw2_a != nullptr || p.dw2_b != nullptr;
   const int64_t wide1 = padded(p.r1), wide2 = padded(p.r2);
-  const std::unique_ptr<float[]> tiles(new float[kRows * (2 * kColumns + wide1 + wide2)]);
-  float *first = tiles.get(), *second = first + kRows * kColumns, *da1 = second + kRows * kColumns;
-  float* da2 = da1 + kRows * wide1;
+  const std::unique_ptr<float[]> tiles(new float[kHadamardRows * (2 * kHadamardColumns + wide1 + wide2)]);
+  float *first = tiles.get(), *second = first + kHadamardRows * kHadamardColumns,
+        *da1 = second + kHadamardRows * kHadamardColumns;
+  float* da2 = da1 + kHadamardRows * wide1;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t last = smaller(p.out, (chunk + 1) * p.chunk);
-    for (int64_t row = chunk * p.chunk; row < last; row += kRows) {
-      const int64_t rows = smaller(last - row, kRows);
-      for (int64_t i = 0; i < kRows * (wide1 + wide2); ++i) da1[i] = 0.0f;
+    const int64_t last = hadamard_least(p.out, (chunk + 1) * p.chunk);
+    for (int64_t row = chunk * p.chunk; row < last; row += kHadamardRows) {
+      const int64_t rows = hadamard_least(last - row, kHadamardRows);
+      for (int64_t i = 0; i < kHadamardRows * (wide1 + wide2); ++i) da1[i] = 0.0f;
       const float *w1 = p.w1_a + row * p.r1, *w2 = p.w2_a + row * p.r2;
-      for (int64_t column = 0; column < p.features; column += kColumns) {
-        const int64_t columns = smaller(p.features - column, kColumns), wide = padded(columns);
-        if (need2) product({w1, p.r1, 1}, p.w1_b + column, p.stride, first, kColumns, rows, wide, p.r1, false);
-        if (need1) product({w2, p.r2, 1}, p.w2_b + column, p.stride, second, kColumns, rows, wide, p.r2, false);
+      for (int64_t column = 0; column < p.features; column += kHadamardColumns) {
+        const int64_t columns = hadamard_least(p.features - column, kHadamardColumns), wide = padded(columns);
+        if (need2) product({w1, p.r1, 1}, p.w1_b + column, p.stride, first, kHadamardColumns, rows, wide, p.r1, false);
+        if (need1) product({w2, p.r2, 1}, p.w2_b + column, p.stride, second, kHadamardColumns, rows, wide, p.r2, false);
         for (int64_t i = 0; i < rows; ++i) {
           const T* grad = static_cast<const T*>(p.grad) + (row + i) * p.features + column;
           // Beyond the last column both products are zero.
-          for (int64_t j = 0; need2 && j < columns; ++j) first[i * kColumns + j] *= to_float(grad[j]) * p.scale;
-          for (int64_t j = 0; need1 && j < columns; ++j) second[i * kColumns + j] *= to_float(grad[j]) * p.scale;
+          for (int64_t j = 0; need2 && j < columns; ++j) first[i * kHadamardColumns + j] *= to_float(grad[j]) * p.scale;
+          for (int64_t j = 0; need1 && j < columns; ++j)
+            second[i * kHadamardColumns + j] *= to_float(grad[j]) * p.scale;
         }
         if (need1)
-          contract_tile(second, w1, p.t1 + column * wide1, p.r1, rows, columns, p.stride, p.dw1_a ? da1 : nullptr,
-                        p.dw1_b ? p.dw1_b + chunk * p.r1 * p.stride + column : nullptr);
+          hadamard_contract_tile(second, w1, p.t1 + column * wide1, p.r1, rows, columns, p.stride,
+                                 p.dw1_a ? da1 : nullptr,
+                                 p.dw1_b ? p.dw1_b + chunk * p.r1 * p.stride + column : nullptr);
         if (need2)
-          contract_tile(first, w2, p.t2 + column * wide2, p.r2, rows, columns, p.stride, p.dw2_a ? da2 : nullptr,
-                        p.dw2_b ? p.dw2_b + chunk * p.r2 * p.stride + column : nullptr);
+          hadamard_contract_tile(first, w2, p.t2 + column * wide2, p.r2, rows, columns, p.stride,
+                                 p.dw2_a ? da2 : nullptr,
+                                 p.dw2_b ? p.dw2_b + chunk * p.r2 * p.stride + column : nullptr);
       }
       if (p.dw1_a != nullptr) store_tile(da1, wide1, rows, p.r1, p.dw1_a + row * p.r1, p.r1);
       if (p.dw2_a != nullptr) store_tile(da2, wide2, rows, p.r2, p.dw2_a + row * p.r2, p.r2);
@@ -165,7 +170,8 @@ PEFTK_INLINE void contract_chunks(const HadamardWeightBackwardParams& p, int64_t
 }
 
 PEFTK_INLINE void hadamard_weight_backward_cpu_body(const HadamardWeightBackwardParams& p, int64_t begin, int64_t end) {
-  p.dtype == Dtype::float32 ? contract_chunks<float>(p, begin, end) : contract_chunks<BFloat16>(p, begin, end);
+  p.dtype == Dtype::float32 ? hadamard_contract_chunks<float>(p, begin, end)
+                            : hadamard_contract_chunks<BFloat16>(p, begin, end);
 }
 
 }  // namespace
