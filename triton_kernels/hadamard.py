@@ -1,7 +1,5 @@
-"""Products of the four factors of LoHa in Triton.
-
-The factors are small and stay in their own dtype; every product of them is computed in float32. The two halves of the
-Khatri-Rao product, and the two gradients of the weight, are one kernel each, called with other strides.
+"""LoHa's Hadamard product written into a weight in Triton, and its gradient: one kernel for all four factors, called
+with other strides. The products of the factors, which are small and stay in their own dtype, are computed in float32.
 """
 
 from __future__ import annotations
@@ -11,95 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, unsupported
+from ._launch import launch
+from .khatri_rao import (
+    contiguous,
+    khatri_rao,
+    khatri_rao_backward,
+    khatri_rao_backward_supports,
+    khatri_rao_supports,
+    reason,
+)
 from .low_rank_gradients import sum_chunks
 
-MAX_RANK = 64
-"""Largest rank of the gradient of `khatri_rao`, whose tile holds all of it."""
+__all__ = [
+    "hadamard_weight",
+    "hadamard_weight_backward",
+    "hadamard_weight_backward_supports",
+    "hadamard_weight_supports",
+    "khatri_rao",
+    "khatri_rao_backward",
+    "khatri_rao_backward_supports",
+    "khatri_rao_supports",
+]
 
 PROGRAMS = 512
 """Programs that a gradient aims at: a few for each multiprocessor of a large GPU."""
-
-
-@triton.jit
-def _khatri_rao_kernel(
-    out_ptr,
-    left_ptr,
-    right_ptr,
-    features,
-    rank,
-    right_rank,
-    stride_out_rank,
-    stride_out_feature,
-    stride_left_rank,
-    stride_left_feature,
-    stride_right_rank,
-    stride_right_feature,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr,
-):
-    """Write out[i * right_rank + j, k] = left[i, k] * right[j, k] for one tile."""
-    tiles = tl.cdiv(features, BLOCK_FEATURES)
-    feature = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
-    pair = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[:, None]
-    mask = (pair < rank) & (feature < features)
-    left = tl.load(
-        left_ptr + pair // right_rank * stride_left_rank + feature * stride_left_feature, mask=mask, other=0.0
-    )
-    right = tl.load(
-        right_ptr + pair % right_rank * stride_right_rank + feature * stride_right_feature, mask=mask, other=0.0
-    )
-    product = left.to(tl.float32) * right.to(tl.float32)
-    tl.store(
-        out_ptr + pair * stride_out_rank + feature * stride_out_feature,
-        product.to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
-
-
-@triton.jit
-def _khatri_rao_backward_kernel(
-    dleft_ptr,
-    dright_ptr,
-    grad_ptr,
-    left_ptr,
-    right_ptr,
-    features,
-    left_rank,
-    right_rank,
-    stride_grad_rank,
-    stride_grad_feature,
-    stride_left_rank,
-    stride_left_feature,
-    stride_right_rank,
-    stride_right_feature,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr,
-    NEED_LEFT: tl.constexpr,
-    NEED_RIGHT: tl.constexpr,
-):
-    """Write the gradients in left and right for one tile of features; the incoming one is read once."""
-    feature = tl.program_id(0).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
-    j = tl.arange(0, BLOCK_RANK)[:, None]
-    mask = (j < right_rank) & (feature < features)
-    right_at = j * stride_right_rank + feature * stride_right_feature
-    right = tl.load(right_ptr + right_at, mask=mask, other=0.0).to(tl.float32)
-    sums = tl.zeros((BLOCK_RANK, BLOCK_FEATURES), tl.float32)
-    # Not pipelined: Triton 3.7 was reported to miscompile a store inside a pipelined loop.
-    for i in tl.range(0, left_rank, num_stages=1):
-        grad = tl.load(
-            grad_ptr + (i * right_rank + j).to(tl.int64) * stride_grad_rank + feature * stride_grad_feature,
-            mask=mask,
-            other=0.0,
-        ).to(tl.float32)
-        left_at = i * stride_left_rank + feature * stride_left_feature
-        if NEED_RIGHT:
-            sums += grad * tl.load(left_ptr + left_at, mask=feature < features, other=0.0).to(tl.float32)
-        if NEED_LEFT:
-            dleft = tl.sum(grad * right, axis=0)[None, :]
-            tl.store(dleft_ptr + left_at, dleft.to(dleft_ptr.dtype.element_ty), mask=feature < features)
-    if NEED_RIGHT:
-        tl.store(dright_ptr + right_at, sums.to(dright_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -236,141 +169,15 @@ def _hadamard_gradient_kernel(
     )
 
 
-def _reason(large: Tensor, factor: Tensor) -> str | None:
-    if factor.dtype is torch.float64:
-        return f"the Triton kernels take float32, float16 and bfloat16; got {factor.dtype}"
-    return unsupported(large)
-
-
-def _contiguous(*factors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(f.contiguous() for f in factors)
-
-
-def _block(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
-
-
-def khatri_rao_supports(
-    w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, dtype: torch.dtype | None
-) -> str | None:
-    """Return None, or why Triton cannot compute the factors."""
-    if dtype is torch.float64:
-        return f"the Triton kernels take float32, float16 and bfloat16; got {dtype}"
-    return _reason(w1_a, w1_a)
-
-
-def khatri_rao(
-    w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Return the factors of rank r1 * r2; see `peftk.functional.khatri_rao`."""
-    dtype = w1_a.dtype if dtype is None else dtype
-    w1_a, w1_b, w2_a, w2_b = _contiguous(w1_a, w1_b, w2_a, w2_b)
-    (out, r1), r2, features = w1_a.shape, w2_a.shape[1], w1_b.shape[1]
-    rank = r1 * r2
-    a = torch.empty(rank, features, dtype=dtype, device=w1_a.device)
-    b = torch.empty(out, rank, dtype=dtype, device=w1_a.device)
-
-    def write(result: Tensor, left: Tensor, right: Tensor, length: int, strides: dict[str, int], tile: tuple) -> None:
-        launch(
-            _khatri_rao_kernel,
-            (triton.cdiv(length, tile[1]) * triton.cdiv(rank, tile[0]),),
-            num_warps=4,
-            out_ptr=result,
-            left_ptr=left,
-            right_ptr=right,
-            features=length,
-            rank=rank,
-            right_rank=r2,
-            BLOCK_RANK=tile[0],
-            BLOCK_FEATURES=tile[1],
-            **strides,
-        )
-
-    rank_first = {"stride_out_rank": features, "stride_left_rank": features, "stride_right_rank": features}
-    write(a, w1_b, w2_b, features, _strides(rank_first, 1), (8, 256))
-    rank_last = {"stride_out_feature": rank, "stride_left_feature": r1, "stride_right_feature": r2}
-    write(b, w1_a, w2_a, out, _strides(rank_last, 1), (64, 32))
-    return a, b
-
-
-def _strides(known: dict[str, int], rest: int) -> dict[str, int]:
-    """Complete the strides along rank or features by those along the other one."""
-    other = {"rank": "feature", "feature": "rank"}
-    found = dict(known)
-    for name in known:
-        head, _, tail = name.rpartition("_")
-        found[f"{head}_{other[tail]}"] = rest
-    return found
-
-
-def khatri_rao_backward_supports(
-    grad_a: Tensor, grad_b: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, *args: object
-) -> str | None:
-    """Return None, or why Triton cannot run the backward pass."""
-    if max(w1_a.shape[1], w2_a.shape[1]) > MAX_RANK:
-        return f"the Triton kernels take ranks of up to {MAX_RANK}; got {max(w1_a.shape[1], w2_a.shape[1])}"
-    return _reason(grad_a, w1_a) or unsupported(grad_b)
-
-
-def khatri_rao_backward(
-    grad_a: Tensor,
-    grad_b: Tensor,
-    w1_a: Tensor,
-    w1_b: Tensor,
-    w2_a: Tensor,
-    w2_b: Tensor,
-    need_w1_a: bool,
-    need_w1_b: bool,
-    need_w2_a: bool,
-    need_w2_b: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients in the four factors; an empty tensor for one not needed."""
-    w1_a, w1_b, w2_a, w2_b = _contiguous(w1_a, w1_b, w2_a, w2_b)
-    (out, r1), r2, features = w1_a.shape, w2_a.shape[1], w1_b.shape[1]
-    block = _block(r2)
-
-    def half(
-        grad: Tensor, left: Tensor, right: Tensor, length: int, strides: dict[str, int], need_left: bool, need_right
-    ) -> tuple[Tensor, Tensor]:
-        dleft = torch.empty(left.shape if need_left else 0, dtype=left.dtype, device=left.device)
-        dright = torch.empty(right.shape if need_right else 0, dtype=right.dtype, device=right.device)
-        if need_left or need_right:
-            launch(
-                _khatri_rao_backward_kernel,
-                (triton.cdiv(length, 2048 // block),),
-                num_warps=4,
-                dleft_ptr=dleft if need_left else left,
-                dright_ptr=dright if need_right else right,
-                grad_ptr=grad.contiguous(),
-                left_ptr=left,
-                right_ptr=right,
-                features=length,
-                left_rank=r1,
-                right_rank=r2,
-                BLOCK_RANK=block,
-                BLOCK_FEATURES=2048 // block,
-                NEED_LEFT=need_left,
-                NEED_RIGHT=need_right,
-                **strides,
-            )
-        return dleft, dright
-
-    rank_first = {"stride_grad_rank": features, "stride_left_rank": features, "stride_right_rank": features}
-    dw1_b, dw2_b = half(grad_a, w1_b, w2_b, features, _strides(rank_first, 1), need_w1_b, need_w2_b)
-    rank_last = {"stride_grad_feature": r1 * r2, "stride_left_feature": r1, "stride_right_feature": r2}
-    dw1_a, dw2_a = half(grad_b, w1_a, w2_a, out, _strides(rank_last, 1), need_w1_a, need_w2_a)
-    return dw1_a, dw1_b, dw2_a, dw2_b
-
-
 def hadamard_weight_supports(weight: Tensor, w1_a: Tensor, *args: object) -> str | None:
     """Return None, or why Triton cannot write the weight."""
-    return _reason(weight, w1_a)
+    return reason(weight, w1_a)
 
 
 def hadamard_weight(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float) -> Tensor:
     """Return ``weight + scale * (w1_a @ w1_b) * (w2_a @ w2_b)``; see `peftk.functional.hadamard_weight`."""
     weight = weight.contiguous()
-    w1_a, w1_b, w2_a, w2_b = _contiguous(w1_a, w1_b, w2_a, w2_b)
+    w1_a, w1_b, w2_a, w2_b = contiguous(w1_a, w1_b, w2_a, w2_b)
     (rows, r1), r2, features = w1_a.shape, w2_a.shape[1], w1_b.shape[1]
     out = torch.empty_like(weight)
     launch(
@@ -396,7 +203,7 @@ def hadamard_weight(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2
 
 def hadamard_weight_backward_supports(grad: Tensor, w1_a: Tensor, *args: object) -> str | None:
     """Return None, or why Triton cannot run the backward pass."""
-    return _reason(grad, w1_a)
+    return reason(grad, w1_a)
 
 
 def hadamard_weight_backward(
@@ -412,7 +219,7 @@ def hadamard_weight_backward(
     need_w2_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the four factors; an empty tensor for one not needed."""
-    w1_a, w1_b, w2_a, w2_b = _contiguous(w1_a, w1_b, w2_a, w2_b)
+    w1_a, w1_b, w2_a, w2_b = contiguous(w1_a, w1_b, w2_a, w2_b)
     grad = grad.contiguous().view(w1_a.shape[0], w1_b.shape[1])
     empty = w1_a.new_empty(0)
     return (
