@@ -200,9 +200,9 @@ def markdown(found: list[Row]) -> str:
         lines.append(f"| {row.method} | {', '.join(row.layers)} | {' | '.join(row.entries)} | {refuses} |")
     below = [
         "Forward and backward, with float32 adapters on half-precision layers. *all*: f32, bf16, f16, f64. In",
-        "brackets: some operators run there, the others on `torch`. *no operator*: plain PyTorch. The first two columns",
-        "were run on a CPU and held to float64; the other two are what the kernels say about the same calls on CUDA",
-        "tensors, and recorded launches: they were not run on a GPU for this table.",
+        "brackets: some operators run there, the others on `torch`. *no operator*: plain PyTorch. The first two",
+        "columns were run on a CPU and held to float64; the other two are what the kernels say about the same calls on",
+        "CUDA tensors, and recorded launches: they were not run on a GPU for this table.",
     ]
     for name, takers in rare.items():
         who = "; ".join(f"{row.method} on {', '.join(row.layers)}" for row in takers)
