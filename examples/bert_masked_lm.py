@@ -1,10 +1,11 @@
-"""Fine-tune a BERT masked language model: LoRA on query and value, LoRA on every linear layer of a block.
+"""Fine-tune a BERT masked language model: LoRA on query and value, LoRA on every linear layer, then AdaLoRA.
 
     python examples/bert_masked_lm.py                                        # a tiny random model, in seconds, offline
     python examples/bert_masked_lm.py --model bert-base-uncased --text notes.txt --steps 500 --rate 1e-3
 
-Every adapter's parameters are printed with their shapes and whether they are trained: names and shapes are those of
-Hugging Face PEFT, so optimiser groups, sharding policies and scripts that match on names keep working.
+AdaLoRA moves rank to the layers where it counts: it starts with eight everywhere and ends with four on average. Every
+adapter's parameters are printed with their shapes and whether they are trained: names and shapes are those of Hugging
+Face PEFT, so optimiser groups, sharding policies and scripts that match on names keep working.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ def adapters(steps: int) -> dict[str, peftk.PeftConfig]:
         "LoRA on query and value": peftk.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"]),
         "LoRA on every linear layer of a block": peftk.LoraConfig(
             r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"]
+        ),
+        "AdaLoRA on query and value": peftk.AdaLoraConfig(
+            init_r=8,
+            target_r=4,
+            tinit=steps // 5,
+            tfinal=steps // 5,
+            total_step=steps,
+            lora_alpha=16,
+            target_modules=["query", "value"],
         ),
     }
 
@@ -95,12 +105,19 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
         for step in progress:
             first = step * options.batch % len(texts)
             loss = model(**masked_batch(tokenizer, texts[first : first + options.batch], options.length)).loss
+            if config.peft_type == "ADALORA":
+                loss = loss + model.orthogonality_loss()
             loss.backward()
             optimizer.step()
+            if config.peft_type == "ADALORA":
+                model.update_and_allocate(step + 1)  # after the step, while the gradients are there
             optimizer.zero_grad()
             losses.append(loss.item())
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
 
+        for key, parameter in model.named_parameters():
+            if "lora_E" in key:
+                print(f"  rank {int((parameter != 0).sum())} of {len(parameter)}: {key.partition('.lora_E')[0]}")
         folder = str(Path(options.output) / config.peft_type.value.lower() / str(len(results)))
         model.save_pretrained(folder)
         loaded = peftk.PeftModel.from_pretrained(copy.deepcopy(base), folder)

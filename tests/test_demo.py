@@ -59,7 +59,7 @@ def test_incomplete_library_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "prefix"], "expected one of lora, oft"),
+        (["--method", "prefix"], "expected one of lora, "),
         (["--steps", "1"], "expected at least 2"),
         (["--model", "/nowhere/model"], "text encoder"),
         (["--output", "/proc/nowhere"], "expected a folder to write to"),

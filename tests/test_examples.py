@@ -46,7 +46,7 @@ def test_bert_masked_lm(tmp_path: Path) -> None:
     """The loss falls, the file loads again, and names, shapes and what is trained are PEFT's."""
     peft = pytest.importorskip("peft")
     results = script("bert_masked_lm").main(["--steps", "25", "--output", str(tmp_path)])
-    assert len(results) >= 2
+    assert [found["config"].peft_type for found in results.values()] == ["LORA", "LORA", "ADALORA"]
     for found in results.values():
         assert falls(found["losses"])
         assert found["difference"] == 0
@@ -82,3 +82,13 @@ def test_llama_adaption_prompt(tmp_path: Path) -> None:
     # The gates have opened, in both layers.
     assert len(found["gates"]) == 2
     assert all(found["gates"].values())
+
+
+def test_x_lora(tmp_path: Path) -> None:
+    """The classifier learns on its own which expert is for which kind of text."""
+    found = script("x_lora").main(["--output", str(tmp_path)])
+    assert sum(found["losses"][-5:]) < sum(found["losses"][:5])
+    assert found["difference"] == 0
+    assert found["weights"]["code"]["code"] > found["weights"]["prose"]["code"] + 0.02
+    trained = [name for name, p in found["model"].named_parameters() if p.requires_grad]
+    assert trained and all("internal_xlora_classifier" in name for name in trained)

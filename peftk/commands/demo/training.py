@@ -165,7 +165,7 @@ def make_arm(name: str, model: nn.Module, rate: float, steps: int, limit: int | 
     warm_up = min(WARM_UP, max(1, steps // 2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / warm_up) * (1 - s / steps))
     allocate = None
-    if name != FROZEN and hasattr(model.base_model, "update_and_allocate"):
+    if getattr(model, "peft_type", None) == "ADALORA":
         allocate = model.base_model.update_and_allocate
     return Arm(name, model.train(), optimizer, schedule, steps if limit is None else limit, allocate=allocate)
 
