@@ -5,12 +5,23 @@ from ._config import use_backend
 from ._registry import explain
 from ._version import __version__
 from .model import PeftModel, get_peft_model
-from .nn import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig, PeftType, TaskType, XLoraConfig
+from .nn import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    C3AConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftType,
+    TaskType,
+    XLoraConfig,
+)
 from .status import get_layer_status, get_model_status
 
 __all__ = [
     "AdaLoraConfig",
     "AdaptionPromptConfig",
+    "C3AConfig",
     "LoraConfig",
     "OFTConfig",
     "PeftConfig",

@@ -77,7 +77,7 @@ def make_plan(
 
 
 def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in ("rank_pattern", "alpha_pattern", "block_size_pattern"):
         patterns = getattr(config, field, None) or {}
         unused = sorted(p for p in patterns if not any(config.pattern_applies(p, path) for path in adapters))
         if unused:

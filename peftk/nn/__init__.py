@@ -8,12 +8,21 @@ from ._base import AdapterLayer
 from ._kinds import KINDS, kind_of, why_unsupported
 from .adalora import AdaLoraConfig, AdaLoRALinear
 from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
+from .c3a import C3AConfig, C3AConv2d, C3ALinear
 from .config import PeftConfig, PeftType, TaskType
 from .lora import LoraConfig, LoRALinear
 from .oft import OFTConfig, OFTConv2d, OFTLinear
 from .xlora_config import XLoraConfig
 
-LAYERS: tuple[type[AdapterLayer], ...] = (LoRALinear, AdaLoRALinear, OFTLinear, OFTConv2d, AdaptedAttention)
+LAYERS: tuple[type[AdapterLayer], ...] = (
+    LoRALinear,
+    AdaLoRALinear,
+    OFTLinear,
+    OFTConv2d,
+    C3ALinear,
+    C3AConv2d,
+    AdaptedAttention,
+)
 """Every adapted layer. A configuration and a kind of layer belong to at most one of them."""
 
 
@@ -49,6 +58,9 @@ __all__ = [
     "AdaptedAttention",
     "AdapterLayer",
     "AdaptionPromptConfig",
+    "C3AConfig",
+    "C3AConv2d",
+    "C3ALinear",
     "LoRALinear",
     "LoraConfig",
     "OFTConfig",

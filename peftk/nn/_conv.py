@@ -69,6 +69,26 @@ def convolve_with(
     return convolve(base, x, weight, base.bias)
 
 
+def convolution_beside(derive: Callable[..., Tensor], layer: AdapterLayer, x: Tensor, *values: Tensor) -> Tensor:
+    """Convolve with the weight ``derive(weight, *values)`` alone, without bias, beside the base layer's own call.
+
+    The derived weight is not kept for the backward pass but computed again. The arguments are those of `convolve_with`;
+    `derive` must not depend on what is in the weight.
+
+    Raises:
+        RuntimeError: Later, if the result is differentiated twice.
+    """
+    base = layer.base_layer
+    weight = base.weight.detach()
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    if transformed or autocast or x.dim() != 4 or x.dtype is not weight.dtype:
+        return convolve(base, x, derive(weight, *values))
+    x, padding = _padded(base, x)
+    geometry = base.stride, padding, base.dilation, base.groups
+    return apply(_ConvolveWith, derive, geometry, x, weight, None, *values)
+
+
 def _padded(base: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Return the input, padded if the operator cannot, and the padding that is left to it."""
     left_and_right = base._reversed_padding_repeated_twice

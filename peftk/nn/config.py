@@ -34,6 +34,7 @@ class PeftType(str, Enum):
 
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     ADALORA = "ADALORA"
+    C3A = "C3A"
     LORA = "LORA"
     OFT = "OFT"
     XLORA = "XLORA"
