@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftk
-
+from .. import AdaptionPromptConfig, LoraConfig, XLoraConfig, get_peft_model
 from ..nn import LAYERS, AdapterLayer, PeftConfig, layer_class_for
 from ..nn._kinds import KINDS
 
@@ -159,7 +158,7 @@ def _mixed(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -
         one.target_modules = ["0"]
     # A schedule belongs to one trained adapter.
     both[1].inference_mode = True
-    model = peftk.get_peft_model(nn.Sequential(BASES[kind](**usual)), both[0])
+    model = get_peft_model(nn.Sequential(BASES[kind](**usual)), both[0])
     model.add_adapter("other", both[1])
     model.eval()(_input(kind, torch.float32), adapter_names=["default", "other"])
 
@@ -222,11 +221,11 @@ def _attention(name: str, fields: dict[str, Any]) -> Iterator[Subject]:
         return transformers.AutoModel.from_config(settings)
 
     def adapted(model: nn.Module) -> nn.Module:
-        return peftk.get_peft_model(model, peftk.AdaptionPromptConfig(**fields))
+        return get_peft_model(model, AdaptionPromptConfig(**fields))
 
     def several() -> None:
         model = adapted(model_of("llama"))
-        model.add_adapter("other", peftk.AdaptionPromptConfig(**fields))
+        model.add_adapter("other", AdaptionPromptConfig(**fields))
         model.set_adapter(["default", "other"])
 
     def quantised() -> None:
@@ -302,11 +301,11 @@ def _experts() -> Iterator[Subject]:
     """Yield the layers that can hold the experts of X-LoRA."""
     from ..nn.xlora import GATED, Gates
 
-    settings = peftk.XLoraConfig(hidden_size=FEATURES, adapters={"0": "", "1": ""})
+    settings = XLoraConfig(hidden_size=FEATURES, adapters={"0": "", "1": ""})
 
     def mixture(kind: str, base: nn.Module, dtype: torch.dtype = torch.float32) -> _Weighted:
         torch.manual_seed(3)
-        config = peftk.LoraConfig(r=4, init_lora_weights=False)
+        config = LoraConfig(r=4, init_lora_weights=False)
         layer = GATED[layer_class_for(config, base)](base, config, "0")
         layer.add_adapter("1", config)
         layer.set_adapter(["0", "1"])
@@ -320,11 +319,11 @@ def _experts() -> Iterator[Subject]:
         model(_input(kind, torch.float32))
 
     def mixed(kind: str) -> None:
-        config = peftk.LoraConfig(r=4, target_modules=["0"])
+        config = LoraConfig(r=4, target_modules=["0"])
         with tempfile.TemporaryDirectory() as folder:
-            peftk.get_peft_model(nn.Sequential(BASES[kind]()), config).save_pretrained(folder)
-            one = peftk.XLoraConfig(hidden_size=FEATURES, adapters={"one": folder})
-            model = peftk.get_peft_model(nn.Sequential(BASES[kind]()), one)
+            get_peft_model(nn.Sequential(BASES[kind]()), config).save_pretrained(folder)
+            one = XLoraConfig(hidden_size=FEATURES, adapters={"one": folder})
+            model = get_peft_model(nn.Sequential(BASES[kind]()), one)
         model(_input(kind, torch.float32), adapter_names=["0", "0"])
 
     for kind in KINDS:

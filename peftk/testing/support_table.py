@@ -232,7 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     page = options.page.read_text()
     new = updated(page, markdown(rows()))
     if options.check:
-        print("up to date" if new == page else f"{options.page.name} is out of date: run this without --check")
+        found = "up to date" if new == page else f"{options.page.name} is out of date: run this without --check"
+        sys.stdout.write(f"{found}\n")
         return int(new != page)
     options.page.write_text(new)
     return 0
