@@ -36,9 +36,9 @@ class XLoraPlan(Plan):
     experts: list[tuple[Plan, Callable[[], None]]] = field(default_factory=list)
 
 
-def tuner_for(model: nn.Module, config: PeftConfig, experts: Sequence[str] | None = None) -> Tuner:
+def tuner_for(model: nn.Module, config: PeftConfig) -> Tuner:
     """Return an empty tuner for a model whose first adapter has this configuration."""
-    return XLoraTuner(model, experts) if isinstance(config, XLoraConfig) else Tuner(model)
+    return XLoraTuner(model) if isinstance(config, XLoraConfig) else Tuner(model)
 
 
 def tuner_for_file(

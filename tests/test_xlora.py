@@ -546,6 +546,8 @@ def test_peft_loses_classifier_layers_when_it_saves(experts, tmp_path):
     # The experts are called 0, 1, ..., and PEFT leaves out every key in which one of these names stands.
     assert set(mine) == {f"{CLASSIFIER}layers.0.weight", f"{CLASSIFIER}layers.0.bias"}
     assert not set(mine) & set(other)
+    with pytest.raises(ValueError, match=r"internal_xlora_classifier\.layers\.0"):
+        PeftModel.from_pretrained(llama(), tmp_path / "theirs", adapters=experts)
 
 
 def test_peft_fails_with_named_experts(experts):
