@@ -30,6 +30,13 @@ void hadamard_weight(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_
 void hadamard_weight_backward(const Tensor& grad, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
                               const Tensor& w2_b, double scale, Tensor& dw1_a, Tensor& dw1_b, Tensor& dw2_a,
                               Tensor& dw2_b);
+// The small factor of a Kronecker product: mixed_left (+)= scale * w1 @ right and mixed_right (+)= scale * w1.T @ left
+// for every token, dw1 = scale * sum of left @ right.T; left and right are (tokens, either size of w1, columns).
+void kronecker_mix(const Tensor& left, const Tensor& right, const Tensor& w1, double scale, int64_t columns,
+                   bool add_left, bool add_right, Tensor& mixed_left, Tensor& mixed_right, Tensor& dw1);
+void kronecker_weight(const Tensor& weight, const Tensor& w1, const Tensor& w2, double scale, Tensor& out);
+void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tensor& w2, double scale, Tensor& dw1,
+                               Tensor& dw2);
 
 // Thin products of LoRA: `m` is (depth, rank), or (rank, depth) where transposed; so is the result of `outer`.
 void shrink(const Tensor& x, const Tensor& m, bool transposed, double scale, Tensor& out);

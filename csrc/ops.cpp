@@ -24,6 +24,14 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
   m.def(
       "hadamard_weight_backward(Tensor grad, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale,"
       " Tensor(a!) dw1_a, Tensor(b!) dw1_b, Tensor(c!) dw2_a, Tensor(d!) dw2_b) -> ()");
+  m.def(
+      "kronecker_mix(Tensor left, Tensor right, Tensor w1, float scale, int columns, bool add_left, bool add_right,"
+      " Tensor(a!) mixed_left,"
+      " Tensor(b!) mixed_right, Tensor(c!) dw1) -> ()");
+  m.def("kronecker_weight(Tensor weight, Tensor w1, Tensor w2, float scale, Tensor(a!) out) -> ()");
+  m.def(
+      "kronecker_weight_backward(Tensor grad, Tensor w1, Tensor w2, float scale, Tensor(a!) dw1, Tensor(b!) dw2)"
+      " -> ()");
   m.def("shrink(Tensor x, Tensor m, bool transposed, float scale, Tensor(a!) out) -> ()");
   m.def("outer(Tensor x, Tensor h, bool transposed, float scale, Tensor(a!) out) -> ()");
   m.def("dropout(Tensor x, int seed, int threshold, float scale, Tensor(a!) out) -> ()");
@@ -42,6 +50,9 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("khatri_rao_backward", TORCH_BOX(&peftk::khatri_rao_backward));
   m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight));
   m.impl("hadamard_weight_backward", TORCH_BOX(&peftk::hadamard_weight_backward));
+  m.impl("kronecker_mix", TORCH_BOX(&peftk::kronecker_mix));
+  m.impl("kronecker_weight", TORCH_BOX(&peftk::kronecker_weight));
+  m.impl("kronecker_weight_backward", TORCH_BOX(&peftk::kronecker_weight_backward));
   m.impl("shrink", TORCH_BOX(&peftk::shrink));
   m.impl("outer", TORCH_BOX(&peftk::outer));
   m.impl("dropout", TORCH_BOX(&peftk::dropout));

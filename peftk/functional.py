@@ -4,6 +4,7 @@ from .ops.block_diagonal import block_rotate, block_rotate_linear
 from .ops.cayley import cayley
 from .ops.circulant import circulant_linear, circulant_weight, circular_conv, circular_conv_add
 from .ops.hadamard import hadamard_weight, khatri_rao
+from .ops.kronecker import kronecker_add, kronecker_linear, kronecker_weight
 from .ops.low_rank import low_rank_add, low_rank_linear
 
 __all__ = [
@@ -16,6 +17,9 @@ __all__ = [
     "circular_conv_add",
     "hadamard_weight",
     "khatri_rao",
+    "kronecker_add",
+    "kronecker_linear",
+    "kronecker_weight",
     "low_rank_add",
     "low_rank_linear",
 ]

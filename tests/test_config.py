@@ -9,10 +9,11 @@ import warnings
 import peft
 import pytest
 
-from peftk.nn import AdaptionPromptConfig, LoraConfig, OFTConfig, PeftConfig, XLoraConfig
+from peftk.nn import AdaptionPromptConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, XLoraConfig
 
 PAIRS = [
     (LoraConfig, peft.LoraConfig),
+    (LoKrConfig, peft.LoKrConfig),
     (OFTConfig, peft.OFTConfig),
     (AdaptionPromptConfig, peft.AdaptionPromptConfig),
     (XLoraConfig, peft.XLoraConfig),
@@ -125,6 +126,13 @@ BAD = [
     *((LoraConfig, "inference_mode", v) for v in [1, None]),
     *((LoraConfig, "auto_mapping", v) for v in ["os", 1]),
     *((LoraConfig, "layers_pattern", v) for v in ["h"]),
+    *((LoKrConfig, "r", v) for v in [0, -1, True, 1.5, None]),
+    *((LoKrConfig, "alpha", v) for v in [0, -1, NAN, True]),
+    *((LoKrConfig, "decompose_factor", v) for v in [0, -2, True, 1.5, 2**70]),
+    *((LoKrConfig, "init_weights", v) for v in [None, 1, "peft"]),
+    *((LoKrConfig, name, v) for name in ("rank_dropout", "module_dropout") for v in [1, -0.5, NAN, "0"]),
+    *((LoKrConfig, name, 1) for name in ("decompose_both", "use_effective_conv2d", "rank_dropout_scale")),
+    *((LoKrConfig, "rank_pattern", v) for v in [["a"], {"a": 0}, {"(": 1}]),
     *((OFTConfig, "oft_block_size", v) for v in [0, -1, True, 1.5, 2**70]),
     *((OFTConfig, "r", v) for v in [8, -1, True]),
     *((OFTConfig, "num_cayley_neumann_terms", v) for v in [0, 65, 2**70, 2.0, True]),

@@ -33,6 +33,8 @@ HALVES = ("f16", "f16-f32", "bf16", "bf16-f32")
 # Pairs that must run: a skip there would hide a kernel that fell away.
 MUST_RUN = {("native", "f32"), ("native", "bf16-f32")} | set(itertools.product(("torch",), GPU_DTYPES))
 MUST_RUN |= {("triton", "f32"), *itertools.product(("triton",), HALVES)}
+# Torch's own products do most of these, and may split a sum by threads.
+PRODUCTS = ("low_rank_add", "low_rank_linear", "kronecker_add", "kronecker_linear")
 REFUSALS = {
     "native": ("float16", "float64", "exact transform takes blocks up to"),
     "triton": ("exact transform", "blocks of up to"),
@@ -211,14 +213,15 @@ def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str, dev
         assert_same_bits(again, y)
         for name in grads:
             assert_same_bits(grads_again[name], grads[name], what=f"d{name}")
-        if case.operator.startswith("low_rank") or device.type != "cpu" or backend == "triton":
-            return  # torch's own products may split a sum by threads; GPU kernels have none
+        if case.operator in PRODUCTS or device.type != "cpu" or backend == "triton":
+            return  # GPU kernels have no threads of the CPU
         try:
             torch.set_num_threads(2 if threads == 1 else 1)
             other, grads_other, _ = forward_backward(function, case, inputs)
         finally:
             torch.set_num_threads(threads)
-    if backend == "native" and case.operator in ("block_rotate", "cayley", "hadamard_weight", "khatri_rao"):
+    same = ("block_rotate", "cayley", "hadamard_weight", "khatri_rao", "kronecker_weight")
+    if backend == "native" and case.operator in same:
         assert_same_bits(other, y, what="output with another number of threads")
         for name in grads:
             assert_same_bits(grads_other[name], grads[name], what=f"d{name} with another number of threads")

@@ -142,6 +142,35 @@ def hadamard_calls() -> Iterator[Call]:
     yield "hadamard_weight_backward", (weight, *four, 1.5, True, False, True, False)
 
 
+def kronecker_calls() -> Iterator[Call]:
+    def calls(rows: int, sizes: tuple[int, int, int, int], dtype: torch.dtype, fused: bool = True):
+        left, middle, height, width = sizes
+        x, y = meta(rows, middle * width, dtype=dtype), meta(rows, left * height, dtype=dtype)
+        weight, factors = meta(left * height, middle * width, dtype=dtype), (meta(left, middle), meta(height, width))
+        small = factors[0], meta(height, width, dtype=dtype), 0.5
+        yield "kronecker_add", (y, x, *small)
+        yield "kronecker_add_backward", (y, x, *small, True, True, True)
+        if fused:
+            yield "kronecker_linear", (x, weight, None, *small)
+            yield "kronecker_linear_backward", (y, x, weight, *small, True, True, True, True)
+        yield "kronecker_weight", (weight, *factors, 0.5)
+        yield "kronecker_weight_backward", (weight, *factors, 0.5, True, True)
+
+    # A w1 of 8 x 8, of 16 x 16, and those of PEFT's default factors of 4096 and of 4096 to 11008.
+    yield from calls(TOKENS, (8, 8, 512, 512), BF16)
+    yield from calls(TOKENS, (16, 16, 256, 256), BF16, False)
+    yield from calls(TOKENS, (64, 64, 64, 64), BF16, False)
+    yield from calls(TOKENS, (86, 64, 128, 64), BF16, False)
+    yield from calls(TOKENS, (8, 8, 512, 512), FP16, False)
+    yield from calls(TOKENS, (8, 8, 512, 512), FP32)
+    yield from calls(TOKENS, (32, 32, 128, 128), FP32, False)
+    yield from calls(TOKENS - 1, (5, 7, 819, 585), BF16, False)
+    yield from calls(1, (8, 8, 512, 512), BF16, False)
+    x, factors = meta(TOKENS, WIDTH, dtype=BF16), (meta(8, 8), meta(512, 512, dtype=BF16), 0.5)
+    yield "kronecker_add_backward", (x, x, *factors, True, False, True)
+    yield "kronecker_add_backward", (x, x, *factors, False, True, False)
+
+
 def recorded(operator: str, args: tuple) -> list[_launch.Launch]:
     with _launch.recorded() as launches:
         assert OPERATORS[operator].reason("triton", args) is None
@@ -174,10 +203,11 @@ def circulant_calls() -> Iterator[Call]:
 
 
 CALLS = {
-    "circulant": circulant_calls,
-    "hadamard": hadamard_calls,
     "block_diagonal": block_diagonal_calls,
     "cayley": cayley_calls,
+    "circulant": circulant_calls,
+    "hadamard": hadamard_calls,
+    "kronecker": kronecker_calls,
     "low_rank": low_rank_calls,
 }
 
@@ -206,10 +236,12 @@ def wide_accesses(found: Compiled) -> set[str]:
     """Return what must happen 128 bits at a time: where rows come in multiples of 16 elements, loads and stores."""
     one = found.specialization
     # One row, or a rank of one, leaves no row of 16 elements to some of the tensors.
-    if any(dict(one.constexprs).get(name) == 1 for name in ("rows", "rank")):
+    if any(dict(one.constexprs).get(name) == 1 for name in ("rows", "rank", "tokens")):
         return set()
     odd = {name for name, kind in one.signature if kind.startswith("i") and name not in one.divisible}
-    if found.target.startswith("gfx") or any(n.startswith("stride_") or n in ("features", "count") for n in odd):
+    if found.target.startswith("gfx") or any(
+        n.startswith("stride_") or n in ("features", "count", "columns") for n in odd
+    ):
         return set()
     # The blocks of the transform, unlike those of the rotation, lie in memory one by one.
     if "cayley" in one.kernel.__module__ and dict(one.constexprs)["SIZE"] % 16:
@@ -323,6 +355,11 @@ for _name in ("circular_conv", "circular_conv_add", "circulant_linear"):
     LAUNCHES[f"{_name}_backward"] = ["circulant_mix_kernel", "circulant_contract_kernel"]
 LAUNCHES["circulant_weight"] = ["circulant_weight_kernel"]
 LAUNCHES["circulant_weight_backward"] = ["circulant_weight_backward_kernel"]
+LAUNCHES["kronecker_add"] = LAUNCHES["kronecker_linear"] = ["kronecker_product_kernel"]
+LAUNCHES["kronecker_add_backward"] = ["kronecker_product_kernel", "kronecker_factor_kernel"]
+LAUNCHES["kronecker_linear_backward"] = LAUNCHES["kronecker_add_backward"]
+LAUNCHES["kronecker_weight"] = ["kronecker_weight_kernel"]
+LAUNCHES["kronecker_weight_backward"] = ["kronecker_weight_backward_kernel"]
 LAUNCHES["low_rank_linear"] = LAUNCHES["low_rank_add"]
 LAUNCHES["low_rank_linear_backward"] = LAUNCHES["low_rank_add_backward"]
 

@@ -10,6 +10,7 @@ from .adalora import AdaLoraConfig, AdaLoRALinear
 from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
 from .c3a import C3AConfig, C3AConv2d, C3ALinear
 from .config import PeftConfig, PeftType, TaskType
+from .lokr import LoKrConfig, LoKrConv2d, LoKrLinear
 from .lora import LoraConfig, LoRALinear
 from .oft import OFTConfig, OFTConv2d, OFTLinear
 from .xlora_config import XLoraConfig
@@ -21,6 +22,8 @@ LAYERS: tuple[type[AdapterLayer], ...] = (
     OFTConv2d,
     C3ALinear,
     C3AConv2d,
+    LoKrLinear,
+    LoKrConv2d,
     AdaptedAttention,
 )
 """Every adapted layer. A configuration and a kind of layer belong to at most one of them."""
@@ -61,6 +64,9 @@ __all__ = [
     "C3AConfig",
     "C3AConv2d",
     "C3ALinear",
+    "LoKrConfig",
+    "LoKrConv2d",
+    "LoKrLinear",
     "LoRALinear",
     "LoraConfig",
     "OFTConfig",

@@ -35,6 +35,7 @@ class PeftType(str, Enum):
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     ADALORA = "ADALORA"
     C3A = "C3A"
+    LOKR = "LOKR"
     LORA = "LORA"
     OFT = "OFT"
     XLORA = "XLORA"
@@ -109,6 +110,24 @@ def check_names(name: str, value: object) -> None:
     for item in value:
         if not isinstance(item, str) or not item:
             raise TypeError(f"{name}: expected non-empty strings, got {item!r}")
+
+
+def check_patterns(config: PeftConfig, most_rank: int, most_alpha: float) -> None:
+    """Check `rank_pattern` and `alpha_pattern`, and replace None by an empty dict."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        patterns = {} if patterns is None else patterns
+        setattr(config, name, patterns)
+        if not isinstance(patterns, dict):
+            raise TypeError(f"{name}: expected a dict from name patterns to numbers, got {patterns!r}")
+        for key, value in patterns.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name}: expected strings as keys, got {key!r}")
+            check_regex(f"{name} key", key)
+            if name == "rank_pattern":
+                check_int(f"{name}[{key!r}]", value, 1, most_rank)
+            else:
+                check_number(f"{name}[{key!r}]", value, 0, most_alpha, above=True)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from .config import (
     check_choice,
     check_int,
     check_number,
-    check_regex,
+    check_patterns,
     refuse_unimplemented,
 )
 
@@ -137,20 +137,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         check_number("lora_alpha", self.lora_alpha, 0, MAX_ALPHA, above=True)
 
     def _check_patterns(self) -> None:
-        for name in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(self, name)
-            patterns = {} if patterns is None else patterns
-            setattr(self, name, patterns)
-            if not isinstance(patterns, dict):
-                raise TypeError(f"{name}: expected a dict from name patterns to numbers, got {patterns!r}")
-            for key, value in patterns.items():
-                if not isinstance(key, str):
-                    raise TypeError(f"{name}: expected strings as keys, got {key!r}")
-                check_regex(f"{name} key", key)
-                if name == "rank_pattern":
-                    check_int(f"{name}[{key!r}]", value, 1, MAX_RANK)
-                else:
-                    check_number(f"{name}[{key!r}]", value, 0, MAX_ALPHA, above=True)
+        check_patterns(self, MAX_RANK, MAX_ALPHA)
 
     def _check_init(self) -> None:
         init = self.init_lora_weights

@@ -7,6 +7,7 @@
 #include "cayley.cpp"
 #include "hadamard.cpp"
 #include "harness.h"
+#include "kronecker.cpp"
 #include "low_rank.cpp"
 
 namespace {
@@ -25,6 +26,7 @@ void run(Level level) {
   run_block_diagonal(level);
   run_cayley(level);
   run_hadamard(level);
+  run_kronecker(level);
   run_low_rank(level);
 }
 

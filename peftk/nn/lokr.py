@@ -1,0 +1,327 @@
+"""LoKr: a Kronecker product of two small matrices, added to a frozen layer's weight."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ._base import Adapter, AdapterLayer
+from ._conv import convolve_with
+from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns, pattern_key
+from .lora_config import MAX_ALPHA, MAX_RANK
+
+
+@dataclass
+class LoKrConfig(PeftConfig, method=PeftType.LOKR):
+    """Configuration of LoKr, with the fields and defaults of PEFT 0.21.
+
+    ``W' = W + alpha / r * kron(w1, w2)`` with w1 (l, m) and w2 (k, n), ``l * k`` outputs and ``m * n`` inputs.
+
+    Args:
+        rank_pattern: Name ending or expression to the rank of the modules it matches.
+        alpha_pattern: Name ending or expression to the alpha of the modules it matches.
+        r: Rank of the factors that are products of two matrices. w2 is one, unless ``r >= max(k, n) / 2``.
+        alpha: Numerator of the scale ``alpha / r``, which holds also where no factor has a rank; LyCORIS' scale is
+            then 1.
+        rank_dropout: Probability, in training, that a row of the update (an output feature) is dropped, in [0, 1).
+        module_dropout: Probability, in training, that a layer's whole update is dropped, in [0, 1).
+        use_effective_conv2d: For kernels larger than 1 x 1, the Tucker form of w2: factors of the channels and a core
+            of the kernel's taps.
+        decompose_both: w1 is a product of two matrices too, unless ``r >= max(l, m) / 2``.
+        decompose_factor: What l and m are if it divides the layer's sizes; else they are the largest divisors up to it
+            that do not exceed k and n. -1 is as large as they can be: l nearest to k, m nearest to n.
+        rank_dropout_scale: Divide the rows that `rank_dropout` leaves by their share.
+        target_modules: As in `LoraConfig`.
+        exclude_modules: As in `LoraConfig`.
+        init_weights: True (w1 starts at zero), "lycoris" (w2 does) or False (all factors random).
+        layers_to_transform: As in `LoraConfig`.
+        layers_pattern: As in `LoraConfig`.
+        modules_to_save: As in `LoraConfig`.
+
+    Source: Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation,
+    arXiv 2309.14859; Edalati et al., KronA, arXiv 2212.10650.
+
+    Example:
+        >>> from peftk import LoKrConfig
+        >>> LoKrConfig(r=64, decompose_factor=8, target_modules=["query", "value"]).decompose_factor
+        8
+    """
+
+    rank_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict | None = field(default_factory=dict)
+    r: int = 8
+    alpha: int = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    _meaning = (
+        "r",
+        "alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_effective_conv2d",
+        "decompose_both",
+        "decompose_factor",
+        "modules_to_save",
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        check_int("r", self.r, 1, MAX_RANK)
+        check_number("alpha", self.alpha, 0, MAX_ALPHA, above=True)
+        check_number("rank_dropout", self.rank_dropout, 0, 1)
+        check_number("module_dropout", self.module_dropout, 0, 1)
+        for name in ("use_effective_conv2d", "decompose_both", "rank_dropout_scale"):
+            check_bool(name, getattr(self, name))
+        if self.decompose_factor != -1 or isinstance(self.decompose_factor, bool):
+            check_int("decompose_factor", self.decompose_factor, 1, MAX_RANK)
+        check_choice("init_weights", self.init_weights, (True, False, "lycoris"))
+        check_patterns(self, MAX_RANK, MAX_ALPHA)
+        self._check_targets()
+
+
+def factorization(size: int, factor: int = -1) -> tuple[int, int]:
+    """Return the two factors of `size` for a `decompose_factor`, as PEFT chooses them.
+
+    A factor that divides is taken as it is, even if it is the larger of the two. Otherwise the first is the largest
+    divisor up to it (any, if it is -1) that does not exceed the second.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
+    first = next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
+    return first, size // first
+
+
+_W1 = ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
+_W2 = ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+class LoKrLinear(AdapterLayer):
+    """An nn.Linear with LoKr adapters: ``y = x W^T + s * x kron(w1, w2)^T + bias``, without the dense product.
+
+    Parameters per adapter: `lokr_w1.<name>` (l, m), or `lokr_w1_a` (l, r) and `lokr_w1_b` (r, m); `lokr_w2.<name>`
+    (k, n), or `lokr_w2_a` (k, r) and `lokr_w2_b` (r, n).
+
+    Args:
+        base_layer: The nn.Linear to adapt; it is frozen.
+        config: A LoKrConfig; `rank_pattern` and `alpha_pattern` are matched against `module_name`.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is not a dense nn.Linear.
+
+    Source: Yeh et al., arXiv 2309.14859.
+
+    Example:
+        >>> import torch, peftk
+        >>> layer = peftk.nn.LoKrLinear(torch.nn.Linear(8, 4), peftk.LoKrConfig(r=2))
+        >>> layer(torch.randn(2, 8)).shape
+        torch.Size([2, 4])
+    """
+
+    base_kinds = ("Linear",)
+    adapter_layer_names = (*_W1, *_W2)
+    parameter_names = frozenset(adapter_layer_names)
+    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "rank_dropout_scale")
+    config_class = LoKrConfig
+
+    @classmethod
+    def _create(cls, base_layer: nn.Module, config: LoKrConfig, module_name: str, initialise: bool) -> Adapter:
+        r = config.rank_pattern.get(pattern_key(config.rank_pattern, module_name), config.r)
+        alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module_name), config.alpha)
+        shapes = _shapes(base_layer.weight.shape, config, r)
+        parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+        if initialise:
+            zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
+            # In PEFT's order, so that equal seeds give equal bits.
+            for name, parameter in parts.items():
+                if name not in zero[config.init_weights]:
+                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        dropout = {name: getattr(config, name) for name in ("rank_dropout", "module_dropout", "rank_dropout_scale")}
+        return Adapter(parts, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
+
+    def _w1(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return w1 (l, m) of one adapter, computed in a dtype if one is given."""
+        if name in self.lokr_w1:
+            return _cast(self.lokr_w1[name], dtype)
+        return _product(self.lokr_w1_a[name], self.lokr_w1_b[name], dtype)
+
+    def _w2(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return w2 as a matrix, (k, n * height * width of the kernel), computed in a dtype if one is given."""
+        if name in self.lokr_w2:
+            return _cast(self.lokr_w2[name], dtype).flatten(1)
+        a, b = self.lokr_w2_a[name], self.lokr_w2_b[name]
+        if name not in self.lokr_t2:
+            return _product(a, b, dtype)
+        core = self.lokr_t2[name]  # (r, r, height, width), a (r, k), b (r, n)
+        taps = _product(b.mT, core.transpose(0, 1).flatten(1), dtype)  # (n, r * height * width)
+        taps = taps.view(b.shape[1], core.shape[0], -1).transpose(0, 1).flatten(1)
+        return _product(a.mT, taps, dtype)
+
+    def _draw(self, name: str) -> Tensor | None:
+        """Draw which rows of the update stay in this pass: None for all of them."""
+        p, module_p = self.rank_dropout[name], self.module_dropout[name]
+        if not (self.training and (p or module_p)):
+            return None
+        # Drawn as PEFT draws them, on the CPU's default generator, so that activation checkpointing replays them.
+        kept = (torch.rand(1) > module_p).expand(self.out_features)
+        if p:
+            kept = kept & (torch.rand(self.out_features) > p)
+        return kept.to(self.base_layer.weight.device)
+
+    def _scale(self, name: str, kept: Tensor | None) -> float | Tensor:
+        """Return the scale, divided by the share of rows that stay where the configuration says so."""
+        scale = self.scaling[name]
+        if kept is None or not (self.rank_dropout[name] and self.rank_dropout_scale[name]):
+            return scale
+        # Where no row stays, the update is zero and not 0 / 0.
+        return scale / kept.double().mean().clamp_min(1e-12)
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        kept = [self._draw(name) for name in names]
+        if kept[0] is None and not self._thin(names[0]) and self._can_fuse(x, args, kwargs):
+            frozen, name = self._modules["base_layer"]._parameters, names[0]
+            w1, w2 = self._w1(name), self._w2(name)
+            y = F.kronecker_linear(x, frozen["weight"], frozen["bias"], w1, w2, self.scaling[name])
+            names, kept = names[1:], kept[1:]
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for name, rows in zip(names, kept, strict=True):
+            y = self._added(y, x, name, rows)
+        return y
+
+    def _thin(self, name: str) -> bool:
+        """Whether the two factors of w2 one after the other take far fewer operations than their product."""
+        if name in self.lokr_w2:
+            return False
+        (k, r), n = self.lokr_w2_a[name].shape, self.lokr_w2_b[name].shape[1]
+        return 2 * r * (k + n) <= k * n
+
+    def _added(self, y: Tensor, x: Tensor, name: str, kept: Tensor | None) -> Tensor:
+        w1, scale = self._w1(name), self._scale(name, kept)
+        if isinstance(scale, Tensor):
+            w1, scale = w1 * scale.to(w1.dtype), 1.0
+        if self._thin(name):
+            b = self.lokr_w2_b[name]
+            # (..., m * n) to (..., m * r)
+            x = nn.functional.linear(x.unflatten(-1, (w1.shape[1], b.shape[1])), b.to(x.dtype)).flatten(-2)
+            w2 = self.lokr_w2_a[name]
+        else:
+            w2 = self._w2(name)
+        adapted = F.kronecker_add(y, x, w1, w2, scale)
+        return adapted if kept is None else torch.where(kept, adapted, y)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the update of one adapter, like the weight, without dropout."""
+        w1, w2 = self._w1(adapter), self._w2(adapter)
+        zeros = torch.zeros(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], dtype=w1.dtype, device=w1.device)
+        return F.kronecker_weight(zeros, w1, w2, self.scaling[adapter]).view(self.base_layer.weight.shape)
+
+    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+        weight = tensors["weight"]
+        w1, w2 = self._w1(name, weight.dtype), self._w2(name, weight.dtype)
+        tensors["weight"] = F.kronecker_weight(weight.flatten(1), w1, w2, self.scaling[name]).view(weight.shape)
+
+
+class LoKrConv2d(LoKrLinear):
+    """An nn.Conv2d with LoKr adapters on its filters, computed as one convolution with the written weight.
+
+    Parameters per adapter: `lokr_w1.<name>` (l, m) or its two factors, with ``m * n = in / groups``;
+    `lokr_w2.<name>` (k, n, height, width), or `lokr_w2_a` (k, r) and `lokr_w2_b` (r, n * height * width). With
+    `use_effective_conv2d` and a kernel larger than 1 x 1, the Tucker form: `lokr_t2` (r, r, height, width),
+    `lokr_w2_a` (r, k) and `lokr_w2_b` (r, n). Stride, padding, padding mode, dilation and groups are those of the
+    layer.
+
+    Args:
+        base_layer: The nn.Conv2d to adapt; it is frozen.
+        config: A LoKrConfig.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is not a dense nn.Conv2d.
+
+    Source: Yeh et al., arXiv 2309.14859.
+
+    Example:
+        >>> import torch, peftk
+        >>> layer = peftk.nn.LoKrConv2d(torch.nn.Conv2d(4, 8, 3), peftk.LoKrConfig(r=2, decompose_factor=2))
+        >>> layer(torch.randn(1, 4, 5, 5)).shape
+        torch.Size([1, 8, 3, 3])
+    """
+
+    base_kinds = ("Conv2d",)
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        values, masked, scales = [], [], []
+        for name in names:
+            kept = self._draw(name)
+            w1, scale = self._w1(name), self._scale(name, kept)
+            if isinstance(scale, Tensor):
+                w1, scale = w1 * scale.to(w1.dtype), 1.0
+            values += [w1, self._w2(name), *([] if kept is None else [kept])]
+            masked.append(kept is not None)
+            scales.append(scale)
+        write = functools.partial(_written, scales, masked)
+        return convolve_with(write, self, x, *values, args=args, kwargs=kwargs)
+
+
+def _written(scales: list[float], masked: list[bool], weight: Tensor, *values: Tensor) -> Tensor:
+    """Add each adapter's product to a weight, only in the rows that stay where there is a mask among its values."""
+    filters, rest = weight.flatten(1), iter(values)
+    for scale, has_mask in zip(scales, masked, strict=True):
+        changed = F.kronecker_weight(filters, next(rest), next(rest), scale)
+        filters = torch.where(next(rest)[:, None], changed, filters) if has_mask else changed
+    return filters.view(weight.shape)
+
+
+def _shapes(weight: torch.Size, config: LoKrConfig, r: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters, in the order in which PEFT initialises them."""
+    out, features, *kernel = weight
+    (left, rows), (middle, columns) = (factorization(size, config.decompose_factor) for size in (out, features))
+    if config.decompose_both and r < max(left, middle) / 2:
+        shapes: dict[str, tuple[int, ...]] = {"lokr_w1_a": (left, r), "lokr_w1_b": (r, middle)}
+    else:
+        shapes = {"lokr_w1": (left, middle)}
+    if r >= max(rows, columns) / 2:
+        return {**shapes, "lokr_w2": (rows, columns, *kernel)}
+    if config.use_effective_conv2d and kernel not in ([], [1, 1]):
+        return {**shapes, "lokr_w2_a": (r, rows), "lokr_w2_b": (r, columns), "lokr_t2": (r, r, *kernel)}
+    return {**shapes, "lokr_w2_a": (rows, r), "lokr_w2_b": (r, columns * math.prod(kernel))}
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return parameter if dtype is None else parameter.to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Multiply two small factors, in float32 at least, also under autocast."""
+    if dtype is None:
+        dtype = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
+
+
+__all__ = ["LoKrConfig", "LoKrConv2d", "LoKrLinear"]
