@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,8 +215,43 @@ class XLoraTuner(Tuner):
         """Predict the weights of the experts, then run the model with them."""
         if self._off():
             return self.model(*args, **kwargs)
-        with self._gates.using(self._predict(args, kwargs)):
+        with self._gates.using(self._predict(args, kwargs)), self._checkpointing():
             return self.model(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Let what is computed again in the backward pass have the weights that it had."""
+        modules = [m for m in self.model.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
+        if not modules or not torch.is_grad_enabled():
+            yield
+            return
+        before = [module._gradient_checkpointing_func for module in modules]
+        if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in before):
+            raise NotImplementedError(
+                "gradient checkpointing: X-LoRA needs use_reentrant=False; pass it to gradient_checkpointing_enable"
+            )
+        state = self._gates.state
+        # Gates that one layer makes for several would be made in other places the second time.
+        for _, layer in self.layers():
+            self._gates.of(layer)
+
+        def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+            def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                def resumed(*inner_args: Any, **inner_kwargs: Any) -> Any:
+                    with self._gates.resuming(state):
+                        return function(*inner_args, **inner_kwargs)
+
+                return checkpoint(resumed, *args, **kwargs)
+
+            return checkpointed
+
+        try:
+            for module, function in zip(modules, before, strict=True):
+                module._gradient_checkpointing_func = remembering(function)
+            yield
+        finally:
+            for module, function in zip(modules, before, strict=True):
+                module._gradient_checkpointing_func = function
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate without a cache: every step runs the model twice."""
@@ -246,10 +282,6 @@ class XLoraTuner(Tuner):
     def _predict(self, args: tuple, kwargs: dict[str, Any], forward: Callable[..., Any] | None = None) -> Tensor:
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             raise ValueError("use_cache: expected False and no past_key_values; X-LoRA runs the model twice")
-        if torch.is_grad_enabled() and self.training and _checkpoints(self.model):
-            raise NotImplementedError(
-                "gradient checkpointing: X-LoRA does not support it; call gradient_checkpointing_disable()"
-            )
         forward = forward or self.model.forward
         config = self._gates.config
         kwargs = kwargs | {"output_hidden_states": True, "return_dict": True}
@@ -331,10 +363,6 @@ class XLoraTuner(Tuner):
             positions.append(position)
             found.append(weights)
         return buckets
-
-
-def _checkpoints(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 __all__ = ["XLoraPlan", "XLoraTuner", "tuner_for", "tuner_for_file"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import peft
 import pytest
 import torch
+import torch.utils.checkpoint
 from parity_cases import MODELS, SMALL, TOKENS
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -243,6 +244,27 @@ def test_training(experts, tmp_path):
         optimizer.step()
         changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert changed == trainable(model)
+
+
+def test_gradient_checkpointing(experts):
+    model = make(llama(), experts, layerwise_scalings=True).train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            functions = [
+                m._gradient_checkpointing_func for m in model.modules() if hasattr(m, "gradient_checkpointing")
+            ]
+        model.zero_grad()
+        # Two passes before one backward: each layer has to find the weights of its own pass again.
+        losses = [model(tokens, labels=tokens).loss for tokens in (TOKENS, TOKENS.flip(1))]
+        sum(losses).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0
+        assert_close(gradients[1][name], gradient.double(), torch.float32, what=name)
+    after = [m._gradient_checkpointing_func for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    assert all(one is other for one, other in zip(functions, after, strict=True))
 
 
 def test_generation(experts):
@@ -505,8 +527,8 @@ def test_models_and_calls_that_have_no_weights_are_refused(experts, tmp_path):
     model = make(llama(), experts)
     with pytest.raises(RuntimeError, match=r"layer 'model.layers.0.self_attn.q_proj' was called outside of a forward"):
         model.get_base_model()(TOKENS)
-    model.get_base_model().gradient_checkpointing_enable()
-    with pytest.raises(NotImplementedError, match="gradient checkpointing"):
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(NotImplementedError, match="gradient checkpointing: X-LoRA needs use_reentrant=False"):
         model.train()(TOKENS)
     plain = toy()
     paths = save_experts(plain, [{"r": 2, "target_modules": ["query"]}], tmp_path)
@@ -548,6 +570,14 @@ def test_peft_loses_classifier_layers_when_it_saves(experts, tmp_path):
     assert not set(mine) & set(other)
     with pytest.raises(ValueError, match=r"internal_xlora_classifier\.layers\.0"):
         PeftModel.from_pretrained(llama(), tmp_path / "theirs", adapters=experts)
+
+
+def test_peft_fails_with_gradient_checkpointing(experts):
+    _, theirs = pair(llama(), experts)
+    theirs.train().get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    loss = theirs(input_ids=TOKENS, labels=TOKENS).loss
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        loss.backward()
 
 
 def test_peft_fails_with_named_experts(experts):

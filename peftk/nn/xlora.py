@@ -77,36 +77,40 @@ class Gates:
         self.latest: Tensor | None = None
         self.log: list[Tensor] = []
         self.logging = False
-        self._running = False
-        self._weights: Tensor | None = None
-        self._made: dict[tuple, Tensor] = {}
+        # The selected weights of the pass that is running, None for one without experts, and the gates made of them.
+        self.state: tuple[Tensor | None, dict[tuple, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a history can neither be copied nor pickled.
-        return self.__dict__ | {"latest": None, "log": [], "_running": False, "_weights": None, "_made": {}}
+        return self.__dict__ | {"latest": None, "log": [], "state": None}
 
     @contextlib.contextmanager
     def using(self, weights: Tensor | None) -> Iterator[None]:
         """Run a pass with these weights, (batch, tokens, layers, experts) or (experts,), or without experts."""
-        before = self._running, self._weights, self._made
         if weights is not None:
             shared = weights.dim() == 4 and not self.config.layerwise_scalings
             weights = select(weights[:, :, :1] if shared else weights, self.config)
-        self._running, self._weights, self._made = True, weights, {}
+        with self.resuming((weights, {})):
+            yield
+
+    @contextlib.contextmanager
+    def resuming(self, state: tuple[Tensor | None, dict[tuple, Tensor]]) -> Iterator[None]:
+        """Run a part of a pass, whose `state` was kept, once more."""
+        before, self.state = self.state, state
         try:
             yield
         finally:
-            self._running, self._weights, self._made = before
+            self.state = before
 
     def of(self, layer: XLoraLayer) -> Tensor | None:
         """Return the gate of a layer, (batch, tokens, total rank) or (total rank,); None switches its experts off."""
-        if not self._running:
+        if self.state is None:
             raise RuntimeError(
                 f"X-LoRA: layer {layer.module_name!r} was called outside of a forward pass of its PeftModel, so its "
-                "experts have no weights; call the PeftModel (gradient checkpointing calls layers again afterwards and "
-                "is not supported)"
+                "experts have no weights; call the PeftModel (of checkpointing, only that of transformers models "
+                "is supported)"
             )
-        weights = self._weights
+        weights, made = self.state
         if weights is None:
             return None
         number = -1
@@ -117,15 +121,15 @@ class Gates:
         names = layer.expert_names()
         scales = [layer.scaling[name] for name in names]
         key = (number, *((name, layer.r[name], scale) for name, scale in zip(names, scales, strict=True)))
-        if key not in self._made:
+        if key not in made:
             factor = self.config.global_scaling_weight
             parts = []
             for name, scale in zip(names, scales, strict=True):
                 index = self.experts.index(name)
                 part = weights[..., index : index + 1] * (scale * factor)
                 parts.append(part.expand(*part.shape[:-1], layer.r[name]))
-            self._made[key] = torch.cat(parts, -1)
-        return self._made[key]
+            made[key] = torch.cat(parts, -1)
+        return made[key]
 
 
 class XLoraLayer(AdapterLayer):
