@@ -5,6 +5,7 @@
 // it would be found.
 #include "block_diagonal.cpp"
 #include "cayley.cpp"
+#include "circulant.cpp"
 #include "hadamard.cpp"
 #include "harness.h"
 #include "kronecker.cpp"
@@ -25,6 +26,7 @@ void check_rounding() {
 void run(Level level) {
   run_block_diagonal(level);
   run_cayley(level);
+  run_circulant(level);
   run_hadamard(level);
   run_kronecker(level);
   run_low_rank(level);
