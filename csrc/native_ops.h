@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
+#include <optional>
+
 namespace peftk {
 
 using torch::stable::Tensor;
@@ -10,6 +12,13 @@ using torch::stable::Tensor;
 void block_rotate(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out);
 void block_rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool transpose, Tensor& dx,
                            Tensor& dblocks);
+
+void butterfly_compose(const Tensor& factors, Tensor& out);
+void butterfly_compose_backward(const Tensor& grad, const Tensor& factors, Tensor& out);
+// `x` is (outer, channels, inner).
+void scale_channels(const Tensor& x, const Tensor& scale, std::optional<Tensor> bias, int64_t inner, Tensor& out);
+void scale_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, std::optional<Tensor> bias,
+                             int64_t inner, Tensor& dx, Tensor& dscale, Tensor& dbias);
 
 void cayley(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
             Tensor& out);
@@ -48,6 +57,8 @@ void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Ten
 void block_rotate_on_cuda(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out);
 void block_rotate_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool transpose,
                                    Tensor& dx, Tensor& dblocks);
+void butterfly_compose_on_cuda(const Tensor& factors, Tensor& out);
+void butterfly_compose_backward_on_cuda(const Tensor& grad, const Tensor& factors, Tensor& out);
 void cayley_on_cuda(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
                     Tensor& out);
 void cayley_backward_on_cuda(const Tensor& grad, const Tensor& packed, const Tensor& blocks,

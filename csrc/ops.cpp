@@ -8,6 +8,12 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
   m.def(
       "block_rotate_backward(Tensor grad, Tensor x, Tensor blocks, bool transpose, Tensor(a!) dx, Tensor(b!) dblocks)"
       " -> ()");
+  m.def("butterfly_compose(Tensor factors, Tensor(a!) out) -> ()");
+  m.def("butterfly_compose_backward(Tensor grad, Tensor factors, Tensor(a!) out) -> ()");
+  m.def("scale_channels(Tensor x, Tensor scale, Tensor? bias, int inner, Tensor(a!) out) -> ()");
+  m.def(
+      "scale_channels_backward(Tensor grad, Tensor x, Tensor scale, Tensor? bias, int inner, Tensor(a!) dx,"
+      " Tensor(b!) dscale, Tensor(c!) dbias) -> ()");
   m.def("cayley(Tensor packed, int block_size, float[] polynomial, Tensor(a!) out) -> ()");
   m.def("cayley_backward(Tensor grad, Tensor packed, Tensor blocks, float[] polynomial, Tensor(a!) out) -> ()");
   m.def("circulant_mix(Tensor x, Tensor kernel, bool adjoint, Tensor(a!) out) -> ()");
@@ -40,6 +46,10 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("block_rotate", TORCH_BOX(&peftk::block_rotate));
   m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward));
+  m.impl("butterfly_compose", TORCH_BOX(&peftk::butterfly_compose));
+  m.impl("butterfly_compose_backward", TORCH_BOX(&peftk::butterfly_compose_backward));
+  m.impl("scale_channels", TORCH_BOX(&peftk::scale_channels));
+  m.impl("scale_channels_backward", TORCH_BOX(&peftk::scale_channels_backward));
   m.impl("cayley", TORCH_BOX(&peftk::cayley));
   m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward));
   m.impl("circulant_mix", TORCH_BOX(&peftk::circulant_mix));
@@ -62,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
   m.impl("block_rotate", TORCH_BOX(&peftk::block_rotate_on_cuda));
   m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward_on_cuda));
+  m.impl("butterfly_compose", TORCH_BOX(&peftk::butterfly_compose_on_cuda));
+  m.impl("butterfly_compose_backward", TORCH_BOX(&peftk::butterfly_compose_backward_on_cuda));
   m.impl("cayley", TORCH_BOX(&peftk::cayley_on_cuda));
   m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward_on_cuda));
 }

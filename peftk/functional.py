@@ -1,6 +1,7 @@
 """The operators of peftk: differentiable functions on tensors, each with several backends."""
 
 from .ops.block_diagonal import block_rotate, block_rotate_linear
+from .ops.butterfly import butterfly_compose, butterfly_multiply, scale_channels
 from .ops.cayley import cayley
 from .ops.circulant import circulant_linear, circulant_weight, circular_conv, circular_conv_add
 from .ops.hadamard import hadamard_weight, khatri_rao
@@ -10,6 +11,8 @@ from .ops.low_rank import low_rank_add, low_rank_linear
 __all__ = [
     "block_rotate",
     "block_rotate_linear",
+    "butterfly_compose",
+    "butterfly_multiply",
     "cayley",
     "circulant_linear",
     "circulant_weight",
@@ -22,4 +25,5 @@ __all__ = [
     "kronecker_weight",
     "low_rank_add",
     "low_rank_linear",
+    "scale_channels",
 ]

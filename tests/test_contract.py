@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peftk
 from peftk import _registry
-from peftk.testing.cases import Case, low_rank
+from peftk.testing.cases import Case, butterfly, low_rank
 from peftk.testing.compare import assert_close, assert_same_bits
 from peftk.torch_kernels._philox import philox
 
@@ -148,8 +148,8 @@ def test_autocast(case: Case) -> None:
     inputs = case.cast(case.inputs(), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, grads, _ = forward_backward(lambda **kw: call(case, kw), case, inputs)
-    # What is no layer, or adds to the output of one, keeps its dtype.
-    casts = "x" in inputs and "base" not in inputs
+    # What is no layer, or works on the output of one, keeps its dtype.
+    casts = "x" in inputs and "base" not in inputs and case.operator != "scale_channels"
     assert y.dtype == (torch.bfloat16 if casts else torch.float32)
     truth, expected, _ = forward_backward(case.formula, case, case.inputs())
     assert_close(y, truth, torch.bfloat16)
@@ -303,6 +303,23 @@ BAD = {
     ),
     "weight too wide": (lambda: F.block_rotate_linear(X, W.mT, None, BLOCKS), ValueError, "weight: expected shape"),
     "bias too long": (lambda: F.block_rotate_linear(X, W, X[0], BLOCKS), ValueError, "bias: expected shape"),
+    "factors not square": (lambda: F.butterfly_compose(torch.ones(1, 2, 3, 4)), ValueError, r"factors: expected shape"),
+    "odd half-blocks": (lambda: F.butterfly_compose(torch.ones(2, 2, 3, 3)), ValueError, "blocks of an even size"),
+    "too few blocks": (lambda: F.butterfly_compose(torch.ones(3, 6, 2, 2)), ValueError, r"a multiple of 2\^\(m - 1\)"),
+    "factors do not fit x": (
+        lambda: F.butterfly_multiply(X, torch.ones(1, 3, 2, 2)),
+        ValueError,
+        r"x: expected .* 6\)",
+    ),
+    "factors are a list": (lambda: F.butterfly_multiply(X, [BLOCKS]), TypeError, "factors: expected a torch.Tensor"),
+    "scale too long": (
+        lambda: F.scale_channels(X, W[0, :3]),
+        ValueError,
+        r"scale: expected shape \(channels,\) = \(4,",
+    ),
+    "bias of the scale": (lambda: F.scale_channels(X, W[0], X[:, 0]), ValueError, "bias: expected shape"),
+    "dim out of range": (lambda: F.scale_channels(X, W[0], dim=2), ValueError, "dim: expected a dimension of x"),
+    "dim is a float": (lambda: F.scale_channels(X, W[0], dim=1.0), TypeError, "dim: expected an integer"),
     "triangle too short": (lambda: F.cayley(torch.ones(1, 2), 4), ValueError, r"packed: expected shape .* = \(nb, 6\)"),
     "block size is a float": (lambda: F.cayley(torch.ones(1, 1), 2.0), TypeError, "block_size: expected an integer"),
     "block size is zero": (lambda: F.cayley(torch.ones(1, 0), 0), ValueError, "block_size: expected a positive"),
@@ -349,11 +366,39 @@ def test_raw_native_operators_check_before_they_touch_memory() -> None:
         lambda: native.cayley(torch.ones(2, 1), 3, [], torch.empty(2, 3, 3)),
         lambda: native.cayley(torch.ones(2, 1), 0, [], torch.empty(2, 3, 3)),
         lambda: native.cayley(torch.ones(1, 65 * 32), 65, [], torch.empty(1, 65, 65)),
+        lambda: native.butterfly_compose(torch.ones(2, 3, 2, 2), torch.empty(1, 4, 4)),
+        lambda: native.butterfly_compose(torch.ones(2, 2, 3, 3), torch.empty(1, 6, 6)),
+        lambda: native.butterfly_compose(torch.ones(2, 2, 2, 2), torch.empty(1, 4, 2)),
+        lambda: native.butterfly_compose_backward(torch.ones(2, 2, 2), torch.ones(1, 2, 2, 2), torch.empty(4)),
+        lambda: native.scale_channels(x, torch.ones(5), None, 1, torch.empty(3, 4)),
+        lambda: native.scale_channels(x, torch.ones(4), torch.ones(3), 1, torch.empty(3, 4)),
+        lambda: native.scale_channels(x, torch.ones(4), None, 1, torch.empty(3)),
         lambda: native.dropout(x, 0, -1, 1.0, torch.empty(3, 4)),
         lambda: native.dropout(x, 0, 1, 1.0, torch.empty(3)),
     ):
         with pytest.raises(RuntimeError, match="expected"):
             bad()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_of_one_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
+    x, bias = torch.randn(3, 5, 2).to(dtype), torch.randn(5).to(dtype)
+    x[0, 0], x[1, :, 1] = -0.0, torch.inf
+    with peftk.use_backend(backend):
+        assert_same_bits(F.scale_channels(x, torch.ones(5), bias, dim=1), x)
+        assert_same_bits(F.scale_channels(x[..., 0], torch.ones(5), bias), x[..., 0].contiguous())
+
+
+def test_a_group_of_a_thousand_features() -> None:
+    """Nine stages in two passes, against stage after stage."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.eye(4) + 0.1 * torch.randn(9, 256, 4, 4, generator=generator)
+    x = torch.randn(3, 1024, generator=generator)
+    for backend in ("torch", "native"):
+        with peftk.use_backend(backend):
+            y = F.butterfly_multiply(x, factors)
+        assert_close(y, butterfly.multiply(x.double(), factors.double()), torch.float32, what=backend)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

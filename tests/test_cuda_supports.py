@@ -12,12 +12,17 @@ from peftk import native_kernels
 if native_kernels.unavailable() is not None:
     pytest.skip("peftk._C is not installed here", allow_module_level=True)
 
-from peftk.native_kernels import _supports, block_diagonal, cayley
+from peftk.native_kernels import _supports, block_diagonal, butterfly, cayley
+
+
+class _Named(SimpleNamespace):
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
     device = torch.device("cuda", 0)
-    return SimpleNamespace(shape=torch.Size(shape), dtype=dtype, device=device, is_cpu=False, is_cuda=True)
+    return _Named(shape=torch.Size(shape), dtype=dtype, device=device, is_cpu=False, is_cuda=True)
 
 
 @pytest.fixture
@@ -75,6 +80,9 @@ def test_what_is_taken(build, size, dtype):
     assert block_diagonal.block_rotate_backward_supports(x, x, blocks, False, True, True) is None
     assert block_diagonal.block_rotate_linear_supports(x, weight, None, blocks) is None
     assert block_diagonal.block_rotate_linear_backward_supports(x, x, weight, blocks, True, True, False) is None
+    if size % 2 == 0:
+        assert butterfly.butterfly_compose_supports(on_cuda(2, 2, size, size)) is None
+        assert butterfly.butterfly_multiply_supports(x, on_cuda(1, 4, size, size)) is None
     assert cayley.cayley_supports(on_cuda(2, size * (size - 1) // 2), size, []) is None
     assert cayley.cayley_backward_supports(blocks, on_cuda(4, size * (size - 1) // 2), blocks, []) is None
 
@@ -88,6 +96,12 @@ def test_what_is_refused(build):
     for size in (1, 17, 32):
         expected = f"the CUDA kernels take blocks of 2 to 16; got {size}"
         assert rotate(on_cuda(4, size), on_cuda(1, size, size), False) == expected
+    assert butterfly.butterfly_compose_supports(on_cuda(3, 8, 32, 32)) == (
+        "the CUDA kernels take groups of up to 64 features; got 128"
+    )
+    assert "float32 factors" in butterfly.butterfly_compose_supports(on_cuda(1, 1, 4, 4, dtype=torch.float64))
+    assert "blocks of 2 to 16; got 32" in butterfly.butterfly_multiply_supports(on_cuda(4, 32), on_cuda(2, 2, 16, 16))
+    assert "CPU tensors" in butterfly.scale_channels_supports(on_cuda(4, 8))
     assert "Neumann series" in cayley.cayley_supports(on_cuda(1, 6), 4, [1.0, 2.0])
     assert "blocks up to 64" in cayley.cayley_supports(on_cuda(1, 65 * 32), 65, [])
     assert "float32 triangles" in cayley.cayley_supports(on_cuda(1, 6, dtype=torch.float64), 4, [])

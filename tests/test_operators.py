@@ -35,6 +35,13 @@ MUST_RUN = {("native", "f32"), ("native", "bf16-f32")} | set(itertools.product((
 MUST_RUN |= {("triton", "f32"), *itertools.product(("triton",), HALVES)}
 # Torch's own products do most of these, and may split a sum by threads.
 PRODUCTS = ("low_rank_add", "low_rank_linear", "kronecker_add", "kronecker_linear")
+# Operators on parameters alone, which compute half precision in float32 and return that.
+WIDE = ("cayley", "butterfly_compose")
+# Operators whose C++ kernels do all of the work, for any number of threads.
+PARALLEL = (
+    *("block_rotate", "cayley", "butterfly_compose", "butterfly_multiply", "scale_channels"),
+    *("hadamard_weight", "khatri_rao", "kronecker_weight"),
+)
 REFUSALS = {
     "native": ("float16", "float64", "exact transform takes blocks up to"),
     "triton": ("exact transform", "blocks of up to"),
@@ -109,7 +116,7 @@ def test_matches_float64_formula(case: Case, backend: str, dtype: str, device: t
     # The eager form of the same formula sets the bound beside the fixed limit, where it can run in this dtype.
     with peftk.use_backend("torch"):
         eager, eager_grads, _ = forward_backward(function, case, inputs)
-    computed = torch.float32 if case.operator == "cayley" and activations != torch.float64 else activations
+    computed = torch.float32 if case.operator in WIDE and activations != torch.float64 else activations
     assert y.dtype == (inputs["x"].dtype if "x" in inputs else computed)
     assert_close(y, truth, computed, eager=eager if backend != "torch" else None, what="output")
     for name, found in grads.items():
@@ -220,8 +227,7 @@ def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str, dev
             other, grads_other, _ = forward_backward(function, case, inputs)
         finally:
             torch.set_num_threads(threads)
-    same = ("block_rotate", "cayley", "hadamard_weight", "khatri_rao", "kronecker_weight")
-    if backend == "native" and case.operator in same:
+    if backend == "native" and case.operator in PARALLEL:
         assert_same_bits(other, y, what="output with another number of threads")
         for name in grads:
             assert_same_bits(grads_other[name], grads[name], what=f"d{name} with another number of threads")

@@ -55,6 +55,9 @@ NARROW = {
     "_khatri_rao_kernel": {"load"},
     "_khatri_rao_backward_kernel": {"load", "store"},
     "_hadamard_gradient_kernel": {"store"},
+    # Half-blocks of a few features.
+    "_butterfly_stage_kernel": {"load", "store"},
+    "_butterfly_stage_backward_kernel": {"load", "store"},
 }
 
 
@@ -86,6 +89,25 @@ def block_diagonal_calls() -> Iterator[Call]:
     yield "block_rotate_backward", (x, x, blocks, False, False, True)
     yield "block_rotate_linear", (x, weight, bias, blocks)
     yield "block_rotate_linear_backward", (x, x, weight, blocks, True, True, False)
+
+
+def butterfly_calls() -> Iterator[Call]:
+    def calls(stages: int, size: int):
+        group = size << (stages - 1)
+        factors = meta(stages, WIDTH // size, size, size)
+        yield "butterfly_compose", (factors,)
+        yield "butterfly_compose_backward", (meta(WIDTH // group, group, group), factors)
+
+    for stages, size in ((2, 4), (3, 2), (4, 8), (2, 32), (2, 128)):
+        yield from calls(stages, size)
+    x, factors = meta(TOKENS, WIDTH, dtype=BF16), meta(2, WIDTH // 4, 4, 4)
+    yield "butterfly_multiply", (x, factors)
+    yield "butterfly_multiply_backward", (x, x, factors, True, True)
+    for dtype, shape, inner in ((BF16, (TOKENS, WIDTH), 1), (FP32, (TOKENS, WIDTH), 1), (BF16, (8, 320, 4096), 4096)):
+        x, scale = meta(*shape, dtype=dtype), meta(shape[1])
+        for bias in (meta(shape[1], dtype=dtype), None):
+            yield "scale_channels", (x, scale, bias, inner)
+            yield "scale_channels_backward", (x, x, scale, bias, inner, True, True, bias is not None)
 
 
 def cayley_calls() -> Iterator[Call]:
@@ -204,6 +226,7 @@ def circulant_calls() -> Iterator[Call]:
 
 CALLS = {
     "block_diagonal": block_diagonal_calls,
+    "butterfly": butterfly_calls,
     "cayley": cayley_calls,
     "circulant": circulant_calls,
     "hadamard": hadamard_calls,
@@ -338,6 +361,14 @@ LAUNCHES = {
     "block_rotate_backward": ["block_rotate_backward_kernel"],
     "block_rotate_linear": ["block_rotate_kernel"],
     "block_rotate_linear_backward": ["block_rotate_backward_kernel"],
+    "butterfly_compose": ["butterfly_stage_kernel"],
+    "butterfly_compose_backward": ["butterfly_stage_backward_kernel"],
+    "butterfly_multiply": ["butterfly_stage_kernel", "block_rotate_kernel"],
+    "butterfly_multiply_backward": [
+        *("butterfly_stage_kernel", "block_rotate_backward_kernel", "butterfly_stage_backward_kernel"),
+    ],
+    "scale_channels": ["scale_channels_kernel"],
+    "scale_channels_backward": ["scale_channels_backward_kernel"],
     "cayley": ["cayley_kernel"],
     "cayley_backward": ["cayley_backward_kernel"],
     "khatri_rao": ["khatri_rao_kernel"] * 2,

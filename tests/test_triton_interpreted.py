@@ -29,6 +29,7 @@ SKIPS = (
     r"the Triton kernels take float32, float16 and bfloat16; got torch\.float64",
     r"the Triton kernels take a base of float32, float16 or bfloat16; got torch\.float64",
     r"the Triton kernels take float32 triangles; got torch\.float64",
+    r"the Triton kernels take float32 factors; got torch\.float64",
     r"the exact transform is CUDA C\+\+'s or torch's: Triton has no inversion",
 )
 """The only reasons for which a test may be skipped there."""

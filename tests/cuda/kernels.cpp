@@ -5,6 +5,7 @@
 //   results kernels without FILE LINE       runs past the __syncthreads of that line: ThreadSanitizer must see a race
 //   kernels planted-...             an error on purpose, to show that it would be found
 #include "block_diagonal.h"
+#include "butterfly.h"
 #include "cayley.h"
 
 namespace {
@@ -14,7 +15,8 @@ struct Family {
   void (*run)(bool few);
 };
 
-const std::vector<Family> families{{"block_diagonal.cu", run_rotations}, {"cayley.cu", run_cayley}};
+const std::vector<Family> families{
+    {"block_diagonal.cu", run_rotations}, {"butterfly.cu", run_butterfly}, {"cayley.cu", run_cayley}};
 
 __global__ void divergent_kernel() {
   if (threadIdx.x < 5) {

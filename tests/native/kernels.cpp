@@ -4,6 +4,7 @@
 // has exactly the size that a kernel may touch. `planted-write` and `planted-shift` plant an error each, to show that
 // it would be found.
 #include "block_diagonal.cpp"
+#include "butterfly.cpp"
 #include "cayley.cpp"
 #include "circulant.cpp"
 #include "hadamard.cpp"
@@ -25,6 +26,7 @@ void check_rounding() {
 
 void run(Level level) {
   run_block_diagonal(level);
+  run_butterfly(level);
   run_cayley(level);
   run_circulant(level);
   run_hadamard(level);

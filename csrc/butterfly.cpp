@@ -1,0 +1,160 @@
+#include "butterfly.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+#include <optional>
+
+#include "check.h"
+#include "native_ops.h"
+#ifdef PEFTK_CUDA
+#include "cuda_stream.h"
+#endif
+
+namespace peftk {
+namespace {
+
+using torch::stable::parallel_for;
+
+ButterflyComposeParams check_butterfly(const Tensor& factors, const Tensor& blocks, const char* name, Place place) {
+  check_float(factors, "factors", place);
+  check_float(blocks, name, place);
+  check_same_device(blocks, name, factors, "factors");
+  STD_TORCH_CHECK(factors.dim() == 4 && factors.numel() > 0 && factors.size(2) == factors.size(3),
+                  "factors: expected shape (m, nb, b, b)");
+  const ButterflyComposeParams p{factors.const_data_ptr<float>(), nullptr, factors.size(0), factors.size(1),
+                                 factors.size(2)};
+  STD_TORCH_CHECK(p.stages <= 32 && (p.stages == 1 || p.size % 2 == 0) && (p.groups() << (p.stages - 1)) == p.count,
+                  "factors: expected nb a multiple of 2^(m - 1), and an even b where m > 1");
+  STD_TORCH_CHECK(blocks.numel() == p.groups() * p.group() * p.group(), name, ": expected shape (nb * b / g, g, g)");
+  return p;
+}
+
+// Groups for each task: about 100,000 multiplications.
+int64_t grain(const ButterflyComposeParams& p) { return 1 + 100000 / (p.group() * p.group() * p.size); }
+
+ButterflyComposeBackwardParams check_backward(const Tensor& grad, const Tensor& factors, Tensor& dfactors,
+                                              Place place) {
+  const ButterflyComposeParams p = check_butterfly(factors, grad, "grad", place);
+  check_like(dfactors, "dfactors", factors, "factors", place);
+  return {grad.const_data_ptr<float>(),
+          p.factors,
+          static_cast<float*>(dfactors.mutable_data_ptr()),
+          p.stages,
+          p.count,
+          p.size};
+}
+
+struct Sizes {
+  int64_t outer, channels, inner;
+};
+
+Sizes check_channels(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& bias, int64_t inner) {
+  check_float(scale, "scale");
+  if (bias) check_like(*bias, "bias", scale, "scale");
+  const int64_t row = scale.numel() * inner;
+  STD_TORCH_CHECK(inner >= 0 && (row > 0 ? x.numel() % row == 0 : x.numel() == 0),
+                  "x: expected (outer, channels, inner) = (any, ", scale.numel(), ", ", inner, ")");
+  return {row > 0 ? x.numel() / row : 0, scale.numel(), inner};
+}
+
+const float* data(const std::optional<Tensor>& bias) { return bias ? bias->const_data_ptr<float>() : nullptr; }
+
+}  // namespace
+
+void butterfly_compose(const Tensor& factors, Tensor& out) {
+  ButterflyComposeParams p = check_butterfly(factors, out, "out", Place::cpu);
+  p.blocks = static_cast<float*>(out.mutable_data_ptr());
+  parallel_for(0, p.groups(), grain(p), [&](int64_t begin, int64_t end) { butterfly_compose_cpu(p, begin, end); });
+}
+
+void butterfly_compose_backward(const Tensor& grad, const Tensor& factors, Tensor& out) {
+  const ButterflyComposeBackwardParams p = check_backward(grad, factors, out, Place::cpu);
+  parallel_for(0, p.groups(), grain({nullptr, nullptr, p.stages, p.count, p.size}),
+               [&](int64_t begin, int64_t end) { butterfly_compose_backward_cpu(p, begin, end); });
+}
+
+void scale_channels(const Tensor& x, const Tensor& scale, std::optional<Tensor> bias, int64_t inner, Tensor& out) {
+  const Dtype dtype = check_dtype(x, "x");
+  check_like(out, "out", x, "x");
+  const Sizes s = check_channels(x, scale, bias, inner);
+  const ScaleChannelsParams p{x.const_data_ptr(),
+                              scale.const_data_ptr<float>(),
+                              data(bias),
+                              out.mutable_data_ptr(),
+                              s.outer,
+                              s.channels,
+                              s.inner,
+                              dtype};
+  parallel_for(0, s.outer, 1 + 65536 / (s.channels * s.inner + 1),
+               [&](int64_t begin, int64_t end) { scale_channels_cpu(p, begin, end); });
+}
+
+void scale_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, std::optional<Tensor> bias,
+                             int64_t inner, Tensor& dx, Tensor& dscale, Tensor& dbias) {
+  const Dtype dtype = check_dtype(grad, "grad");
+  const Sizes s = check_channels(grad, scale, bias, inner);
+  const bool need_x = dx.numel() > 0, need_scale = dscale.numel() > 0, need_bias = dbias.numel() > 0;
+  if (need_x) check_like(dx, "dx", grad, "grad");
+  if (need_scale) check_like(dscale, "dscale", scale, "scale");
+  if (need_bias) check_like(dbias, "dbias", scale, "scale");
+  const bool sums = need_scale || need_bias;
+  if (sums) check_like(x, "x", grad, "grad");
+  // From the shape alone: the bits must not depend on the number of threads.
+  const int64_t elements = s.outer * s.channels * s.inner, wanted = elements / 32768 < 64 ? elements / 32768 : 64;
+  const int64_t chunks = wanted < 1 || s.outer < 1 ? 1 : (wanted < s.outer ? wanted : s.outer);
+  const std::unique_ptr<float[]> partial(sums ? new float[chunks * 2 * s.channels] : nullptr);
+  const ScaleChannelsBackwardParams p{grad.const_data_ptr(),
+                                      sums ? x.const_data_ptr() : nullptr,
+                                      scale.const_data_ptr<float>(),
+                                      data(bias),
+                                      need_x ? dx.mutable_data_ptr() : nullptr,
+                                      partial.get(),
+                                      s.outer,
+                                      s.channels,
+                                      s.inner,
+                                      chunks,
+                                      dtype};
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { scale_channels_backward_cpu(p, begin, end); });
+  float* scales = need_scale ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
+  float* biases = need_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+  for (int64_t c = 0; sums && c < s.channels; ++c) {
+    float product = 0.0f, total = 0.0f;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      product += partial[chunk * 2 * s.channels + c];
+      total += partial[(chunk * 2 + 1) * s.channels + c];
+    }
+    if (scales) scales[c] = product;
+    if (biases) biases[c] = (1.0f - p.scale[c]) * total;
+  }
+}
+
+#ifdef PEFTK_CUDA
+
+namespace {
+
+void check_small_group(int64_t group) {
+  STD_TORCH_CHECK(group <= kCudaButterflyGroup, "factors: expected groups of at most ", kCudaButterflyGroup, "; got ",
+                  group);
+}
+
+}  // namespace
+
+void butterfly_compose_on_cuda(const Tensor& factors, Tensor& out) {
+  ButterflyComposeParams p = check_butterfly(factors, out, "out", Place::cuda);
+  check_small_group(p.group());
+  p.blocks = static_cast<float*>(out.mutable_data_ptr());
+  const CudaStream stream(factors);
+  butterfly_compose_cuda(p, stream.get());
+}
+
+void butterfly_compose_backward_on_cuda(const Tensor& grad, const Tensor& factors, Tensor& out) {
+  const ButterflyComposeBackwardParams p = check_backward(grad, factors, out, Place::cuda);
+  check_small_group(p.group());
+  const CudaStream stream(factors);
+  butterfly_compose_backward_cuda(p, stream.get());
+}
+
+#endif
+
+}  // namespace peftk
