@@ -8,6 +8,7 @@ from .model import PeftModel, get_peft_model
 from .nn import (
     AdaLoraConfig,
     AdaptionPromptConfig,
+    BOFTConfig,
     C3AConfig,
     LoKrConfig,
     LoraConfig,
@@ -22,6 +23,7 @@ from .status import get_layer_status, get_model_status
 __all__ = [
     "AdaLoraConfig",
     "AdaptionPromptConfig",
+    "BOFTConfig",
     "C3AConfig",
     "LoKrConfig",
     "LoraConfig",

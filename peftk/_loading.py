@@ -34,6 +34,7 @@ def read_into_plan(
 
     check_bool("is_trainable", is_trainable)
     config = read_config(folder)
+    config.settle_with_file(lambda: _shapes_in(folder))
     config.inference_mode = not is_trainable
     model = tuner.model
     if name in tuner.peft_config:
@@ -73,10 +74,16 @@ def _expected(targets: dict[str, Tensor]) -> tuple[dict[str, torch.Size], dict[s
 
 
 def _names_in(folder: str) -> set[str]:
+    return set(_shapes_in(folder))
+
+
+def _shapes_in(folder: str) -> dict[str, torch.Size]:
     from .checkpoint import CheckpointError, read_safetensors
     from .checkpoint.peft import WEIGHTS_NAME
 
     try:
-        return set(read_safetensors(os.path.join(folder, WEIGHTS_NAME)))
+        tensors = read_safetensors(os.path.join(folder, WEIGHTS_NAME))
     except CheckpointError:
-        return set()
+        # What is wrong with it is said by `read_adapter`.
+        return {}
+    return {key: tensor.shape for key, tensor in tensors.items()}

@@ -139,7 +139,7 @@ def test_disabling_a_merged_layer_gives_the_base_output(name):
 def test_safe_merge_refuses_before_it_changes_anything(name):
     layer = made(name)
     with torch.no_grad():
-        next(p for p in layer.parameters() if p.requires_grad).view(-1)[0] = float("nan")
+        next(p for p in layer.parameters() if p.requires_grad).fill_(float("nan"))
     before = layer.base_layer.weight.clone()
     with pytest.raises(ValueError, match="safe_merge"):
         layer.merge(safe_merge=True)

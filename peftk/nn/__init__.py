@@ -8,6 +8,7 @@ from ._base import AdapterLayer
 from ._kinds import KINDS, kind_of, why_unsupported
 from .adalora import AdaLoraConfig, AdaLoRALinear
 from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
+from .boft import BOFTConfig, BOFTConv2d, BOFTLinear
 from .c3a import C3AConfig, C3AConv2d, C3ALinear
 from .config import PeftConfig, PeftType, TaskType
 from .lokr import LoKrConfig, LoKrConv2d, LoKrLinear
@@ -20,6 +21,8 @@ LAYERS: tuple[type[AdapterLayer], ...] = (
     AdaLoRALinear,
     OFTLinear,
     OFTConv2d,
+    BOFTLinear,
+    BOFTConv2d,
     C3ALinear,
     C3AConv2d,
     LoKrLinear,
@@ -61,6 +64,9 @@ __all__ = [
     "AdaptedAttention",
     "AdapterLayer",
     "AdaptionPromptConfig",
+    "BOFTConfig",
+    "BOFTConv2d",
+    "BOFTLinear",
     "C3AConfig",
     "C3AConv2d",
     "C3ALinear",

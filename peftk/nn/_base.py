@@ -308,6 +308,11 @@ class AdapterLayer(nn.Module):
             name for name in dict.fromkeys(names) if name in self.adapter_names and name not in self.merged_adapters
         ]
 
+    def _merge_order(self, names: list[str]) -> list[str]:
+        """Return the adapters in the order in which they are multiplied onto the weight."""
+        # The adapter that acts first on the input is the last factor next to the weight.
+        return names[::-1]
+
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Raise ValueError if one of these adapters can never be merged into this layer."""
 
@@ -337,8 +342,7 @@ class AdapterLayer(nn.Module):
         if self.kind == "Conv1D":
             source["weight"] = source["weight"].mT
         tensors = dict(source)
-        # The adapter that acts first on the input is the last factor next to the weight.
-        for name in reversed(names):
+        for name in self._merge_order(names):
             self._merge_into(tensors, name)
         changed = {key: tensor for key, tensor in tensors.items() if tensor is not source[key]}
         if self.kind == "Conv1D" and "weight" in changed:

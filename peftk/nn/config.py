@@ -7,11 +7,12 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 PEFT_FORMAT_VERSION = "0.21.2"
@@ -34,6 +35,7 @@ class PeftType(str, Enum):
 
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     ADALORA = "ADALORA"
+    BOFT = "BOFT"
     C3A = "C3A"
     LOKR = "LOKR"
     LORA = "LORA"
@@ -228,6 +230,9 @@ class PeftConfig:
     @classmethod
     def _check_file(cls, values: Mapping[str, Any]) -> None:
         """Refuse, or warn about, a configuration file whose age changes its meaning."""
+
+    def settle_with_file(self, shapes: Callable[[], Mapping[str, torch.Size]]) -> None:
+        """Change what the tensors of the file, whose shapes `shapes` reads, show to be otherwise, with a warning."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values: sets as sorted lists, enumerations as strings."""

@@ -3,6 +3,7 @@
 A module of this package belongs to one method. It has `CASES` (random, non-trivial adapters), `IDENTITIES` (fresh
 adapters that must not change a bit of the output) and `dense(layer, name, weight, bias)`, which returns the weight and
 bias that adapter `name` makes of float64 ones, in plain differentiable PyTorch that shares nothing with the package.
+Where it sets `FIRST_NEXT_TO_WEIGHT`, the first of several adapters stands next to the weight, and else the last.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def reference(layer: AdapterLayer, x: Tensor, names=("default",)) -> Tensor:
     bias = None if layer.bias is None else base.bias.double()
     if layer.kind == "Conv1D":
         weight = weight.T
-    for name in reversed(names):
+    for name in _order(layer, names):
         weight, bias = _dense_of(layer)(layer, name, weight, bias)
     if layer.kind == "Conv2d":
         return base._conv_forward(x.double(), weight, bias)
@@ -120,14 +121,25 @@ def dense_weight(layer: AdapterLayer, names=("default",)) -> tuple[Tensor, Tenso
     weight = layer.base_layer.weight.double()
     bias = None if layer.bias is None else layer.bias.double()
     weight = weight.T if layer.kind == "Conv1D" else weight
-    for name in reversed(names):
+    for name in _order(layer, names):
         weight, bias = _dense_of(layer)(layer, name, weight, bias)
     return (weight.T if layer.kind == "Conv1D" else weight), bias
+
+
+def _order(layer, names):
+    """The adapter next to the weight first: the last one, unless the method says otherwise (as PEFT's BOFT does)."""
+    return names if layer.config_class in _FIRST_NEXT_TO_WEIGHT else reversed(names)
 
 
 _METHODS = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
 CASES: dict[str, Case] = {name: case for method in _METHODS for name, case in method.CASES.items()}
 IDENTITIES: dict[str, Case] = {name: case for method in _METHODS for name, case in method.IDENTITIES.items()}
+_FIRST_NEXT_TO_WEIGHT = {
+    type(case.config)
+    for method in _METHODS
+    for case in method.CASES.values()
+    if getattr(method, "FIRST_NEXT_TO_WEIGHT", False)
+}
 _DENSE = {type(case.config): method.dense for method in _METHODS for case in method.CASES.values()}
 
 
