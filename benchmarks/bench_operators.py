@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from benchmarks import truth
 from benchmarks.arms import Arm, Budget, compare
 from benchmarks.methods.rotations import plain_cayley
 from benchmarks.peers import why_no_compiler
-from peftk.testing.calls import Call, sweep
+from peftk.testing.calls import KINDS, Call, sweep
 from peftk.testing.cases import block_diagonal, low_rank
 from peftk.testing.compare import LIMITS
 
@@ -23,24 +23,47 @@ F32, BF16 = torch.float32, torch.bfloat16
 TOKENS = 512
 
 
-def _calls() -> list:
-    """Forward and backward operators on the shapes of attention projections, small and large."""
-    found = []
+# Operator to the sizes, in the words of `sweep`, and the dtypes that it is timed with at each width. One that is not
+# named here has its usual size in float32, at the smaller width.
+ROWS: dict[str, Callable[[int], tuple[dict[str, tuple[int, ...]], tuple[torch.dtype, ...]]]] = {
+    "block_rotate": lambda features: ({"blocks": (8, 32, 256)}, (F32, BF16)),
+    "block_rotate_linear": lambda features: ({"blocks": (32,)}, (F32,)),
+    "butterfly_compose": lambda features: ({"blocks": (4,)}, (F32,)),
+    "cayley": lambda features: ({"blocks": (32, 256)}, (F32,)),
+    "circular_conv_add": lambda features: ({"blocks": (32, features // 8)}, (F32,)),
+    "circulant_linear": lambda features: ({"blocks": (features // 8,)}, (F32,)),
+    "circulant_weight": lambda features: ({"blocks": (32, features // 8)}, (F32,)),
+    "hadamard_weight": lambda features: ({"ranks": (8,)}, (F32,)),
+    "khatri_rao": lambda features: ({"ranks": (8,)}, (F32,)),
+    "kronecker_add": lambda features: ({"factors": (8,)}, (F32,)),
+    "kronecker_linear": lambda features: ({"factors": (8,)}, (F32,)),
+    "kronecker_weight": lambda features: ({"factors": (8,)}, (F32,)),
+    "low_rank_add": lambda features: ({"ranks": (16,)}, (F32,)),
+    "low_rank_linear": lambda features: ({"ranks": (16, 64) if features == 1024 else (16,)}, (F32,)),
+}
+
+
+def calls() -> Iterator[Call]:
+    """Yield forward and backward operators on the shapes of attention projections, small and large."""
     for features in (1024, 4096):
         shape: dict[str, Any] = {"tokens": (TOKENS,), "widths": ((features, features),)}
-        for name, sizes, dtypes in (
-            ("block_rotate", {"blocks": (8, 32, 256)}, (F32, BF16)),
-            ("block_rotate_linear", {"blocks": (32,)}, (F32,)),
-            ("cayley", {"blocks": (32, 256)}, (F32,)),
-            ("low_rank_add", {"ranks": (16,)}, (F32,)),
-            ("low_rank_linear", {"ranks": (16, 64) if features == 1024 else (16,)}, (F32,)),
-        ):
+        for name, kind in KINDS.items():
+            if name in ROWS:
+                sizes, dtypes = ROWS[name](features)
+            elif features == 1024:
+                sizes, dtypes = {f"{kind.size}s": (kind.usual,)}, (F32,)
+            else:
+                continue
             for operator in (name, f"{name}_backward"):
                 for dtype in dtypes:
-                    calls = sweep(operator, dtype=dtype, **shape, **sizes)
-                    marks = [pytest.mark.full_run] if features > 1024 else []
-                    found += [pytest.param(call, id=str(call), marks=marks) for call in calls]
-    return found
+                    yield from sweep(operator, dtype=dtype, **shape, **sizes)
+
+
+def _calls() -> list:
+    return [
+        pytest.param(call, id=str(call), marks=[pytest.mark.full_run] if call.features > 1024 else [])
+        for call in calls()
+    ]
 
 
 @pytest.mark.parametrize("call", _calls())

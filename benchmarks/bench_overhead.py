@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 import peftk
 from benchmarks import truth
 from benchmarks.arms import Arm, Budget, compare
-from benchmarks.methods import Cell
+from benchmarks.methods import Cell, available
 from benchmarks.methods.rotations import plain_cayley
 from benchmarks.peers import Bench
 from peftk.testing.calls import Call
@@ -185,7 +185,7 @@ def test_forward_backward(operator: str, benchmark, budget: Budget) -> None:
         compare(benchmark, arms, "plain", info, _budget(budget))
 
 
-@pytest.mark.parametrize("method", ("lora", "oft-exact", "oft-neumann"))
+@pytest.mark.parametrize("method", available())
 def test_tiny_layer(method: str, benchmark, budget: Budget) -> None:
     """A whole layer on tensors so small that only Python and launches count."""
     cell = Cell(method, SIZE, 16, TOKENS, torch.float32, torch.float32)

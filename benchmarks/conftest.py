@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from benchmarks.arms import QUICK, Budget
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-quick", action="store_true", help="few samples and small shapes, to try the benchmarks")
     parser.addoption("--bench-resume", metavar="FOLDER", help="leave out what a JSON file in this folder holds already")
+    parser.addoption("--bench-until", metavar="SECONDS", type=float, help="begin nothing after this time of the epoch")
     parser.addoption("--bench-cells", metavar="FOLDER", help="write every comparison here as soon as it is done")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.getoption("--bench-until")
+    if until and time.time() > until:
+        pytest.skip("not measured: the time of this run was over; --resume goes on from here")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

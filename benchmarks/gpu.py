@@ -26,14 +26,18 @@ START = 15.0
 
 # Part to what it measures, and its seconds.
 PARTS = {
-    "gemm": ("Triton's product with LoRA inside (D1) against cuBLAS, at the table's three shapes", 50.0),
+    "gemm": ("Triton's product with LoRA inside (D1) against cuBLAS, at the table's three shapes", 45.0),
     "layers-4096": (
         "LoRA r16 r64, OFT b32 b64 b256 (series and exact) on 8192 x 4096 -> 4096, beside their peers",
-        170.0,
+        140.0,
     ),
-    "kernels": ("raw operators on every backend, and the Cayley transform beside its peers", 80.0),
-    "layers-11008": ("the same layers, 4096 -> 11008", 110.0),
-    "layers-14336": ("the same layers, 4096 -> 14336", 110.0),
+    "relatives-4096": (
+        "DoRA r16, LoHa r8, LoKr f8, BOFT b4 m2, C3A b128, AdaLoRA r12 on the same, beside theirs",
+        110.0,
+    ),
+    "kernels": ("raw operators on every backend, and the Cayley transform beside its peers", 90.0),
+    "layers-11008": ("the first layers, 4096 -> 11008", 70.0),
+    "layers-14336": ("the first layers, 4096 -> 14336", 65.0),
 }
 
 
@@ -56,8 +60,8 @@ def jobs(part: str) -> list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
         return found + [
             (str(call), functools.partial(cells.kernel, call, device, 0.5)) for call in cells.kernel_calls()
         ]
-    out = int(part.removeprefix("layers-"))
-    return [(str(cell), functools.partial(cells.layer, cell, device, 1.2)) for cell in cells.layer_cells(out)]
+    chosen = cells.relative_cells() if part == "relatives-4096" else cells.layer_cells(int(part.rpartition("-")[2]))
+    return [(str(cell), functools.partial(cells.layer, cell, device, 1.2)) for cell in chosen]
 
 
 def measure(part: str, folder: Path, seconds: float, chosen: list | None = None) -> int:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 import peftk
 from peftk import _config, _registry
-from peftk.testing.calls import Call
+from peftk.testing.calls import KINDS, Call
 from peftk.testing.compare import LIMITS, error
 
 from . import truth
 from .arms import Arm, environment
 from .gpu_timing import inspect, time_arms
-from .methods import Cell
+from .methods import Cell, available
 from .methods.rotations import plain_cayley
 from .peers import Bench, why_no_compiler
 
@@ -37,6 +37,18 @@ METHODS = (
     ("oft-neumann", 256),
     ("oft-exact", 256),
 )
+# The other methods of the table of targets, and AdaLoRA, whose product is LoRA's.
+RELATIVES = (("dora", 16), ("loha", 8), ("lokr", 8), ("boft", 4), ("c3a", 128), ("adalora", 12))
+# The operators of those methods, at the sizes of the table.
+RELATIVE_CALLS = {
+    "butterfly_compose": 4,
+    "circular_conv_add": 128,
+    "circulant_weight": 128,
+    "khatri_rao": 8,
+    "hadamard_weight": 8,
+    "kronecker_add": 8,
+    "kronecker_weight": 8,
+}
 Info = dict[str, Any]
 
 
@@ -47,6 +59,11 @@ def layer_cells(out: int) -> list[Cell]:
     if not width:
         cells += [Cell(method, size, FEATURES, TOKENS, BF16, F32) for method, size in METHODS[:2]]
     return cells
+
+
+def relative_cells() -> list[Cell]:
+    """Return the square layers of the other methods that peftk has."""
+    return [Cell(method, size, FEATURES, TOKENS, BF16, BF16) for method, size in RELATIVES if method in available()]
 
 
 def kernel_calls() -> list[Call]:
@@ -61,6 +78,11 @@ def kernel_calls() -> list[Call]:
         found.append(Call(f"block_rotate{suffix}", TOKENS, FEATURES, FEATURES, 8, BF16))
         for rank in (16, 64):
             found.append(Call(f"low_rank_add{suffix}", TOKENS, FEATURES, FEATURES, rank, BF16))
+        for name, size in RELATIVE_CALLS.items():
+            if name in KINDS:
+                dtype = BF16 if BF16 in KINDS[name].dtypes else F32
+                tokens = TOKENS if KINDS[name].tokens else 0
+                found.append(Call(f"{name}{suffix}", tokens, FEATURES, FEATURES, size, dtype))
     return found
 
 

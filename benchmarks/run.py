@@ -28,7 +28,11 @@ SUITES = {
 }
 
 
-def command(suite: str, folder: Path, target: Path, quick: bool, resume: bool) -> list[str]:
+# A comparison that has begun is finished, so a run may take some minutes longer.
+MINUTES = 120.0
+
+
+def command(suite: str, folder: Path, target: Path, quick: bool, resume: bool, until: float) -> list[str]:
     """Return the pytest call of one suite."""
     file, expression = SUITES[suite]
     call = [sys.executable, "-m", "pytest", str(HERE / file), "-q", "-p", "no:cacheprovider"]
@@ -36,6 +40,7 @@ def command(suite: str, folder: Path, target: Path, quick: bool, resume: bool) -
     call += ["--benchmark-columns=median,rounds", "--benchmark-warmup=off", "--no-header", "--tb=short", "-v"]
     call += ["-k", expression] if expression else []
     call += ["--bench-cells", str(folder / "cells" / suite)]
+    call += ["--bench-until", str(until)]
     call += ["--bench-quick"] if quick else []
     call += ["--bench-resume", str(folder)] if resume else []
     return call
@@ -46,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few samples, small shapes: to try it, not to measure")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run has measured")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no comparison after so many minutes")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES), help="these suites only")
     parser.add_argument("--work", type=Path, default=Path("bench-out"), help="folder of the JSON files")
     parser.add_argument("--output", type=Path, help="folder of the report; default benchmarks/results/<device class>")
@@ -55,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > cores / 2 and not options.quick:
         print(f"The machine is busy (load {load:.1f} on {cores} cores): the times will be disturbed.", file=sys.stderr)
-    worst = 0
+    worst, until = 0, time.time() + 60 * options.minutes
     for suite in options.only:
         old = sorted(options.work.glob(f"{suite}.*.json"))
         if not options.resume:
@@ -64,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             old = []
         target = options.work / f"{suite}.{len(old):03d}.json"
         start = time.monotonic()
-        call = command(suite, options.work, target, options.quick, options.resume)
+        call = command(suite, options.work, target, options.quick, options.resume, until)
         try:
             status = subprocess.run(call, cwd=HERE.parent, check=False).returncode
         except KeyboardInterrupt:

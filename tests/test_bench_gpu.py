@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cells, gpu_timing, results
+from benchmarks import gpu, gpu_cells, gpu_timing, results, tables
 from benchmarks.arms import Arm
-from benchmarks.methods import Cell
+from benchmarks.methods import METHODS, Cell, available
 from peftk.testing.calls import Call
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -36,9 +36,9 @@ def statuses(info: dict[str, Any]) -> dict[str, str]:
     return {name: found["status"] for name, found in info["arms"].items()}
 
 
-@pytest.mark.parametrize("method", ["lora", "oft-neumann", "oft-exact"])
+@pytest.mark.parametrize("method", available())
 def test_layers(method: str) -> None:
-    cell = Cell(method, 8, 32, 24, F32, F32, 40)
+    cell = Cell(method, 4 if method == "boft" else 8, 32, 24, F32, F32, 64)
     both, forward = gpu_cells.layer(cell, "cpu", 0.0)
     assert (both["suite"], forward["suite"]) == ("layers", "layers-forward")
     found = statuses(both)
@@ -59,7 +59,8 @@ def test_layers(method: str) -> None:
         }
     if importlib.util.find_spec("peft"):
         assert found["hf"] == "measured", both["arms"]["hf"]["reason"]
-    if importlib.util.find_spec("lycoris") and method == "lora":
+    # Its OFT rotates the output, which has another size here.
+    if importlib.util.find_spec("lycoris") and METHODS[method].no_lycoris is None and method != "oft-exact":
         assert found["lycoris"] == "measured", both["arms"]["lycoris"]["reason"]
     assert found["compile"] == "skipped"
     assert "kernels" not in forward["arms"]["frozen"]
@@ -202,5 +203,12 @@ def test_sizes_are_those_of_the_targets() -> None:
     for out in gpu_cells.OUTS:
         wanted = {("lora", 16), ("lora", 64)} | {(f"oft-{k}", b) for k in ("exact", "neumann") for b in (32, 64, 256)}
         assert {(c.method, c.size) for c in cells if c.out_features == out and c.parameters is BF16} == wanted
+    relatives = gpu_cells.relative_cells()
+    assert {(c.tokens, c.features, c.out_features, c.dtype) for c in relatives} == {(8192, 4096, 4096, BF16)}
+    assert {c.method for c in relatives} | {"lora", "oft-exact", "oft-neumann"} == set(available())
+    targets = {*tables.GPU_TARGETS} - {(c.method, c.size) for c in cells}
+    assert targets <= {*gpu_cells.RELATIVES}, "every target has its row"
+    cells += relatives
     assert len({str(cell) for cell in cells}) == len(cells)
+    assert sum(seconds for _, seconds in gpu.PARTS.values()) <= gpu.SECONDS
     assert len({name for part in gpu.PARTS for name, _ in gpu.jobs(part)}) == sum(len(gpu.jobs(p)) for p in gpu.PARTS)
