@@ -1,0 +1,155 @@
+"""The kernels that write a weight with a Kronecker product added, and how they are launched."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch
+from .kronecker_products import power
+
+
+@triton.jit
+def _kronecker_weight_kernel(
+    out_ptr,
+    weight_ptr,
+    w1_ptr,
+    w2_ptr,
+    middle,
+    rows,
+    columns,
+    row_tiles,
+    column_tiles,
+    scale,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Write out = weight + scale * kron(w1, w2), one tile of one block a program."""
+    program = tl.program_id(0).to(tl.int64)
+    columns_at = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    rows_at = program // column_tiles % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    block = program // column_tiles // row_tiles
+    mask = (rows_at < rows)[:, None] & (columns_at < columns)[None, :]
+    factor = tl.load(w1_ptr + block)
+    w2 = tl.load(w2_ptr + rows_at[:, None] * columns + columns_at[None, :], mask=mask, other=0.0)
+    offsets = ((block // middle * rows + rows_at)[:, None] * middle + block % middle) * columns + columns_at[None, :]
+    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(w2.dtype)
+    delta = factor * scale * w2
+    result = tl.where(delta == 0.0, weight, weight + delta)
+    tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kronecker_weight_backward_kernel(
+    grad_ptr,
+    w1_ptr,
+    w2_ptr,
+    dw1_ptr,
+    dw2_ptr,
+    left,
+    middle,
+    rows,
+    columns,
+    tiles,
+    column_tiles,
+    left_per_chunk,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    NEED_W1: tl.constexpr,
+    NEED_W2: tl.constexpr,
+):
+    """Compute parts of dw1 and dw2 for one tile of w2 and a chunk of the rows of w1.
+
+    dw1 is (tiles, left, middle), dw2 is (chunks, rows, columns); the gradient is read once.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tile, chunk = program % tiles, program // tiles
+    columns_at = tile % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    rows_at = tile // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask = (rows_at < rows)[:, None] & (columns_at < columns)[None, :]
+    small = rows_at[:, None] * columns + columns_at[None, :]
+    w2 = tl.load(w2_ptr + small, mask=mask, other=0.0)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    first = chunk * left_per_chunk * middle
+    last = tl.minimum(first + left_per_chunk * middle, left * middle)
+    for block in range(first, last):
+        offsets = ((block // middle * rows + rows_at)[:, None] * middle + block % middle) * columns
+        grad = tl.load(grad_ptr + offsets + columns_at[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NEED_W1:
+            tl.store(dw1_ptr + tile * left * middle + block, tl.sum(grad * w2))
+        if NEED_W2:
+            sums += grad * tl.load(w1_ptr + block)
+    if NEED_W2:
+        tl.store(dw2_ptr + chunk * rows * columns + small, sums, mask=mask)
+
+
+def _weight_tile(rows: int, columns: int) -> tuple[int, int]:
+    block_columns = power(columns, 1, 128)
+    return power(rows, 1, 2048 // block_columns), block_columns
+
+
+def write_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float) -> Tensor:
+    """Return ``weight + scale * kron(w1, w2)``; everything is contiguous."""
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    rows, columns = w2.shape
+    block_rows, block_columns = _weight_tile(rows, columns)
+    row_tiles, column_tiles = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)
+    launch(
+        _kronecker_weight_kernel,
+        (w1.numel() * row_tiles * column_tiles,),
+        num_warps=4,
+        out_ptr=out,
+        weight_ptr=weight,
+        w1_ptr=w1,
+        w2_ptr=w2,
+        middle=w1.shape[1],
+        rows=rows,
+        columns=columns,
+        row_tiles=row_tiles,
+        column_tiles=column_tiles,
+        scale=scale,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+    )
+    return out
+
+
+def weight_gradients(
+    grad: Tensor, w1: Tensor, w2: Tensor, scale: float, need_w1: bool, need_w2: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients in w1 and w2; an empty tensor for one not needed."""
+    (left, middle), (rows, columns) = w1.shape, w2.shape
+    block_rows, block_columns = _weight_tile(rows, columns)
+    column_tiles = triton.cdiv(columns, block_columns)
+    tiles = triton.cdiv(rows, block_rows) * column_tiles
+    # As many parts of dw2 as keep them together far smaller than the weight.
+    per_chunk = triton.cdiv(left, max(1, min(left, middle, 8)))
+    chunks = triton.cdiv(left, per_chunk)
+    new = {"dtype": torch.float32, "device": grad.device}
+    dw1 = torch.empty((tiles, left, middle) if need_w1 else 0, **new)
+    dw2 = torch.empty((chunks, rows, columns) if need_w2 else 0, **new)
+    if need_w1 or need_w2:
+        launch(
+            _kronecker_weight_backward_kernel,
+            (tiles * chunks,),
+            num_warps=4,
+            grad_ptr=grad,
+            w1_ptr=w1,
+            w2_ptr=w2,
+            dw1_ptr=dw1,
+            dw2_ptr=dw2,
+            left=left,
+            middle=middle,
+            rows=rows,
+            columns=columns,
+            tiles=tiles,
+            column_tiles=column_tiles,
+            left_per_chunk=per_chunk,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            NEED_W1=need_w1,
+            NEED_W2=need_w2,
+        )
+    return dw1.sum(0) * scale if need_w1 else dw1, dw2.sum(0) * scale if need_w2 else dw2
