@@ -9,12 +9,13 @@ import warnings
 import peft
 import pytest
 
-from peftk.nn import AdaptionPromptConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, XLoraConfig
+from peftk.nn import AdaptionPromptConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, XLoraConfig
 
 PAIRS = [
     (LoraConfig, peft.LoraConfig),
     (LoKrConfig, peft.LoKrConfig),
     (OFTConfig, peft.OFTConfig),
+    (LoHaConfig, peft.LoHaConfig),
     (AdaptionPromptConfig, peft.AdaptionPromptConfig),
     (XLoraConfig, peft.XLoraConfig),
 ]
@@ -55,6 +56,20 @@ FULL = [
         },
     ),
     (OFTConfig, {"target_modules": "all-linear"}),
+    (
+        LoHaConfig,
+        {
+            "r": 4,
+            "alpha": 7,
+            "rank_dropout": 0.1,
+            "module_dropout": 0.2,
+            "use_effective_conv2d": True,
+            "target_modules": ["b", "a"],
+            "rank_pattern": {"a": 2},
+            "alpha_pattern": {"b": 3},
+            "init_weights": False,
+        },
+    ),
     (XLoraConfig, {"hidden_size": 16, "adapters": {"a": "b"}, "top_k_lora": 1, "task_type": "CAUSAL_LM"}),
     (AdaptionPromptConfig, {"adapter_len": 10, "adapter_layers": 30, "task_type": "CAUSAL_LM"}),
     (OFTConfig, {"r": 2, "oft_block_size": 0, "coft": True, "eps": 0.1, "block_share": True, "bias": "oft_only"}),
@@ -133,6 +148,11 @@ BAD = [
     *((LoKrConfig, name, v) for name in ("rank_dropout", "module_dropout") for v in [1, -0.5, NAN, "0"]),
     *((LoKrConfig, name, 1) for name in ("decompose_both", "use_effective_conv2d", "rank_dropout_scale")),
     *((LoKrConfig, "rank_pattern", v) for v in [["a"], {"a": 0}, {"(": 1}]),
+    *((LoHaConfig, "r", v) for v in [0, -1, True, 1.5, None, 2**70]),
+    *((LoHaConfig, "alpha", v) for v in [0, -1, NAN, INF, True]),
+    *((LoHaConfig, name, v) for name in ("rank_dropout", "module_dropout") for v in [1, -0.5, NAN, True]),
+    *((LoHaConfig, name, v) for name in ("use_effective_conv2d", "init_weights") for v in [1, None, "lycoris"]),
+    *((LoHaConfig, "rank_pattern", v) for v in [3, {"(": 2}, {"a": 0}, {3: 2}]),
     *((OFTConfig, "oft_block_size", v) for v in [0, -1, True, 1.5, 2**70]),
     *((OFTConfig, "r", v) for v in [8, -1, True]),
     *((OFTConfig, "num_cayley_neumann_terms", v) for v in [0, 65, 2**70, 2.0, True]),

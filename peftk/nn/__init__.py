@@ -11,6 +11,7 @@ from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
 from .boft import BOFTConfig, BOFTConv2d, BOFTLinear
 from .c3a import C3AConfig, C3AConv2d, C3ALinear
 from .config import PeftConfig, PeftType, TaskType
+from .loha import LoHaConfig, LoHaConv2d, LoHaLinear
 from .lokr import LoKrConfig, LoKrConv2d, LoKrLinear
 from .lora import LoraConfig, LoRALinear
 from .oft import OFTConfig, OFTConv2d, OFTLinear
@@ -27,6 +28,8 @@ LAYERS: tuple[type[AdapterLayer], ...] = (
     C3AConv2d,
     LoKrLinear,
     LoKrConv2d,
+    LoHaLinear,
+    LoHaConv2d,
     AdaptedAttention,
 )
 """Every adapted layer. A configuration and a kind of layer belong to at most one of them."""
@@ -70,6 +73,9 @@ __all__ = [
     "C3AConfig",
     "C3AConv2d",
     "C3ALinear",
+    "LoHaConfig",
+    "LoHaConv2d",
+    "LoHaLinear",
     "LoKrConfig",
     "LoKrConv2d",
     "LoKrLinear",

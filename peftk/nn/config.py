@@ -38,6 +38,7 @@ class PeftType(str, Enum):
     BOFT = "BOFT"
     C3A = "C3A"
     LOKR = "LOKR"
+    LOHA = "LOHA"
     LORA = "LORA"
     OFT = "OFT"
     XLORA = "XLORA"

@@ -1,0 +1,266 @@
+"""LoHa: the Hadamard product of two low-rank matrices, added to a frozen layer's weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
+from ._base import Adapter, AdapterLayer
+from ._conv import convolve, convolve_with
+from .config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns, pattern_key
+from .lora_config import MAX_ALPHA, MAX_RANK
+
+
+@dataclass
+class LoHaConfig(PeftConfig, method=PeftType.LOHA):
+    """Configuration of LoHa, with the fields and defaults of PEFT 0.21.
+
+    ``W' = W + alpha / r * (w1_a w1_b) * (w2_a w2_b)``, the two matrix products multiplied element by element.
+
+    Args:
+        rank_pattern: Pattern of a module's name to the rank used there.
+        alpha_pattern: Pattern of a module's name to the alpha used there.
+        r: Rank of each of the two products; the rank of their Hadamard product is up to ``r * r``.
+        alpha: Numerator of the scale ``alpha / r``.
+        rank_dropout: Probability, in training, that a row of the update (an output feature) is dropped, in [0, 1);
+            the others are divided by the share that stays, as in PEFT.
+        module_dropout: Probability, in training, that a layer's whole update is dropped, in [0, 1).
+        use_effective_conv2d: For kernels larger than 1 x 1, the Tucker form: factors of the channels and a core of
+            the kernel's taps.
+        target_modules: As in `LoraConfig`.
+        exclude_modules: As in `LoraConfig`.
+        init_weights: True (the update starts at zero) or False (all factors random).
+        layers_to_transform: As in `LoraConfig`.
+        layers_pattern: As in `LoraConfig`.
+        modules_to_save: As in `LoraConfig`.
+
+    Source: Hyeon-Woo et al., FedPara: Low-rank Hadamard Product for Communication-Efficient Federated Learning,
+    arXiv 2108.06098; the form for images: Yeh et al., Navigating Text-To-Image Customization, arXiv 2309.14859.
+
+    Example:
+        >>> from peftk import LoHaConfig
+        >>> LoHaConfig(r=4, alpha=8, target_modules=["query", "value"]).r
+        4
+    """
+
+    rank_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict | None = field(default_factory=dict)
+    r: int = 8
+    alpha: int = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    _meaning = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d", "modules_to_save")
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        check_int("r", self.r, 1, MAX_RANK)
+        check_number("alpha", self.alpha, 0, MAX_ALPHA, above=True)
+        check_number("rank_dropout", self.rank_dropout, 0, 1)
+        check_number("module_dropout", self.module_dropout, 0, 1)
+        check_bool("use_effective_conv2d", self.use_effective_conv2d)
+        check_bool("init_weights", self.init_weights)
+        check_patterns(self, MAX_RANK, MAX_ALPHA)
+        self._check_targets()
+
+
+_PAIRS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES = ("hada_t1", "hada_t2")
+
+
+class LoHaLinear(AdapterLayer):
+    """An nn.Linear with LoHa adapters: ``y = x W^T + s x ((w1_a w1_b) * (w2_a w2_b))^T + bias``.
+
+    Parameters per adapter: `hada_w1_a.<name>` and `hada_w2_a.<name>` (out, r), `hada_w1_b.<name>` and
+    `hada_w2_b.<name>` (r, in). Ranks up to about a fourth of the square root of the layer's size run as one low-rank
+    product of rank ``r * r``; larger ones are written into the weight, tile by tile.
+
+    Args:
+        base_layer: The nn.Linear to adapt; it is frozen.
+        config: A LoHaConfig.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is not a dense nn.Linear.
+
+    Source: Hyeon-Woo et al., arXiv 2108.06098.
+
+    Example:
+        >>> import torch, peftk
+        >>> layer = peftk.nn.LoHaLinear(torch.nn.Linear(8, 4), peftk.LoHaConfig(r=2))
+        >>> layer(torch.randn(2, 8)).shape
+        torch.Size([2, 4])
+    """
+
+    base_kinds = ("Linear",)
+    adapter_layer_names = (*_PAIRS, *_CORES)
+    parameter_names = frozenset(adapter_layer_names)
+    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
+    config_class = LoHaConfig
+
+    @classmethod
+    def _create(cls, base_layer: nn.Module, config: LoHaConfig, module_name: str, initialise: bool) -> Adapter:
+        r = config.rank_pattern.get(pattern_key(config.rank_pattern, module_name), config.r)
+        alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module_name), config.alpha)
+        parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in cls._shapes(base_layer, config, r).items()}
+        if initialise:
+            # In PEFT's order, so that equal seeds give equal bits.
+            for name, parameter in parts.items():
+                if name != "hada_w2_b" or not config.init_weights:
+                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        dropout = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
+        return Adapter(parts, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
+
+    @classmethod
+    def _shapes(cls, base_layer: nn.Module, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
+        weight = base_layer.weight
+        left, right = (weight.shape[0], r), (r, weight.shape[1:].numel())
+        return dict(zip(_PAIRS, (left, right, left, right), strict=True))
+
+    def _parts(self, containers: tuple[str, ...], name: str, dtype: torch.dtype | None) -> Factors:
+        parts = (getattr(self, container)[name] for container in containers)
+        return tuple(part if dtype is None else part.to(dtype) for part in parts)
+
+    def _factors(self, name: str, dtype: torch.dtype | None = None) -> Factors:
+        """Return w1_a (out, r), w1_b (r, in), w2_a and w2_b of one adapter, without dropout, in `dtype` if given."""
+        return self._parts(_PAIRS, name, dtype)
+
+    def _dropped_factors(self, name: str) -> Factors:
+        """Return the factors, in training with dropout: rows of the update are rows of w1_a."""
+        w1_a, *rest = self._factors(name)
+        p, module_p = self.rank_dropout[name], self.module_dropout[name]
+        if self.training and (p or module_p):
+            # Drawn as PEFT draws them, on the CPU's default generator, so that activation checkpointing replays them.
+            rows = (torch.rand(1) > module_p).float().expand(w1_a.shape[0])
+            if p:
+                kept = (torch.rand(w1_a.shape[0]) > p).float()
+                # Where nothing is kept, the update is zero and not 0 / 0.
+                rows = rows * kept / kept.mean().clamp_min(1e-12)
+            w1_a = w1_a * rows.to(w1_a.device, w1_a.dtype)[:, None]
+        return w1_a, *rest
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        factors = [self._dropped_factors(name) for name in names]
+        scales = [self.scaling[name] for name in names]
+        if self._can_fuse(x, args, kwargs):
+            frozen = self._modules["base_layer"]._parameters
+            return hadamard_linear(x, frozen["weight"], frozen["bias"], scales, factors)
+        y = self.base_layer(x, *args, **kwargs)
+        for scale, four in zip(scales, factors, strict=True):
+            y = add_hadamard(y, x, scale, four)
+        return y
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the update of one adapter, like the weight, without dropout."""
+        factors = self._factors(adapter)
+        zeros = torch.zeros(self.base_layer.weight.shape, dtype=factors[0].dtype, device=factors[0].device)
+        return F.hadamard_weight(zeros, *factors, self.scaling[adapter])
+
+    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+        weight = tensors["weight"]
+        tensors["weight"] = F.hadamard_weight(weight, *self._factors(name, weight.dtype), self.scaling[name])
+
+
+class LoHaConv2d(LoHaLinear):
+    """An nn.Conv2d with LoHa adapters on its flattened filters, (out, in / groups * height * width of the kernel).
+
+    Parameters per adapter: as `LoHaLinear` has them, with that many inputs. With `use_effective_conv2d` and a kernel
+    larger than 1 x 1, the Tucker form: `hada_w1_a` (r, out), `hada_w1_b` (r, in / groups), `hada_t1`
+    (r, r, height, width), and the same of the second matrix; ``W1[p, q] = sum_ij t1[i, j] w1_a[i, p] w1_b[j, q]``.
+    PEFT's gradients of `hada_w1_a` and `hada_w2_a` are wrong in that form; those here are the true ones.
+
+    Small ranks run as a convolution to ``r * r`` channels and a product with (out, r * r); larger ones, and groups, as
+    one convolution with the written weight. Geometry, padding mode and groups are those of the layer.
+
+    Args:
+        base_layer: The nn.Conv2d to adapt; it is frozen.
+        config: A LoHaConfig.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is not a dense nn.Conv2d.
+
+    Source: Yeh et al., Navigating Text-To-Image Customization, arXiv 2309.14859.
+
+    Example:
+        >>> import torch, peftk
+        >>> layer = peftk.nn.LoHaConv2d(torch.nn.Conv2d(4, 8, 3), peftk.LoHaConfig(r=2, use_effective_conv2d=True))
+        >>> layer(torch.randn(1, 4, 5, 5)).shape
+        torch.Size([1, 8, 3, 3])
+    """
+
+    base_kinds = ("Conv2d",)
+
+    @classmethod
+    def _shapes(cls, base_layer: nn.Module, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
+        out, channels, *kernel = base_layer.weight.shape
+        if not config.use_effective_conv2d or kernel == [1, 1]:
+            return super()._shapes(base_layer, config, r)
+        sizes = ((r, out), (r, channels)) * 2 + ((r, r, *kernel),) * 2
+        return dict(zip((*_PAIRS, *_CORES), sizes, strict=True))
+
+    def _factors(self, name: str, dtype: torch.dtype | None = None) -> Factors:
+        factors = super()._factors(name, dtype)
+        if name not in self.hada_t1:
+            return factors
+        (w1_a, w1_b, w2_a, w2_b), (t1, t2) = factors, self._parts(_CORES, name, dtype)
+        return w1_a.mT, _tucker(t1, w1_b), w2_a.mT, _tucker(t2, w2_b)
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        factors = {name: self._dropped_factors(name) for name in names}
+        added = [name for name in names if self._low_rank_pays(factors[name])]
+        written = [name for name in names if name not in added]
+        if written:
+            scales = [self.scaling[name] for name in written]
+
+            def write(weight: Tensor, *values: Tensor) -> Tensor:
+                for i, scale in enumerate(scales):
+                    weight = F.hadamard_weight(weight, *values[4 * i : 4 * i + 4], scale)
+                return weight
+
+            values = (factor for name in written for factor in factors[name])
+            y = convolve_with(write, self, x, *values, args=args, kwargs=kwargs)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for name in added:
+            y = self._add_low_rank(y, x, self.scaling[name], factors[name])
+        return y
+
+    def _low_rank_pays(self, factors: Factors) -> bool:
+        w1_a, w1_b, w2_a, _ = factors
+        # Convolutions have many positions: what writing the weight costs does not count beside them.
+        sizes = w1_a.shape[0], w1_b.shape[1], w1_a.shape[1], w2_a.shape[1]
+        return self.base_layer.groups == 1 and low_rank_pays(1 << 20, *sizes)
+
+    def _add_low_rank(self, y: Tensor, x: Tensor, scale: float, factors: Factors) -> Tensor:
+        base = self.base_layer
+        a, b = F.khatri_rao(*factors, dtype=x.dtype)
+        hidden = convolve(base, x, a.view(len(a), base.in_channels, *base.kernel_size)).to(y.dtype)
+        # (batch, r * r, positions): one product adds the update onto a copy of the base output.
+        flat = (hidden if hidden.dim() == 4 else hidden[None]).flatten(2)
+        rows = y.reshape(len(flat), len(b), flat.shape[2])
+        return torch.baddbmm(rows, b.to(y.dtype).expand(len(flat), -1, -1), flat, alpha=scale).view(y.shape)
+
+
+def _tucker(core: Tensor, w_b: Tensor) -> Tensor:
+    """Return the (r, in * height * width) factor that a core and the factor of the channels make."""
+    return torch.einsum("ijkl,jq->iqkl", core, w_b).flatten(1)

@@ -1,0 +1,179 @@
+"""A frozen linear layer with LoHa's factors: composed of operators, so that backward derives again what forward did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ._autograd import apply
+from .hadamard import _khatri_rao, _khatri_rao_backward, _weight, _weight_backward, hadamard_weight, khatri_rao
+from .low_rank import _linear, _linear_backward, low_rank_add, low_rank_linear
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def low_rank_pays(tokens: int, out: int, features: int, r1: int, r2: int) -> bool:
+    """Say whether three products of rank r1 * r2 cost less than writing the weight twice and one dense gradient.
+
+    Counted in operations: forward, the gradient in x and those in the factors, against one more product with the
+    incoming gradient and the tiles of both factor pairs.
+    """
+    return 6 * tokens * r1 * r2 * (out + features) <= out * features * (2 * tokens + 10 * (r1 + r2))
+
+
+def _transformed() -> bool:
+    # Compilers and function transforms differentiate the plain formula; a compiler decides itself what it keeps.
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _refuse_double_backward(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError("double backward is not supported through a LoHa layer")
+
+
+class _LowRank(torch.autograd.Function):
+    """The low-rank product of rank r1 * r2, whose factors are computed again for the backward pass."""
+
+    @staticmethod
+    def forward(x, weight, bias, w1_a, w1_b, w2_a, w2_b, scale) -> tuple[Tensor, Tensor]:
+        a, b = _khatri_rao(w1_a, w1_b, w2_a, w2_b, x.dtype)
+        return _linear(x, weight, bias, a, b, None, scale, 0.0, None)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _bias, *factors, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[1], weight, *factors)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, _: None) -> tuple:
+        if grad is None:
+            return (None,) * 8
+        x, hidden, weight, *factors = ctx.saved_tensors
+        _refuse_double_backward(grad, x, *factors)
+        need_x, _, need_bias, *needs = ctx.needs_input_grad[:7]
+        need_a, need_b = needs[1] or needs[3], needs[0] or needs[2]
+        a, b = _khatri_rao(*factors, x.dtype)
+        wanted = need_x, need_a, need_b, False, need_bias
+        args = grad, x, hidden, weight, a, b, None, ctx.scale, 0.0, None
+        dx, da, db, _, dbias = _linear_backward(*args, *wanted)
+        found = (None,) * 4
+        if any(needs):
+            da, db = da if need_a else torch.zeros_like(a), db if need_b else torch.zeros_like(b)
+            found = _khatri_rao_backward(da, db, *factors, *needs)
+        found = (g if need else None for g, need in zip(found, needs, strict=True))
+        return dx if need_x else None, None, dbias if need_bias else None, *found, None
+
+
+class _Written(torch.autograd.Function):
+    """A product with the written weight, which is written again for the backward pass."""
+
+    @staticmethod
+    def forward(x, weight, bias, scales, *factors) -> Tensor:
+        return linear(x, _write(weight, scales, factors), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, weight, _bias, ctx.scales, *factors = inputs
+        ctx.save_for_backward(x, weight, *factors)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, weight, *factors = ctx.saved_tensors
+        _refuse_double_backward(grad, x, *factors)
+        need_x, _, need_bias, _, *needs = ctx.needs_input_grad
+        dx = grad @ _write(weight, ctx.scales, factors) if need_x else None
+        rows, inputs = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+        dbias = rows.sum(0) if need_bias else None
+        return dx, None, dbias, None, *_contract(rows, inputs, ctx.scales, factors, needs)
+
+
+def _write(weight: Tensor, scales: Sequence[float], factors: Sequence[Tensor]) -> Tensor:
+    for i, scale in enumerate(scales):
+        weight = _weight(weight, *factors[4 * i : 4 * i + 4], scale)
+    return weight
+
+
+def _contract(
+    grad: Tensor, x: Tensor, scales: Sequence[float], factors: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients in all factors, from an eighth of the rows of the weight's gradient at a time."""
+    found: list[Tensor | None] = [torch.zeros_like(f) if n else None for f, n in zip(factors, needs, strict=True)]
+    if not any(needs):
+        return found
+    out = grad.shape[1]
+    step = max(64, -(-out // 8))
+    for start in range(0, out, step):
+        part = slice(start, start + step)
+        tile = grad[:, part].mT @ x
+        for i, scale in enumerate(scales):
+            at = slice(4 * i, 4 * i + 4)
+            w1_a, w1_b, w2_a, w2_b = factors[at]
+            partial = _weight_backward(tile, w1_a[part], w1_b, w2_a[part], w2_b, scale, *needs[at])
+            for j, (total, value) in enumerate(zip(found[at], partial, strict=True)):
+                if total is not None:
+                    (total[part] if j % 2 == 0 else total).add_(value)
+    return found
+
+
+def hadamard_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], factors: Sequence[Factors]
+) -> Tensor:
+    """Apply a frozen linear layer and LoHa adapters: ``linear(x, weight + sum_i scale_i * delta_i, bias)``.
+
+    Small ranks become low-rank products, one after the other; the rest is written into the weight. Saved for backward:
+    x, the rank-sized product, the factors and a reference to the weight.
+
+    Args:
+        x: (..., in), in the dtype of the weight.
+        weight: (out, in), frozen.
+        bias: (out,) or None.
+        scales: one number for each adapter.
+        factors: (w1_a, w1_b, w2_a, w2_b) of each adapter, at least one.
+    """
+    tokens = x.numel() // max(x.shape[-1], 1)
+    out, features = weight.shape
+
+    def pays(four: Factors) -> bool:
+        return low_rank_pays(tokens, out, features, four[0].shape[1], four[2].shape[1])
+
+    pairs = list(zip(scales, factors, strict=True))
+    written = [(scale, four) for scale, four in pairs if not pays(four)]
+    added = [(scale, four) for scale, four in pairs if pays(four)]
+    if written:
+        y = _written_linear(x, weight, bias, written)
+    else:
+        (scale, four), *added = added
+        y = _low_rank_linear(x, weight, bias, scale, four)
+    for scale, four in added:
+        y = add_hadamard(y, x, scale, four)
+    return y
+
+
+def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, four: Factors) -> Tensor:
+    if _transformed():
+        return low_rank_linear(x, weight, bias, *khatri_rao(*four, dtype=x.dtype), scale)
+    return apply(_LowRank, x, weight, bias, *four, float(scale))[0]
+
+
+def _written_linear(x: Tensor, weight: Tensor, bias: Tensor | None, written: list) -> Tensor:
+    if _transformed():
+        for scale, four in written:
+            weight = hadamard_weight(weight, *four, scale)
+        return linear(x, weight, bias)
+    scales = tuple(float(scale) for scale, _ in written)
+    return apply(_Written, x, weight, bias, scales, *(factor for _, four in written for factor in four))
+
+
+def add_hadamard(base: Tensor, x: Tensor, scale: float, four: Factors) -> Tensor:
+    """Add ``scale * x @ delta.T`` to the output of a base layer that is a call of its own."""
+    tokens = x.numel() // max(x.shape[-1], 1)
+    (out, r1), (_, features), (_, r2), _ = (f.shape for f in four)
+    if low_rank_pays(tokens, out, features, r1, r2):
+        return low_rank_add(base, x, *khatri_rao(*four, dtype=x.dtype), scale)
+    delta = hadamard_weight(x.new_zeros(out, features), *four, scale)
+    return (base + linear(x, delta)).to(base.dtype)
