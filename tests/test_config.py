@@ -131,6 +131,7 @@ BAD = [
     *((LoraConfig, "lora_dropout", v) for v in [1.0, -0.1, NAN, True, "0"]),
     *((LoraConfig, "bias", v) for v in ["oft_only", "", None, True, 1]),
     *((LoraConfig, "use_rslora", v) for v in [1, "yes", None]),
+    *((LoraConfig, "use_dora", v) for v in [1, "yes", None]),
     *((LoraConfig, "init_lora_weights", v) for v in [1, None, 0.5]),
     *((LoraConfig, "target_modules", v) for v in [[], [1], [""], 3, "(", ""]),
     *((LoraConfig, "modules_to_save", v) for v in ["head", [1], 3]),
@@ -170,7 +171,6 @@ def test_bad_values_are_refused_by_name(cls, name, value):
 
 
 NOT_YET = {
-    "use_dora": True,
     "init_lora_weights": "pissa",
     "layer_replication": [(0, 2)],
     "target_parameters": ["weight"],

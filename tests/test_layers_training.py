@@ -133,8 +133,9 @@ def test_every_trainable_tensor_moves_after_one_step():
         assert not any(torch.equal(a, b) for a, b in zip(before, trained, strict=True)), name
 
 
-# Not COFT: its projection changes the parameters in the middle of gradcheck.
-@pytest.mark.parametrize("name", [name for name in CASES if name != "coft"])
+# Not COFT: its projection changes the parameters in the middle of gradcheck. Not DoRA: its gradient takes the norm for
+# a constant.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "coft" and not name.startswith("dora")])
 def test_float64_gradients(name):
     case = CASES[name]
     layer = make(case, dtype=torch.float64, bias=case.base != "embedding")
@@ -145,4 +146,5 @@ def test_float64_gradients(name):
 
     x = example(case, dtype=torch.float64)
     x = x.requires_grad_() if x.is_floating_point() else x
-    assert torch.autograd.gradcheck(run, (x, *trained.values()))
+    fast = case.base not in ("linear", "conv1d")
+    assert torch.autograd.gradcheck(run, (x, *trained.values()), fast_mode=fast)

@@ -14,6 +14,8 @@ from .config import PeftConfig, PeftType, TaskType
 from .loha import LoHaConfig, LoHaConv2d, LoHaLinear
 from .lokr import LoKrConfig, LoKrConv2d, LoKrLinear
 from .lora import LoraConfig, LoRALinear
+from .lora_conv import LoRAConv2d
+from .lora_embedding import LoRAEmbedding
 from .oft import OFTConfig, OFTConv2d, OFTLinear
 from .xlora_config import XLoraConfig
 
@@ -30,6 +32,8 @@ LAYERS: tuple[type[AdapterLayer], ...] = (
     LoKrConv2d,
     LoHaLinear,
     LoHaConv2d,
+    LoRAConv2d,
+    LoRAEmbedding,
     AdaptedAttention,
 )
 """Every adapted layer. A configuration and a kind of layer belong to at most one of them."""
@@ -79,6 +83,8 @@ __all__ = [
     "LoKrConfig",
     "LoKrConv2d",
     "LoKrLinear",
+    "LoRAConv2d",
+    "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
     "OFTConfig",

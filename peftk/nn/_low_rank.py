@@ -35,22 +35,25 @@ class LowRankLinear(AdapterLayer):
             if x.dtype != result.dtype:
                 x = x.to(result.dtype)
         for name in names:
-            a, b, scale, gate = self._factors(name)
-            if a.shape[0] == 0:
-                continue
-            p = self.lora_dropout[name] if self.training else 0.0
-            options = {"dropout_p": p} if p > 0 else {}
-            if gate is not None:
-                options["gate"] = gate
-            if result is None:
-                frozen = self._modules["base_layer"]._parameters
-                result = F.low_rank_linear(x, frozen["weight"], frozen["bias"], a, b, scale, **options)
-            else:
-                result = F.low_rank_add(result, x, a, b, scale, **options)
-            bias = self._extra_bias(name)
-            if bias is not None:
-                result = result + bias.to(result.dtype)
+            result = self._add(result, x, name)
         return self.base_layer(x) if result is None else result
+
+    def _add(self, result: Tensor | None, x: Tensor, name: str) -> Tensor | None:
+        """Add an adapter to a result, or to that of the base layer, which is then computed with it, if it is None."""
+        a, b, scale, gate = self._factors(name)
+        if a.shape[0] == 0:
+            return result
+        p = self.lora_dropout[name] if self.training else 0.0
+        options = {"dropout_p": p} if p > 0 else {}
+        if gate is not None:
+            options["gate"] = gate
+        if result is None:
+            frozen = self._modules["base_layer"]._parameters
+            result = F.low_rank_linear(x, frozen["weight"], frozen["bias"], a, b, scale, **options)
+        else:
+            result = F.low_rank_add(result, x, a, b, scale, **options)
+        bias = self._extra_bias(name)
+        return result if bias is None else result + bias.to(result.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense update of one adapter, (out, in), in the adapter's dtype."""

@@ -1,38 +1,45 @@
-"""LoRA: a low-rank update beside a frozen layer."""
+"""LoRA: a low-rank update beside a frozen linear layer."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as tf
 
+from .. import functional as F
 from ._base import Adapter
+from ._dropout import dropped
 from ._kinds import features_of, settle_fan_in_fan_out
+from ._lora import LoRALayer
 from ._low_rank import LowRankLinear
-from .config import pattern_key
+from .dora import Magnitude, rescale
 from .lora_config import LoraConfig, LoraRuntimeConfig
 
 
-class LoRALinear(LowRankLinear):
-    """An nn.Linear with LoRA adapters: ``y = x W^T + bias + s * (dropout(x) A^T) B^T``.
+class LoRALinear(LoRALayer, LowRankLinear):
+    """An nn.Linear, or GPT-2's Conv1D, with LoRA adapters: ``y = x W^T + bias + s * (dropout(x) A^T) B^T``.
 
-    Parameters per adapter: `lora_A.<name>.weight` (r, in), `lora_B.<name>.weight` (out, r) and, with `lora_bias`,
-    `lora_B.<name>.bias` (out,).
+    With `use_dora`: ``y = g * (x W^T + s * (dropout(x) A^T) B^T) + bias``, ``g = m / ||W + s B A||``, row by row; the
+    gradient takes the norm for a constant.
+
+    Parameters per adapter: `lora_A.<name>.weight` (r, in), `lora_B.<name>.weight` (out, r), with `lora_bias`
+    `lora_B.<name>.bias` (out,), and with `use_dora` `lora_magnitude_vector.<name>.weight` (out,).
 
     Args:
-        base_layer: The nn.Linear to adapt; it is frozen.
+        base_layer: The layer to adapt; it is frozen.
         config: A LoraConfig; `rank_pattern` and `alpha_pattern` are matched against `module_name`.
         adapter_name: The name of the first adapter.
         module_name: The path of the layer in its model.
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is not a dense nn.Linear.
+        TypeError: `base_layer` is neither, or is not dense.
 
-    Source: Hu et al., arXiv 2106.09685.
+    Source: Hu et al., arXiv 2106.09685; Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353.
 
     Example:
         >>> import torch, peftk
@@ -41,43 +48,66 @@ class LoRALinear(LowRankLinear):
         torch.Size([2, 8])
     """
 
-    adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
-    config_class = LoraConfig
-
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
         settle_fan_in_fan_out(config, base_layer)
-        r = config.rank_pattern.get(pattern_key(config.rank_pattern, module_name), config.r)
-        alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module_name), config.lora_alpha)
-        if config.lora_bias and base_layer.bias is None:
-            warnings.warn(
-                f"lora_bias: module {module_name!r} has no bias, so this adapter can never be merged", stacklevel=2
-            )
+        cls._warn_about_bias(base_layer, config, module_name)
+        settings = cls._settings(config, module_name)
         linear = nn.Linear if initialise else _uninitialised_linear
-        features = features_of(base_layer)
-        a = linear(features[0], r, bias=False)
-        b = linear(r, features[1], bias=config.lora_bias)
+        features, outputs = features_of(base_layer)
+        a = linear(features, settings["r"], bias=False)
+        b = linear(settings["r"], outputs, bias=config.lora_bias)
         if initialise:
-            _initialise(a, b, config.init_lora_weights)
-        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        settings = {"r": r, "lora_alpha": alpha, "scaling": scaling, "lora_dropout": float(config.lora_dropout)}
-        return Adapter({"lora_A": a, "lora_B": b}, settings)
+            initialise_factors(a, b, config.init_lora_weights)
+        parts = {"lora_A": a, "lora_B": b}
+        if config.use_dora:
+            parts["lora_magnitude_vector"] = Magnitude(outputs)
+        return Adapter(parts, settings)
+
+    @staticmethod
+    def _rows_of(weight: Tensor, base_layer: nn.Module) -> Tensor:
+        return weight if isinstance(base_layer, nn.Linear) else weight.mT
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float | Tensor, None]:
         return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], None
 
-    def _extra_bias(self, name: str) -> Tensor | None:
-        bias = self.lora_B[name].bias
-        return None if bias is None else bias * self.scaling[name]
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if not any(self.use_dora[name] for name in names):
+            return LowRankLinear._adapted(self, x, names, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        x = x.to(result.dtype)
+        for name in names:
+            result = self._decomposed(result, x, name) if self.use_dora[name] else self._add(result, x, name)
+        return result
 
-    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise ValueError if an adapter has a bias and the base layer has none to merge it into."""
-        for name in self._to_merge(adapter_names):
-            if self.lora_B[name].bias is not None and self.base_layer.bias is None:
-                raise ValueError(
-                    f"merge: adapter {name!r} has a bias (lora_bias=True) but the base layer has none to merge it into"
-                )
+    def _decomposed(self, result: Tensor, x: Tensor, name: str) -> Tensor:
+        """Apply a DoRA adapter to a result."""
+        g = self._gain(name)
+        p = self.lora_dropout[name] if self.training else 0.0
+        if p > 0:
+            # The base product that g scales is that of the dropped input too, as in PEFT.
+            x = dropped(x, p)
+            result = torch.addcmul(result, tf.linear(x, self._base_weight().to(x.dtype)), (g - 1).to(result.dtype))
+        else:
+            result = rescale(result, self.bias, g)
+        a, b, scale, _ = self._factors(name)
+        return F.low_rank_add(result, x, a, b * g.unsqueeze(1), scale)
+
+    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        x = x.to(result.dtype)
+        middle = [1] * (x.dim() - 2)
+        for group in self._mixed_groups(names):
+            a = torch.cat([self.lora_A[name].weight for name in group])
+            b = torch.cat([self.lora_B[name].weight for name in group], dim=1)
+            gate = self._table(group, names, {name: self.r[name] for name in group}, b)
+            gate = gate.view(len(gate), *middle, -1).expand(*x.shape[:-1], -1)
+            result = F.low_rank_add(result, x, a, b, gate=gate)
+            biases = {name: self._extra_bias(name) for name in group}
+            if any(bias is not None for bias in biases.values()):
+                rows = {n: b.new_zeros(self.out_features) if bias is None else bias for n, bias in biases.items()}
+                result = result + self._table(group, names, rows, result).view(len(x), *middle, -1)
+        return result
 
 
 def _uninitialised_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -85,10 +115,11 @@ def _uninitialised_linear(in_features: int, out_features: int, bias: bool) -> nn
 
 
 @torch.no_grad()
-def _initialise(a: nn.Linear, b: nn.Linear, how: bool | str) -> None:
+def initialise_factors(a: nn.Module, b: nn.Module, how: bool | str) -> None:
+    """Initialise the factors, two linear layers or two convolutions, as `init_lora_weights` says."""
     if how is False:
         return
-    r = a.out_features
+    r = a.weight.shape[0]
     if how == "orthogonal":
         q, _ = torch.linalg.qr(torch.randn(r, r))
         a.weight.copy_((torch.randn(a.in_features, r // 2) @ q[0::2]).T / 10)

@@ -44,8 +44,8 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         exclude_modules: Names, endings or one regular expression of modules to leave alone.
         lora_alpha: Numerator of the scale.
         lora_dropout: Probability of dropping an input element in training, in [0, 1).
-        fan_in_fan_out: For layers that store (in, out); has no meaning on nn.Linear, where it is set to False with a
-            warning.
+        fan_in_fan_out: Whether the layers store (in, out), as GPT-2's Conv1D does; set to what they do, with a
+            warning if that is a change.
         bias: Which biases of the model are trained: "none", "all" or "lora_only".
         use_rslora: Rank-stabilised scale.
         modules_to_save: Modules trained and saved in full beside the adapter.
@@ -56,6 +56,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         rank_pattern: Name ending or expression to the rank of the modules it matches.
         alpha_pattern: Name ending or expression to the alpha of the modules it matches.
         lora_bias: Give B a bias.
+        use_dora: Give every output a magnitude of its own (DoRA).
 
     The remaining fields belong to variants that are not implemented; a value other than the default raises
     NotImplementedError.
@@ -109,6 +110,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         "r",
         "lora_alpha",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "lora_bias",
@@ -124,7 +126,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         self._check_alpha()
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
-        for name in ("fan_in_fan_out", "use_rslora", "lora_bias"):
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora"):
             check_bool(name, getattr(self, name))
         self._check_patterns()
         self._check_targets()
@@ -151,6 +153,8 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
             raise ValueError(f"r: init_lora_weights='orthogonal' needs an even rank, got {self.r}")
         if self.lora_bias and isinstance(init, str):
             raise ValueError(f"lora_bias: needs init_lora_weights True or False, got {init!r}")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias: cannot be combined with use_dora=True")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values, without `runtime_config`, which is never saved."""
@@ -165,7 +169,6 @@ _NOT_IMPLEMENTED = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",

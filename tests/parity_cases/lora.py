@@ -30,5 +30,26 @@ CASES = {
     "nested head": ("roberta_cls", LoraConfig, {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
     "gpt2": ("gpt2", LoraConfig, {"r": 2, "fan_in_fan_out": True}),
     "gpt2, all-linear": ("gpt2", LoraConfig, {"r": 2, "target_modules": "all-linear", "fan_in_fan_out": True}),
+    "convolutions": (
+        "cnn",
+        LoraConfig,
+        {"r": 2, "target_modules": ["first", "pointwise"], "lora_bias": True, "bias": "lora_only"},
+    ),
+    "strided convolution": ("cnn", LoraConfig, {"r": 2, "target_modules": ["second"]}),
+    "embeddings": ("bert", LoraConfig, {"r": 2, "target_modules": ["word_embeddings", "query"]}),
+    "dora": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first", "second"], "use_dora": True, "lora_alpha": 3}),
+    "dora random": (
+        "mlp",
+        LoraConfig,
+        {"r": 2, "target_modules": ["first", "second"], "use_dora": True, "init_lora_weights": False},
+    ),
+    "dora bias": ("bert", LoraConfig, {"r": 2, "use_dora": True, "bias": "lora_only"}),
+    "dora gpt2": ("gpt2", LoraConfig, {"r": 2, "use_dora": True, "fan_in_fan_out": True}),
+    "dora convolutions": (
+        "cnn",
+        LoraConfig,
+        {"r": 2, "target_modules": ["first", "second", "pointwise"], "use_dora": True},
+    ),
+    "dora embeddings": ("bert", LoraConfig, {"r": 2, "target_modules": ["word_embeddings"], "use_dora": True}),
     "questions": ("bert_qa", LoraConfig, {"task_type": "QUESTION_ANS"}),
 }
