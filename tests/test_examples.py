@@ -92,3 +92,25 @@ def test_x_lora(tmp_path: Path) -> None:
     assert found["weights"]["code"]["code"] > found["weights"]["prose"]["code"] + 0.02
     trained = [name for name, p in found["model"].named_parameters() if p.requires_grad]
     assert trained and all("internal_xlora_classifier" in name for name in trained)
+
+
+def test_dinov2_boft(tmp_path: Path) -> None:
+    found = script("dinov2_boft").main(["--steps", "40", "--output", str(tmp_path)])
+    assert falls(found["losses"])
+    assert found["differences"]["loaded"] == 0
+    assert found["differences"]["merged"] < ROUNDING * found["largest"]
+    trained = {name for name, p in found["model"].named_parameters() if p.requires_grad}
+    for layer in found["model"].peft_config["default"].target_modules:
+        for part in ("boft_R.default", "boft_s.default", "base_layer.bias"):
+            assert any(f"{layer}.{part}" in name for name in trained), (layer, part)
+    assert any("classifier.modules_to_save.default" in name for name in trained)
+
+
+def test_roberta_c3a(tmp_path: Path) -> None:
+    found = script("roberta_c3a").main(["--steps", "25", "--output", str(tmp_path)])
+    assert falls(found["losses"])
+    assert found["differences"]["loaded"] == 0
+    assert found["differences"]["merged"] < ROUNDING * found["largest"]
+    sizes = {name: p.shape[-1] for name, p in found["model"].named_parameters() if "c3a_kernel" in name}
+    assert {size for name, size in sizes.items() if "dense" in name} == {16}
+    assert {size for name, size in sizes.items() if "dense" not in name} == {32}
