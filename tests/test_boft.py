@@ -203,6 +203,19 @@ def test_convolutions_with_groups_are_refused_by_name():
         BOFTConv2d(nn.Conv2d(8, 8, 3, groups=2), config(2, 1), module_name="m")
 
 
+def test_convolutions_keep_their_geometry():
+    """D14: PEFT ignores the dilation, so that its adapted layer is another one than the merged layer."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2, padding=2))
+    x = torch.randn(1, 4, 7, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.BOFTConfig(target_modules=["0"]))
+    assert theirs(x).shape != base(x).shape
+    ours = get_peft_model(copy.deepcopy(base), BOFTConfig(target_modules=["0"]))
+    assert_same_bits(ours(x), base(x))
+
+
 def test_a_file_with_fewer_factors_than_its_configuration_says(tmp_path):
     """D8: PEFT without its extension computes one factor, and keeps the number that was asked for in the file."""
     torch.manual_seed(0)
