@@ -189,19 +189,24 @@ def memory(results: Results, large: bool = False) -> Figure | None:
     height = 0.84 / len(arms)
     titles = ("Kept for backward", "Peak, above the frozen layer's")
     for axes, key, title in zip(both, ("saved_bytes", "peak_bytes"), titles, strict=True):
-        top = 0.0
+        bars = []
         for at, comparison in enumerate(found):
             below = comparison.rows["frozen"].found["peak_bytes"] if key == "peak_bytes" else 0
             for slot, arm in enumerate(arms):
                 row = comparison.rows.get(arm)
-                if row is None or row.found.get(key) is None:
-                    continue
-                mib = max(row.found[key] - below, 0) / 2**20
-                y = at - 0.42 + height * (slot + 0.5)
-                axes.barh(y, mib, height * 0.9, color=COLOURS[arm])
-                axes.text(mib, y, f" {mib:.2g}", va="center", fontsize=7, color="#3c4043")
-                top = max(top, mib)
-        axes.set_xlim(0, top * 1.12 if top else 1)
+                if row is not None and row.found.get(key) is not None:
+                    mib = max(row.found[key] - below, 0) / 2**20
+                    bars.append((at - 0.42 + height * (slot + 0.5), mib, COLOURS[arm]))
+        # As above: a few arms that keep far more must not press all the others against the axis.
+        sizes = sorted(mib for _, mib, _ in bars)
+        limit = min(sizes[-1], 1.5 * sizes[9 * len(sizes) // 10]) if sizes else 0.0
+        limit = limit or max(sizes, default=0.0)
+        for y, mib, colour in bars:
+            axes.barh(y, min(mib, limit), height * 0.9, color=colour)
+            text = f"{mib:,.0f}" if mib >= 100 else f"{mib:.2g}"
+            text = f" {text}" if mib <= limit else f" \u2192 {text}"
+            axes.text(min(mib, limit), y, text, va="center", fontsize=7, color="#3c4043")
+        axes.set_xlim(0, limit * 1.14 if limit else 1)
         axes.set_xlabel("MiB")
         axes.set_title(title)
         _rows(axes, [short(c) for c in found])
