@@ -192,6 +192,71 @@ def test_gpt2(tmp_path):
     assert_close(model(TOKENS).logits, alone(TOKENS).logits.double(), torch.float32)
 
 
+class Pixels(nn.Module):
+    """Tokens that are the pixels of an image, in rows."""
+
+    def __init__(self, **geometry):
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.conv = nn.Conv2d(16, 16, **geometry)
+
+    def forward(self, input_ids, output_hidden_states=False, return_dict=True):
+        hidden = self.embed(input_ids)
+        image = hidden.mT.unflatten(-1, (2, -1))
+        return Output(self.conv(image), (hidden,))
+
+
+GEOMETRIES = {
+    "pointwise": {"kernel_size": 1},
+    "strided pointwise": {"kernel_size": 1, "stride": 2},
+    "wide": {"kernel_size": (1, 3), "padding": (0, 2), "dilation": (1, 2), "padding_mode": "circular"},
+    "groups": {"kernel_size": 1, "groups": 2},
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_convolutions(name, tmp_path):
+    torch.manual_seed(0)
+    base = Pixels(**GEOMETRIES[name])
+    paths = save_experts(base, [{"r": 2, "target_modules": ["conv"]}, {"r": 4, "target_modules": ["conv"]}], tmp_path)
+    model = make(base, paths, global_scaling_weight=0.5).double()
+    y = model(TOKENS).logits
+    layer, hidden = base.conv, base.embed(TOKENS)
+    image = hidden.mT.unflatten(-1, (2, 3))
+    expected = layer.base_layer(image)
+    for index, expert in enumerate("01"):
+        weights = model.get_latest_scalings()[:, :, 0, index].view(2, 1, 2, 3)
+        delta = layer.lora_B[expert](layer.lora_A[expert](image * weights))
+        expected = expected + 0.5 * layer.scaling[expert] * delta
+    assert_close(y, expected, torch.float64)
+    # One token: one weight for the whole image.
+    gates = layer.gates
+    with gates.using(torch.tensor([0.3, 0.7], dtype=torch.float64).expand(2, 1, 1, 2)):
+        one = layer(image)
+    with gates.using(torch.tensor([0.3, 0.7], dtype=torch.float64).expand(2, 6, 1, 2)):
+        assert_close(layer(image), one, torch.float64)
+    with gates.using(torch.tensor([0.3, 0.7], dtype=torch.float64)):
+        assert_close(layer(image), one, torch.float64)
+    with gates.using(torch.rand(2, 5, 1, 2).double()), pytest.raises(ValueError, match=r"layer 'conv' got images"):
+        layer(image)
+
+
+def test_embeddings_are_those_of_peft(tmp_path):
+    base = llama()
+    configs = [{"r": 2, "target_modules": ["embed_tokens", "q_proj"]}, {"r": 3, "target_modules": ["embed_tokens"]}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = pair(base, save_experts(base, configs, tmp_path), layerwise_scalings=True)
+    y, z = (model(input_ids=TOKENS, labels=TOKENS) for model in (ours, theirs))
+    assert_close(y.logits, z.logits.double(), torch.float32)
+    assert (y.logits - base(TOKENS).logits).abs().max() > 0.05
+    for model, output in ((ours, y), (theirs, z)):
+        output.loss.backward()
+        assert trainable(model) == {f"{CLASSIFIER}layers.0.weight", f"{CLASSIFIER}layers.0.bias"}
+    found, expected = (m.internal_xlora_classifier.layers[0].weight.grad for m in (ours, theirs))
+    assert_close(found, expected.double(), torch.float32)
+
+
 def test_one_product_for_all_experts_and_none_in_the_first_pass(experts, monkeypatch):
     ours, theirs = pair(llama(), experts)
     calls = []
@@ -505,6 +570,7 @@ def test_what_does_not_fit_the_model_is_refused(experts, tmp_path):
             ValueError,
         ),
         "has lora_bias=True": (LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), NotImplementedError),
+        "has use_dora=True": (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), NotImplementedError),
         "has bias='all'": (LoraConfig(r=2, target_modules=["q_proj"], bias="all"), NotImplementedError),
         r"has modules_to_save: \['lm_head'\]": (
             LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
@@ -525,6 +591,9 @@ def test_what_does_not_fit_the_model_is_refused(experts, tmp_path):
 
 def test_models_and_calls_that_have_no_weights_are_refused(experts, tmp_path):
     model = make(llama(), experts)
+    for names in (["0", "1"], ["default", "default"]):
+        with pytest.raises((ValueError, NotImplementedError), match="adapter_names"):
+            model(TOKENS, adapter_names=names)
     with pytest.raises(RuntimeError, match=r"layer 'model.layers.0.self_attn.q_proj' was called outside of a forward"):
         model.get_base_model()(TOKENS)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ._base import AdapterLayer
+from ._conv import convolve
+from ._dropout import dropped
 from .lora import LoRALinear
+from .lora_conv import LoRAConv2d
+from .lora_embedding import LoRAEmbedding
 from .xlora_config import XLoraConfig
 
 
@@ -145,6 +149,28 @@ class XLoraLayer(AdapterLayer):
         """The names of the experts that this layer has, in their order."""
         return [name for name in self.gates.experts if name in self.scaling]
 
+    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        raise ValueError("adapter_names: the experts of an X-LoRA model act together and cannot be mixed in a batch")
+
+    def _groups(self, apart: bool = False) -> list[tuple[float, list[str], slice]]:
+        """Return the experts that run together, their dropout probability, and where their ranks stand in the gate."""
+        names = self.expert_names()
+        p = {name: self.lora_dropout[name] if self.training else 0.0 for name in names}
+        if not apart and len(set(p.values())) == 1:
+            return [(p[names[0]], names, slice(None))]
+        groups, start = [], 0
+        for name in names:
+            groups.append((p[name], [name], slice(start, start + self.r[name])))
+            start += self.r[name]
+        return groups
+
+    def _factors_together(self, names: list[str]) -> tuple[Tensor, Tensor]:
+        """Return A and B of some experts, one behind the other along the rank."""
+        if len(names) == 1:
+            return self._pair(names[0])
+        factors = [self._pair(name) for name in names]
+        return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1)
+
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Raise ValueError: the weights of the experts depend on the input."""
         raise ValueError(
@@ -172,9 +198,8 @@ class XLoraLinear(XLoraLayer, LoRALinear):
         if gate.dim() > 1:
             gate = _fit(gate, x, self.module_name)
         for p, part, columns in self._groups():
-            a = torch.cat([self.lora_A[name].weight for name in part]) if len(part) > 1 else self.lora_A[part[0]].weight
-            b = torch.cat([self.lora_B[n].weight for n in part], 1) if len(part) > 1 else self.lora_B[part[0]].weight
-            options = {"gate": gate if columns is None else gate[..., columns].contiguous()}
+            a, b = self._factors_together(part)
+            options = {"gate": gate[..., columns].contiguous()}
             if p > 0:
                 options["dropout_p"] = p
             if result is None:
@@ -183,17 +208,6 @@ class XLoraLinear(XLoraLayer, LoRALinear):
             else:
                 result = F.low_rank_add(result, x, a, b, **options)
         return result
-
-    def _groups(self) -> list[tuple[float, list[str], slice | None]]:
-        """Return the experts that share a dropout probability, and where their ranks stand in the gate."""
-        names = self.expert_names()
-        if not self.training or len({self.lora_dropout[name] for name in names}) == 1:
-            return [(self.lora_dropout[names[0]] if self.training else 0.0, names, None)]
-        groups, start = [], 0
-        for name in names:
-            groups.append((self.lora_dropout[name], [name], slice(start, start + self.r[name])))
-            start += self.r[name]
-        return groups
 
 
 def _fit(gate: Tensor, x: Tensor, where: str) -> Tensor:
@@ -212,7 +226,77 @@ def _fit(gate: Tensor, x: Tensor, where: str) -> Tensor:
     )
 
 
-GATED: dict[type[AdapterLayer], type[XLoraLayer]] = {LoRALinear: XLoraLinear}
+class XLoraConv2d(XLoraLayer, LoRAConv2d):
+    """An nn.Conv2d with LoRA experts: ``y = conv(x, W) + bias + sum_i s_i B_i conv(g_i * dropout(x), A_i)``.
+
+    The weights g are those of the hidden states' positions: as many as the input has pixels, in rows, or one for the
+    whole image. In the second case, and for a pointwise convolution, all experts run together.
+    """
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        gate = self.gates.of(self)
+        result = self.base_layer(x, *args, **kwargs)
+        if gate is None:
+            return result
+        x = x.to(result.dtype)
+        base = self.base_layer
+        pixels = gate.dim() > 1 and gate.shape[1] > 1
+        if gate.dim() > 1:
+            tokens = x.shape[-2] * x.shape[-1] if pixels else 1
+            if x.dim() != 4 or gate.shape[:2] != (x.shape[0], tokens):
+                raise ValueError(
+                    f"X-LoRA: the weights of the experts are for (batch, tokens) = {tuple(gate.shape[:2])}, and layer "
+                    f"{self.module_name!r} got images of shape {tuple(x.shape)}; expected one token, or one for each "
+                    "of their pixels"
+                )
+            rows, columns = x.shape[-2:] if pixels else (1, 1)
+            gate = gate.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        else:
+            gate = gate.view(1, -1, 1, 1)
+        plain = base.kernel_size == (1, 1) and base.stride == (1, 1) and base.padding in ((0, 0), "same", "valid")
+        before = pixels and not plain
+        for p, part, columns in self._groups(before or base.groups > 1):
+            a, b = (t.to(x.dtype) for t in self._factors_together(part))
+            own, seen = gate[:, columns], dropped(x, p)
+            if before:
+                # A reads several pixels, so that the weight goes on each of them.
+                seen = (seen * own[:, :1]).to(x.dtype)
+            hidden = convolve(self.lora_A[part[0]], seen, a)
+            if not before:
+                hidden = (hidden * own).to(hidden.dtype)
+            result = self._expanded(result, hidden, b, 1.0)
+        return result
+
+
+class XLoraEmbedding(XLoraLayer, LoRAEmbedding):
+    """An nn.Embedding with LoRA experts: ``y = base(x) + B (gate * A[:, x])`` with the factors of all experts."""
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        gate = self.gates.of(self)
+        result = self.base_layer(x, *args, **kwargs)
+        if gate is None:
+            return result
+        if gate.dim() > 1:
+            gate = _fit(gate, x.unsqueeze(-1), self.module_name)
+        a, b = self._factors_together(self.expert_names())
+        hidden = self._look_up(x, a, result.dtype)
+        return self._added(result, (hidden * gate).to(hidden.dtype), b, 1.0)
+
+
+GATED: dict[type[AdapterLayer], type[XLoraLayer]] = {
+    LoRALinear: XLoraLinear,
+    LoRAConv2d: XLoraConv2d,
+    LoRAEmbedding: XLoraEmbedding,
+}
 """The class that a layer of a LoRA expert has in an X-LoRA model."""
 
-__all__ = ["GATED", "Gates", "XLoraClassifier", "XLoraConfig", "XLoraLayer", "XLoraLinear"]
+__all__ = [
+    "GATED",
+    "Gates",
+    "XLoraClassifier",
+    "XLoraConfig",
+    "XLoraConv2d",
+    "XLoraEmbedding",
+    "XLoraLayer",
+    "XLoraLinear",
+]
