@@ -390,11 +390,12 @@ def test_a_scale_of_one_changes_no_bit(backend: str, dtype: torch.dtype) -> None
         assert_same_bits(F.scale_channels(x[..., 0], torch.ones(5), bias), x[..., 0].contiguous())
 
 
-def test_a_group_of_a_thousand_features() -> None:
-    """Nine stages in two passes, against stage after stage."""
+@pytest.mark.parametrize(("stages", "count", "size"), [(9, 256, 4), (4, 8, 34), (2, 2, 130)])
+def test_large_groups_take_several_passes(stages: int, count: int, size: int) -> None:
+    """Nine stages in two passes, passes of two stages each, and of one; against stage after stage."""
     generator = torch.Generator().manual_seed(0)
-    factors = torch.eye(4) + 0.1 * torch.randn(9, 256, 4, 4, generator=generator)
-    x = torch.randn(3, 1024, generator=generator)
+    factors = torch.eye(size) + 0.5 / size * torch.randn(stages, count, size, size, generator=generator)
+    x = torch.randn(3, count * size, generator=generator)
     for backend in ("torch", "native"):
         with peftk.use_backend(backend):
             y = F.butterfly_multiply(x, factors)

@@ -20,7 +20,7 @@ MAX_SIZE = 256
 """Largest block of the rotation that follows."""
 
 ROWS_OF_A_CHUNK = 512
-"""Rows that one program sums for the gradient of the scale."""
+"""The most rows that one program sums for the gradient of the scale."""
 
 
 @triton.jit
@@ -385,7 +385,10 @@ def scale_channels_backward(
     grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
     dx = torch.empty(grad.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     channels, sums = scale.numel(), need_scale or need_bias
-    chunks = triton.cdiv(grad.numel() // max(channels, 1), ROWS_OF_A_CHUNK)
+    # Few rows are a chunk of their own, no longer than they are.
+    rows = grad.numel() // max(channels, 1)
+    chunk = min(ROWS_OF_A_CHUNK, _power(rows, 16 if inner == 1 else 128))
+    chunks = triton.cdiv(rows, chunk)
     partial = torch.empty((chunks, 2, channels) if sums else 0, dtype=torch.float32, device=grad.device)
     if grad.numel() and (need_x or sums):
         layout = _layout(grad, channels, inner)
@@ -402,7 +405,7 @@ def scale_channels_backward(
             HAS_BIAS=bias is not None,
             NEED_X=need_x,
             NEED_SUMS=sums,
-            CHUNK=ROWS_OF_A_CHUNK,
+            CHUNK=chunk,
             **layout,
         )
     dscale, dbias = scale.new_empty(0), (grad if bias is None else bias).new_empty(0)
