@@ -128,9 +128,10 @@ def few_examples(dataset: demo_data.Dataset, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(demo_data, "build_dataset", lambda: few)
 
 
-def _check_difference(difference: dict[str, float]) -> None:
+def _check_difference(difference: dict[str, float], method: str) -> None:
     assert difference["merged"] < ROUNDING
-    assert difference["reloaded"] == 0
+    # LoKr's products run in another order when nothing is trained, and a loaded adapter is not.
+    assert difference["reloaded"] <= (ROUNDING if method == "lokr" else 0)
     assert difference.get("read by Hugging Face PEFT", 0.0) < ROUNDING
 
 
@@ -152,7 +153,7 @@ def test_small_run(method: str, own_encoder: str, tmp_path: Path) -> None:
     # The same first weights and batches: the curves of both libraries differ by rounding only.
     assert found["largest_loss_gap"] < ROUNDING
     assert list(found["difference"]) == ["merged", "reloaded", "read by Hugging Face PEFT"]
-    _check_difference(found["difference"])
+    _check_difference(found["difference"], method)
     assert found["parameters"]["trainable"] < found["parameters"]["all"]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
@@ -170,7 +171,7 @@ def test_all_methods_side_by_side(own_encoder: str, tmp_path: Path) -> None:
         assert row["title"] in result.output
         assert len(row["losses"]["peftk"]) == 6
         assert list(row["step_ms"]) == ["peftk", "Hugging Face PEFT", "frozen model"]
-        _check_difference(row["difference"])
+        _check_difference(row["difference"], row["method"])
         if not row["apart"]:
             assert row["largest_loss_gap"] < ROUNDING, row["method"]
             assert "read by Hugging Face PEFT" in row["difference"]
@@ -189,7 +190,7 @@ def test_images(tmp_path: Path) -> None:
     for row in found["methods"]:
         assert row["title"] in result.output
         assert row["accuracy"]["peftk"] > found["accuracy"]["before"] + 0.3
-        _check_difference(row["difference"])
+        _check_difference(row["difference"], row["method"])
     assert (tmp_path / "images.png").read_bytes().startswith(b"\x89PNG")
 
 

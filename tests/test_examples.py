@@ -114,3 +114,14 @@ def test_roberta_c3a(tmp_path: Path) -> None:
     sizes = {name: p.shape[-1] for name, p in found["model"].named_parameters() if "c3a_kernel" in name}
     assert {size for name, size in sizes.items() if "dense" in name} == {16}
     assert {size for name, size in sizes.items() if "dense" not in name} == {32}
+
+
+def test_unet_loha_lokr(tmp_path: Path) -> None:
+    results = script("unet_loha_lokr").main(["--steps", "25", "--output", str(tmp_path)])
+    assert list(results) == ["loha", "lokr"]
+    for name, found in results.items():
+        assert found["fresh"] == 0
+        assert falls(found["losses"])
+        # LoKr's products run in another order when nothing is trained, and a loaded adapter is not.
+        assert found["differences"]["loaded"] <= (ROUNDING * found["largest"] if name == "lokr" else 0)
+        assert found["differences"]["merged"] < ROUNDING * found["largest"]
