@@ -32,6 +32,10 @@ def inspected(arm: arms.Arm) -> arms.Arm:
     return arm
 
 
+def test_every_method_is_here() -> None:
+    assert available() == METHODS
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("method", available())
 def test_our_layer_is_right(method: str, dtypes: str) -> None:

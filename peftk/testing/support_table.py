@@ -174,10 +174,20 @@ def row_of(subject: Subject) -> Row:
     return Row(subject.method, (subject.layer,), tuple(_entry(taken[b]) for b in BACKENDS), subject.refuses)
 
 
+def _one_by_one() -> Iterator[Row]:
+    """Run every subject on one thread: its tensors are so small that a second one could only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from map(row_of, subjects())
+    finally:
+        torch.set_num_threads(threads)
+
+
 def rows() -> list[Row]:
     """Run everything; layers of one method that behave alike share a row."""
     found: list[Row] = []
-    for row in map(row_of, subjects()):
+    for row in _one_by_one():
         for at, other in enumerate(found):
             if (other.method, other.entries, other.refuses) == (row.method, row.entries, row.refuses):
                 found[at] = Row(row.method, other.layers + row.layers, row.entries, row.refuses)
