@@ -8,6 +8,9 @@
 #include "cpu/simd.h"
 #include "low_rank.h"
 #include "native_ops.h"
+#ifdef PEFTK_CUDA
+#include "cuda_stream.h"
+#endif
 
 namespace peftk {
 namespace {
@@ -192,5 +195,23 @@ void hadamard_weight_backward(const Tensor& grad, const Tensor& w1_a, const Tens
   add_up(sums1.get(), s.r1, db1);
   add_up(sums2.get(), s.r2, db2);
 }
+
+#ifdef PEFTK_CUDA
+
+void hadamard_weight_on_cuda(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
+                             const Tensor& w2_b, double scale, Tensor& out) {
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b, Place::cuda);
+  const Dtype dtype = check_dtype(weight, "weight", Place::cuda);
+  check_same_device(w1_a, "w1_a", weight, "weight");
+  check_like(out, "out", weight, "weight", Place::cuda);
+  STD_TORCH_CHECK(weight.numel() == s.out * s.features, "weight: expected shape (out, features)");
+  const CudaStream stream(weight);
+  hadamard_weight_cuda(
+      {weight.const_data_ptr(), floats(w1_a), floats(w1_b), floats(w2_a), floats(w2_b), out.mutable_data_ptr(), s.out,
+       s.features, s.r1, s.r2, s.features, static_cast<float>(scale), dtype},
+      stream.get());
+}
+
+#endif
 
 }  // namespace peftk

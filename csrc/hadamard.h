@@ -36,11 +36,11 @@ struct HadamardWeightParams {
 struct HadamardWeightBackwardParams {
   const void* grad;                        // (out, features)
   const float *w1_a, *w1_b, *w2_a, *w2_b;  // as above
-  const float *t1, *t2;                    // CPU only: w1_b and w2_b transposed, (features, padded(rank))
+  const float *t1, *t2;                    // w1_b and w2_b transposed, (features, padded(rank))
   float *dw1_a, *dw2_a;                    // (out, rank); null if not wanted
-  float *dw1_b, *dw2_b;  // CPU: (chunks, rank, stride), zeroed; CUDA: (rank, features); null if not wanted
+  float *dw1_b, *dw2_b;                    // (chunks, rank, stride), zeroed; null if not wanted
   int64_t out, features, r1, r2, stride;
-  int64_t chunk;  // CPU only: rows that are summed together, a multiple of kHadamardRows
+  int64_t chunk;  // rows that are summed together, a multiple of kHadamardRows
   float scale;
   Dtype dtype;  // of the incoming gradient
 };
@@ -59,5 +59,8 @@ void khatri_rao_backward_b_cpu(const KhatriRaoBackwardParams& p, int64_t begin, 
 void hadamard_weight_cpu(const HadamardWeightParams& p, int64_t begin, int64_t end);
 // Chunks of rows.
 void hadamard_weight_backward_cpu(const HadamardWeightBackwardParams& p, int64_t begin, int64_t end);
+
+// The stream is a cudaStream_t. A launch that fails throws a std::runtime_error that names the kernel.
+void hadamard_weight_cuda(const HadamardWeightParams& p, void* stream);
 
 }  // namespace peftk

@@ -63,6 +63,8 @@ void cayley_on_cuda(const Tensor& packed, int64_t block_size, torch::headeronly:
                     Tensor& out);
 void cayley_backward_on_cuda(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
                              torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
+void hadamard_weight_on_cuda(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
+                             const Tensor& w2_b, double scale, Tensor& out);
 #endif
 
 }  // namespace peftk

@@ -76,5 +76,6 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
   m.impl("butterfly_compose_backward", TORCH_BOX(&peftk::butterfly_compose_backward_on_cuda));
   m.impl("cayley", TORCH_BOX(&peftk::cayley_on_cuda));
   m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward_on_cuda));
+  m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight_on_cuda));
 }
 #endif

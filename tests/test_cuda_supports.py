@@ -12,7 +12,7 @@ from peftk import native_kernels
 if native_kernels.unavailable() is not None:
     pytest.skip("peftk._C is not installed here", allow_module_level=True)
 
-from peftk.native_kernels import _supports, block_diagonal, butterfly, cayley
+from peftk.native_kernels import _supports, block_diagonal, butterfly, cayley, hadamard
 
 
 class _Named(SimpleNamespace):
@@ -105,3 +105,19 @@ def test_what_is_refused(build):
     assert "Neumann series" in cayley.cayley_supports(on_cuda(1, 6), 4, [1.0, 2.0])
     assert "blocks up to 64" in cayley.cayley_supports(on_cuda(1, 65 * 32), 65, [])
     assert "float32 triangles" in cayley.cayley_supports(on_cuda(1, 6, dtype=torch.float64), 4, [])
+
+
+def test_which_weights_of_loha_are_written(build):
+    build(["9.0a"], (9, 0))
+    factors = on_cuda(64, 100), on_cuda(100, 32), on_cuda(64, 100), on_cuda(100, 32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert hadamard.hadamard_weight_supports(on_cuda(64, 32, dtype=dtype), *factors, 1.0) is None
+    refused = hadamard.hadamard_weight_supports(on_cuda(64, 32, dtype=torch.float64), *factors, 1.0)
+    assert refused == "the CUDA kernels take float32, bfloat16 and float16; got torch.float64"
+    double = on_cuda(64, 100, dtype=torch.float64)
+    assert "factors of float32" in hadamard.hadamard_weight_supports(on_cuda(64, 32), double, *factors[1:], 1.0)
+    needs = True, True, True, True
+    assert "CPU tensors" in hadamard.hadamard_weight_backward_supports(on_cuda(64, 32), *factors, 1.0, *needs)
+    assert "CPU tensors" in hadamard.khatri_rao_supports(*factors, None)
+    build([], (9, 0))
+    assert hadamard.hadamard_weight_supports(on_cuda(64, 32), *factors, 1.0) == "peftk._C was built without CUDA"

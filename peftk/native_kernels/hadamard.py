@@ -1,4 +1,4 @@
-"""Products of the four factors of LoHa in C++ on the CPU."""
+"""Products of the four factors of LoHa in C++ on the CPU; the weight is also written in CUDA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
-from ._supports import supports_activations
+from ._supports import device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _khatri_rao = torch.ops.peftk_native.khatri_rao.default
@@ -79,7 +79,11 @@ def khatri_rao_backward(
 
 def hadamard_weight_supports(weight: Tensor, w1_a: Tensor, *args: object) -> str | None:
     """Return None, or why C++ cannot write the weight."""
-    return _reason(weight, w1_a)
+    if not weight.is_cuda or w1_a.dtype is torch.float64:
+        return _reason(weight, w1_a)
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take float32, bfloat16 and float16; got {weight.dtype}"
+    return device_reason(weight)
 
 
 def hadamard_weight(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float) -> Tensor:

@@ -7,6 +7,7 @@
 #include "block_diagonal.h"
 #include "butterfly.h"
 #include "cayley.h"
+#include "hadamard.h"
 
 namespace {
 
@@ -15,8 +16,10 @@ struct Family {
   void (*run)(bool few);
 };
 
-const std::vector<Family> families{
-    {"block_diagonal.cu", run_rotations}, {"butterfly.cu", run_butterfly}, {"cayley.cu", run_cayley}};
+const std::vector<Family> families{{"block_diagonal.cu", run_rotations},
+                                   {"butterfly.cu", run_butterfly},
+                                   {"cayley.cu", run_cayley},
+                                   {"hadamard.cu", run_hadamard}};
 
 __global__ void divergent_kernel() {
   if (threadIdx.x < 5) {
