@@ -327,14 +327,15 @@ def butterfly_multiply_backward(
 
 def _layout(x: Tensor, channels: int, inner: int) -> dict[str, int]:
     """Return the arguments that say where the channels of x lie, and tiles that run along its memory."""
+    cols = min(_power(channels, 16), 128) if inner == 1 else 16
     return {
-        "rows": x.numel() // channels,
+        "rows": x.numel() // max(channels, 1),
         "channels": channels,
         "stride_outer": channels * inner,
         "inner": inner,
         "INNER_ONE": inner == 1,
-        "BLOCK_ROWS": 16 if inner == 1 else 128,
-        "BLOCK_COLS": 128 if inner == 1 else 16,
+        "BLOCK_ROWS": 128 if inner > 1 else 32 if cols <= 64 else 16,
+        "BLOCK_COLS": cols,
     }
 
 
@@ -387,11 +388,11 @@ def scale_channels_backward(
     channels, sums = scale.numel(), need_scale or need_bias
     # Few rows are a chunk of their own, no longer than they are.
     rows = grad.numel() // max(channels, 1)
-    chunk = min(ROWS_OF_A_CHUNK, _power(rows, 16 if inner == 1 else 128))
+    layout = _layout(grad, channels, inner)
+    chunk = min(ROWS_OF_A_CHUNK, _power(rows, layout["BLOCK_ROWS"]))
     chunks = triton.cdiv(rows, chunk)
     partial = torch.empty((chunks, 2, channels) if sums else 0, dtype=torch.float32, device=grad.device)
     if grad.numel() and (need_x or sums):
-        layout = _layout(grad, channels, inner)
         launch(
             _scale_channels_backward_kernel,
             (chunks * triton.cdiv(channels, layout["BLOCK_COLS"]),),
