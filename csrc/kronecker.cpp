@@ -6,6 +6,9 @@
 
 #include "check.h"
 #include "native_ops.h"
+#ifdef PEFTK_CUDA
+#include "cuda_stream.h"
+#endif
 
 namespace peftk {
 namespace {
@@ -16,8 +19,8 @@ using torch::stable::parallel_for;
 constexpr int64_t kTaskOperations = 1 << 18;
 constexpr int64_t kMostChunks = 64;
 
-void check_factor(const Tensor& t, const char* name) {
-  check_float(t, name);
+void check_factor(const Tensor& t, const char* name, Place place = Place::cpu) {
+  check_float(t, name, place);
   STD_TORCH_CHECK(t.dim() == 2 && t.numel() > 0, name, ": expected 2 dimensions, none of them empty");
 }
 
@@ -105,15 +108,15 @@ void kronecker_weight(const Tensor& weight, const Tensor& w1, const Tensor& w2, 
   const Dtype dtype = check_dtype(weight, "weight");
   check_like(out, "out", weight, "weight");
   STD_TORCH_CHECK(weight.numel() == w1.numel() * w2.numel(), "weight: expected as many elements as kron(w1, w2) has");
-  const auto factors = scaled(w1, scale);
   const KroneckerWeightParams p{weight.const_data_ptr(),
-                                factors.get(),
+                                w1.const_data_ptr<float>(),
                                 w2.const_data_ptr<float>(),
                                 out.mutable_data_ptr(),
                                 w1.size(0),
                                 w1.size(1),
                                 w2.size(0),
                                 w2.size(1),
+                                static_cast<float>(scale),
                                 dtype};
   const int64_t features = p.middle * p.columns;
   parallel_for(0, p.left * p.rows, 1 + kTaskOperations / features,
@@ -129,11 +132,10 @@ void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tenso
   const bool need_w1 = dw1.numel() > 0, need_w2 = dw2.numel() > 0;
   if (need_w1) check_like(dw1, "dw1", w1, "w1");
   if (need_w2) check_like(dw2, "dw2", w2, "w2");
-  const auto factors = scaled(w1, scale);
   const int64_t entries = w1.numel(), chunks = chunks_of(w2.size(0), grad.numel());
   const std::unique_ptr<float[]> partial(need_w1 ? new float[chunks * entries] : nullptr);
   const KroneckerWeightBackwardParams p{grad.const_data_ptr(),
-                                        factors.get(),
+                                        w1.const_data_ptr<float>(),
                                         w2.const_data_ptr<float>(),
                                         partial.get(),
                                         need_w2 ? static_cast<float*>(dw2.mutable_data_ptr()) : nullptr,
@@ -142,9 +144,52 @@ void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tenso
                                         w2.size(0),
                                         w2.size(1),
                                         chunks,
+                                        static_cast<float>(scale),
                                         dtype};
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { kronecker_weight_backward_cpu(p, begin, end); });
   if (need_w1) sum_chunks(partial.get(), chunks, entries, scale, dw1);
 }
+
+#ifdef PEFTK_CUDA
+
+void kronecker_weight_on_cuda(const Tensor& weight, const Tensor& w1, const Tensor& w2, double scale, Tensor& out) {
+  check_factor(w1, "w1", Place::cuda);
+  check_factor(w2, "w2", Place::cuda);
+  const Dtype dtype = check_dtype(weight, "weight", Place::cuda);
+  check_like(out, "out", weight, "weight", Place::cuda);
+  check_same_device(w1, "w1", weight, "weight");
+  check_same_device(w2, "w2", weight, "weight");
+  STD_TORCH_CHECK(weight.numel() == w1.numel() * w2.numel(), "weight: expected as many elements as kron(w1, w2) has");
+  const CudaStream stream(weight);
+  kronecker_weight_cuda(
+      {weight.const_data_ptr(), w1.const_data_ptr<float>(), w2.const_data_ptr<float>(), out.mutable_data_ptr(),
+       w1.size(0), w1.size(1), w2.size(0), w2.size(1), static_cast<float>(scale), dtype},
+      stream.get());
+}
+
+void kronecker_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1, const Tensor& w2, double scale,
+                                       Tensor& dw1, Tensor& dw2) {
+  check_factor(w1, "w1", Place::cuda);
+  check_factor(w2, "w2", Place::cuda);
+  const Dtype dtype = check_dtype(grad, "grad", Place::cuda);
+  check_same_device(w1, "w1", grad, "grad");
+  check_same_device(w2, "w2", grad, "grad");
+  STD_TORCH_CHECK(grad.numel() == w1.numel() * w2.numel(), "grad: expected as many elements as kron(w1, w2) has");
+  STD_TORCH_CHECK(w2.size(0) <= kMostCudaRows, "w2: expected at most ", kMostCudaRows, " rows; got ", w2.size(0));
+  const bool need_w1 = dw1.numel() > 0, need_w2 = dw2.numel() > 0;
+  if (need_w1) check_like(dw1, "dw1", w1, "w1", Place::cuda);
+  if (need_w2) check_like(dw2, "dw2", w2, "w2", Place::cuda);
+  const CudaStream stream(grad);
+  const int64_t entries = w1.numel(), chunks = kronecker_weight_chunks_cuda(entries, w2.size(0));
+  // From torch's allocator, which knows the stream: it may hand the memory on as soon as this returns.
+  const Tensor partial = torch::stable::new_empty(w1, {need_w1 ? chunks * entries : 0});
+  kronecker_weight_backward_cuda({grad.const_data_ptr(), w1.const_data_ptr<float>(), w2.const_data_ptr<float>(),
+                                  need_w1 ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr,
+                                  need_w2 ? static_cast<float*>(dw2.mutable_data_ptr()) : nullptr, w1.size(0),
+                                  w1.size(1), w2.size(0), w2.size(1), chunks, static_cast<float>(scale), dtype},
+                                 need_w1 ? static_cast<float*>(dw1.mutable_data_ptr()) : nullptr, stream.get());
+}
+
+#endif
 
 }  // namespace peftk

@@ -65,6 +65,9 @@ void cayley_backward_on_cuda(const Tensor& grad, const Tensor& packed, const Ten
                              torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
 void hadamard_weight_on_cuda(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
                              const Tensor& w2_b, double scale, Tensor& out);
+void kronecker_weight_on_cuda(const Tensor& weight, const Tensor& w1, const Tensor& w2, double scale, Tensor& out);
+void kronecker_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1, const Tensor& w2, double scale,
+                                       Tensor& dw1, Tensor& dw2);
 #endif
 
 }  // namespace peftk

@@ -12,7 +12,7 @@ from peftk import native_kernels
 if native_kernels.unavailable() is not None:
     pytest.skip("peftk._C is not installed here", allow_module_level=True)
 
-from peftk.native_kernels import _supports, block_diagonal, butterfly, cayley, hadamard
+from peftk.native_kernels import _supports, block_diagonal, butterfly, cayley, hadamard, kronecker
 
 
 class _Named(SimpleNamespace):
@@ -121,3 +121,16 @@ def test_which_weights_of_loha_are_written(build):
     assert "CPU tensors" in hadamard.khatri_rao_supports(*factors, None)
     build([], (9, 0))
     assert hadamard.hadamard_weight_supports(on_cuda(64, 32), *factors, 1.0) == "peftk._C was built without CUDA"
+
+
+def test_what_the_weight_writer_takes(build):
+    build(["9.0a"], (9, 0))
+    w1, w2 = on_cuda(2, 3), on_cuda(4, 5)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert kronecker.kronecker_weight_supports(on_cuda(8, 15, dtype=dtype), w1, w2, 1.0) is None
+        assert (
+            kronecker.kronecker_weight_backward_supports(on_cuda(8, 15, dtype=dtype), w1, w2, 1.0, True, True) is None
+        )
+    assert "got torch.float64" in kronecker.kronecker_weight_supports(on_cuda(8, 15, dtype=torch.float64), w1, w2, 1.0)
+    assert "a w2 of up to 65535 rows" in kronecker.kronecker_weight_supports(on_cuda(1, 1), w1, on_cuda(65_536, 5), 1.0)
+    assert "CPU tensors" in kronecker.kronecker_linear_supports(on_cuda(4, 15))

@@ -112,7 +112,7 @@ PEFTK_INLINE void write_rows(const KroneckerWeightParams& p, int64_t begin, int6
   for (int64_t row = begin; row < end; ++row) {
     const float *factors = p.w1 + row / p.rows * p.middle, *w2 = p.w2 + row % p.rows * p.columns;
     for (int64_t m = 0; m < p.middle; ++m) {
-      const float factor = factors[m];
+      const float factor = factors[m] * p.scale;
       const T* from = static_cast<const T*>(p.weight) + row * features + m * p.columns;
       T* to = static_cast<T*>(p.out) + row * features + m * p.columns;
       for (int64_t n = 0; n < p.columns; ++n) {
@@ -146,7 +146,7 @@ PEFTK_INLINE void weight_gradients(const KroneckerWeightBackwardParams& p, int64
         const int64_t row = i / p.middle * p.rows + k;
         load_tile(static_cast<const T*>(p.grad) + row * features + i % p.middle * p.columns, p.columns, 1, p.columns,
                   g.get(), ld);
-        const float factor = p.w1[i];
+        const float factor = p.w1[i] * p.scale;
         Floats products{};
         for (int64_t n = 0; n < ld; n += kLanes) {
           const Floats value = at(g.get(), n);

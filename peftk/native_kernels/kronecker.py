@@ -1,6 +1,6 @@
 """The Kronecker product on the CPU: torch multiplies by the large factor, in place; C++ mixes with the small one.
 
-The weight writer is C++ on the CPU.
+The weight is written by C++ on the CPU, and by CUDA C++.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..torch_kernels.kronecker import w1_first_backward, w2_first
-from ._supports import supports_activations
+from ._supports import device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _mix = torch.ops.peftk_native.kronecker_mix.default
@@ -128,9 +128,23 @@ def kronecker_linear_backward(
     return *_gradients(grad, x, weight, w1, w2, scale, (need_x, need_w1, need_w2)), dbias
 
 
+CUDA_ROWS = 65_535
+"""Most rows of w2 that the CUDA kernels take."""
+
+
+def _weight_reason(weight: Tensor, w2: Tensor) -> str | None:
+    if not weight.is_cuda:
+        return supports_activations(weight)
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take float32, bfloat16 and float16; got {weight.dtype}"
+    if w2.shape[0] > CUDA_ROWS:
+        return f"the CUDA kernels take a w2 of up to {CUDA_ROWS} rows; got {w2.shape[0]}"
+    return device_reason(weight)
+
+
 def kronecker_weight_supports(weight: Tensor, w1: Tensor, w2: Tensor, scale: float) -> str | None:
     """Return None, or why C++ cannot write the weight."""
-    return supports_activations(weight)
+    return _weight_reason(weight, w2)
 
 
 def kronecker_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float) -> Tensor:
@@ -141,16 +155,17 @@ def kronecker_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float) -> Te
     return out
 
 
-def kronecker_weight_backward_supports(grad: Tensor, *args: object) -> str | None:
+def kronecker_weight_backward_supports(grad: Tensor, w1: Tensor, w2: Tensor, *args: object) -> str | None:
     """Return None, or why C++ cannot run the backward pass."""
-    return supports_activations(grad)
+    return _weight_reason(grad, w2)
 
 
 def kronecker_weight_backward(
     grad: Tensor, w1: Tensor, w2: Tensor, scale: float, need_w1: bool, need_w2: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients in w1 and w2; an empty tensor for one not needed."""
-    dw1, dw2 = torch.empty(w1.shape if need_w1 else 0), torch.empty(w2.shape if need_w2 else 0)
+    dw1 = torch.empty(w1.shape if need_w1 else 0, dtype=torch.float32, device=grad.device)
+    dw2 = torch.empty(w2.shape if need_w2 else 0, dtype=torch.float32, device=grad.device)
     if need_w1 or need_w2:
         _write_backward(grad.contiguous(), w1.contiguous(), w2.contiguous(), scale, dw1, dw2)
     return dw1, dw2

@@ -8,6 +8,7 @@
 #include "butterfly.h"
 #include "cayley.h"
 #include "hadamard.h"
+#include "kronecker.h"
 
 namespace {
 
@@ -19,7 +20,8 @@ struct Family {
 const std::vector<Family> families{{"block_diagonal.cu", run_rotations},
                                    {"butterfly.cu", run_butterfly},
                                    {"cayley.cu", run_cayley},
-                                   {"hadamard.cu", run_hadamard}};
+                                   {"hadamard.cu", run_hadamard},
+                                   {"kronecker.cu", run_kronecker}};
 
 __global__ void divergent_kernel() {
   if (threadIdx.x < 5) {

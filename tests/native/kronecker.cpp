@@ -65,11 +65,11 @@ void check_weight(Level level, int64_t l, int64_t m, int64_t rows, int64_t colum
   fill(weight), fill(w1), fill(w2);
   w1[0] = 0.0f;
   from_float(-0.0f, weight[0]);
-  const KroneckerWeightParams p{weight.get(), w1.get(), w2.get(), out.get(), l, m, rows, columns, dtype_of<T>()};
+  const KroneckerWeightParams p{weight.get(), w1.get(), w2.get(), out.get(), l, m, rows, columns, 1.5f, dtype_of<T>()};
   in_pieces(l * rows, 3, [&](int64_t begin, int64_t end) { VARIANT(level, kronecker_weight_cpu)(p, begin, end); });
   expect(std::signbit(to_float(out[0])), 1, 0, 0, 0, what + " negative zero");
-  const KroneckerWeightBackwardParams q{weight.get(), w1.get(), w2.get(), partial.get(), dw2.get(), l, m,
-                                        rows,         columns,  chunks,   dtype_of<T>()};
+  const KroneckerWeightBackwardParams q{weight.get(), w1.get(), w2.get(), partial.get(), dw2.get(),    l, m,
+                                        rows,         columns,  chunks,   1.5f,          dtype_of<T>()};
   in_pieces(chunks, 2,
             [&](int64_t begin, int64_t end) { VARIANT(level, kronecker_weight_backward_cpu)(q, begin, end); });
   std::vector<Sum> first(l * m), second(rows * columns);
@@ -78,7 +78,7 @@ void check_weight(Level level, int64_t l, int64_t m, int64_t rows, int64_t colum
       for (int64_t j = 0; j < m; ++j)
         for (int64_t n = 0; n < columns; ++n) {
           const int64_t at = (i * rows + k) * features + j * columns + n;
-          const double before = to_float(weight[at]), a = w1[i * m + j], b = w2[k * columns + n];
+          const double before = to_float(weight[at]), a = 1.5 * w1[i * m + j], b = w2[k * columns + n];
           expect(to_float(out[at]), before + a * b, std::abs(before) + std::abs(a * b), 2, output_unit<T>(), what);
           first[i * m + j].add(before * b);
           second[k * columns + n].add(before * a);
