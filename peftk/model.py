@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._loading import read_into_plan
+from ._mixed import mixed_batch
 from ._plan import Plan, unaliased
 from ._signature import restore, with_signature_of
 from ._tuner import Tuner
@@ -120,14 +121,20 @@ class PeftModel(nn.Module):
             model.enable_input_require_grads()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the adapted model."""
-        _refuse_mixed_batch(kwargs)
-        return self.base_model(*args, **kwargs)
+        """Run the adapted model.
+
+        `adapter_names=[...]` gives every sample of the batch a LoRA adapter of its own, or none ("__base__"), instead
+        of the active ones; in evaluation mode only.
+        """
+        if "adapter_names" not in kwargs:
+            return self.base_model(*args, **kwargs)
+        with mixed_batch(self.base_model, kwargs):
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the adapted model."""
-        _refuse_mixed_batch(kwargs)
-        return self.base_model.generate(*args, **kwargs)
+        """Generate with the adapted model; `adapter_names` as in `forward`."""
+        with mixed_batch(self.base_model, kwargs):
+            return self.base_model.generate(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made for this base model, and cannot be found by its name.
@@ -411,11 +418,6 @@ def _check_base(model: object) -> None:
     adapted = next((name for name, module in model.named_modules() if isinstance(module, AdapterLayer)), None)
     if adapted is not None:
         raise ValueError(f"model: module {adapted!r} is adapted already; call unload on the PeftModel that owns it")
-
-
-def _refuse_mixed_batch(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
-        raise NotImplementedError("adapter_names: batches that mix adapters are not implemented; use set_adapter")
 
 
 __all__ = ["PeftModel", "get_peft_model"]

@@ -201,8 +201,6 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
         with pytest.raises((TypeError, ValueError), match=text):
             call()
         assert_unchanged(model, before)
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model(X, adapter_names=["default"])
 
 
 @pytest.mark.parametrize("config", [lora(lora_dropout=0.2), oft(module_dropout=0.2)], ids=["lora", "oft"])

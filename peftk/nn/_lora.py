@@ -170,6 +170,7 @@ class LoRALayer(AdapterLayer):
         names = self.batch_adapters if adapter_names is None else adapter_names
         if names is None or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
+        names = names.of(len(x)) if hasattr(names, "of") else names
         self._check_mixed(x, names)
         return self._mixed(x, names, *args, **kwargs)
 

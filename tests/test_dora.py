@@ -1,0 +1,194 @@
+"""DoRA and LoRA on convolutions and embeddings: what the generic layer tests do not see."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from layer_cases import I, O, make, reference
+from torch import nn
+
+import peftk
+from peftk.nn import LoraConfig, LoRAConv2d, LoRAEmbedding, LoRALinear
+from peftk.nn.dora import adapted_norms, row_norms
+from peftk.testing.compare import assert_close
+
+DORA = LoraConfig(r=3, lora_alpha=5, use_dora=True, init_lora_weights=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_norms_are_those_of_the_adapted_weight(dtype):
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(7, 12).to(dtype), torch.randn(3, 12), torch.randn(7, 3)
+    exact = (weight.double() + 0.7 * b.double() @ a.double()).norm(dim=1)
+    assert_close(adapted_norms(weight, a.to(dtype), b.to(dtype), 0.7), exact, dtype)
+    for shape in (weight, weight.mT):
+        assert torch.equal(adapted_norms(shape, *_zeros(shape), 0.7), row_norms(shape))
+
+
+def _zeros(weight):
+    return torch.randn(3, weight.shape[1]), torch.zeros(weight.shape[0], 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_the_size_of_the_weight_is_made(dtype):
+    layer = LoRALinear(nn.Linear(256, 320, dtype=dtype), LoraConfig(r=2, use_dora=True))
+    x = torch.randn(2, 256, dtype=dtype, requires_grad=True)
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for t in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(t, torch.Tensor) and t.dtype == torch.float32 and t.numel() == 256 * 320:
+                    name = func._schema.name
+                    largest += not (func.is_view or "detach" in name or t.data_ptr() == layer.weight.data_ptr())
+            return result
+
+    with Sizes():
+        layer(x).sum().backward()
+    # A bfloat16 weight is read in pieces; here one piece is the whole.
+    assert largest == (0 if dtype is torch.float32 else 1)
+
+
+def test_several_adapters_act_and_merge_in_order():
+    layer = make(DORA)
+    torch.manual_seed(2)
+    layer.add_adapter("plain", LoraConfig(r=2, init_lora_weights=False))
+    layer.add_adapter("b", DORA)
+    x = torch.randn(4, I)
+    original = layer.base_layer.weight.double()
+    for names in (["default", "b"], ["b", "plain", "default"], ["plain", "b"]):
+        layer.set_adapter(names)
+        weight = original
+        for name in names:
+            update = layer.scaling[name] * layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double()
+            weight = weight + update
+            if layer.use_dora[name]:
+                norms = (original + update).norm(dim=1, keepdim=True)
+                weight = weight * layer.lora_magnitude_vector[name].weight.double().view(-1, 1) / norms
+        expected = x.double() @ weight.T + layer.base_layer.bias.double()
+        assert_close(layer(x), expected, torch.float32)
+        layer.merge()
+        assert_close(layer(x), expected, torch.float32)
+        layer.unmerge()
+
+
+def test_dropout_reaches_both_products():
+    layer = make(LoraConfig(r=3, use_dora=True, lora_dropout=0.5, init_lora_weights=False))
+    x = torch.ones(2, I, requires_grad=True)
+    torch.manual_seed(3)
+    y = layer(x)
+    y.sum().backward()
+    grads = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), y)
+    # The same mask, found from the product of a base layer that shows it.
+    torch.manual_seed(3)
+    from peftk.nn._dropout import dropped
+
+    seen = dropped(x.detach(), 0.5).double()
+    base, plain = layer.base_layer, (x.detach().double() @ layer.base_layer.weight.double().T)
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    scale = layer.scaling["default"]
+    g = layer.lora_magnitude_vector["default"].weight.double() / (base.weight.double() + scale * b @ a).norm(dim=1)
+    expected = plain + base.bias.double() + (g - 1) * (seen @ base.weight.double().T) + g * scale * (seen @ a.T @ b.T)
+    assert_close(y, expected, torch.float32)
+    assert set(grads) == {n for n, p in layer.named_parameters() if p.requires_grad}
+
+
+def test_a_row_of_zeros_stays_finite():
+    base = nn.Linear(I, O)
+    with torch.no_grad():
+        base.weight[3] = 0
+    layer = LoRALinear(base, LoraConfig(r=2, use_dora=True))
+    x = torch.randn(2, I, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, base(x))
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+
+
+class Pictures(nn.Module):
+    """One convolution with a geometry of its own."""
+
+    def __init__(self, **geometry):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, **geometry)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_d14_geometry_of_convolutions():
+    x = torch.randn(2, 3, 7, 6)
+    for geometry in ({"dilation": 2}, {"padding_mode": "reflect"}):
+        values = {"r": 2, "target_modules": ["conv"], "init_lora_weights": False}
+        base = Pictures(**geometry)
+        ours = peftk.get_peft_model(copy.deepcopy(base), LoraConfig(**values)).eval()
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**values)).eval()
+        ours.load_state_dict(theirs.state_dict())
+        y = ours(x)
+        ours.merge_adapter()
+        assert_close(ours(x), y.double(), torch.float32)
+        if "dilation" in geometry:
+            with pytest.raises(RuntimeError, match="size"):
+                theirs(x)
+        else:
+            with pytest.raises(AssertionError):
+                assert_close(theirs(x), y.double(), torch.float32)
+        theirs.merge_adapter()
+        assert_close(theirs(x), y.double(), torch.float32)
+
+
+def test_channels_last_stays_channels_last():
+    layer = make(LoraConfig(r=2, init_lora_weights=False))
+    layer = LoRAConv2d(nn.Conv2d(4, 6, 3, padding=1), LoraConfig(r=2, init_lora_weights=False))
+    x = torch.randn(2, 4, 5, 6)
+    expected = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    last = layer(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert_close(last, expected.double(), torch.float32)
+    assert_close(expected, reference(layer, x), torch.float32)
+
+
+class Scaled(nn.Embedding):
+    """An embedding that scales what it looks up, as Gemma's."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("embed_scale", torch.tensor(3.0), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.embed_scale
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_scaled_embeddings(use_dora):
+    torch.manual_seed(0)
+    values = {"r": 2, "target_modules": ["0"], "init_lora_weights": False, "use_dora": use_dora}
+    base = nn.Sequential(Scaled(9, 4))
+    ours = peftk.get_peft_model(copy.deepcopy(base), LoraConfig(**values)).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**values)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.tensor([[1, 2], [8, 0]])
+    y = ours(x)
+    assert_close(y, theirs(x).double(), torch.float32)
+    ours.merge_adapter()
+    assert_close(ours(x), y.double(), torch.float32)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="max_norm"):
+        LoRAEmbedding(nn.Embedding(9, 4, max_norm=1.0), LoraConfig(r=2))
+    with pytest.raises(ValueError, match="lora_bias"):
+        LoRAEmbedding(nn.Embedding(9, 4), LoraConfig(r=2, lora_bias=True))
+    with pytest.raises(ValueError, match="orthogonal"):
+        LoRAConv2d(nn.Conv2d(4, 4, 1), LoraConfig(r=2, init_lora_weights="orthogonal"))
+    with pytest.raises(ValueError, match="use_dora"):
+        LoraConfig(use_dora=True, lora_bias=True)
