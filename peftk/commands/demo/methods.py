@@ -1,4 +1,9 @@
-"""The methods that the demos train: settings and learning rates of each, the same for peftk and Hugging Face PEFT."""
+"""The methods that the demos train: settings and learning rates of each, the same for peftk and Hugging Face PEFT.
+
+The rates were not tuned with the same care. On the text encoder those of LoRA and OFT were tried at 120 steps, the
+others are first guesses; on the ConvNet those of LoRA, LoHa and OFT were tried, the others are first guesses. So the
+accuracies say that a method learns, and not which method is best.
+"""
 
 from __future__ import annotations
 

@@ -121,6 +121,10 @@ def _peers(row: dict[str, Any], key: str, form: str) -> list[str]:
     return [form.format(figures[name]) if name in figures else "-" for name in (OURS, PEFT)]
 
 
+def _small(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
+
+
 def show_all(results: dict[str, Any], picture: Path, figures: Path, console: Any) -> None:
     """Print the results as one table with a few notes, and draw the picture."""
     from rich import box
@@ -165,8 +169,8 @@ def show_all(results: dict[str, Any], picture: Path, figures: Path, console: Any
             other,
             peak,
             their_peak,
-            f"{row['difference']['merged']:.0e}",
-            "-" if read is None else f"{read:.0e}",
+            _small(row["difference"]["merged"]),
+            "-" if read is None else _small(read),
         )
     console.print(table)
     for note, number in notes.items():
@@ -179,8 +183,13 @@ def show_all(results: dict[str, Any], picture: Path, figures: Path, console: Any
         "Merged, read by HF PEFT: largest relative difference of the logits, of the merged model and of the saved file "
         "loaded there."
     )
+    for row in rows:
+        if len(row["adapts"]) < max(len(other["adapts"]) for other in rows):
+            console.print(
+                f"{row['title']} adapts {', '.join(row['adapts'])} only: it has no form for the other layers."
+            )
     rates = ", ".join(f"{row['method']} {row['rate']:g}" for row in rows)
-    console.print(f"Learning rates: {rates}.", highlight=False)
+    console.print(f"Learning rates, not tuned alike (see methods.py): {rates}.", highlight=False)
     draw_all(picture, results)
     console.print(f"figures: {figures}   picture: {picture}")
     console.print(f"took {results['seconds']:.0f} s")
