@@ -81,6 +81,32 @@ CirculantWeightParams check_weight(const Tensor& weight, const Tensor& kernel, d
           dtype};
 }
 
+// Without `partial` and `chunks`.
+CirculantContractParams check_contract(const Tensor& grad, const Tensor& x, Tensor& out, Place place) {
+  const Dtype dtype = check_dtype(grad, "grad", place);
+  check_dense(x, "x", place);
+  check_same_device(x, "x", grad, "grad");
+  STD_TORCH_CHECK(x.scalar_type() == grad.scalar_type(), "x: expected the dtype of grad");
+  check_planes(out, "out", place);
+  check_same_device(out, "out", grad, "grad");
+  const int64_t out_blocks = out.size(0), in_blocks = out.size(1), lanes = out.size(3);
+  const int64_t rows = check_spectrum(grad, "grad", out_blocks * 2 * lanes);
+  STD_TORCH_CHECK(check_spectrum(x, "x", in_blocks * 2 * lanes) == rows, "x: expected ", rows, " rows, as grad has");
+  return {grad.const_data_ptr(), x.const_data_ptr(), nullptr, rows, out_blocks, in_blocks, lanes, 1, dtype};
+}
+
+CirculantWeightBackwardParams check_weight_backward(const Tensor& grad, double scale, Tensor& dkernel, Place place) {
+  const Dtype dtype = check_dtype(grad, "grad", place);
+  const Blocks s = check_kernel(dkernel, "dkernel", grad, "grad", place);
+  return {grad.const_data_ptr(),
+          static_cast<float*>(dkernel.mutable_data_ptr()),
+          s.out_blocks,
+          s.in_blocks,
+          s.size,
+          static_cast<float>(scale),
+          dtype};
+}
+
 // Enough chunks for many cores, few enough for their sums to stay small; from the shape alone, because the bits must
 // not depend on the number of threads.
 int64_t contract_chunks(int64_t rows, int64_t sums) {
@@ -99,18 +125,11 @@ void circulant_mix(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& 
 }
 
 void circulant_contract(const Tensor& grad, const Tensor& x, Tensor& out) {
-  const Dtype dtype = check_dtype(grad, "grad");
-  check_dense(x, "x");
-  STD_TORCH_CHECK(x.scalar_type() == grad.scalar_type(), "x: expected the dtype of grad");
-  check_planes(out, "out", Place::cpu);
-  const int64_t out_blocks = out.size(0), in_blocks = out.size(1), lanes = out.size(3), sums = out.numel();
-  const int64_t rows = check_spectrum(grad, "grad", out_blocks * 2 * lanes);
-  STD_TORCH_CHECK(check_spectrum(x, "x", in_blocks * 2 * lanes) == rows, "x: expected ", rows, " rows, as grad has");
-  const int64_t chunks = contract_chunks(rows, sums);
+  CirculantContractParams p = check_contract(grad, x, out, Place::cpu);
+  const int64_t sums = out.numel(), chunks = p.chunks = contract_chunks(p.rows, sums);
   // Value-initialised: the sums start from zero.
   const std::unique_ptr<float[]> partial(new float[chunks * sums]());
-  const CirculantContractParams p{
-      grad.const_data_ptr(), x.const_data_ptr(), partial.get(), rows, out_blocks, in_blocks, lanes, chunks, dtype};
+  p.partial = partial.get();
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { circulant_contract_cpu(p, begin, end); });
   float* result = static_cast<float*>(out.mutable_data_ptr());
   parallel_for(0, sums, 1 << 14, [&](int64_t begin, int64_t end) {
@@ -129,17 +148,41 @@ void circulant_weight(const Tensor& weight, const Tensor& kernel, double scale, 
 }
 
 void circulant_weight_backward(const Tensor& grad, double scale, Tensor& dkernel) {
-  const Dtype dtype = check_dtype(grad, "grad");
-  const Blocks s = check_kernel(dkernel, "dkernel", grad, "grad", Place::cpu);
-  const CirculantWeightBackwardParams p{grad.const_data_ptr(),
-                                        static_cast<float*>(dkernel.mutable_data_ptr()),
-                                        s.out_blocks,
-                                        s.in_blocks,
-                                        s.size,
-                                        static_cast<float>(scale),
-                                        dtype};
-  parallel_for(0, s.out_blocks, 1 + 65536 / (s.size * s.size * s.in_blocks),
+  const CirculantWeightBackwardParams p = check_weight_backward(grad, scale, dkernel, Place::cpu);
+  parallel_for(0, p.out_blocks, 1 + 65536 / (p.size * p.size * p.in_blocks),
                [&](int64_t begin, int64_t end) { circulant_weight_backward_cpu(p, begin, end); });
 }
+
+#ifdef PEFTK_CUDA
+
+void circulant_mix_on_cuda(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& out) {
+  const CirculantMixParams p = check_mix(x, kernel, adjoint, out, Place::cuda);
+  const CudaStream stream(x);
+  circulant_mix_cuda(p, stream.get());
+}
+
+void circulant_contract_on_cuda(const Tensor& grad, const Tensor& x, Tensor& out) {
+  CirculantContractParams p = check_contract(grad, x, out, Place::cuda);
+  p.chunks = contract_chunks(p.rows, out.numel());
+  const CudaStream stream(grad);
+  // From torch's allocator, which knows the stream: it may hand the memory on as soon as this returns.
+  const Tensor partial = torch::stable::new_empty(out, {p.chunks * out.numel()});
+  p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  circulant_contract_cuda(p, static_cast<float*>(out.mutable_data_ptr()), stream.get());
+}
+
+void circulant_weight_on_cuda(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out) {
+  const CirculantWeightParams p = check_weight(weight, kernel, scale, out, Place::cuda);
+  const CudaStream stream(out);
+  circulant_weight_cuda(p, stream.get());
+}
+
+void circulant_weight_backward_on_cuda(const Tensor& grad, double scale, Tensor& dkernel) {
+  const CirculantWeightBackwardParams p = check_weight_backward(grad, scale, dkernel, Place::cuda);
+  const CudaStream stream(grad);
+  circulant_weight_backward_cuda(p, stream.get());
+}
+
+#endif
 
 }  // namespace peftk

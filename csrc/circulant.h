@@ -60,4 +60,11 @@ void circulant_contract_cpu(const CirculantContractParams& p, int64_t begin, int
 void circulant_weight_cpu(const CirculantWeightParams& p, int64_t begin, int64_t end);
 void circulant_weight_backward_cpu(const CirculantWeightBackwardParams& p, int64_t begin, int64_t end);
 
+// The stream is a cudaStream_t. A launch that fails throws a std::runtime_error that names the kernel.
+void circulant_mix_cuda(const CirculantMixParams& p, void* stream);
+// `partial` need not be initialised; `out` (out_blocks, in_blocks, 3, lanes) is the sum of its chunks.
+void circulant_contract_cuda(const CirculantContractParams& p, float* out, void* stream);
+void circulant_weight_cuda(const CirculantWeightParams& p, void* stream);
+void circulant_weight_backward_cuda(const CirculantWeightBackwardParams& p, void* stream);
+
 }  // namespace peftk

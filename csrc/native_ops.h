@@ -59,6 +59,10 @@ void block_rotate_backward_on_cuda(const Tensor& grad, const Tensor& x, const Te
                                    Tensor& dx, Tensor& dblocks);
 void butterfly_compose_on_cuda(const Tensor& factors, Tensor& out);
 void butterfly_compose_backward_on_cuda(const Tensor& grad, const Tensor& factors, Tensor& out);
+void circulant_mix_on_cuda(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& out);
+void circulant_contract_on_cuda(const Tensor& grad, const Tensor& x, Tensor& out);
+void circulant_weight_on_cuda(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out);
+void circulant_weight_backward_on_cuda(const Tensor& grad, double scale, Tensor& dkernel);
 void cayley_on_cuda(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
                     Tensor& out);
 void cayley_backward_on_cuda(const Tensor& grad, const Tensor& packed, const Tensor& blocks,

@@ -74,6 +74,10 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
   m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward_on_cuda));
   m.impl("butterfly_compose", TORCH_BOX(&peftk::butterfly_compose_on_cuda));
   m.impl("butterfly_compose_backward", TORCH_BOX(&peftk::butterfly_compose_backward_on_cuda));
+  m.impl("circulant_mix", TORCH_BOX(&peftk::circulant_mix_on_cuda));
+  m.impl("circulant_contract", TORCH_BOX(&peftk::circulant_contract_on_cuda));
+  m.impl("circulant_weight", TORCH_BOX(&peftk::circulant_weight_on_cuda));
+  m.impl("circulant_weight_backward", TORCH_BOX(&peftk::circulant_weight_backward_on_cuda));
   m.impl("cayley", TORCH_BOX(&peftk::cayley_on_cuda));
   m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward_on_cuda));
   m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight_on_cuda));

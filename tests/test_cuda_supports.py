@@ -12,7 +12,7 @@ from peftk import native_kernels
 if native_kernels.unavailable() is not None:
     pytest.skip("peftk._C is not installed here", allow_module_level=True)
 
-from peftk.native_kernels import _supports, block_diagonal, butterfly, cayley, hadamard, kronecker
+from peftk.native_kernels import _supports, block_diagonal, butterfly, cayley, circulant, hadamard, kronecker
 
 
 class _Named(SimpleNamespace):
@@ -85,6 +85,26 @@ def test_what_is_taken(build, size, dtype):
         assert butterfly.butterfly_multiply_supports(x, on_cuda(1, 4, size, size)) is None
     assert cayley.cayley_supports(on_cuda(2, size * (size - 1) // 2), size, []) is None
     assert cayley.cayley_backward_supports(blocks, on_cuda(4, size * (size - 1) // 2), blocks, []) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_circular_convolution_is_taken_at_every_size(build, dtype):
+    build(["9.0a"], (9, 0))
+    for size in (1, 7, 128):
+        x, kernel, weight = (
+            on_cuda(4, 2 * size, dtype=dtype),
+            on_cuda(3, 2, size),
+            on_cuda(3 * size, 2 * size, dtype=dtype),
+        )
+        assert circulant.circular_conv_supports(x, kernel, 1.0) is None
+        assert circulant.circular_conv_add_supports(x, x, kernel, 1.0) is None
+        assert circulant.circulant_linear_supports(x, weight, None, kernel, 1.0) is None
+        assert circulant.circulant_linear_backward_supports(x, x, weight, kernel, 1.0, True, True, True) is None
+        assert circulant.circulant_weight_supports(weight, kernel, 1.0) is None
+        assert circulant.circulant_weight_backward_supports(weight, kernel, 1.0) is None
+    assert circulant.circular_conv_supports(on_cuda(4, 8, dtype=torch.float64), on_cuda(3, 2, 4), 1.0) == (
+        "the CUDA kernels take float32, bfloat16 and float16; got torch.float64"
+    )
 
 
 def test_what_is_refused(build):

@@ -1,4 +1,4 @@
-"""Circular convolution with C++ between the spectra and for the dense matrix; products are torch's.
+"""Circular convolution with C++ or CUDA between the spectra and for the dense matrix; products are torch's.
 
 Which way a call takes is decided in `torch_kernels/_circulant_paths.py`.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..torch_kernels._circulant_paths import Paths
-from ._supports import supports_activations
+from ._supports import device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _mix_planes = torch.ops.peftk_native.circulant_mix.default
@@ -19,15 +19,24 @@ _write_weight = torch.ops.peftk_native.circulant_weight.default
 _gather = torch.ops.peftk_native.circulant_weight_backward.default
 
 
+def _reason(x: Tensor) -> str | None:
+    if not x.is_cuda:
+        return supports_activations(x)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take float32, bfloat16 and float16; got {x.dtype}"
+    return device_reason(x)
+
+
 def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
     out_blocks, in_blocks, _, lanes = planes.shape
-    out = torch.empty(spectrum.shape[0], (in_blocks if adjoint else out_blocks) * 2 * lanes, dtype=spectrum.dtype)
+    out = spectrum.new_empty(spectrum.shape[0], (in_blocks if adjoint else out_blocks) * 2 * lanes)
     _mix_planes(spectrum, planes, adjoint, out)
     return out
 
 
 def _contract(grad: Tensor, x: Tensor, lanes: int) -> Tensor:
-    out = torch.empty(grad.shape[1] // (2 * lanes), x.shape[1] // (2 * lanes), 3, lanes)
+    out_blocks, in_blocks = grad.shape[1] // (2 * lanes), x.shape[1] // (2 * lanes)
+    out = torch.empty(out_blocks, in_blocks, 3, lanes, device=x.device)
     _contract_planes(grad, x, out)
     return out
 
@@ -50,19 +59,19 @@ circulant_weight_backward = _paths.circulant_weight_backward
 
 def circular_conv_supports(x: Tensor, kernel: Tensor, scale: float) -> str | None:
     """Return None, or why C++ cannot convolve x."""
-    return supports_activations(x)
+    return _reason(x)
 
 
 def circular_conv_backward_supports(grad: Tensor, x: Tensor, *args: object) -> str | None:
     """Return None, or why C++ cannot run the backward pass."""
-    return supports_activations(x)
+    return _reason(x)
 
 
 def circular_conv_add_supports(base: Tensor, x: Tensor, kernel: Tensor, scale: float) -> str | None:
     """Return None, or why C++ cannot add onto the base."""
     if base.dtype is not x.dtype:
         return f"base and x must share a dtype to be accumulated in place; got {base.dtype} and {x.dtype}"
-    return supports_activations(x)
+    return _reason(x)
 
 
 circular_conv_add_backward_supports = circular_conv_backward_supports
@@ -70,7 +79,7 @@ circular_conv_add_backward_supports = circular_conv_backward_supports
 
 def circulant_linear_supports(x: Tensor, *args: object) -> str | None:
     """Return None, or why C++ cannot convolve x."""
-    return supports_activations(x)
+    return _reason(x)
 
 
 circulant_linear_backward_supports = circular_conv_backward_supports
@@ -78,9 +87,9 @@ circulant_linear_backward_supports = circular_conv_backward_supports
 
 def circulant_weight_supports(weight: Tensor, kernel: Tensor, scale: float) -> str | None:
     """Return None, or why C++ cannot write the weight."""
-    return supports_activations(weight)
+    return _reason(weight)
 
 
 def circulant_weight_backward_supports(grad: Tensor, kernel: Tensor, scale: float) -> str | None:
     """Return None, or why C++ cannot run the backward pass."""
-    return supports_activations(grad)
+    return _reason(grad)

@@ -7,6 +7,7 @@
 #include "block_diagonal.h"
 #include "butterfly.h"
 #include "cayley.h"
+#include "circulant.h"
 #include "hadamard.h"
 #include "kronecker.h"
 
@@ -20,6 +21,7 @@ struct Family {
 const std::vector<Family> families{{"block_diagonal.cu", run_rotations},
                                    {"butterfly.cu", run_butterfly},
                                    {"cayley.cu", run_cayley},
+                                   {"circulant.cu", run_circulant},
                                    {"hadamard.cu", run_hadamard},
                                    {"kronecker.cu", run_kronecker}};
 
