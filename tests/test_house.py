@@ -30,7 +30,7 @@ LAYERS = (
     ("ops",),
     ("functional", "checkpoint"),
     ("nn",),
-    ("targets", "model", "status", "_plan", "_signature", "_tuner", "_loading", "_xlora"),
+    ("targets", "model", "status", "_plan", "_signature", "_tuner", "_mixed", "_loading", "_xlora"),
     ("trainer",),
     ("testing", "__init__"),
     ("commands",),
