@@ -250,7 +250,10 @@ class Tuner(nn.Module):
         for path, parameter in self.model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(path)
         for path, layer in self.layers():
-            layer.check_merge(names)
+            try:
+                layer.check_merge(names)
+            except ValueError as error:
+                raise ValueError(f"module {path!r}: {error}") from None
             if not any(name in layer.adapter_names for name in names):
                 continue
             sharing = owners[id(layer.base_layer.weight)]

@@ -17,7 +17,7 @@ from ._tuner import Tuner
 from ._xlora import tuner_for, tuner_for_file
 from .nn import AdapterLayer, PeftConfig
 from .nn.config import check_bool
-from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 
 
 def get_peft_model(
@@ -277,9 +277,8 @@ class PeftModel(nn.Module):
     # -- numbers ----------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return how many parameters are trainable, and how many there are."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+        """Return how many parameters are trainable, and how many there are; packed ones are counted one by one."""
+        return count_parameters(self.parameters())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trainable, in PEFT's words."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ._tuner import Tuner
 from .nn import AdapterLayer
+from .nn._kinds import quantised_by
 from .nn.saved import ModulesToSaveWrapper
 
 Irregular = Literal["irregular"]
@@ -28,7 +29,8 @@ class TunerLayerStatus:
         requires_grad: Adapter name to whether it is trained; "irregular" if only a part of it is.
         available_adapters: The names of all of them, sorted.
         devices: Adapter name to the kinds of devices that hold it.
-        quantization_backend: None: quantised layers are not supported.
+        quantization_backend: What quantised the base layer: "bnb 4bit", "bnb 8bit", "torchao", the type of its weight
+            if it is none of these, or None.
     """
 
     name: str
@@ -59,7 +61,7 @@ class TunerModelStatus:
         requires_grad: Adapter name to whether it is trained.
         available_adapters: The names of all adapters, sorted.
         devices: Adapter name to the kinds of devices that hold it.
-        quantization_backend: None: quantised layers are not supported.
+        quantization_backend: As in `TunerLayerStatus`.
     """
 
     base_model_type: str
@@ -74,7 +76,17 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None = None
+    quantization_backend: str | Irregular | None = None
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many there are; bitsandbytes packs several into an element."""
+    trained, total = 0, 0
+    for p in parameters:
+        packed = type(p).__name__ == "Params4bit" and p.bnb_quantized
+        count = p.numel() * (2 * p.element_size() if packed else 1)
+        trained, total = trained + count * p.requires_grad, total + count
+    return trained, total
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -114,9 +126,9 @@ def _is_peft_model(model: nn.Module) -> bool:
 def _layer_status(name: str, module: AdapterLayer | ModulesToSaveWrapper) -> TunerLayerStatus:
     if isinstance(module, ModulesToSaveWrapper):
         parts = {adapter: [copy] for adapter, copy in module.modules_to_save.items()}
-        merged = []
+        merged, quantised = [], None
     else:
-        merged = module.merged_adapters
+        merged, quantised = module.merged_adapters, quantised_by(module.base_layer)
         parts = {
             adapter: [p for name, p in module.adapter(adapter).parts.items() if name not in module.constant_names]
             for adapter in module.adapter_names
@@ -131,6 +143,7 @@ def _layer_status(name: str, module: AdapterLayer | ModulesToSaveWrapper) -> Tun
         requires_grad={a: _agreed(p.requires_grad for p in found) for a, found in parameters.items()},
         available_adapters=sorted(parts),
         devices={a: sorted({p.device.type for p in found}) for a, found in parameters.items()},
+        quantization_backend=quantised,
     )
 
 
@@ -163,7 +176,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """
     layers = get_layer_status(model)
     adapters = sorted({adapter for layer in layers for adapter in layer.available_adapters})
-    parameters = list(model.parameters())
+    trained, total = count_parameters(model.parameters())
     is_peft = _is_peft_model(model)
 
     def of_adapter(values: Callable[[TunerLayerStatus], dict]) -> dict:
@@ -180,8 +193,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         base_model_type=type(model.get_base_model()).__name__ if is_peft else "other",
         adapter_model_type=type(model.base_model).__name__ if is_peft else "None",
         peft_types={a: c.peft_type.value for a, c in model.peft_config.items()} if is_peft else {},
-        trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
-        total_params=sum(p.numel() for p in parameters),
+        trainable_params=trained,
+        total_params=total,
         num_adapter_layers=len(layers),
         enabled=_agreed(layer.enabled for layer in layers),
         active_adapters=_agreed(
@@ -194,6 +207,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             a: sorted({kind for kinds in found for kind in kinds})
             for a, found in of_adapter(lambda layer: layer.devices).items()
         },
+        quantization_backend=_agreed(
+            layer.quantization_backend for layer in layers if layer.module_type != ModulesToSaveWrapper.__name__
+        ),
     )
 
 

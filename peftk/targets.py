@@ -10,7 +10,7 @@ from torch import nn
 
 from .nn import layer_class_for
 from .nn._base import AdapterLayer
-from .nn._kinds import kind_of
+from .nn._kinds import QUANTISERS, kind_of, quantised_by
 from .nn.config import PeftConfig, TaskType
 from .nn.saved import ModulesToSaveWrapper
 
@@ -251,4 +251,10 @@ def resolve_saved(model: nn.Module, config: PeftConfig, asked: Iterable[str]) ->
             raise TypeError(
                 f"modules_to_save: module {key!r} is a {type(module).__name__}, which cannot be saved whole"
             )
+        for name, part in module.named_modules():
+            if quantised_by(part) in QUANTISERS:
+                raise TypeError(
+                    f"modules_to_save: the weight of {'.'.join(filter(None, (key, name)))!r} is quantised "
+                    f"({quantised_by(part)}), so it cannot be trained; keep that module in full precision"
+                )
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ._kinds import features_of, kind_of, why_unsupported
+from ._kinds import dtype_of, features_of, kind_of, opaque_weight, why_unsupported
 from .config import PeftConfig, check_adapter_name
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -132,7 +132,8 @@ class AdapterLayer(nn.Module):
         """Create the parameters of one adapter for `base_layer`, in its dtype and on its device.
 
         They are initialised in float32 on the CPU and rounded to the base dtype, as PEFT does; with
-        `autocast_adapter_dtype` they are then kept in float32 on a half-precision base.
+        `autocast_adapter_dtype` they are then kept in float32 on a half-precision base. On a quantised base they are
+        float32, unless the layer says what it computes in.
         """
         where = f"module {module_name!r}: " if module_name else ""
         if not isinstance(config, cls.config_class):
@@ -144,11 +145,11 @@ class AdapterLayer(nn.Module):
             raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
         adapter = cls._create(base_layer, config, module_name, initialise)
         adapter.layer_class = cls
-        weight = base_layer.weight
+        device, dtype = base_layer.weight.device, dtype_of(base_layer)
         for part in adapter.parts.values():
             for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
-                value = parameter.data.to(device=weight.device, dtype=weight.dtype)
-                parameter.data = value.float() if autocast_adapter_dtype and weight.dtype in _HALF else value
+                value = parameter.data.to(device=device, dtype=dtype)
+                parameter.data = value.float() if autocast_adapter_dtype and dtype in _HALF else value
         return adapter
 
     @classmethod
@@ -314,7 +315,14 @@ class AdapterLayer(nn.Module):
         return names[::-1]
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise ValueError if one of these adapters can never be merged into this layer."""
+        """Raise ValueError if one of these adapters can never be merged into this layer, as into a quantised one."""
+        opaque = opaque_weight(self.base_layer)
+        if opaque is not None and self._to_merge(adapter_names):
+            raise ValueError(
+                f"merge: the weight of this {type(self.base_layer).__name__} is {opaque}, and merging would round the "
+                "adapter to what that can hold; unload() the adapter, or load it on the model in full precision and "
+                "merge it there"
+            )
 
     @torch.no_grad()
     def merged_tensors(self, adapter_names: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .config import PeftConfig
 
@@ -17,6 +18,12 @@ KINDS = {
     "Embedding": "nn.Embedding",
 }
 """The kinds of layers that an adapter can wrap, and what messages call them."""
+
+QUANTISERS = ("torchao", "bnb 4bit", "bnb 8bit")
+"""What PEFT calls the libraries whose quantised layers are told apart by name."""
+
+_NAMES = ("float64", "float32", "bfloat16", "float16")
+_DENSE = tuple(getattr(torch, name) for name in _NAMES)
 
 
 def kind_of(layer: nn.Module) -> str | None:
@@ -52,15 +59,57 @@ def settle_fan_in_fan_out(config: PeftConfig, layer: nn.Module) -> None:
         config.fan_in_fan_out = stored
 
 
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return the shape that the weight of a linear layer or a convolution has when it is dense; it may be packed."""
+    return features_of(layer)[::-1] if kind_of(layer) == "Linear" else tuple(layer.weight.shape)
+
+
+def opaque_weight(layer: nn.Module) -> str | None:
+    """Name the type of a weight that is not dense and floating-point, as a quantised one, or return None if it is."""
+    weight = layer.weight
+    if type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor" and type(weight) is not Tensor:
+        return type(weight).__name__
+    return None if weight.dtype in _DENSE else str(weight.dtype)
+
+
+def quantised_by(layer: nn.Module) -> str | None:
+    """Return what quantised the weight of a layer, in PEFT's words or as the type of the weight, or None."""
+    if kind_of(layer) is None:
+        return None
+    name = opaque_weight(layer)
+    if type(layer.weight).__module__.partition(".")[0] == "torchao":
+        return "torchao"
+    return {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}.get(name, name)
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """Return the dtype in which an adapter is initialised: that of the weight, or float32 if it is stored in another.
+
+    A layer with packed weights may say in `compute_dtype` what it computes in, as those of bitsandbytes do.
+    """
+    dtype = layer.weight.dtype
+    if hasattr(layer, "compute_dtype") and opaque_weight(layer) is not None:
+        dtype = layer.compute_dtype
+    return dtype if dtype in _DENSE else torch.float32
+
+
 def why_unsupported(layer: nn.Module, kinds: Sequence[str] = tuple(KINDS)) -> str | None:
-    """Say why an adapter for these kinds of layers cannot wrap `layer`, or return None if it can."""
-    if kind_of(layer) not in kinds:
+    """Say why an adapter for these kinds of layers cannot wrap `layer`, or return None if it can.
+
+    A linear layer may store its weight as it likes, as long as calling it works: adapters there only call it.
+    """
+    kind = kind_of(layer)
+    if kind not in kinds:
         return f"only {', '.join(KINDS[kind] for kind in kinds)} {'is' if len(kinds) == 1 else 'are'} supported"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be ignored"
-    weight = layer.weight
-    if type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor" and type(weight) is not Tensor:
-        return f"its weight is a {type(weight).__name__}; only dense floating-point weights are supported"
-    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"its weight is {weight.dtype}; float64, float32, bfloat16 and float16 are supported"
+    opaque = opaque_weight(layer)
+    if opaque is None:
+        return None
+    if is_lazy(layer.weight):
+        return f"its weight is an {opaque}; it is supported once a forward pass has given it a shape"
+    if kind != "Linear":
+        return f"its weight is {opaque}; weights that are not dense and floating-point are supported on nn.Linear only"
+    if type(layer.weight) is nn.Parameter and type(layer).forward is nn.Linear.forward:
+        return f"its weight is {opaque}, which nn.Linear does not multiply by; {', '.join(_NAMES)} are supported"
     return None

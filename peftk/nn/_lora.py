@@ -120,7 +120,8 @@ class LoRALayer(AdapterLayer):
         return None if bias is None else bias * self.scaling[name]
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise ValueError if an adapter has a bias and the base layer has none to merge it into."""
+        """Raise ValueError if an adapter has a bias and the base layer none, or if nothing can be merged into it."""
+        super().check_merge(adapter_names)
         for name in self._to_merge(adapter_names):
             if self._extra_bias(name) is not None and self.bias is None:
                 raise ValueError(

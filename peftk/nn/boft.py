@@ -153,7 +153,7 @@ class BOFTLinear(AdapterLayer):
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is neither, or is not dense.
+        TypeError: `base_layer` is neither, or holds integers that its call cannot multiply by.
         ValueError: The blocks do not fit the layer.
 
     Source: Liu et al., arXiv 2311.06243.

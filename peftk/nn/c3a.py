@@ -89,7 +89,7 @@ class C3ALinear(AdapterLayer):
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is neither, or is not dense.
+        TypeError: `base_layer` is neither, or holds integers that its call cannot multiply by.
         ValueError: The block size does not divide both of its sizes.
 
     Source: Chen et al., arXiv 2407.19342.

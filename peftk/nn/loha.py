@@ -13,6 +13,7 @@ from .. import functional as F
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve, convolve_with
+from ._kinds import weight_shape
 from .config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns, pattern_key
 from .lora_config import MAX_ALPHA, MAX_RANK
 
@@ -97,7 +98,7 @@ class LoHaLinear(AdapterLayer):
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is not a dense nn.Linear.
+        TypeError: `base_layer` is not an nn.Linear, or holds integers that its call cannot multiply by.
 
     Source: Hyeon-Woo et al., arXiv 2108.06098.
 
@@ -129,8 +130,8 @@ class LoHaLinear(AdapterLayer):
 
     @classmethod
     def _shapes(cls, base_layer: nn.Module, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
-        weight = base_layer.weight
-        left, right = (weight.shape[0], r), (r, weight.shape[1:].numel())
+        outputs, *inputs = weight_shape(base_layer)
+        left, right = (outputs, r), (r, math.prod(inputs))
         return dict(zip(_PAIRS, (left, right, left, right), strict=True))
 
     def _parts(self, containers: tuple[str, ...], name: str, dtype: torch.dtype | None) -> Factors:
@@ -170,7 +171,7 @@ class LoHaLinear(AdapterLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of one adapter, like the weight, without dropout."""
         factors = self._factors(adapter)
-        zeros = torch.zeros(self.base_layer.weight.shape, dtype=factors[0].dtype, device=factors[0].device)
+        zeros = torch.zeros(weight_shape(self.base_layer), dtype=factors[0].dtype, device=factors[0].device)
         return F.hadamard_weight(zeros, *factors, self.scaling[adapter])
 
     def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
+from ._kinds import weight_shape
 from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns, pattern_key
 from .lora_config import MAX_ALPHA, MAX_RANK
 
@@ -128,7 +129,7 @@ class LoKrLinear(AdapterLayer):
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is not a dense nn.Linear.
+        TypeError: `base_layer` is not an nn.Linear, or holds integers that its call cannot multiply by.
 
     Source: Yeh et al., arXiv 2309.14859.
 
@@ -149,7 +150,7 @@ class LoKrLinear(AdapterLayer):
     def _create(cls, base_layer: nn.Module, config: LoKrConfig, module_name: str, initialise: bool) -> Adapter:
         r = config.rank_pattern.get(pattern_key(config.rank_pattern, module_name), config.r)
         alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module_name), config.alpha)
-        shapes = _shapes(base_layer.weight.shape, config, r)
+        shapes = _shapes(weight_shape(base_layer), config, r)
         parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         if initialise:
             zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
@@ -236,7 +237,7 @@ class LoKrLinear(AdapterLayer):
         """Return the update of one adapter, like the weight, without dropout."""
         w1, w2 = self._w1(adapter), self._w2(adapter)
         zeros = torch.zeros(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], dtype=w1.dtype, device=w1.device)
-        return F.kronecker_weight(zeros, w1, w2, self.scaling[adapter]).view(self.base_layer.weight.shape)
+        return F.kronecker_weight(zeros, w1, w2, self.scaling[adapter]).view(weight_shape(self.base_layer))
 
     def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
         weight = tensors["weight"]
@@ -297,7 +298,7 @@ def _written(scales: list[float], masked: list[bool], weight: Tensor, *values: T
     return filters.view(weight.shape)
 
 
-def _shapes(weight: torch.Size, config: LoKrConfig, r: int) -> dict[str, tuple[int, ...]]:
+def _shapes(weight: tuple[int, ...], config: LoKrConfig, r: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the parameters, in the order in which PEFT initialises them."""
     out, features, *kernel = weight
     (left, rows), (middle, columns) = (factorization(size, config.decompose_factor) for size in (out, features))

@@ -13,7 +13,7 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ._base import Adapter
 from ._dropout import dropped
-from ._kinds import features_of, settle_fan_in_fan_out
+from ._kinds import features_of, opaque_weight, settle_fan_in_fan_out
 from ._lora import LoRALayer
 from ._low_rank import LowRankLinear
 from .dora import Magnitude, rescale
@@ -37,7 +37,7 @@ class LoRALinear(LoRALayer, LowRankLinear):
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is neither, or is not dense.
+        TypeError: `base_layer` is neither, or holds integers that its call cannot multiply by.
 
     Source: Hu et al., arXiv 2106.09685; Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353.
 
@@ -51,6 +51,12 @@ class LoRALinear(LoRALayer, LowRankLinear):
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
         settle_fan_in_fan_out(config, base_layer)
+        if config.use_dora and opaque_weight(base_layer) is not None:
+            raise NotImplementedError(
+                f"use_dora: the weight of module {module_name!r}, a {type(base_layer).__name__}, is "
+                f"{opaque_weight(base_layer)}; DoRA reads the weight in every pass and needs it dense and "
+                "floating-point; leave the module out, or use LoRA"
+            )
         cls._warn_about_bias(base_layer, config, module_name)
         settings = cls._settings(config, module_name)
         linear = nn.Linear if initialise else _uninitialised_linear

@@ -202,7 +202,7 @@ class OFTLinear(AdapterLayer):
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is neither, or is not dense.
+        TypeError: `base_layer` is neither, or holds integers that its call cannot multiply by.
 
     Source: Qiu et al., arXiv 2506.19847.
 

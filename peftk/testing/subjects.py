@@ -147,9 +147,8 @@ def _several(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any])
 
 
 def _quantised(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -> None:
-    if kind != "Linear":
-        raise TypeError("only linear layers are quantised here")
-    _adapted(config, _Quantised())(_input(kind, torch.float32))
+    if kind == "Linear":
+        _adapted(config, _Quantised())(_input(kind, torch.float32))
 
 
 def _mixed(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -> None:
@@ -171,7 +170,7 @@ PROBES: dict[str, Callable[[Callable[[], PeftConfig], str, dict], None]] = {
     "kernels that are not square": _geometry(size=(1, 3)),
     "merging": _merge,
     "several active adapters": _several,
-    "quantised weights": _quantised,
+    "a quantised nn.Linear": _quantised,
     "batches that mix adapters": _mixed,
 }
 """What a layer may refuse by name, and how it is tried."""
@@ -241,7 +240,7 @@ def _attention(name: str, fields: dict[str, Any]) -> Iterator[Subject]:
         {
             "merging": lambda: adapted(model_of("llama")).merge_adapter(),
             "several active adapters": several,
-            "quantised weights": quantised,
+            "a quantised nn.Linear": quantised,
             "batches that mix adapters": lambda: adapted(model_of("llama"))(tokens, adapter_names=["default"] * 2),
         }
     )
@@ -340,7 +339,7 @@ def _experts() -> Iterator[Subject]:
             {
                 "merging": lambda kind=kind: mixture(kind, BASES[kind]()).layer.merge(),
                 "several active adapters": functools.partial(together, kind),
-                "quantised weights": lambda kind=kind: mixture(kind, _Quantised()),
+                "a quantised nn.Linear": lambda kind=kind: mixture(kind, _Quantised()),
                 "batches that mix adapters": functools.partial(mixed, kind),
             }
         )
