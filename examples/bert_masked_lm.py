@@ -100,6 +100,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
         model.print_trainable_parameters()
 
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=options.rate)
+        model.train()
         losses = []
         progress = tqdm(range(options.steps), desc=name)
         for step in progress:

@@ -25,7 +25,9 @@ import peftk
 def load(source: str | None, classes: int):
     """Return a model and its tokenizer: the user's, or a tiny random one that reads bytes."""
     if source:
-        model = RobertaForSequenceClassification.from_pretrained(source, num_labels=classes)
+        model = RobertaForSequenceClassification.from_pretrained(
+            source, num_labels=classes, ignore_mismatched_sizes=True
+        )
         return model, AutoTokenizer.from_pretrained(source)
     tokenizer = ByT5Tokenizer()
     config = RobertaConfig(

@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> dict:
     loader = torch.utils.data.DataLoader(pairs, options.batch, shuffle=True, collate_fn=lambda pairs: pairs)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=options.rate)
+    model.train()
     losses = []
     for _ in tqdm(range(options.steps), desc="LoRA"):
         sources, targets = zip(*next(batches), strict=True)

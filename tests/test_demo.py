@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import peftk
 from peftk.__main__ import app
-from peftk.commands.demo import METHODS, methods
 from peftk.commands.demo import data as demo_data
+from peftk.commands.demo import methods
 
 RUNNER = CliRunner()
 # Relative to the largest: what another order of the same sums may change in float32.
@@ -60,11 +60,13 @@ def test_incomplete_library_is_named(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--method", "prefix"], "expected one of lora, "),
+        (["--method", "adaption_prompt"], "see examples/llama_adaption_prompt.py"),
         (["--steps", "1"], "expected at least 2"),
         (["--model", "/nowhere/model"], "text encoder"),
         (["--output", "/proc/nowhere"], "expected a folder to write to"),
         (["--all", "--method", "lora"], "either --all or a method"),
         (["--images", "--model", "x"], "trains its own ConvNet"),
+        (["--images", "--method", "xlora"], "expected a method for the ConvNet"),
     ],
 )
 def test_bad_arguments_are_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -129,14 +131,15 @@ def few_examples(dataset: demo_data.Dataset, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _check_difference(difference: dict[str, float], method: str) -> None:
-    assert difference["merged"] < ROUNDING
+    assert ("merged" in difference) == (method != "xlora")
+    assert difference.get("merged", 0.0) < ROUNDING
     # LoKr's products run in another order when nothing is trained, and a loaded adapter is not.
     assert difference["reloaded"] <= (ROUNDING if method == "lokr" else 0)
     assert difference.get("read by Hugging Face PEFT", 0.0) < ROUNDING
 
 
 @pytest.mark.usefixtures("few_examples")
-@pytest.mark.parametrize("method", ["lora", "oft"])
+@pytest.mark.parametrize("method", ["lora", "oft", "xlora"])
 def test_small_run(method: str, own_encoder: str, tmp_path: Path) -> None:
     """A tiny encoder of the user's own, few examples: every result is there and agrees."""
     arguments = ["--method", method, "--steps", "6", "--model", own_encoder, "--output", str(tmp_path)]
@@ -152,7 +155,8 @@ def test_small_run(method: str, own_encoder: str, tmp_path: Path) -> None:
     assert found["peak_mib"]["peftk"] > 0
     # The same first weights and batches: the curves of both libraries differ by rounding only.
     assert found["largest_loss_gap"] < ROUNDING
-    assert list(found["difference"]) == ["merged", "reloaded", "read by Hugging Face PEFT"]
+    compared = ["merged", "reloaded", "read by Hugging Face PEFT"]
+    assert list(found["difference"]) == compared[method == "xlora" :]
     _check_difference(found["difference"], method)
     assert found["parameters"]["trainable"] < found["parameters"]["all"]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -166,7 +170,7 @@ def test_all_methods_side_by_side(own_encoder: str, tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["demo", "--all", "--steps", "6", "--model", own_encoder, "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "all.json").read_text())
-    assert [row["method"] for row in found["methods"]] == list(METHODS)
+    assert [row["method"] for row in found["methods"]] == list(methods.METHODS)
     for row in found["methods"]:
         assert row["title"] in result.output
         assert len(row["losses"]["peftk"]) == 6
@@ -195,17 +199,9 @@ def test_images(tmp_path: Path) -> None:
 
 
 def test_every_method_is_in_the_demo_or_its_absence_is_explained() -> None:
-    kinds = methods._exported()
-    assert {"LoraConfig", "OFTConfig"} <= set(kinds)
-    assert set(kinds) == {m.config for m in methods.available().values()} | (set(kinds) & set(methods.ELSEWHERE))
+    kinds = {name for name in peftk.__all__ if name.endswith("Config") and name != "PeftConfig"}
+    assert len(kinds) == 9
+    assert kinds == {m.config for m in methods.METHODS.values()} | {m.config for m in methods.ELSEWHERE.values()}
     examples = Path(__file__).resolve().parent.parent / "examples"
-    for name, text in methods.ELSEWHERE.items():
-        if name in kinds:
-            assert (examples / re.search(r"examples/(\S+)", text).group(1)).is_file()
-
-
-def test_a_method_without_a_recipe_takes_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "RECIPES", ())
-    found = methods.available.__wrapped__()
-    assert {"lora", "oft"} <= set(found)
-    assert found["lora"].build(peftk, methods.Sizes((8,), (8,), 4), ["x"]).r == peftk.LoraConfig().r
+    for method in methods.ELSEWHERE.values():
+        assert (examples / re.search(r"examples/(\S+)", method.why).group(1)).is_file()

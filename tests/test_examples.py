@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -24,6 +25,50 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _folder(name: str, path: Path) -> list[str]:
+    """Save a model of one layer, of a kind that the script says it takes, and return the arguments that name it."""
+    import transformers as t
+
+    tokenizer = t.ByT5Tokenizer(mask_token="<extra_id_0>")
+    torch.manual_seed(0)
+    # Positions: a text of 64 tokens, and those that RoBERTa leaves out.
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    reads = {"vocab_size": len(tokenizer), "max_position_embeddings": 80}
+    if name == "bert_masked_lm":
+        model = t.BertForMaskedLM(t.BertConfig(**small, **reads))
+    elif name == "t5_sequence_to_sequence":
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+        model = t.MT5ForConditionalGeneration(t.MT5Config(vocab_size=len(tokenizer), **sizes))
+    elif name in ("llama_oft", "llama_adaption_prompt"):
+        model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=len(tokenizer), n_layer=1, n_embd=32, n_head=2))
+    elif name == "x_lora":
+        model = t.LlamaForCausalLM(t.LlamaConfig(**small, **reads))
+    elif name == "roberta_c3a":
+        config = t.RobertaConfig(**small, **reads, pad_token_id=tokenizer.pad_token_id, num_labels=5)
+        model = t.RobertaForSequenceClassification(config)
+    else:
+        config = t.Dinov2Config(image_size=28, patch_size=7, mlp_ratio=2, num_labels=5, **small)
+        model = t.Dinov2ForImageClassification(config)
+    model.save_pretrained(path)
+    if name == "dinov2_boft":
+        size = {"height": 28, "width": 28}
+        t.BitImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(path)
+        return ["--model", str(path), "--images", _pictures(path / "pictures")]
+    tokenizer.save_pretrained(path)
+    return ["--model", str(path), *(["--layers", "1"] if name == "llama_adaption_prompt" else [])]
+
+
+def _pictures(path: Path) -> str:
+    """Save pictures of noise, in one folder for each class."""
+    image = pytest.importorskip("PIL.Image")
+    for label in ("cat", "dog"):
+        (path / label).mkdir(parents=True)
+        for number in range(4):
+            pixels = torch.randint(256, (30, 34, 3), dtype=torch.uint8)
+            image.frombytes("RGB", (34, 30), bytes(pixels.flatten().tolist())).save(path / label / f"{number}.png")
+    return str(path)
 
 
 def falls(losses: list[float]) -> bool:
@@ -125,3 +170,15 @@ def test_unet_loha_lokr(tmp_path: Path) -> None:
         # LoKr's products run in another order when nothing is trained, and a loaded adapter is not.
         assert found["differences"]["loaded"] <= (ROUNDING * found["largest"] if name == "lokr" else 0)
         assert found["differences"]["merged"] < ROUNDING * found["largest"]
+
+
+# diffusers, which reads a UNet, is not among the packages of the tests.
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "unet_loha_lokr"])
+def test_a_model_from_a_folder_is_adapted(name: str, tmp_path: Path) -> None:
+    """`--model` takes a folder of a transformers model; the script's own has two layers, the one in the folder one."""
+    module = script(name)
+    arguments = _folder(name, tmp_path / "model")
+    module.main([*arguments, "--steps", "3", "--output", str(tmp_path / "adapters")])
+    keys = [key for path in (tmp_path / "adapters").rglob("*.safetensors") for key in load_file(path)]
+    layers = [re.search(r"\.(?:layers?|h|block)\.(\d+)\.", key) for key in keys if "xlora_classifier" not in key]
+    assert {found.group(1) for found in layers if found} == {"0"}

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from .methods import available
+from .methods import ELSEWHERE, METHODS
 
-METHODS = tuple(available())
 STEPS = {"one": 120, "all": 60, "images": 200}
 
 
 def _check(method: str | None, steps: int | None, output: Path) -> None:
+    if method in ELSEWHERE:
+        raise typer.BadParameter(ELSEWHERE[method].why, param_hint="--method")
     if method is not None and method not in METHODS:
         raise typer.BadParameter(f"expected one of {', '.join(METHODS)}; got {method!r}", param_hint="--method")
     if steps is not None and steps < 2:
@@ -70,7 +71,7 @@ def demo(
 
     found = single.run(
         text.make_task(model, seed),
-        available()[method or "lora"],
+        METHODS[method or "lora"],
         steps or STEPS["one"],
         output,
         seed,
@@ -94,15 +95,16 @@ def _side_by_side(
     from . import table
 
     name = "images" if images else "all"
-    chosen = list(available().values())
+    chosen = list(METHODS.values())
     if images:
         from . import images as pictures
 
-        chosen = [m for m in chosen if pictures.applies(m)]
-        if method is not None:
-            chosen = [m for m in chosen if m.name == method]
-        if not chosen:
-            raise typer.BadParameter(f"{method} has no layer for convolutions", param_hint="--method")
+        chosen = {m.name: m for m in chosen if pictures.applies(m)}
+        if method is not None and method not in chosen:
+            raise typer.BadParameter(
+                f"expected a method for the ConvNet, one of {', '.join(chosen)}; got {method!r}", param_hint="--method"
+            )
+        chosen = list(chosen.values()) if method is None else [chosen[method]]
         task = pictures.make_task(seed)
     else:
         from . import text

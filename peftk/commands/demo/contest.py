@@ -16,7 +16,7 @@ from torch import nn
 
 from ... import PeftModel, get_peft_model
 from ... import nn as layers
-from . import training
+from . import experts, training
 from .methods import Method, Sizes
 from .training import FROZEN, OURS, PEFT, Arm, Task
 
@@ -29,19 +29,21 @@ class Limits:
         steps: Training steps of peftk.
         peft_steps: The most steps of Hugging Face PEFT.
         peft_seconds: The most seconds that these may take; four steps are taken at least.
+        frozen_steps: The most steps of the frozen model.
         compared: Examples on which merged and reloaded adapters are compared.
     """
 
     steps: int
     peft_steps: int
     peft_seconds: float
+    frozen_steps: int
     compared: int
 
 
-def baseline(task: Task) -> dict[str, float]:
-    """Return the accuracy before any training, and with the head alone trained to convergence."""
+def baseline(task: Task) -> tuple[nn.Module, dict[str, float]]:
+    """Return a head trained to convergence on the frozen model, and the accuracies before any training and with it."""
     head = training.converged_head(task.model, task.data)
-    return {
+    return head, {
         "before": training.accuracy(training.logits(task.model, task.held_out), task.held_out),
         "head alone": training.accuracy(head(training.features(task.model, task.held_out)), task.held_out),
     }
@@ -68,6 +70,7 @@ def _theirs(task: Task, method: Method, config: Any, adapted: nn.Module) -> nn.M
 def contest(
     task: Task,
     method: Method,
+    head: nn.Module,
     limits: Limits,
     folder: Path,
     seed: int,
@@ -79,6 +82,7 @@ def contest(
     Args:
         task: What is learnt, and by which model; it is not changed.
         method: The method.
+        head: The head that was trained alone; methods that mix experts keep it, all others train one from the start.
         limits: How much is run.
         folder: Where the adapter is saved.
         seed: Decides the adapter's first weights and the order of the batches.
@@ -90,8 +94,12 @@ def contest(
     targets = method.targets(task.targets, images=task.number == 1)
     sizes = Sizes.of(task.model, targets, limits.steps)
 
+    mixed = None
+    if method.experts:
+        task, mixed = experts.prepare(task, method, head, limits.steps, folder, seed, track)
+
     def config(library: Any) -> Any:
-        return method.build(library, sizes, targets)
+        return method.build(library, sizes, targets, mixed)
 
     adapted = _quietly(lambda: get_peft_model(copy.deepcopy(task.model), config(layers)))
     rate, steps = method.rates[task.number], limits.steps
@@ -105,7 +113,7 @@ def contest(
         arms[PEFT] = theirs
     if compare:
         frozen = training.frozen_copy(task.model, task.targets)
-        arms[FROZEN] = training.make_arm(FROZEN, frozen, rate, steps, min(steps, training.FLOOR_STEPS))
+        arms[FROZEN] = training.make_arm(FROZEN, frozen, rate, steps, limits.frozen_steps)
     training.train(list(arms.values()), task.data, steps, task.batch, seed, track)
 
     results = _times(arms)
@@ -116,7 +124,9 @@ def contest(
     if with_peft and not apart:
         pairs = zip(ours.losses, theirs.losses, strict=False)
         results["largest_loss_gap"] = max(abs(one - other) for one, other in pairs)
-    results["difference"] = _round_trip(task, adapted, unmerged, folder, limits.compared, with_peft and not apart)
+    results["difference"] = _round_trip(
+        task, adapted, unmerged, folder, limits.compared, not method.experts, with_peft and not apart
+    )
     trainable, total = adapted.get_nb_trainable_parameters()
     results |= {
         "method": method.name,
@@ -127,6 +137,7 @@ def contest(
         "steps": steps,
         "parameters": {"trainable": trainable, "all": total},
         "apart": apart if with_peft else "",
+        "note": method.note,
         "adapter": str(folder),
         "seconds": time.perf_counter() - begin,
     }
@@ -145,17 +156,23 @@ def _times(arms: dict[str, Arm]) -> dict[str, Any]:
 
 
 def _round_trip(
-    task: Task, adapted: nn.Module, unmerged: torch.Tensor, folder: Path, compared: int, with_peft: bool
+    task: Task,
+    adapted: nn.Module,
+    unmerged: torch.Tensor,
+    folder: Path,
+    compared: int,
+    merges: bool,
+    with_peft: bool,
 ) -> dict[str, float]:
     """Merge, save and load, and return how far the logits move; on a part, for an evaluation of all costs seconds."""
     part, expected = task.held_out.take(slice(compared)), unmerged[:compared]
     adapted.save_pretrained(str(folder))
     reloaded = _quietly(lambda: PeftModel.from_pretrained(copy.deepcopy(task.model), str(folder)))
-    merged = copy.deepcopy(adapted).merge_and_unload()
-    found = {
-        "merged": training.distance(training.logits(merged, part), expected),
-        "reloaded": training.distance(training.logits(reloaded, part), expected),
-    }
+    found = {}
+    if merges:
+        merged = copy.deepcopy(adapted).merge_and_unload()
+        found["merged"] = training.distance(training.logits(merged, part), expected)
+    found["reloaded"] = training.distance(training.logits(reloaded, part), expected)
     if with_peft:
         import peft
 

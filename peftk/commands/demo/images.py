@@ -42,8 +42,10 @@ class ConvNet(nn.Module):
 
 
 def applies(method: Method) -> bool:
-    """Say whether a method has a layer for convolutions."""
-    return any(layer.config_class.__name__ == method.config and "Conv2d" in layer.base_kinds for layer in LAYERS)
+    """Say whether a method has a layer for convolutions; X-LoRA has, but reads the hidden states of a transformer."""
+    return not method.experts and any(
+        layer.config_class.__name__ == method.config and "Conv2d" in layer.base_kinds for layer in LAYERS
+    )
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -75,6 +77,6 @@ def make_task(seed: int, pretraining_steps: int = PRETRAINING_STEPS) -> Task:
         right = (model.eval()(pictures[unseen]).argmax(1) == labels[unseen]).double().mean().item()
     model.requires_grad_(True)
     turned = pictures.rot90(1, (2, 3)).contiguous()
-    data, held_out = (Batches((turned[side],), labels[side]) for side in (seen, unseen))
+    data, held_out = (Batches({"pictures": turned[side]}, labels[side]) for side in (seen, unseen))
     question = f"a ConvNet that reads {right:.1%} of scikit-learn's digits upright: which digit, turned by a quarter?"
     return Task("ConvNet", question, 1, model, TARGETS, data, held_out, BATCH, tuple("0123456789"))

@@ -7,7 +7,6 @@ accuracies say that a method learns, and not which method is best.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +49,8 @@ class Method:
 
     `config` is the name of the class in both libraries, `fields` its settings. `rates` are learning rates for the text
     encoder and for the ConvNet. `apart` says why Hugging Face PEFT does not compute the same thing, if it does not.
-    `only` names the layers of the ConvNet that the method is for, if not all.
+    `only` names the layers of the ConvNet that the method is for, if not all. `experts` says how many LoRA adapters are
+    trained before, to be mixed. `note` is for the reader of the results.
     """
 
     name: str
@@ -60,15 +60,18 @@ class Method:
     rates: tuple[float, float]
     apart: tuple[str, str] = ("", "")
     only: tuple[str, ...] | None = None
+    experts: int = 0
+    note: str = ""
 
     def targets(self, names: list[str], images: bool) -> list[str]:
         """Return which layers are adapted, of those that the task names."""
         return [name for name in names if not images or self.only is None or name in self.only]
 
-    def build(self, library: Any, sizes: Sizes, targets: list[str]) -> Any:
-        """Return the configuration, as a class of `library`."""
+    def build(self, library: Any, sizes: Sizes, targets: list[str], mixed: dict[str, Any] | None = None) -> Any:
+        """Return the configuration, as a class of `library`; `mixed` has the fields that name the experts."""
         kind = getattr(library, self.config)
-        return kind(target_modules=list(targets), modules_to_save=["classifier"], **self.fields(sizes))
+        where = mixed or {"target_modules": list(targets), "modules_to_save": ["classifier"]}
+        return kind(**where, **self.fields(sizes))
 
 
 def _ada(sizes: Sizes) -> dict[str, Any]:
@@ -88,7 +91,7 @@ ONE_FACTOR = "without a CUDA compiler, Hugging Face PEFT runs BOFT with one fact
 WRONG_GRADIENT = "Hugging Face PEFT's C3A has another input gradient, so its training differs"
 CONV_OFT = "Hugging Face PEFT's OFT on a convolution computes something else than its merged weight"
 
-RECIPES = (
+_RECIPES = (
     Method("lora", "LoRA, rank 16", "LoraConfig", lambda sizes: {"r": 16, "lora_alpha": 32}, (2e-3, 1e-2)),
     Method(
         "dora",
@@ -126,44 +129,33 @@ RECIPES = (
         (WRONG_GRADIENT, WRONG_GRADIENT),
         ("point",),
     ),
+    Method(
+        "xlora",
+        "X-LoRA, 2 experts",
+        "XLoraConfig",
+        lambda sizes: {"xlora_depth": 2, "xlora_size": 64, "xlora_dropout_p": 0.0},
+        (1e-2, 1e-2),
+        experts=2,
+        note="X-LoRA mixes two LoRA adapters that were trained before, each on every second class, under a head that "
+        "was trained before them. What it mixes differs from token to token, so that no weight can hold it: it is not "
+        "merged",
+    ),
 )
+METHODS = {method.name: method for method in _RECIPES}
 
-# What is not trained here, and where it is shown.
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A method that the demos do not train: its configuration's name, and why, with the place where it is shown."""
+
+    config: str
+    why: str
+
+
 ELSEWHERE = {
-    "XLoraConfig": "X-LoRA mixes experts that were trained before: examples/x_lora.py",
-    "AdaptionPromptConfig": "adaption prompts are for LLaMA, Mistral and GPT-2: examples/llama_adaption_prompt.py",
+    "adaption_prompt": Elsewhere(
+        "AdaptionPromptConfig",
+        "Llama-Adapter's prompts are for the attention of LLaMA, Mistral and GPT-2, which an encoder has not; "
+        "see examples/llama_adaption_prompt.py",
+    ),
 }
-
-
-def _exported() -> dict[str, type]:
-    """Return the configuration classes of the methods that peftk exports, by name."""
-    import importlib
-
-    library = importlib.import_module(__package__.partition(".")[0])
-    names = {name: getattr(library, name) for name in library.__all__}
-    return {name: kind for name, kind in names.items() if isinstance(kind, type) and getattr(kind, "_method", None)}
-
-
-def _runs(method: Method, kinds: dict[str, type]) -> bool:
-    if method.config not in kinds:
-        return False
-    try:
-        kinds[method.config](**method.fields(Sizes((64,), (64,), 12)))
-    except NotImplementedError:
-        return False
-    return True
-
-
-@functools.cache
-def available() -> dict[str, Method]:
-    """Return the methods that this release can train, by the name on the command line.
-
-    A configuration that peftk exports and that has no recipe above is taken with its defaults.
-    """
-    kinds = _exported()
-    found = [method for method in RECIPES if _runs(method, kinds)]
-    known = {method.config for method in RECIPES} | set(ELSEWHERE)
-    for name in kinds.keys() - known:
-        plain = name.removesuffix("Config")
-        found.append(Method(plain.lower(), plain, name, lambda sizes: {}, (2e-3, 1e-2)))
-    return {method.name: method for method in found}

@@ -15,6 +15,8 @@ from .plots import draw
 from .training import PEFT, Task
 
 COMPARED = 128
+# Enough for a median.
+FROZEN_STEPS = 32
 # More of Hugging Face PEFT's steps than this would make the reader wait; BOFT is the case.
 PEFT_SECONDS = 120.0
 
@@ -29,14 +31,14 @@ def run(task: Task, method: Method, steps: int, output: Path, seed: int, compare
         f"{len(task.held_out.labels)} held out."
     )
     console.print("training the head alone on the frozen model, to convergence")
-    before = baseline(task)
+    head, before = baseline(task)
 
     def progress(numbers: Any) -> Any:
         label = f"training {method.name}, beside its peers" if compare else f"training {method.name}"
         return track(numbers, label, console=console, disable=not console.is_terminal)
 
-    limits = Limits(steps, steps, PEFT_SECONDS, COMPARED)
-    results = contest(task, method, limits, output / "adapter", seed, compare, progress)
+    limits = Limits(steps, steps, PEFT_SECONDS, min(FROZEN_STEPS, steps), COMPARED)
+    results = contest(task, method, head, limits, output / "adapter", seed, compare, progress)
     results["accuracy"] = before | results["accuracy"]
     results |= {
         "model": task.name,
@@ -77,8 +79,8 @@ def show(results: dict[str, Any], output: Path, console: Any) -> None:
     elif len(results["losses"][PEFT]) < results["steps"]:
         taken = len(results["losses"][PEFT])
         console.print(f"{PEFT} took {taken} steps only: {PEFT_SECONDS:.0f} seconds were over.")
-    if results["apart"]:
-        console.print(f"Note: {results['apart']}.")
+    for note in filter(None, (results["apart"], results["note"])):
+        console.print(f"Note: {note}.")
     if "largest_loss_gap" in results:
         console.print(f"largest gap between the two loss curves: {results['largest_loss_gap']:.1e}")
     for name, found in results["difference"].items():

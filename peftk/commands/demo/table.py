@@ -17,8 +17,8 @@ from .methods import Method
 from .plots import draw_all
 from .training import FROZEN, OURS, PEFT, Task
 
-# Hugging Face PEFT is there for the time of a step: these many steps, or these many seconds of them.
-PEFT_STEPS = 12
+# The peers are there for the time of a step: these many steps, of Hugging Face PEFT at most these many seconds of them.
+PEER_STEPS = 12
 PEFT_SECONDS = 12.0
 COMPARED = 64
 
@@ -40,9 +40,10 @@ def estimate(task: Task, methods: list[Method], steps: int, compare: bool) -> fl
     """
     second = _frozen_seconds(task)
     evaluated = (len(task.held_out.labels) + 3 * COMPARED) / task.batch / 3
-    peers = 5 * min(PEFT_STEPS, steps) + min(training.FLOOR_STEPS, steps) if compare else 0
+    peers = (5 + 1) * min(PEER_STEPS, steps) if compare else 0
     head = (len(task.data.labels) + len(task.held_out.labels)) / task.batch / 3
-    return second * (len(methods) * (1.5 * steps + peers + evaluated) + head)
+    rows = sum(1.5 * steps * (1 + 2 * method.experts) + peers + evaluated for method in methods)
+    return second * (rows + head)
 
 
 @contextlib.contextmanager
@@ -88,16 +89,17 @@ def run_all(
     seconds = estimate(task, methods, steps, compare)
     text = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{max(5, 5 * round(seconds / 5))} seconds"
     console.print(f"{len(methods)} methods, {steps} steps each: about {text} on this machine.", highlight=False)
-    before = baseline(task)
-    limits = Limits(steps, min(PEFT_STEPS, steps), PEFT_SECONDS, COMPARED)
+    head, before = baseline(task)
+    peers = min(PEER_STEPS, steps)
+    limits = Limits(steps, peers, PEFT_SECONDS, peers, COMPARED)
     rows = []
-    with _progress(console, steps * len(methods)) as follow:
+    with _progress(console, steps * sum(1 + method.experts for method in methods)) as follow:
         for method in methods:
 
             def track(numbers: Iterable, name: str = method.title) -> Iterator:
                 return follow(name, numbers)
 
-            row = contest(task, method, limits, output / method.name, seed, compare, track)
+            row = contest(task, method, head, limits, output / method.name, seed, compare, track)
             rows.append(row)
             console.print(
                 f"  {row['title']}: {row['accuracy'][OURS]:.1%} right, {row['step_ms'][OURS]:.0f} ms a step "
@@ -121,8 +123,12 @@ def _peers(row: dict[str, Any], key: str, form: str) -> list[str]:
     return [form.format(figures[name]) if name in figures else "-" for name in (OURS, PEFT)]
 
 
-def _small(value: float) -> str:
-    return f"{value:.0e}" if value else "0"
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}" if value else "0"
+
+
+def _count(value: int) -> str:
+    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k"
 
 
 def show_all(results: dict[str, Any], picture: Path, figures: Path, console: Any) -> None:
@@ -131,59 +137,66 @@ def show_all(results: dict[str, Any], picture: Path, figures: Path, console: Any
     from rich.table import Table
 
     rows = results["methods"]
+    # Narrow enough for a terminal of 80 columns.
     table = Table(
-        title=f"{len(rows)} methods on {results['model']}, {results['steps']} steps each", box=box.SIMPLE_HEAD
+        title=f"{len(rows)} methods on {results['model']}, {results['steps']} steps each",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
     )
     table.add_column("", no_wrap=True)
     headings = (
-        "trainable",
-        "accuracy",
+        "trained\nparams",
+        "right",
         "step\nms",
-        "of the\nfrozen",
-        "HF PEFT\nof the frozen",
+        "of\nfrozen",
+        "HF\nPEFT",
         "peak\nMiB",
-        "HF PEFT\nMiB",
+        "HF\nPEFT",
         "merged",
-        "read by\nHF PEFT",
+        "in HF\nPEFT",
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     accuracy = results["accuracy"]
     empty = [""] * (len(headings) - 2)
     table.add_row("before training", "", f"{accuracy['before']:.1%}", *empty)
-    table.add_row("head alone, converged", "", f"{accuracy['head alone']:.1%}", *empty, end_section=True)
+    table.add_row("head alone", "", f"{accuracy['head alone']:.1%}", *empty, end_section=True)
     notes: dict[str, int] = {}
     for row in rows:
         mark = ""
         if row["apart"]:
-            mark = " " + "*" * notes.setdefault(row["apart"], len(notes) + 1)
+            mark = "*" * notes.setdefault(row["apart"], len(notes) + 1)
         ratio, other = _peers(row, "of_frozen_step", "{:.2f}x")
         peak, their_peak = _peers(row, "peak_mib", "{:.0f}" if row["peak_mib"][OURS] >= 10 else "{:.1f}")
-        read = row["difference"].get(f"read by {PEFT}")
         table.add_row(
             row["title"] + mark,
-            f"{row['parameters']['trainable']:,d}",
+            _count(row["parameters"]["trainable"]),
             f"{row['accuracy'][OURS]:.1%}",
             f"{row['step_ms'][OURS]:.0f}" if row["step_ms"][OURS] >= 20 else f"{row['step_ms'][OURS]:.1f}",
             ratio,
             other,
             peak,
             their_peak,
-            _small(row["difference"]["merged"]),
-            "-" if read is None else _small(read),
+            _small(row["difference"].get("merged")),
+            _small(row["difference"].get(f"read by {PEFT}")),
         )
     console.print(table)
     for note, number in notes.items():
         console.print(f"{'*' * number} {note}.")
-    console.print(
-        "Of the frozen: the median step as a multiple of the frozen model's, each timed in turn on the same batch."
-    )
-    console.print("Peak: the most that torch's allocator held during one step, above the model itself.")
-    console.print(
-        "Merged, read by HF PEFT: largest relative difference of the logits, of the merged model and of the saved file "
-        "loaded there."
-    )
+    for note in (
+        "Head alone: the classifier trained to convergence on the frozen model, without an adapter.",
+        "Of frozen: the median step as a multiple of the frozen model's, each timed in turn on the same batch; beside "
+        "it the same of Hugging Face PEFT.",
+        "Peak: the most that torch's allocator held during one step, above the model itself; beside it the same of "
+        "Hugging Face PEFT.",
+        "Merged, in HF PEFT: the largest relative difference of the logits when the adapter is merged, and when "
+        "Hugging Face PEFT reads its file.",
+    ):
+        console.print(note, highlight=False)
     for row in rows:
+        if row["note"]:
+            console.print(f"{row['note']}.")
         if len(row["adapts"]) < max(len(other["adapts"]) for other in rows):
             console.print(
                 f"{row['title']} adapts {', '.join(row['adapts'])} only: it has no form for the other layers."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,18 +19,25 @@ BATCH = 16
 
 
 class Classifier(nn.Module):
-    """A text encoder, the mean of its last hidden states, and a linear classifier."""
+    """A text encoder, the mean of its last hidden states, and a linear classifier.
+
+    Arguments, `config`, `model` and `hidden_states` are named as in a transformers model, which X-LoRA relies on.
+    """
 
     def __init__(self, encoder: nn.Module, classes: int) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.config = encoder.config
+        self.model = encoder
         self.classifier = nn.Linear(encoder.config.hidden_size, classes)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits, (examples, classes)."""
-        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return self.classifier((hidden * weights).sum(1) / weights.sum(1))
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool = False, return_dict: bool = True
+    ) -> Any:
+        """Return the logits, (examples, classes); with `output_hidden_states` an object with the last hidden states."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        logits = self.classifier((hidden * weights).sum(1) / weights.sum(1))
+        return SimpleNamespace(logits=logits, hidden_states=(hidden,)) if output_hidden_states else logits
 
 
 def need(package: str) -> Any:
@@ -40,7 +48,8 @@ def need(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise typer.BadParameter(
-            f"expected the package {package!r}, which is not installed ({error}); install peftk[demo]"
+            f"expected the package {package!r}, which is not installed ({error}); `make demo` installs it, or in "
+            f"a checkout pip install --no-build-isolation '.[demo]'"
         ) from error
 
 
@@ -79,6 +88,8 @@ def load_encoder(model: str | None) -> tuple[Any, Any, str]:
     # The classifier takes the mean of the hidden states; a pooler would stand unused.
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
+    # X-LoRA runs a model twice, so that it takes none that would keep keys and values.
+    encoder.config.use_cache = False
     return encoder.float(), tokenizer, name
 
 
@@ -109,7 +120,7 @@ def _check_encoder(encoder: Any, tokenizer: Any, source: str) -> None:
 def _tokenise(tokenizer: Any, examples: Any) -> Batches:
     texts, labels = [e.text for e in examples], [e.label for e in examples]
     encoded = tokenizer(texts, truncation=True, max_length=TOKENS, padding="max_length", return_tensors="pt")
-    return Batches((encoded["input_ids"], encoded["attention_mask"]), torch.tensor(labels))
+    return Batches({name: encoded[name] for name in ("input_ids", "attention_mask")}, torch.tensor(labels))
 
 
 def make_task(model: str | None, seed: int) -> Task:

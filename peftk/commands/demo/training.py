@@ -18,8 +18,6 @@ from ...testing.memory import peak_bytes
 OURS = "peftk"
 PEFT = "Hugging Face PEFT"
 FROZEN = "frozen model"
-# Steps of the frozen model: enough for a median.
-FLOOR_STEPS = 32
 HEAD_RATE = 1e-2
 WARM_UP = 8
 EVALUATION_BATCH = 64
@@ -27,14 +25,14 @@ EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Batches:
-    """What the model reads of every example (token ids and attention masks, or pictures), and the labels."""
+    """The model's arguments for every example (token ids and attention masks, or pictures), and the labels."""
 
-    inputs: tuple[Tensor, ...]
+    inputs: dict[str, Tensor]
     labels: Tensor
 
     def take(self, chosen: Any) -> Batches:
         """Return the chosen examples: indices or a slice."""
-        return Batches(tuple(part[chosen] for part in self.inputs), self.labels[chosen])
+        return Batches({name: part[chosen] for name, part in self.inputs.items()}, self.labels[chosen])
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ def make_arm(name: str, model: nn.Module, rate: float, steps: int, limit: int | 
     """Give a model AdamW, its head a rate of its own, with a short warm-up and a linear decay over `steps`."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in trained if "classifier" in n], "lr": HEAD_RATE},
-        {"params": [p for n, p in trained if "classifier" not in n], "lr": rate},
+        {"params": [p for n, p in trained if "classifier" in n.split(".")], "lr": HEAD_RATE},
+        {"params": [p for n, p in trained if "classifier" not in n.split(".")], "lr": rate},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.01)
     warm_up = min(WARM_UP, max(1, steps // 2))
@@ -181,7 +179,7 @@ def orders(count: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 def backpropagate(arm: Arm, part: Batches) -> Tensor:
     """Run forward and backward on one batch and return the loss."""
-    loss = cross_entropy(arm.model(*part.inputs), part.labels)
+    loss = cross_entropy(arm.model(**part.inputs), part.labels)
     loss.backward()
     return loss
 
@@ -222,7 +220,7 @@ def logits(model: nn.Module, data: Batches) -> Tensor:
     training = model.training
     model.eval()
     count = len(data.labels)
-    parts = [model(*data.take(slice(i, i + EVALUATION_BATCH)).inputs) for i in range(0, count, EVALUATION_BATCH)]
+    parts = [model(**data.take(slice(i, i + EVALUATION_BATCH)).inputs) for i in range(0, count, EVALUATION_BATCH)]
     model.train(training)
     return torch.cat(parts)
 
