@@ -204,7 +204,9 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
         raise ValueError(f"target_modules: not in the model: {describe_unknown(unknown, modules)}")
     if not by_name:
         raise ValueError(f"target_modules: the pattern {spec!r} matches no module name")
-    kept = [key for key in by_name if not _excluded(config, key) and _in_layers(config, key)]
+    # A whole name says which layer it means; endings leave that to `layers_to_transform`.
+    whole = () if isinstance(spec, str) else spec
+    kept = [key for key in by_name if not _excluded(config, key) and (key in whole or _in_layers(config, key))]
     if not kept:
         raise ValueError(
             f"target_modules: all {len(by_name)} matched modules are left out by exclude_modules="

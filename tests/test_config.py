@@ -199,6 +199,14 @@ def test_fields_that_are_not_implemented_say_so(name, value):
         LoraConfig(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["monteclora_config", "kasa_config", "arrow_config", "use_bdlora", "velora_config"])
+def test_an_empty_dict_asks_for_the_feature(name):
+    """PEFT then takes the defaults of the feature, so that ignoring it would train something else."""
+    with pytest.raises(NotImplementedError, match=name):
+        LoraConfig(**{name: {}})
+    assert LoraConfig(loftq_config={}).loftq_config == {}
+
+
 def test_every_field_is_checked_or_refused():
     used = {name for cls, name, _ in BAD if cls is LoraConfig} | set(NOT_YET)
     plain = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "fan_in_fan_out", "lora_bias"}

@@ -108,8 +108,17 @@ def test_autocast_computes_in_the_autocast_dtype(name):
     x = example(CASES[name])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
-    assert y.dtype == torch.bfloat16
-    assert_close(y, reference(layer, x), torch.bfloat16)
+        # As in PEFT, an embedding stays in float32.
+        assert y.dtype == layer.base_layer(x).dtype
+    assert_close(y, reference(layer, x), y.dtype)
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_a_fresh_adapter_changes_no_bit_under_autocast(name):
+    case = IDENTITIES[name]
+    layer, x = make(case, bias=case.base != "embedding"), example(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), layer.base_layer(x))
 
 
 class Doubled(nn.Linear):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_cases import CASES, Case, I, O, example, make, reference
+from layer_cases import CASES, Case, I, O, example, make, reference, with_hook
 from torch.utils.checkpoint import checkpoint
 
 from peftk.nn import LoraConfig, OFTConfig
@@ -88,6 +88,25 @@ def test_a_layer_used_twice_in_one_pass_trains():
         layer = make(config, features=(I, I))
         layer(layer(torch.randn(2, I))).sum().backward()
         assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("variant", ["plain", "hook", "trained base"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.together])
+def test_several_adapters_train_together(name, variant):
+    case = CASES[name]
+    layer = make(case, bias=case.base != "embedding")
+    layer.add_adapter("b", CASES[case.together].config)
+    layer.set_adapter(["default", "b"])
+    layer.base_layer.weight.requires_grad_(variant == "trained base")
+    x = example(case)
+    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    expected = torch.autograd.grad(reference(layer, x, ("default", "b")).square().sum(), trained.values())
+    y = (with_hook(layer) if variant == "hook" else layer)(x)
+    found = torch.autograd.grad(y.square().sum(), trained.values())
+    for key, mine, theirs in zip(trained, found, expected, strict=True):
+        if key == "base_layer.weight" and case.base == "embedding":
+            theirs[layer.base_layer.padding_idx] = 0
+        assert_close(mine, theirs.double(), torch.float32, what=key)
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.3, 1e3])

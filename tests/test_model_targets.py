@@ -25,6 +25,8 @@ from peftk.testing.compare import assert_close
         (r"layers\.[01]\.value", {}, ["layers.0.value", "layers.1.value"]),
         (["query", "value"], {"layers_to_transform": 2}, ["layers.2.query", "layers.2.value"]),
         (["value"], {"layers_to_transform": [0, 2], "layers_pattern": "layers"}, ["layers.0.value", "layers.2.value"]),
+        # As in PEFT, a whole name is adapted whatever layers_to_transform says.
+        (["layers.0.query", "value"], {"layers_to_transform": [1]}, ["layers.0.query", "layers.1.value"]),
         (["query"], {"exclude_modules": ["0.query"]}, ["layers.1.query", "layers.2.query"]),
         (["query"], {"exclude_modules": r".*\.[02]\.query"}, ["layers.1.query"]),
         (

@@ -307,7 +307,8 @@ def refuse_unimplemented(config: PeftConfig, names: Iterable[str]) -> None:
         field = defaults[name]
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         value = getattr(config, name)
-        empty = value is None or value is False or (isinstance(value, (dict, list, tuple, set)) and not value)
+        # An empty dict where the default is None asks for the feature with its own defaults.
+        empty = value is None or value is False or (isinstance(value, (list, tuple, set)) and not value)
         if not empty and (type(value) is not type(default) or value != default):
             raise NotImplementedError(
                 f"{name}={value!r}: {type(config).__name__} does not implement this field yet; leave it at {default!r}"

@@ -100,7 +100,9 @@ class LoRAEmbedding(LoRALayer):
         if isinstance(scale, Tensor):
             b, scale = b * scale, 1.0
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        return torch.addmm(rows, hidden, b.to(hidden.dtype).mT, alpha=scale).view(result.shape)
+        # An embedding keeps its dtype under autocast, which would round the base output here.
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.addmm(rows, hidden, b.to(hidden.dtype).mT, alpha=scale).view(result.shape)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)

@@ -53,7 +53,6 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, w2
 
 def _check_weight(weight: Tensor, w1: Tensor, w2: Tensor) -> None:
     check_tensor("weight", weight)
-    check_frozen("weight", weight)
     check_shape("weight", weight, (None, None), "(out_features, in_features)")
     _check_factors(w1, w2, weight.shape[1], weight.shape[0], weight)
 
@@ -267,18 +266,19 @@ class KroneckerWeight(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
         """Save the factors."""
-        _frozen, w1, w2, ctx.scale = inputs
+        _weight, w1, w2, ctx.scale = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(w1, w2)
 
     @staticmethod
     def backward(ctx, grad: Tensor | None) -> tuple:
-        """Run the backward operator."""
-        needs = ctx.needs_input_grad[1:3]
-        if grad is None or not any(needs):
+        """Run the backward operator; the gradient of the weight is the incoming one."""
+        if grad is None:
             return (None,) * 4
+        need_weight, *needs = ctx.needs_input_grad[:3]
         args = grad, *ctx.saved_tensors, ctx.scale, *needs
-        return (None, *_wanted(run_backward("kronecker_weight", _weight_backward, *args), needs), None)
+        gradients = run_backward("kronecker_weight", _weight_backward, *args) if any(needs) else (None,) * 2
+        return (grad if need_weight else None, *_wanted(gradients, needs), None)
 
 
 def kronecker_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> Tensor:
@@ -359,7 +359,7 @@ def kronecker_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0)
     passes its weight as (out, in * kh * kw) and w2 as (k, n * kh * kw).
 
     Args:
-        weight: frozen weight, (l * k, m * n), float64, float32, bfloat16 or float16; it is not written to.
+        weight: (l * k, m * n), float64, float32, bfloat16 or float16; it is not written to.
         w1: (l, m), any floating dtype; used in float32 (float64 for a float64 weight), as is w2.
         w2: (k, n).
         scale: a finite number.
@@ -369,7 +369,7 @@ def kronecker_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0)
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if shapes, devices or numbers do not fit, or if the weight requires grad.
+        ValueError: if shapes, devices or numbers do not fit.
         RuntimeError: if a named backend cannot run the call; when differentiated twice.
 
     Saved for backward: the factors.

@@ -73,7 +73,7 @@ def _case(
     first = {
         "kronecker_add": ("base", "x"),
         "kronecker_linear": ("x", "bias") if bias else ("x",),
-        "kronecker_weight": (),
+        "kronecker_weight": ("weight",),
     }[operator]
     activations = ("base", "x", "weight", "bias")
     return Case(operator, name, make, _FORMULAS[operator], (*first, "w1", "w2"), activations, saved)
