@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 from layer_cases import CASES, IDENTITIES, I, O, make, reference
-from torch import Tensor, nn
+from quantised import BACKEND, LIBRARIES, QUANTISE, WEIGHT, Locked, bnb, dequantised, dynamic, linear, locked, severed
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -22,108 +23,6 @@ from peftk.testing.compare import assert_close, assert_same_bits
 
 METHODS = [name for name, case in CASES.items() if case.base == "linear" and not name.startswith("dora")]
 FRESH = [name for name, case in IDENTITIES.items() if case.base == "linear" and not name.startswith("dora")]
-
-
-# -- the bases ------------------------------------------------------------------------------------------------------
-
-
-class Locked(nn.Parameter):
-    """A packed weight that says what it is and where, and nothing else."""
-
-    ALLOWED = ("dtype", "device", "shape", "requires_grad", "is_leaf", "grad", "grad_fn")
-
-    def __new__(cls, elements=0):
-        return torch.Tensor._make_subclass(cls, torch.zeros(elements, 1, dtype=torch.uint8), False)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        allowed = [getattr(Tensor, name).__get__ for name in cls.ALLOWED]
-        if func in (*allowed, Tensor.requires_grad_, Tensor.numel, Tensor.element_size):
-            return super().__torch_function__(func, types, args, kwargs or {})
-        raise AssertionError(f"the weight was read: {func}")
-
-
-class LockedLinear(nn.Linear):
-    """A linear layer that computes with a weight of its own."""
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.hidden, self.bias)
-
-
-def locked(linear):
-    layer = LockedLinear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    layer.bias = linear.bias
-    layer.register_buffer("hidden", linear.weight.detach().clone())
-    layer.weight = Locked(layer.hidden.numel() // 2)
-    return layer
-
-
-def torchao_int8(linear):
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig(set_inductor_config=False))
-    return linear
-
-
-def torchao_int4(linear):
-    quantization = pytest.importorskip("torchao.quantization")
-    groups = quantization.granularity.PerGroup(4)
-    quantization.quantize_(linear, quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups))
-    return linear
-
-
-def _bnb(kind, linear, **values):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    cls = getattr(bitsandbytes.nn, kind)
-    layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, **values)
-    layer.load_state_dict(linear.state_dict())
-    layer.requires_grad_(False)
-    return layer.to("cpu")
-
-
-def bnb_int8(linear):
-    return _bnb("Linear8bitLt", linear, has_fp16_weights=False)
-
-
-def bnb_nf4(linear):
-    return _bnb("Linear4bit", linear, quant_type="nf4")
-
-
-QUANTISE = {
-    "locked": locked,
-    "torchao_int8": torchao_int8,
-    "torchao_int4": torchao_int4,
-    "bnb_int8": bnb_int8,
-    "bnb_nf4": bnb_nf4,
-}
-LIBRARIES = [name for name in QUANTISE if name != "locked"]
-WEIGHT = {
-    "locked": "Locked",
-    "torchao_int8": "Int8Tensor",
-    "torchao_int4": "IntxUnpackedToInt8Tensor",
-    "bnb_int8": "Int8Params",
-    "bnb_nf4": "Params4bit",
-}
-BACKEND = dict(zip(QUANTISE, ("Locked", "torchao", "torchao", "bnb 8bit", "bnb 4bit"), strict=True))
-
-
-def dequantised(layer):
-    """The weight that a quantised layer stands for, by the rules of its library, in float64."""
-    weight = layer.weight
-    if isinstance(weight, Locked):
-        return layer.hidden.double()
-    if hasattr(weight, "dequantize") and "torchao" in type(weight).__module__:
-        return weight.dequantize().double()
-    import bitsandbytes
-
-    if isinstance(weight, bitsandbytes.nn.Params4bit):
-        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
-    rows, scales = (weight.CB, weight.SCB) if weight.CB is not None else (layer.state.CB, layer.state.SCB)
-    return rows.double() * scales.double()[:, None] / 127
-
-
-def linear(seed=0, sizes=(I, O), bias=True):
-    torch.manual_seed(seed)
-    return nn.Linear(*sizes, bias=bias)
 
 
 def adapter_parameters(layer):
@@ -223,6 +122,22 @@ def test_experts_of_xlora_act_on_quantised_layers(kind):
         a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
         truth = truth + weights[:, :, 0, i : i + 1].double() * (5 / 3) * (x.double() @ a.T @ b.T)
     assert_close(y, truth, torch.float32)
+
+
+@pytest.mark.parametrize("make_base", [severed, dynamic])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_layer_that_returns_no_gradient_is_not_trained_through(name, make_base):
+    layer = layer_class_for(CASES[name].config, make_base())(base := make_base(), CASES[name].config)
+    x = torch.randn(3, I, requires_grad=True)
+    with pytest.raises(RuntimeError, match=rf"base_layer: this {type(base).__name__}.*passes no gradient"):
+        layer(x)
+    with torch.no_grad():
+        y = layer(x)
+    if not name.startswith(("oft", "coft", "boft")):
+        # The first layer of a model trains an adapter that acts beside it.
+        assert_close(layer(x.detach()), y.double(), torch.float32)
+        layer(x.detach()).sum().backward()
+        assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("kind", QUANTISE)
@@ -418,7 +333,7 @@ def test_half_precision_parameters_are_those_of_peft(kind):
 
 
 def _bnb_half(layer):
-    return _bnb("Linear4bit", layer, quant_type="nf4", compute_dtype=torch.bfloat16)
+    return bnb("Linear4bit", layer, quant_type="nf4", compute_dtype=torch.bfloat16)
 
 
 def test_the_dtype_of_the_products_decides_where_the_layer_names_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,22 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
     if hasattr(layer, "compute_dtype") and opaque_weight(layer) is not None:
         dtype = layer.compute_dtype
     return dtype if dtype in _DENSE else torch.float32
+
+
+def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a linear base layer.
+
+    Raises:
+        RuntimeError: The layer is quantised, and x needs a gradient that its backward pass does not give.
+    """
+    result = layer(x, *args, **kwargs)
+    if x.requires_grad and not result.requires_grad and torch.is_grad_enabled() and opaque_weight(layer) is not None:
+        raise RuntimeError(
+            f"base_layer: this {type(layer).__name__}, whose weight is {opaque_weight(layer)}, passes no gradient to "
+            "its input, so what comes before it would be trained wrongly; quantise weights alone and not activations, "
+            "or run it under torch.no_grad()"
+        )
+    return result
 
 
 def why_unsupported(layer: nn.Module, kinds: Sequence[str] = tuple(KINDS)) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ._base import AdapterLayer
+from ._kinds import call
 
 
 def low_rank_delta(a: Tensor, b: Tensor, scale: float | Tensor = 1.0, *, gate: Tensor | None = None) -> Tensor:
@@ -31,7 +32,7 @@ class LowRankLinear(AdapterLayer):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         result = None
         if not self._can_fuse(x, args, kwargs):
-            result = self.base_layer(x, *args, **kwargs)
+            result = call(self.base_layer, x, *args, **kwargs)
             if x.dtype != result.dtype:
                 x = x.to(result.dtype)
         for name in names:

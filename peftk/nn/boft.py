@@ -14,7 +14,7 @@ from .. import functional as F
 from ..ops._autograd import apply
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
-from ._kinds import features_of, settle_fan_in_fan_out
+from ._kinds import call, features_of, settle_fan_in_fan_out
 from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
 
 MAX_BLOCK = 65_536
@@ -229,7 +229,7 @@ class BOFTLinear(AdapterLayer):
                     x = F.block_rotate(x, composed(factors))
                 else:
                     x = F.butterfly_multiply(x, factors)
-            y = self.base_layer(x, *args, **kwargs)
+            y = call(self.base_layer, x, *args, **kwargs)
         return F.scale_channels(y, self._scale(names), bias)
 
     @torch.no_grad()

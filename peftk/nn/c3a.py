@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ._base import Adapter, AdapterLayer
 from ._conv import convolution_beside, convolve_with
-from ._kinds import features_of
+from ._kinds import call, features_of
 from .config import PeftConfig, PeftType, check_choice, check_int, check_regex, pattern_key
 
 MAX_BLOCK = 2**20
@@ -142,7 +142,7 @@ class C3ALinear(AdapterLayer):
             result = F.circulant_linear(x, frozen["weight"], frozen["bias"], kernels[0], scale)
             kernels = kernels[1:]
         else:
-            result = self.base_layer(x, *args, **kwargs)
+            result = call(self.base_layer, x, *args, **kwargs)
             if x.dtype != result.dtype:
                 x = x.to(result.dtype)
         for kernel in kernels:

@@ -13,7 +13,7 @@ from .. import functional as F
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve, convolve_with
-from ._kinds import weight_shape
+from ._kinds import call, weight_shape
 from .config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns, pattern_key
 from .lora_config import MAX_ALPHA, MAX_RANK
 
@@ -162,7 +162,7 @@ class LoHaLinear(AdapterLayer):
         if self._can_fuse(x, args, kwargs):
             frozen = self._modules["base_layer"]._parameters
             return hadamard_linear(x, frozen["weight"], frozen["bias"], scales, factors)
-        y = self.base_layer(x, *args, **kwargs)
+        y = call(self.base_layer, x, *args, **kwargs)
         for scale, four in zip(scales, factors, strict=True):
             y = add_hadamard(y, x, scale, four)
         return y

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
-from ._kinds import weight_shape
+from ._kinds import call, weight_shape
 from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns, pattern_key
 from .lora_config import MAX_ALPHA, MAX_RANK
 
@@ -206,7 +206,7 @@ class LoKrLinear(AdapterLayer):
             y = F.kronecker_linear(x, frozen["weight"], frozen["bias"], w1, w2, self.scaling[name])
             names, kept = names[1:], kept[1:]
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y = call(self.base_layer, x, *args, **kwargs)
         for name, rows in zip(names, kept, strict=True):
             y = self._added(y, x, name, rows)
         return y

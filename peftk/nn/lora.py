@@ -13,7 +13,7 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ._base import Adapter
 from ._dropout import dropped
-from ._kinds import features_of, opaque_weight, settle_fan_in_fan_out
+from ._kinds import call, features_of, opaque_weight, settle_fan_in_fan_out
 from ._lora import LoRALayer
 from ._low_rank import LowRankLinear
 from .dora import Magnitude, rescale
@@ -100,7 +100,7 @@ class LoRALinear(LoRALayer, LowRankLinear):
         return F.low_rank_add(result, x, a, b * g.unsqueeze(1), scale)
 
     def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        result = self.base_layer(x, *args, **kwargs)
+        result = call(self.base_layer, x, *args, **kwargs)
         x = x.to(result.dtype)
         middle = [1] * (x.dim() - 2)
         for group in self._mixed_groups(names):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
-from ._kinds import features_of, settle_fan_in_fan_out
+from ._kinds import call, features_of, settle_fan_in_fan_out
 from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
 
 MAX_NEUMANN_TERMS = 64
@@ -253,7 +253,7 @@ class OFTLinear(AdapterLayer):
             return F.block_rotate_linear(x, frozen["weight"], frozen["bias"], blocks)
         for name in names:
             x = F.block_rotate(x, self.oft_R[name].blocks())
-        return self.base_layer(x, *args, **kwargs)
+        return call(self.base_layer, x, *args, **kwargs)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -14,6 +14,7 @@ from .. import functional as F
 from ._base import AdapterLayer
 from ._conv import convolve
 from ._dropout import dropped
+from ._kinds import call
 from .lora import LoRALinear
 from .lora_conv import LoRAConv2d
 from .lora_embedding import LoRAEmbedding
@@ -192,7 +193,7 @@ class XLoraLinear(XLoraLayer, LoRALinear):
             return self.base_layer(x, *args, **kwargs)
         result = None
         if not self._can_fuse(x, args, kwargs):
-            result = self.base_layer(x, *args, **kwargs)
+            result = call(self.base_layer, x, *args, **kwargs)
             if x.dtype != result.dtype:
                 x = x.to(result.dtype)
         if gate.dim() > 1:
