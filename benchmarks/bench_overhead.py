@@ -8,57 +8,23 @@ instead; what a call takes beyond that is what peftk costs him where tensors are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
 
 import peftk
-from benchmarks import truth
 from benchmarks.arms import Arm, Budget, compare
+from benchmarks.functions import Function
 from benchmarks.methods import Cell, available
-from benchmarks.methods.rotations import plain_cayley
 from benchmarks.peers import Bench
-from peftk.testing.calls import Call
-from peftk.testing.compare import LIMITS
+from peftk.testing.calls import KINDS, Call
 
 TOKENS, FEATURES, SIZE = 2, 8, 4
-OPERATORS = ("block_rotate", "block_rotate_linear", "cayley", "low_rank_add", "low_rank_linear")
 
 # Many more samples than elsewhere: they are cheap, and a difference of microseconds is what is wanted.
 CHEAP = Budget(seconds=2.0, least=50, most=400)
-
-
-def _rotate(x: Tensor, blocks: Tensor) -> Tensor:
-    return torch.bmm(x.view(len(x), -1, SIZE).transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
-
-
-PLAIN: dict[str, Callable[..., Tensor]] = {
-    "block_rotate": _rotate,
-    "block_rotate_linear": lambda x, weight, bias, blocks: linear(_rotate(x, blocks), weight, bias),
-    "cayley": lambda packed: plain_cayley(packed, SIZE, False),
-    "low_rank_add": lambda base, x, a, b, scale: base + linear(linear(x, a), b) * scale,
-    "low_rank_linear": lambda x, weight, bias, a, b, scale: linear(x, weight, bias) + linear(linear(x, a), b) * scale,
-}
-
-FROZEN = {"block_rotate_linear": (1, 2), "low_rank_add": (0,), "low_rank_linear": (1, 2)}
-"""Positions of the tensors that no gradient is taken in."""
-
-
-def _public(operator: str, raw: tuple) -> tuple[Callable[..., Tensor], tuple]:
-    """Return the public function of an operator and its arguments for a raw call."""
-    function = getattr(peftk.functional, operator)
-    if operator == "cayley":
-        return lambda packed: function(packed, SIZE), raw[:1]
-    if operator == "block_rotate":
-        return function, raw[:2]
-    if operator.startswith("low_rank"):
-        # The raw operator has gate, scale, dropout_p and seed; the public call here gives the scale alone.
-        return function, (*raw[:-4], raw[-3])
-    return function, raw
 
 
 def _info(cell: str, method: str, mode: str, features: int = FEATURES) -> dict[str, Any]:
@@ -90,39 +56,22 @@ def _budget(budget: Budget) -> Budget:
 
 
 @pytest.mark.parametrize("backend", ("torch", "native"))
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", KINDS)
 def test_forward(operator: str, backend: str, benchmark, budget: Budget) -> None:
     call = Call(operator, TOKENS, FEATURES, FEATURES, SIZE)
-    raw = call.arguments()
-    function, arguments = _public(operator, raw)
-    exact = call.truth(raw)[:1]
-    kernel = call.bind(backend, raw)
+    one = Function(call)
+    if reason := call.reason(backend, one.raw):
+        pytest.skip(f"not measured: {reason}")
+    kernel, exact = call.bind(backend, one.raw), call.truth(one.raw)
 
-    def first(result: Any) -> Tensor:
-        return result if isinstance(result, Tensor) else result[0]
+    def check_kernel() -> dict[str, float]:
+        return {"output": call.error(kernel(), exact)}
 
+    note = f"the public function, backend {backend} named, no gradients"
     arms = [
-        Arm(
-            "peftk",
-            lambda: function(*arguments),
-            lambda: {"output": call.error(function(*arguments), exact)},
-            call.limit,
-            note=f"the public function, backend {backend} named, no gradients",
-        ),
-        Arm(
-            "kernel",
-            kernel,
-            lambda: {"output": call.error(first(kernel()), exact)},
-            call.limit,
-            note=f"the {backend} kernel called directly",
-        ),
-        Arm(
-            "plain",
-            lambda: PLAIN[operator](*arguments),
-            lambda: {"output": call.error(PLAIN[operator](*arguments), exact)},
-            call.limit,
-            note="plain PyTorch",
-        ),
+        one.forward_arm("peftk", one.public, note),
+        Arm("kernel", kernel, check_kernel, call.limit, note=f"the {backend} kernel called directly"),
+        one.forward_arm("plain", one.plain, "plain PyTorch"),
     ]
     benchmark.group = f"overhead {operator} forward {backend}"
     info = _info(f"{operator}-forward-{backend}", operator, "forward")
@@ -130,54 +79,25 @@ def test_forward(operator: str, backend: str, benchmark, budget: Budget) -> None
         compare(benchmark, arms, "plain", info, _budget(budget))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", KINDS)
 def test_forward_backward(operator: str, benchmark, budget: Budget) -> None:
-    forward, backward = (Call(name, TOKENS, FEATURES, FEATURES, SIZE) for name in (operator, f"{operator}_backward"))
-    raw, raw_backward = forward.arguments(), backward.arguments()
-    function, arguments = _public(operator, raw)
-    leaves = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    trained = {
-        str(at): leaf.requires_grad_()
-        for at, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and at not in FROZEN.get(operator, ())
-    }
-    with torch.no_grad():
-        grad = torch.randn(PLAIN[operator](*arguments).shape, generator=torch.Generator().manual_seed(1))
-
-    def formula(**values: Tensor) -> Tensor:
-        fixed = [a.double() if isinstance(a, Tensor) else a for a in arguments]
-        return PLAIN[operator](*[values.get(str(at), value) for at, value in enumerate(fixed)])
-
-    exact = truth.differentiate(formula, trained, grad)
-
-    def arm(name: str, run: Callable[..., Tensor], note: str) -> Arm:
-        def step() -> Tensor:
-            for leaf in trained.values():
-                leaf.grad = None
-            y = run(*leaves)
-            y.backward(grad)
-            return y
-
-        def check() -> dict[str, float]:
-            y = step()
-            return truth.errors({"output": y, **{f"d{at}": leaf.grad for at, leaf in trained.items()}}, exact)
-
-        return Arm(name, step, check, LIMITS[torch.float32], note=note)
-
-    kernels = forward.bind("torch", raw), backward.bind("torch", raw_backward)
+    calls = [Call(name, TOKENS, FEATURES, FEATURES, SIZE) for name in (operator, f"{operator}_backward")]
+    raw = [call.arguments() for call in calls]
+    kernels = [call.bind("torch", arguments) for call, arguments in zip(calls, raw, strict=True)]
 
     def both() -> None:
         kernels[0]()
         kernels[1]()
 
     def check_both() -> dict[str, float]:
-        calls = zip((forward, backward), kernels, (raw, raw_backward), strict=True)
-        return {call.operator: call.error(kernel(), call.truth(args)) for call, kernel, args in calls}
+        triples = zip(calls, kernels, raw, strict=True)
+        return {call.operator: call.error(kernel(), call.truth(arguments)) for call, kernel, arguments in triples}
 
+    one = Function(calls[0])
     arms = [
-        arm("peftk", function, "the public function, backend torch named, with gradients"),
-        Arm("kernel", both, check_both, forward.limit, note="the two torch kernels called directly, no autograd"),
-        arm("plain", PLAIN[operator], "plain PyTorch and its autograd"),
+        one.arm("peftk", one.public, "the public function, backend torch named, with gradients"),
+        Arm("kernel", both, check_both, calls[0].limit, note="the two torch kernels called directly, no autograd"),
+        one.arm("plain", one.plain, "plain PyTorch and its autograd"),
     ]
     benchmark.group = f"overhead {operator} forward+backward"
     info = _info(f"{operator}-forward+backward-torch", operator, "forward+backward")

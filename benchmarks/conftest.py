@@ -60,7 +60,6 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = {}
-    config.addinivalue_line("markers", "full_run: left out of a quick run")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""What every operator costs on paper: launches, bytes, operations, and the time they need at least on an H200.
+"""What operators and layers cost on paper: launches, bytes, operations, and the time they need at least on an H200.
 
 Nothing runs. The operator is called on tensors without values: Triton launches are recorded instead of made, and a
-dispatch mode sees the calls of torch beside them.
+dispatch mode sees the calls of torch beside them. So is a whole layer, forward and backward, with every operator in it.
 
 Bytes: a Triton launch moves every tensor that it is given once (read or written); a call of torch moves its inputs and
 its outputs once, and an argument that it updates in place twice (``addmm_`` reads and writes its accumulator), or once
@@ -10,32 +10,37 @@ if it only overwrites it (``copy_``, ``out=``). Views and empty buffers move not
 Time: a call of torch takes ``max(bytes / BANDWIDTH, FLOPs / PEAK)``; so do all Triton launches of an operator together,
 with the FLOPs of the operator's formula that torch's own products have not done. Launches cost nothing here. It is a
 lower bound of this design, not a prediction.
+
+``python -m benchmarks.costs [--steps NAME]`` prints the tables, or every launch of the calls and layers of that name.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import peftk
+from peftk import _registry
 from peftk.testing.calls import Call
 
+from . import gpu_cells
+from .methods import METHODS, Cell
 from .results import Results
-from .tables import Table, milliseconds
+from .tables import GPU_TARGETS, Table, milliseconds
 
 # Measured on an H200: a copy, and a bf16 product.
 BANDWIDTH = 4.3e12
 PEAK = 790e12
 
-TOKENS, FEATURES, OUTS = 8192, 4096, (4096, 11008, 14336)
-BF16, F32 = torch.bfloat16, torch.float32
+BACKENDS = ("triton", "torch")
 
 _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "_unsafe_view")
 _OVERWRITES = ("copy_", "zero_", "fill_")
@@ -59,14 +64,14 @@ class Cost:
     """What a call of an operator costs on one backend.
 
     Attributes:
-        call: the call.
+        name: the operator, or the call of it.
         backend: who runs it.
         steps: its launches.
         flops: the operations by the operator's formula.
         reason: why the backend cannot run it; there are no steps then.
     """
 
-    call: Call
+    name: str
     backend: str
     steps: tuple[Step, ...]
     flops: int
@@ -85,6 +90,53 @@ class Cost:
         moved = sum(step.bytes for step in self.steps if step.triton)
         rest = max(0, self.flops - sum(step.flops for step in others)) if moved else 0
         return total + max(moved / BANDWIDTH, rest / PEAK)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a step of a layer costs on one backend: forward and backward.
+
+    Attributes:
+        cell: the layer.
+        backend: who runs its operators, but for those that it cannot run, which torch does.
+        parts: the cost of every operator, and of what torch does between them, in their order.
+    """
+
+    cell: Cell
+    backend: str
+    parts: tuple[Cost, ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All launches."""
+        return tuple(step for part in self.parts for step in part.steps)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that all launches move."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def flops(self) -> int:
+        """The operations of all operators."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """The shortest time of all parts, one after another."""
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def stand_ins(self) -> str:
+        """The operators that torch runs because the backend cannot."""
+        names = (part.name for part in self.parts if part.name != "torch" and part.backend != self.backend)
+        return ", ".join(dict.fromkeys(name.removesuffix("_backward") for name in names))
+
+    @property
+    def overhead(self) -> float:
+        """The share of that time above the two products of the frozen layer."""
+        products = 4 * self.cell.tokens * self.cell.features * self.cell.out_features / PEAK
+        return self.seconds / products - 1
 
 
 def _size(tensor: Tensor) -> int:
@@ -117,6 +169,11 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        # Below autograd, `linear` and its like arrive whole; what they launch is what they are made of.
+        with self:
+            results = func.decompose(*args, **kwargs)
+        if results is not NotImplemented:
+            return results
         results = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         if name in _FREE or func.is_view:
@@ -128,10 +185,23 @@ class _Calls(TorchDispatchMode):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and name not in _OVERWRITES:
                 moved += sum(map(_size, _tensors([value]).values()))
-        formula = flop_registry.get(func._overloadpacket)
+        # torch has formulas of the products that make a result, not of those that update one in place.
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), func._overloadpacket)
+        formula = flop_registry.get(packet)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=results))
         self.steps.append(Step(name, False, moved, flops))
         return results
+
+
+def _run(name: str, backend: str, kernel: Callable, arguments: tuple) -> tuple[Any, Cost]:
+    """Run a kernel on tensors without values, and return its results and what it costs."""
+    from peftk.triton_kernels import _launch
+
+    flops = int(flop_registry[getattr(torch.ops.peftk, name)](*arguments, out_val=None))
+    with _launch.recorded() as launches, _Calls() as seen, torch.no_grad():
+        results = kernel(*arguments)
+    kernels = [Step(one.name, True, sum(map(_size, _tensors(one.arguments.values()).values()))) for one in launches]
+    return results, Cost(name, backend, (*kernels, *seen.steps), flops)
 
 
 def cost(call: Call, backend: str) -> Cost:
@@ -139,91 +209,210 @@ def cost(call: Call, backend: str) -> Cost:
     from peftk.triton_kernels import _launch
 
     arguments = call.arguments("meta")
-    flops = int(flop_registry[getattr(torch.ops.peftk, call.operator)](*arguments, out_val=None))
-    with _launch.recorded() as launches:
+    with _launch.recorded():
         if reason := call.reason(backend, arguments):
-            return Cost(call, backend, (), flops, reason)
-        with _Calls() as seen, torch.no_grad():
-            call.bind(backend, arguments)()
-    kernels = [Step(one.name, True, sum(map(_size, _tensors(one.arguments.values()).values()))) for one in launches]
-    return Cost(call, backend, (*kernels, *seen.steps), flops)
+            return Cost(str(call), backend, (), 0, reason)
+        # Constants, such as a Fourier matrix, are made once.
+        call.bind(backend, arguments)()
+    _, found = _run(call.operator, backend, call.bind(backend, arguments).func, arguments)
+    return replace(found, name=str(call))
+
+
+class _Parts(_Calls):
+    """Collects the operators of peftk, on a backend or, where it cannot, on torch, and what torch does between them."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.parts: list[Cost] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace != "peftk":
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        self.collect()
+        name = func._schema.name.partition("::")[2]
+        operator = _registry.OPERATORS[name]
+        backend = "torch" if operator.reason(self.backend, args) else self.backend
+        results, found = _run(name, backend, operator.kernel(backend)[0], args)
+        self.parts.append(found)
+        return results
+
+    def collect(self) -> None:
+        """Make a part of the calls of torch since the last operator."""
+        if self.steps:
+            steps, self.steps = tuple(self.steps), []
+            self.parts.append(Cost("torch", self.backend, steps, sum(step.flops for step in steps)))
+
+
+def layer_cost(cell: Cell, backend: str) -> LayerCost:
+    """Work out what a step of a layer costs, x requiring grad, on a backend: "triton" or "torch"."""
+    from peftk.triton_kernels import _launch
+
+    method = METHODS[cell.method]
+    # Made on the CPU: some layers look at the values of the weight. Nobody has set them here.
+    base = nn.utils.skip_init(nn.Linear, cell.features, cell.out_features, dtype=cell.dtype).requires_grad_(False)
+    config = method.make_config(peftk, cell)
+    layer = peftk.nn.layer_class_for(config, base)(base, config).to("meta")
+    x = torch.empty(cell.tokens, cell.features, dtype=cell.dtype, device="meta").requires_grad_()
+    grad = torch.empty(cell.tokens, cell.out_features, dtype=cell.dtype, device="meta")
+    for parameter in method.find(layer).values():
+        parameter.data = parameter.data.to(cell.parameters)
+    with _launch.recorded():
+        for _ in range(2):
+            # Constants are made in the first step.
+            layer.zero_grad()
+            x.grad = None
+            with _Parts(backend) as seen:
+                layer(x).backward(grad)
+                seen.collect()
+    return LayerCost(cell, backend, tuple(seen.parts))
 
 
 def calls() -> Iterator[Call]:
     """Yield the calls of the GPU table, forward and backward side by side."""
-    for operator, sizes, outs, dtype in (
-        ("low_rank_linear", (16, 64), OUTS, BF16),
-        ("block_rotate_linear", (32, 64, 256), OUTS, BF16),
-        ("low_rank_add", (16, 64), (FEATURES,), BF16),
-        ("block_rotate", (8, 32, 64, 256), (FEATURES,), BF16),
-        ("cayley", (32, 64, 256), (FEATURES,), F32),
+    tokens, features, outs = gpu_cells.TOKENS, gpu_cells.FEATURES, gpu_cells.OUTS
+    for operator, sizes, widths in (
+        ("low_rank_linear", (16, 64), outs),
+        ("block_rotate_linear", (32, 64, 256), outs),
+        ("circulant_linear", (128,), outs[:1]),
+        ("kronecker_linear", (8,), outs[:1]),
     ):
-        for out in outs:
+        for out in widths:
             for size in sizes:
-                for variant in ("neumann", "exact") if operator == "cayley" else ("",):
-                    for suffix in ("", "_backward"):
-                        tokens = 0 if operator == "cayley" else TOKENS
-                        yield Call(f"{operator}{suffix}", tokens, FEATURES, out, size, dtype, variant)
+                for suffix in ("", "_backward"):
+                    yield Call(f"{operator}{suffix}", tokens, features, out, size, torch.bfloat16)
+    yield from sorted(gpu_cells.kernel_calls(), key=lambda call: (call.forward, call.size, call.variant, call.backward))
+
+
+def cells() -> list[Cell]:
+    """Return the square layers of the GPU table."""
+    return [*gpu_cells.layer_cells(gpu_cells.FEATURES), *gpu_cells.relative_cells()]
 
 
 @functools.cache
-def costs() -> tuple[Cost, ...]:
-    """Work out all costs, on Triton and on plain PyTorch."""
-    return tuple(cost(call, backend) for call in calls() for backend in ("triton", "torch"))
+def costs() -> tuple[tuple[Call, Cost], ...]:
+    """Work out the costs of all calls, on Triton and on plain PyTorch."""
+    return tuple((call, cost(call, backend)) for call in calls() for backend in BACKENDS)
 
 
-def _measured(results: Results | None, found: Cost) -> str:
-    for comparison in results.of("gpu-kernels") if results else ():
-        row = comparison.rows.get(found.backend)
+@functools.cache
+def layer_costs() -> tuple[LayerCost, ...]:
+    """Work out the costs of all layers, on Triton and on plain PyTorch."""
+    return tuple(layer_cost(cell, backend) for cell in cells() for backend in BACKENDS)
+
+
+def _measured(results: Results | None, suite: str, cell: str, arm: str) -> str:
+    for comparison in results.of(suite) if results else ():
+        row = comparison.rows.get(arm)
         on_gpu = comparison.info.get("clock") == "events"
-        if on_gpu and comparison.info["cell"] == str(found.call) and row is not None and row.measured:
+        if on_gpu and comparison.info["cell"] == cell and row is not None and row.measured:
             return milliseconds(row.found["median_us"])
     return "not measured"
 
 
-def tables(results: Results | None = None) -> list[Table]:
-    """Return the table of costs; the times of a GPU stand in it where the results have them."""
+def _columns(found: Cost | LayerCost) -> tuple[str, ...]:
+    kernels = sum(step.triton for step in found.steps)
+    return (
+        f"{kernels} + {len(found.steps) - kernels}",
+        f"{found.bytes / 2**20:.1f}",
+        f"{found.flops / 1e9:.2f}",
+        milliseconds(1e6 * found.seconds),
+    )
+
+
+def _layer_table(results: Results | None) -> Table:
     rows = []
-    for found in costs():
-        if found.reason:
-            rows.append((str(found.call), found.backend, *["-"] * 5, f"cannot run: {found.reason}"))
-            continue
-        kernels = sum(step.triton for step in found.steps)
-        product = found.call.product_flops / PEAK
+    for found in layer_costs():
+        cell = found.cell
+        method = METHODS[cell.method]
+        name = f"{method.title} {method.size_text(cell.size)}"
+        target = GPU_TARGETS.get((cell.method, cell.size))
         rows.append(
             (
-                str(found.call),
+                name if cell.parameters is cell.dtype else f"{name}, float32 adapter",
+                found.backend + (f", torch: {found.stand_ins}" if found.stand_ins else ""),
+                *_columns(found),
+                f"+{100 * found.overhead:.1f} %",
+                f"+{100 * (target - 1):.0f} %" if target else "",
+                _measured(results, "layers", f"{cell}-forward+backward", f"peftk-{found.backend}"),
+            )
+        )
+    return Table(
+        "Costs of layers on paper, for an H200",
+        f"Forward and backward of peftk's layers, {gpu_cells.TOKENS} x {gpu_cells.FEATURES} -> {gpu_cells.FEATURES}, "
+        "bf16: everything that a step launches, counted as in the next table, above the two bare products at "
+        f"{PEAK / 1e12:g} TFLOP/s. Beside it what is asked for on the GPU, launches and caches included. Nothing here "
+        "is a measurement but the last column.",
+        ("layer", "backend", "launches", "MiB moved", "GFLOP", "at least", "over the products", "target", "GPU time"),
+        rows,
+    )
+
+
+def tables(results: Results | None = None) -> list[Table]:
+    """Return the tables of costs; the times of a GPU stand in them where the results have them."""
+    rows = []
+    for call, found in costs():
+        if found.reason:
+            rows.append((found.name, found.backend, *["-"] * 5, f"cannot run: {found.reason}"))
+            continue
+        product = call.product_flops / PEAK
+        rows.append(
+            (
+                found.name,
                 found.backend,
-                f"{kernels} + {len(found.steps) - kernels}",
-                f"{found.bytes / 2**20:.1f}",
-                f"{found.flops / 1e9:.2f}",
-                milliseconds(1e6 * found.seconds),
+                *_columns(found),
                 f"+{100 * (found.seconds / product - 1):.1f} %" if product else "",
-                _measured(results, found),
+                _measured(results, "gpu-kernels", found.name, found.backend),
             )
         )
     return [
+        _layer_table(results),
         Table(
             "Costs on paper, for an H200",
             "Nothing here is a measurement but the last column. Launches: Triton kernels + calls of torch. Bytes: "
             "every tensor that a launch reads or writes, once (an accumulator twice). FLOPs: the operator's formula. "
             f"At least: each launch at {BANDWIDTH / 1e12:g} TB/s or {PEAK / 1e12:g} TFLOP/s, whichever takes longer, "
             "one after another, launches free; beside it what that is above the bare product. Calls: operator, tokens, "
-            "sizes, block size or rank, dtype.",
+            "sizes, block size, rank or size of the first factor, dtype.",
             ("call", "backend", "launches", "MiB moved", "GFLOP", "at least", "over the product", "GPU time"),
             rows,
-        )
+        ),
     ]
 
 
-def main() -> None:
-    """Print the table."""
-    (table,) = tables()
-    widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
-    print(table.title, table.note, "", sep="\n")
-    for row in (table.header, *table.rows):
+def steps(name: str) -> Iterator[tuple[str, ...]]:
+    """Yield every launch of the calls and layers whose name has this in it: what, where, kind, MiB, GFLOP and time."""
+    whole = [(str(found.cell), (*found.parts,)) for found in layer_costs() if name in str(found.cell)]
+    for title, parts in [*whole, *((found.name, (found,)) for _, found in costs() if name in found.name)]:
+        for part in parts:
+            where = f"{title}, {part.backend}"
+            for step in part.steps:
+                seconds = max(step.bytes / BANDWIDTH, step.flops / PEAK)
+                kind = "Triton" if step.triton else "torch"
+                moved, flops = f"{step.bytes / 2**20:.2f} MiB", f"{step.flops / 1e9:.2f} GFLOP"
+                yield where, part.name, kind, step.name, moved, flops, milliseconds(1e6 * seconds)
+
+
+def _print(rows: Iterable[tuple[str, ...]]) -> None:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, or the launches of some calls and layers."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", metavar="NAME", help="every launch of the calls and layers with this in their name")
+    options = parser.parse_args(arguments)
+    if options.steps:
+        _print(steps(options.steps))
+        return
+    for table in tables():
+        print(table.title, table.note, "", sep="\n")
+        _print((table.header, *table.rows))
+        print()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

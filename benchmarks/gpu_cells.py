@@ -17,11 +17,10 @@ from peftk import _config, _registry
 from peftk.testing.calls import KINDS, Call
 from peftk.testing.compare import LIMITS, error
 
-from . import truth
+from . import plain, truth
 from .arms import Arm, environment
 from .gpu_timing import inspect, time_arms
 from .methods import Cell, available
-from .methods.rotations import plain_cayley
 from .peers import Bench, why_no_compiler
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -48,6 +47,8 @@ RELATIVE_CALLS = {
     "hadamard_weight": 8,
     "kronecker_add": 8,
     "kronecker_weight": 8,
+    # It has no size of its own.
+    "scale_channels": 4,
 }
 Info = dict[str, Any]
 
@@ -224,11 +225,11 @@ def cayley(size: int, neumann: bool, device: str, seconds: float, features: int 
         def check() -> dict[str, float]:
             return truth.errors({"output": run(), "dpacked": leaf.grad}, exact)
 
-        plain = Arm(name, step, check, LIMITS[F32], lambda: [leaf, grad], note, forward=lambda: forward(leaf))
+        unnamed = Arm(name, step, check, LIMITS[F32], lambda: [leaf, grad], note, forward=lambda: forward(leaf))
         if backend is None:
             run = step
-            return plain
-        named = _within(plain, name, lambda: peftk.use_backend(backend), note)
+            return unnamed
+        named = _within(unnamed, name, lambda: peftk.use_backend(backend), note)
         run = named.step
         return named
 
@@ -237,12 +238,12 @@ def cayley(size: int, neumann: bool, device: str, seconds: float, features: int 
 
     arms = [(arm("peftk", ours, "the backends are named in the row"), None)]
     arms += [(arm(f"peftk-{b}", ours, f"backend {b!r} named", b), b) for b in _config.BACKENDS]
-    arms.append((arm("eager", lambda packed: plain_cayley(packed, size, neumann), "plain PyTorch"), None))
+    arms.append((arm("eager", lambda packed: plain.cayley(packed, size, terms), "plain PyTorch"), None))
     if reason := why_no_compiler(device):
         arms.append((Arm("compile", skip=reason), None))
     else:
         torch._dynamo.reset()
-        graph = torch.compile(lambda packed: plain_cayley(packed, size, neumann), fullgraph=True, dynamic=False)
+        graph = torch.compile(lambda packed: plain.cayley(packed, size, terms), fullgraph=True, dynamic=False)
         arms.append((arm("compile", graph, "plain PyTorch, torch.compile (inductor)"), None))
     try:
         from peft.tuners.oft.layer import OFTRotationModule

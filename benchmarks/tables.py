@@ -166,18 +166,17 @@ def layers(results: Results) -> Iterable[Table]:
         [(short(c), *(_error(c.rows.get(arm)) for arm in ("frozen", *LAYER_ARMS))) for c in found],
     )
     yield Table(
-        "Layers: MiB kept for backward, and at the peak",
-        "Kept: tensors saved for backward other than inputs and parameters. Peak: the most that torch's allocator held "
-        "at once during forward + backward, above what it held before; results included.",
-        ("layer", *(f"{label}: {kind}" for label in LAYER_ARMS.values() for kind in ("kept", "peak")), "frozen: peak"),
-        [
-            (
-                short(c),
-                *(_bytes(c.rows.get(arm), f"{kind}_bytes") for arm in LAYER_ARMS for kind in ("saved", "peak")),
-                _bytes(c.rows["frozen"], "peak_bytes"),
-            )
-            for c in found
-        ],
+        "Layers: MiB kept for backward",
+        "Tensors saved for backward other than inputs and parameters.",
+        ("layer", *LAYER_ARMS.values()),
+        [(short(c), *(_bytes(c.rows.get(arm), "saved_bytes") for arm in LAYER_ARMS)) for c in found],
+    )
+    yield Table(
+        "Layers: MiB at the peak",
+        "The most that torch's allocator held at once during forward + backward, above what it held before; results "
+        "included.",
+        ("layer", "frozen", *LAYER_ARMS.values()),
+        [(short(c), *(_bytes(c.rows.get(arm), "peak_bytes") for arm in ("frozen", *LAYER_ARMS))) for c in found],
     )
     yield from remarks(found)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .. import truth
+from .. import plain, truth
 from ._method import SCALE, Cell, Method, Values, Variant
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class Lora(Method):
         return truth.lora(x, weight, bias, SCALE, **values)
 
     def plain(self, cell: Cell, x: Tensor, weight: Tensor, bias: Tensor, **values: Tensor) -> Tensor:
-        a, b = values["a"].to(x.dtype), values["b"].to(x.dtype)
-        return linear(x, weight, bias) + SCALE * linear(linear(x, a), b)
+        return linear(x, weight, bias) + plain.low_rank(x, values["a"].to(x.dtype), values["b"].to(x.dtype), SCALE)
 
     def lycoris(self, bench: Bench, base: nn.Linear) -> tuple[nn.Module, Values, str, Variant | None]:
         from lycoris.modules.locon import LoConModule
@@ -79,7 +78,7 @@ class Dora(Lora):
         a, b, magnitude = values["a"].to(x.dtype), values["b"].to(x.dtype), values["magnitude"]
         with torch.no_grad():
             norm = (weight + SCALE * b @ a).float().norm(dim=1)
-        scaled = linear(x, weight) + SCALE * linear(linear(x, a), b)
+        scaled = linear(x, weight) + plain.low_rank(x, a, b, SCALE)
         return (magnitude / norm).to(x.dtype) * scaled + bias
 
     def lycoris(self, bench: Bench, base: nn.Linear) -> tuple[nn.Module, Values, str, Variant | None]:
@@ -182,8 +181,7 @@ class LoKr(Method):
 
     def plain(self, cell: Cell, x: Tensor, weight: Tensor, bias: Tensor, **values: Tensor) -> Tensor:
         w1, w2 = values["w1"].to(x.dtype), values["w2"].to(x.dtype)
-        half = linear(x.view(len(x), cell.size, -1), w2)
-        return linear(x, weight, bias) + torch.einsum("lm,tmk->tlk", w1, half).reshape(len(x), -1)
+        return linear(x, weight, bias) + plain.kronecker(x, w1, w2)
 
     def lycoris(self, bench: Bench, base: nn.Linear) -> tuple[nn.Module, Values, str, Variant | None]:
         from lycoris.modules.lokr import LokrModule
@@ -217,10 +215,7 @@ class C3A(Method):
         return x @ (weight + truth.circulant(values["kernel"]) / cell.features).mT + bias
 
     def plain(self, cell: Cell, x: Tensor, weight: Tensor, bias: Tensor, **values: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft(x.float().view(len(x), -1, cell.size))
-        mixed = torch.einsum("tnf,mnf->tmf", spectrum, torch.fft.rfft(values["kernel"].float()).conj())
-        delta = torch.fft.irfft(mixed, n=cell.size).reshape(len(x), -1) / cell.features
-        return linear(x, weight, bias) + delta.to(x.dtype)
+        return linear(x, weight, bias) + plain.convolve(x, values["kernel"], 1 / cell.features)
 
     def peft_differs(self, bench: Bench, layer: nn.Module) -> Variant | None:
         cell = bench.cell

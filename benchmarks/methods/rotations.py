@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .. import truth
+from .. import plain, truth
 from ._method import Cell, Method, Values, Variant
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Oft(Method):
         return truth.oft(x, weight, bias, cell.size, self.neumann, values["packed"])
 
     def plain(self, cell: Cell, x: Tensor, weight: Tensor, bias: Tensor, **values: Tensor) -> Tensor:
-        blocks = plain_cayley(values["packed"].float(), cell.size, self.neumann)
-        return linear(_rotate(x, blocks.to(x.dtype)), weight, bias)
+        blocks = plain.cayley(values["packed"].float(), cell.size, 5 if self.neumann else None)
+        return linear(plain.rotate(x, blocks.to(x.dtype)), weight, bias)
 
     def lycoris(self, bench: Bench, base: nn.Linear) -> tuple[nn.Module, Values, str, Variant | None]:
         from lycoris.modules.diag_oft import DiagOFTModule
@@ -93,12 +93,7 @@ class Boft(Method):
         skew = (values["factors"] - values["factors"].mT).float() / 2
         eye = torch.eye(cell.size, dtype=skew.dtype, device=skew.device)
         blocks = torch.linalg.solve(eye + skew, eye - skew, left=False).to(x.dtype)
-        for stage in range(self.stages - 1, -1, -1):
-            # Of every chunk of 2^(stage + 1) half blocks, the first half meets the second: they are interleaved.
-            halves = x.view(len(x), -1, 2, 2**stage, cell.size // 2).transpose(2, 3)
-            x = _rotate(halves.reshape(x.shape), blocks[stage])
-            x = x.view(len(x), -1, 2**stage, 2, cell.size // 2).transpose(2, 3).reshape(x.shape)
-        return linear(x, weight) * values["scale"][:, 0].to(x.dtype) + bias
+        return linear(plain.butterfly(x, blocks), weight) * values["scale"][:, 0].to(x.dtype) + bias
 
     def prepare_peft(self, peft: ModuleType) -> None:
         # Compiling its extension takes minutes, and fails with the versions of torch that peftk needs.
@@ -136,21 +131,3 @@ class Boft(Method):
             "a different layer of about the same cost"
         )
         return layer, found, remark, Variant(remark, bench.exactly(truth.boft_of_output, found))
-
-
-def _rotate(x: Tensor, blocks: Tensor) -> Tensor:
-    size = blocks.shape[-1]
-    return torch.einsum("tnb,nbc->tnc", x.reshape(len(x), -1, size), blocks).reshape(x.shape)
-
-
-def plain_cayley(packed: Tensor, size: int, neumann: bool) -> Tensor:
-    """The Cayley transform as one writes it in plain PyTorch."""
-    rows, columns = torch.triu_indices(size, size, 1, device=packed.device)
-    upper = packed.new_zeros(len(packed), size, size)
-    upper[:, rows, columns] = packed
-    s = upper - upper.mT
-    eye = torch.eye(size, dtype=s.dtype, device=s.device)
-    if not neumann:
-        return torch.linalg.solve(eye + s, eye - s, left=False)
-    s2 = s @ s
-    return eye + 2 * s + 2 * s2 + 2 * s2 @ s + s2 @ s2
