@@ -11,7 +11,7 @@ import torch
 from benchmarks.arms import Arm, Budget, compare
 from benchmarks.functions import Function
 from benchmarks.peers import why_no_compiler
-from peftk.testing.calls import KINDS, Call, sweep
+from peftk.testing.calls import KINDS, Call, operators, sweep
 
 F32, BF16 = torch.float32, torch.bfloat16
 TOKENS = 512
@@ -30,6 +30,8 @@ ROWS: dict[str, Callable[[int], tuple[dict[str, tuple[int, ...]], tuple[torch.dt
     "circular_conv_add": lambda features: ({"blocks": (features // 8, 32)}, (F32,)),
     "circulant_linear": lambda features: ({"blocks": (features // 8,)}, (F32,)),
     "circulant_weight": lambda features: ({"blocks": (features // 8, 32)}, (F32,)),
+    "dora_compose": lambda features: ({"ranks": (16,)}, (F32,)),
+    "dora_norm": lambda features: ({"ranks": (16,)}, (F32,)),
     "hadamard_weight": lambda features: ({"ranks": (8,)}, (F32,)),
     "khatri_rao": lambda features: ({"ranks": (8,)}, (F32,)),
     "kronecker_add": lambda features: ({"factors": (8,)}, (F32,)),
@@ -52,7 +54,7 @@ def calls() -> Iterator[Call]:
                 sizes, dtypes = {f"{kind.size}s": (kind.usual,)}, (F32,)
             else:
                 continue
-            for operator in (name, f"{name}_backward"):
+            for operator in operators(name):
                 for dtype in dtypes:
                     yield from sweep(operator, dtype=dtype, **shape, **sizes)
 
@@ -133,4 +135,5 @@ def test_function(call: Call, benchmark, budget: Budget, request: pytest.Fixture
         arms.append(one.arm("compile", graph, "the same, torch.compile (inductor)"))
     arms.sort(key=lambda arm: arm.skip is not None)
     benchmark.group = f"function {call}"
-    compare(benchmark, arms, "eager", _info("functions", call, "forward+backward"), budget)
+    mode = "forward+backward" if call.kind.differentiable else "forward"
+    compare(benchmark, arms, "eager", _info("functions", call, mode), budget)

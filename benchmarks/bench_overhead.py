@@ -19,7 +19,7 @@ from benchmarks.arms import Arm, Budget, compare
 from benchmarks.functions import Function
 from benchmarks.methods import Cell, available
 from benchmarks.peers import Bench
-from peftk.testing.calls import KINDS, Call
+from peftk.testing.calls import KINDS, Call, operators
 
 TOKENS, FEATURES, SIZE = 2, 8, 4
 
@@ -81,13 +81,13 @@ def test_forward(operator: str, backend: str, benchmark, budget: Budget) -> None
 
 @pytest.mark.parametrize("operator", KINDS)
 def test_forward_backward(operator: str, benchmark, budget: Budget) -> None:
-    calls = [Call(name, TOKENS, FEATURES, FEATURES, SIZE) for name in (operator, f"{operator}_backward")]
+    calls = [Call(name, TOKENS, FEATURES, FEATURES, SIZE) for name in operators(operator)]
     raw = [call.arguments() for call in calls]
     kernels = [call.bind("torch", arguments) for call, arguments in zip(calls, raw, strict=True)]
 
     def both() -> None:
-        kernels[0]()
-        kernels[1]()
+        for kernel in kernels:
+            kernel()
 
     def check_both() -> dict[str, float]:
         triples = zip(calls, kernels, raw, strict=True)

@@ -56,7 +56,8 @@ class Function:
         raw: the arguments of the operator.
         public: the function of `peftk.functional`.
         plain: the same in plain PyTorch.
-        trained: the arguments that gradients are taken in: all tensors but those of a frozen layer.
+        trained: the arguments that gradients are taken in: all tensors but those of a frozen layer; none of an
+            operator that has no backward pass.
         fixed: the other arguments.
         grad: an incoming gradient for every result.
     """
@@ -67,7 +68,8 @@ class Function:
         self.plain = PLAIN[call.forward]
         self.raw = call.arguments()
         given = keywords(call, self.raw)
-        self.trained = {n: v for n, v in given.items() if isinstance(v, Tensor) and n not in FROZEN}
+        trained = {n: v for n, v in given.items() if isinstance(v, Tensor) and n not in FROZEN}
+        self.trained = trained if call.kind.differentiable else {}
         self.fixed = {n: v for n, v in given.items() if n not in self.trained}
         generator = torch.Generator().manual_seed(1)
 
@@ -94,7 +96,8 @@ class Function:
             for leaf in leaves.values():
                 leaf.grad = None
             results = run(**leaves, **self.fixed)
-            torch.autograd.backward(results, self.grad)
+            if leaves:
+                torch.autograd.backward(results, self.grad)
             return results
 
         def named() -> Results:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import peftk
 from peftk import _config, _registry
-from peftk.testing.calls import KINDS, Call
+from peftk.testing.calls import KINDS, Call, operators
 from peftk.testing.compare import LIMITS, error
 
 from . import plain, truth
@@ -43,6 +43,8 @@ RELATIVE_CALLS = {
     "butterfly_compose": 4,
     "circular_conv_add": 128,
     "circulant_weight": 128,
+    "dora_compose": 16,
+    "dora_norm": 16,
     "khatri_rao": 8,
     "hadamard_weight": 8,
     "kronecker_add": 8,
@@ -80,7 +82,7 @@ def kernel_calls() -> list[Call]:
         for rank in (16, 64):
             found.append(Call(f"low_rank_add{suffix}", TOKENS, FEATURES, FEATURES, rank, BF16))
         for name, size in RELATIVE_CALLS.items():
-            if name in KINDS:
+            if name in KINDS and f"{name}{suffix}" in operators(name):
                 dtype = BF16 if BF16 in KINDS[name].dtypes else F32
                 tokens = TOKENS if KINDS[name].tokens else 0
                 found.append(Call(f"{name}{suffix}", tokens, FEATURES, FEATURES, size, dtype))

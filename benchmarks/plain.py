@@ -76,6 +76,16 @@ def kronecker(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return torch.einsum("lm,tmk->tlk", w1, half).reshape(len(x), -1)
 
 
+def norms(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Form the adapted weight, and take the norms of its rows."""
+    return (weight.float() + scale * (b @ a)).norm(dim=1)
+
+
+def rescaled(base: Tensor, x: Tensor, a: Tensor, b: Tensor, gain: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
+    """Scale what is beside the bias."""
+    return (bias + gain * (base - bias + low_rank(x, a, b, scale))).to(base.dtype)
+
+
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Multiply by the two factors, and by the scale."""
     return scale * linear(linear(x, a), b)
@@ -91,6 +101,8 @@ PLAIN: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "circular_conv_add": lambda base, x, kernel, scale=1.0: base + convolve(x, kernel, scale),
     "circulant_linear": lambda x, weight, bias, kernel, scale=1.0: linear(x, weight, bias) + convolve(x, kernel, scale),
     "circulant_weight": lambda weight, kernel, scale=1.0: weight + scale * circulant(kernel),
+    "dora_compose": rescaled,
+    "dora_norm": norms,
     "hadamard_weight": lambda weight, w1_a, w1_b, w2_a, w2_b, scale=1.0: weight + scale * (w1_a @ w1_b) * (w2_a @ w2_b),
     "khatri_rao": khatri_rao,
     "kronecker_add": lambda base, x, w1, w2, scale=1.0: base + scale * kronecker(x, w1, w2),

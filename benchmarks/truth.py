@@ -110,7 +110,7 @@ def differentiate(formula: Callable[..., Tensor], values: Values, grad: Tensor) 
     """Return the output and the gradient in every value, in float64, for an incoming gradient."""
     exact = {name: value.detach().double().requires_grad_() for name, value in values.items()}
     y = formula(**exact)
-    gradients = torch.autograd.grad(y, list(exact.values()), grad.double())
+    gradients = torch.autograd.grad(y, list(exact.values()), grad.double()) if exact else ()
     return {"output": y.detach(), **{f"d{name}": g for name, g in zip(exact, gradients, strict=True)}}
 
 

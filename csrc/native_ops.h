@@ -30,6 +30,10 @@ void circulant_mix(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& 
 void circulant_contract(const Tensor& grad, const Tensor& x, Tensor& out);
 void circulant_weight(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out);
 void circulant_weight_backward(const Tensor& grad, double scale, Tensor& dkernel);
+// `weight` is (in, out) where transposed; `base` is (rows, out) and `hidden` (rows, rank).
+void dora_norm(const Tensor& weight, const Tensor& a, const Tensor& b, bool transposed, double scale, Tensor& out);
+void dora_compose(const Tensor& base, const Tensor& hidden, const Tensor& b, const Tensor& gain,
+                  std::optional<Tensor> bias, double scale, Tensor& out);
 void khatri_rao(const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b, Tensor& a, Tensor& b);
 void khatri_rao_backward(const Tensor& grad_a, const Tensor& grad_b, const Tensor& w1_a, const Tensor& w1_b,
                          const Tensor& w2_a, const Tensor& w2_b, Tensor& dw1_a, Tensor& dw1_b, Tensor& dw2_a,

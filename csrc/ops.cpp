@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
   m.def("circulant_contract(Tensor grad, Tensor x, Tensor(a!) out) -> ()");
   m.def("circulant_weight(Tensor weight, Tensor kernel, float scale, Tensor(a!) out) -> ()");
   m.def("circulant_weight_backward(Tensor grad, float scale, Tensor(a!) dkernel) -> ()");
+  m.def("dora_norm(Tensor weight, Tensor a, Tensor b, bool transposed, float scale, Tensor(a!) out) -> ()");
+  m.def(
+      "dora_compose(Tensor base, Tensor hidden, Tensor b, Tensor gain, Tensor? bias, float scale, Tensor(a!) out)"
+      " -> ()");
   m.def("khatri_rao(Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, Tensor(a!) a, Tensor(b!) b) -> ()");
   m.def(
       "khatri_rao_backward(Tensor grad_a, Tensor grad_b, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b,"
@@ -56,6 +60,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("circulant_contract", TORCH_BOX(&peftk::circulant_contract));
   m.impl("circulant_weight", TORCH_BOX(&peftk::circulant_weight));
   m.impl("circulant_weight_backward", TORCH_BOX(&peftk::circulant_weight_backward));
+  m.impl("dora_norm", TORCH_BOX(&peftk::dora_norm));
+  m.impl("dora_compose", TORCH_BOX(&peftk::dora_compose));
   m.impl("khatri_rao", TORCH_BOX(&peftk::khatri_rao));
   m.impl("khatri_rao_backward", TORCH_BOX(&peftk::khatri_rao_backward));
   m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight));

@@ -4,6 +4,7 @@ from .ops.block_diagonal import block_rotate, block_rotate_linear
 from .ops.butterfly import butterfly_compose, butterfly_multiply, scale_channels
 from .ops.cayley import cayley
 from .ops.circulant import circulant_linear, circulant_weight, circular_conv, circular_conv_add
+from .ops.dora import dora_compose, dora_norm
 from .ops.hadamard import hadamard_weight, khatri_rao
 from .ops.kronecker import kronecker_add, kronecker_linear, kronecker_weight
 from .ops.low_rank import low_rank_add, low_rank_linear
@@ -18,6 +19,8 @@ __all__ = [
     "circulant_weight",
     "circular_conv",
     "circular_conv_add",
+    "dora_compose",
+    "dora_norm",
     "hadamard_weight",
     "khatri_rao",
     "kronecker_add",

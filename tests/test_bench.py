@@ -16,10 +16,10 @@ from benchmarks import arms
 from peftk import _registry, _tuning
 from peftk.commands import bench
 from peftk.testing import memory
-from peftk.testing.calls import KINDS, Call, sweep
+from peftk.testing.calls import KINDS, Call, operators, sweep
 from peftk.testing.timing import Weave, paired_ratio
 
-OPERATORS = [name for known in KINDS for name in (known, f"{known}_backward")]
+OPERATORS = [name for known in KINDS for name in operators(known)]
 SMALL = {"tokens": (1, 5), "widths": ((24, 16),), "blocks": (4, 8), "ranks": (2,), "factors": (2, 4)}
 
 

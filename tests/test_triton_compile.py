@@ -55,6 +55,8 @@ NARROW = {
     "_khatri_rao_kernel": {"load"},
     "_khatri_rao_backward_kernel": {"load", "store"},
     "_hadamard_gradient_kernel": {"store"},
+    # One sum for every row.
+    "_dora_norm_kernel": {"store"},
     # Half-blocks of a few features.
     "_butterfly_stage_kernel": {"load", "store"},
     "_butterfly_stage_backward_kernel": {"load", "store"},
@@ -143,6 +145,24 @@ def low_rank_calls() -> Iterator[Call]:
     yield from calls(1, WIDTH, 16, BF16)
 
 
+def dora_calls() -> Iterator[Call]:
+    def calls(rows: int, features: int, rank: int, dtype: torch.dtype, bias: bool = True):
+        x, a = meta(rows, features, dtype=dtype), meta(rank, features, dtype=dtype)
+        y, b, hidden = meta(rows, WIDTH, dtype=dtype), meta(WIDTH, rank, dtype=dtype), meta(rows, rank, dtype=dtype)
+        rest = a, b, meta(WIDTH), meta(WIDTH, dtype=dtype) if bias else None, 2.0
+        yield "dora_norm", (meta(WIDTH, features, dtype=dtype), meta(rank, features), meta(WIDTH, rank), 2.0)
+        yield "dora_compose", (y, x, *rest)
+        yield "dora_compose_backward", (y, y, x, hidden, *rest, True, True, True, True, True, bias)
+
+    # Sizes that the calls of `low_rank` have too: what both launch is compiled once.
+    yield from calls(TOKENS, WIDTH, 16, BF16)
+    yield from calls(TOKENS, WIDTH, 64, BF16, False)
+    yield from calls(TOKENS, WIDTH, 16, FP32)
+    for dtype in (BF16, FP32):
+        yield "dora_norm", (meta(WIDTH, WIDTH, dtype=dtype).mT, meta(16, WIDTH), meta(WIDTH, 16), 2.0)
+    yield "dora_norm", (meta(WIDTH - 1, 4095, dtype=FP16), meta(7, 4095), meta(WIDTH - 1, 7), 2.0)
+
+
 def hadamard_calls() -> Iterator[Call]:
     def factors(out: int, features: int, rank: int, dtype: torch.dtype) -> tuple:
         left, right = meta(out, rank, dtype=dtype), meta(rank, features, dtype=dtype)
@@ -229,6 +249,7 @@ CALLS = {
     "butterfly": butterfly_calls,
     "cayley": cayley_calls,
     "circulant": circulant_calls,
+    "dora": dora_calls,
     "hadamard": hadamard_calls,
     "kronecker": kronecker_calls,
     "low_rank": low_rank_calls,
@@ -381,6 +402,9 @@ LAUNCHES = {
         *("factor_gradient_kernel", "sum_kernel", "expand_kernel"),
     ],
 }
+LAUNCHES["dora_norm"] = ["dora_norm_kernel"]
+LAUNCHES["dora_compose"] = ["shrink_kernel", "dora_compose_kernel"]
+LAUNCHES["dora_compose_backward"] = ["scale_channels_backward_kernel", *LAUNCHES["low_rank_add_backward"]]
 LAUNCHES["circular_conv"] = LAUNCHES["circular_conv_add"] = LAUNCHES["circulant_linear"] = ["circulant_mix_kernel"]
 for _name in ("circular_conv", "circular_conv_add", "circulant_linear"):
     LAUNCHES[f"{_name}_backward"] = ["circulant_mix_kernel", "circulant_contract_kernel"]

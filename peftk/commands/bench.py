@@ -16,7 +16,7 @@ import typer
 
 from .. import _config, _registry, _tuning
 from .._version import __version__
-from ..testing.calls import KINDS, Call, sweep
+from ..testing.calls import KINDS, Call, operators, sweep
 from ..testing.timing import Weave
 
 LONGEST_PRODUCT = 0.5
@@ -215,12 +215,11 @@ def bench(
             f"expected a device of this machine; got {device!r}: {reason}", param_hint="--device"
         ) from error
     names = operator or list(KINDS)
+    known = {one for kind in KINDS for one in operators(kind)}
     for name in names:
-        if name.removesuffix("_backward") not in KINDS:
+        if name not in known:
             raise typer.BadParameter(f"expected one of {', '.join(KINDS)}; got {name!r}", param_hint="--operator")
-    wanted = [
-        kind for name in names for kind in ((name,) if name.endswith("_backward") else (name, f"{name}_backward"))
-    ]
+    wanted = [one for name in names for one in ((name,) if name.endswith("_backward") else operators(name))]
     device_class = _tuning.device_class(target.type, target.index)
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     console.print(

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from ._base import Adapter, AdapterLayer
 from .config import pattern_key
-from .dora import adapted_norms, gain, row_norms
+from .dora import gain
 from .lora_config import LoraConfig
 
 # Adapters of one batch share a product as long as their ranks together stay at or below this.
@@ -54,12 +55,17 @@ class LoRALayer(AdapterLayer):
 
     @classmethod
     def _first_norms(cls, base_layer: nn.Module, adapter: Adapter) -> Tensor:
-        a, b = cls._factors_of(adapter.parts)
+        # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
+        return cls._norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
+
+    @classmethod
+    def _norms(cls, base_layer: nn.Module, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+        """Return the norms of the rows of the adapted weight, (out,)."""
         weight = cls._rows_of(base_layer.weight, base_layer)
-        if b.any() and a.any():
-            update = (b.flatten(1).to(weight.dtype) @ a.flatten(1).to(weight.dtype)).view(weight.shape)
-            weight = weight + adapter.settings["scaling"] * update
-        return row_norms(weight)
+        if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+            # The order of the columns changes no norm, and this one copies no weight.
+            weight, a = weight.permute(0, 2, 3, 1), a.permute(0, 2, 3, 1)
+        return F.dora_norm(weight.flatten(1), a.flatten(1), b.flatten(1), scale)
 
     @classmethod
     def _settings(cls, config: LoraConfig, module_name: str) -> dict[str, Any]:
@@ -99,9 +105,7 @@ class LoRALayer(AdapterLayer):
 
     def _gain(self, name: str) -> Tensor:
         """Return DoRA's factor of every output, (out,)."""
-        a, b = self._pair(name)
-        weight = self._rows_of(self.base_layer.weight, self.base_layer)
-        norms = adapted_norms(weight, a, b.flatten(1), self.scaling[name])
+        norms = self._norms(self.base_layer, *self._pair(name), self.scaling[name])
         return gain(self.lora_magnitude_vector[name].weight, norms)
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
@@ -146,7 +150,7 @@ class LoRALayer(AdapterLayer):
         if self.use_dora[name]:
             original = self._rows_of(self._original.get("weight", self.base_layer.weight), self.base_layer)
             adapted = original.to(device=weight.device, dtype=weight.dtype) + delta
-            g = gain(self.lora_magnitude_vector[name].weight.to(weight.dtype), row_norms(adapted))
+            g = gain(self.lora_magnitude_vector[name].weight.to(weight.dtype), adapted.flatten(1).norm(dim=1))
             merged = merged * g.view(-1, *[1] * (weight.dim() - 1))
         tensors["weight"] = merged.mT if self.kind == "Embedding" else merged
         bias = self._extra_bias(name)

@@ -16,7 +16,7 @@ from ._dropout import dropped
 from ._kinds import call, features_of, opaque_weight, settle_fan_in_fan_out
 from ._lora import LoRALayer
 from ._low_rank import LowRankLinear
-from .dora import Magnitude, rescale
+from .dora import Magnitude
 from .lora_config import LoraConfig, LoraRuntimeConfig
 
 
@@ -89,14 +89,13 @@ class LoRALinear(LoRALayer, LowRankLinear):
     def _decomposed(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         """Apply a DoRA adapter to a result."""
         g = self._gain(name)
-        p = self.lora_dropout[name] if self.training else 0.0
-        if p > 0:
-            # The base product that g scales is that of the dropped input too, as in PEFT.
-            x = dropped(x, p)
-            result = torch.addcmul(result, tf.linear(x, self._base_weight().to(x.dtype)), (g - 1).to(result.dtype))
-        else:
-            result = rescale(result, self.bias, g)
         a, b, scale, _ = self._factors(name)
+        p = self.lora_dropout[name] if self.training else 0.0
+        if p == 0:
+            return F.dora_compose(result, x, a, b, g, self.bias, scale)
+        # The base product that g scales is that of the dropped input too, as in PEFT.
+        x = dropped(x, p)
+        result = torch.addcmul(result, tf.linear(x, self._base_weight().to(x.dtype)), (g - 1).to(result.dtype))
         return F.low_rank_add(result, x, a, b * g.unsqueeze(1), scale)
 
     def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:

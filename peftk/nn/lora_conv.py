@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
+from .. import functional as F
 from ..ops._autograd import apply
 from ._base import Adapter
 from ._conv import convolve
 from ._dropout import dropped
 from ._lora import LoRALayer
-from .dora import Magnitude, rescale
+from .dora import Magnitude
 from .lora import initialise_factors
 from .lora_config import LoraConfig
 
@@ -124,9 +125,9 @@ class LoRAConv2d(LoRALayer):
             a, b = (t.to(x.dtype) for t in self._pair(name))
             seen = dropped(x, p)
             if self.use_dora[name]:
-                g = self._gain(name).view(-1, 1, 1)
+                g = self._gain(name)
                 result = self._rescaled(result, seen, g, p)
-                b = b * g.unsqueeze(-1).to(b.dtype)
+                b = b * g.view(-1, 1, 1, 1).to(b.dtype)
                 fresh = False
             hidden = convolve(self.lora_A[name], seen, a)
             result = self._expanded(result, hidden, b, self.scaling[name], fresh)
@@ -138,8 +139,10 @@ class LoRAConv2d(LoRALayer):
     def _rescaled(self, result: Tensor, x: Tensor, g: Tensor, p: float) -> Tensor:
         if p > 0:
             second = convolve(self.base_layer, x, self.base_layer.weight.to(x.dtype))
-            return torch.addcmul(result, second, (g - 1).to(result.dtype))
-        return rescale(result, self.bias, g)
+            return torch.addcmul(result, second, (g - 1).to(result.dtype).view(-1, 1, 1))
+        if _channels_last(result):
+            return F.scale_channels(result.permute(0, 2, 3, 1), g, self.bias).permute(0, 3, 1, 2)
+        return F.scale_channels(result, g, self.bias, dim=-3)
 
     def _expanded(self, result: Tensor, h: Tensor, b: Tensor, scale: float | Tensor, fresh: bool = False) -> Tensor:
         """Add ``scale * B h`` to a result, onto it where it is `fresh`."""

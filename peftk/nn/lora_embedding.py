@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
+from .. import functional as F
 from ._base import Adapter
 from ._lora import LoRALayer
-from .dora import Magnitude, rescale
+from .dora import Magnitude
 from .lora_config import LoraConfig
 
 
@@ -110,7 +111,7 @@ class LoRAEmbedding(LoRALayer):
             a, b = self._pair(name)
             if self.use_dora[name]:
                 g = self._gain(name)
-                result = rescale(result, None, g)
+                result = F.scale_channels(result, g)
                 b = b * g.unsqueeze(1)
             result = self._added(result, self._look_up(x, a, result.dtype), b, self.scaling[name])
         return result

@@ -17,7 +17,7 @@ from peftk.testing.compare import LIMITS, error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Their products with the dense weight run in cuBLAS, which is not under test here.
-LEFT_OUT = ("low_rank_add", "low_rank_linear", "block_rotate_linear")
+LEFT_OUT = ("low_rank_add", "low_rank_linear", "block_rotate_linear", "dora_compose", "dora_norm")
 
 
 def watch(device: str = "cuda", backend: str = "native") -> tuple[int, list[str]]:

@@ -7,6 +7,7 @@
 #include "butterfly.cpp"
 #include "cayley.cpp"
 #include "circulant.cpp"
+#include "dora.cpp"
 #include "hadamard.cpp"
 #include "harness.h"
 #include "kronecker.cpp"
@@ -29,6 +30,7 @@ void run(Level level) {
   run_butterfly(level);
   run_cayley(level);
   run_circulant(level);
+  run_dora(level);
   run_hadamard(level);
   run_kronecker(level);
   run_low_rank(level);

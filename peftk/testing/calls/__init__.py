@@ -29,6 +29,11 @@ KINDS: dict[str, Kind] = {
 """How each public operator is called, by its name."""
 
 
+def operators(name: str) -> tuple[str, ...]:
+    """Return the operators of a public function: forward, and backward where there is one."""
+    return (name, f"{name}_backward") if KINDS[name].differentiable else (name,)
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an operator.
@@ -162,10 +167,10 @@ def sweep(
     Raises:
         ValueError: if there is no such operator.
     """
-    kind = KINDS.get(operator.removesuffix("_backward"))
-    if kind is None:
-        names = sorted(name for known in KINDS for name in (known, f"{known}_backward"))
+    names = sorted(name for known in KINDS for name in operators(known))
+    if operator not in names:
         raise ValueError(f"operator: expected one of {', '.join(names)}; got {operator!r}")
+    kind = KINDS[operator.removesuffix("_backward")]
     if dtype not in kind.dtypes:
         return
     square = [(features, features) for features in dict.fromkeys(features for features, _ in widths)]

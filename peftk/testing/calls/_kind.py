@@ -37,6 +37,7 @@ class Kind:
         dtypes: what it is timed in.
         variants: what tells calls of equal sizes apart; the first is the default.
         fits: whether a size fits in_features and out_features.
+        differentiable: whether there is a backward operator.
     """
 
     arguments: Callable[[Any, Normal], tuple]
@@ -47,6 +48,7 @@ class Kind:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     variants: tuple[str, ...] = ("",)
     fits: Callable[[int, int, int], bool] = _always
+    differentiable: bool = True
 
 
 def kernel(operator: str, backend: str) -> Callable:

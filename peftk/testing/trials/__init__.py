@@ -36,6 +36,8 @@ def _forward_backward(function: Callable[..., Tensor], inputs: dict[str, Tensor]
     leaves = {k: v.detach().to(dtype).requires_grad_(k != "weight") for k, v in inputs.items()}
     y = function(**leaves)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    if not y.requires_grad:
+        return [y]
     return [y, *torch.autograd.grad(y, [v for v in leaves.values() if v.requires_grad], grad)]
 
 

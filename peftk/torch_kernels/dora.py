@@ -1,0 +1,85 @@
+"""DoRA's norms and its output in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .butterfly import scale_channels_backward
+from .low_rank import low_rank_add_backward
+
+_PIECE = 1 << 20
+"""Elements of a half-precision weight that are widened at a time."""
+
+
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """See `peftk.functional.dora_norm`."""
+    pieces = (weight,)
+    if weight.dtype is not b.dtype:
+        pieces = weight.split(max(1, _PIECE // max(weight.shape[1], 1)))
+    own, cross = [], []
+    for piece in pieces:
+        wide = piece.to(b.dtype)
+        own.append(torch.linalg.vector_norm(wide, dim=1))
+        cross.append(wide @ a.mT)
+    own, cross = torch.cat(own), torch.cat(cross)
+    # ||W||^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>, row by row.
+    update = 2 * scale * (b * cross).sum(1) + scale**2 * (b @ (a @ a.mT) * b).sum(1)
+    # The root of a square is the number itself, so that an update of zero changes no bit.
+    return (own * own + update).clamp_min(0).sqrt()
+
+
+def dora_compose(
+    base: Tensor, x: Tensor, a: Tensor, b: Tensor, gain: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the rank-sized product ``x @ a.T``; see `peftk.functional.dora_compose`."""
+    hidden = linear(x, a)
+    y = (base.to(gain.dtype) + linear(hidden, b).to(gain.dtype) * scale) * gain
+    if bias is not None:
+        y = y + (1 - gain) * bias.to(gain.dtype)
+    return y.to(base.dtype).contiguous(), hidden
+
+
+def compose_backward(
+    scale_backward: Callable,
+    low_rank_backward: Callable,
+    grad: Tensor,
+    base: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    need_base: bool,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    need_gain: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `dora_compose`, with a backend's own functions; an empty tensor for one not needed.
+
+    The output is a scale of channels plus a low-rank product whose b is ``gain * b``.
+    """
+    dbase, dgain, dbias = scale_backward(grad, base, gain, bias, 1, need_base, need_gain, need_bias)
+    dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
+    if need_x or need_a or need_b or need_gain:
+        column = gain[:, None]
+        factors = a, (b * column).to(b.dtype), None, scale, 0.0, None
+        needs = need_x, need_a, need_b or need_gain, False
+        dx, da, dscaled, _ = low_rank_backward(grad.to(x.dtype), x, hidden, *factors, *needs)
+        if need_gain:
+            dgain += (b.to(gain.dtype) * dscaled).sum(1)
+        if need_b:
+            db = (dscaled * column).to(b.dtype)
+    return dbase, dx, da, db, dgain, dbias
+
+
+def dora_compose_backward(*args: Tensor | float | bool | None) -> tuple[Tensor, ...]:
+    """Return the gradients in base, x, a, b, the gain and the bias; an empty tensor for one not needed."""
+    return compose_backward(scale_channels_backward, low_rank_add_backward, *args)
