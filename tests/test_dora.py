@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from layer_cases import I, O, make, reference
+from layer_cases import Case, I, O, example, make, reference
 from torch import nn
 
 import peftk
@@ -95,6 +95,23 @@ def test_several_adapters_act_and_merge_in_order():
         layer.merge()
         assert_close(layer(x), expected, torch.float32)
         layer.unmerge()
+
+
+@pytest.mark.parametrize("base", ["linear", "conv"])
+def test_a_bias_that_an_earlier_adapter_adds_is_scaled_when_merged_too(base):
+    layer = make(Case(LoraConfig(r=2, init_lora_weights=False, lora_bias=True), base))
+    layer.add_adapter("dora", DORA)
+    layer.set_adapter(["default", "dora"])
+    with torch.no_grad():
+        layer.lora_B["default"].bias.fill_(1.0)
+        layer.lora_magnitude_vector["dora"].weight.mul_(3.0)
+    x = example(Case(DORA, base))
+    expected, bias = layer(x), layer.bias.clone()
+    layer.merge(adapter_names=["default"])
+    layer.merge(adapter_names=["dora"])
+    assert_close(layer(x), expected.double(), torch.float32)
+    layer.unmerge()
+    assert torch.equal(layer.bias, bias)
 
 
 def test_dropout_reaches_both_products():

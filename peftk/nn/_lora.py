@@ -152,6 +152,11 @@ class LoRALayer(AdapterLayer):
             adapted = original.to(device=weight.device, dtype=weight.dtype) + delta
             g = gain(self.lora_magnitude_vector[name].weight.to(weight.dtype), adapted.flatten(1).norm(dim=1))
             merged = merged * g.view(-1, *[1] * (weight.dim() - 1))
+            if "bias" in tensors:
+                # As in the forward pass, the bias of the layer is not scaled, but what adapters have added to it is.
+                own = self._original.get("bias", self.base_layer.bias).to(tensors["bias"])
+                added = tensors["bias"] - own
+                tensors["bias"] = own + g * added if added.any() else tensors["bias"]
         tensors["weight"] = merged.mT if self.kind == "Embedding" else merged
         bias = self._extra_bias(name)
         if bias is not None:
