@@ -46,14 +46,18 @@ STYLE = {
 }
 
 
-def _text(axes: Axes, x: float, y: float, text: str, **kwargs: Any) -> None:
-    """Write a label that lines behind it do not make unreadable."""
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85}
-    axes.text(x, y, text, va="center", color="#3c4043", bbox=box, **kwargs)
+def _text(axes: Axes, x: float, y: float, text: str, size: float = 7.5, left: bool = False) -> None:
+    """Write a label beside a point, on a ground that lines behind it do not cross."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.85}
+    side = {"xytext": (-3, 0), "ha": "right"} if left else {"xytext": (3, 0), "ha": "left"}
+    axes.annotate(
+        text, (x, y), textcoords="offset points", va="center", fontsize=size, color="#3c4043", bbox=box, **side
+    )
 
 
 def _rows(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
+    # What makes a name long stands on a line of its own.
+    axes.set_yticks(range(len(names)), [name.replace(", bf16 base", ",\nbf16 base") for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     for edge in range(1, len(names)):
@@ -79,7 +83,7 @@ def _present(found: list[Comparison], arms: dict[str, str]) -> dict[str, str]:
 
 
 def _by_width(found: list[Comparison], large: bool) -> list[Comparison]:
-    """Return the comparisons of narrow layers, or those of wide ones if there are both: one picture for each."""
+    """Return the comparisons of small widths, or those of large ones if there are both: one picture for each."""
     narrow = [c for c in found if c.info["in_features"] <= 1024]
     wide = [c for c in found if c not in narrow]
     return (wide if narrow else []) if large else narrow or wide
@@ -106,9 +110,9 @@ def overhead(results: Results, large: bool = False) -> Figure | None:
             axes.barh(y, min(row.ratio, limit) - 1, height * 0.9, left=1, color=COLOURS[arm])
             if row.ratio <= limit:
                 axes.plot([low, min(high, limit)], [y, y], color="#202124", linewidth=1)
-            label = min(max(row.ratio, high), limit) + 0.008 * (limit - 1)
+            label = min(max(row.ratio, high), limit)
             text = f"{row.ratio:.2f}" if row.ratio <= limit else f"\u2192 {row.ratio:.1f}"
-            _text(axes, label, y, text, fontsize=7.5)
+            _text(axes, label, y, text)
         asked = target(comparison)
         if asked is not None and binding(comparison):
             axes.plot([asked, asked], [at - 0.45, at + 0.45], color="#202124", linewidth=1.4, linestyle=(0, (2, 1.5)))
@@ -144,9 +148,9 @@ def _dots(
     return figure, axes
 
 
-def speed_up(results: Results) -> Figure | None:
+def speed_up(results: Results, large: bool = False) -> Figure | None:
     """Dots: the peers' times over peftk's."""
-    found = [c for c in results.of("layers") if c.rows["peftk"].measured]
+    found = _by_width([c for c in results.of("layers") if c.rows["peftk"].measured], large)
     if not found:
         return None
     arms = _present(found, PEERS)
@@ -165,9 +169,9 @@ def speed_up(results: Results) -> Figure | None:
     return figure
 
 
-def errors(results: Results) -> Figure | None:
+def errors(results: Results, large: bool = False) -> Figure | None:
     """Dots: the largest error of the gradients of every arm, and the limit."""
-    found = results.of("layers")
+    found = _by_width(results.of("layers"), large)
     if not found:
         return None
     arms = _present(found, {"frozen": "frozen layer", **LAYER_ARMS})
@@ -211,8 +215,7 @@ def memory(results: Results, large: bool = False) -> Figure | None:
         for y, mib, colour in bars:
             axes.barh(y, min(mib, limit), height * 0.9, color=colour)
             text = f"{mib:,.0f}" if mib >= 100 else f"{mib:.2g}"
-            text = f" {text}" if mib <= limit else f" \u2192 {text}"
-            _text(axes, min(mib, limit), y, text, fontsize=7)
+            _text(axes, min(mib, limit), y, text if mib <= limit else f"\u2192 {text}", 7)
         axes.set_xlim(0, limit * 1.14 if limit else 1)
         axes.set_xlabel("MiB")
         axes.set_title(title)
@@ -221,17 +224,16 @@ def memory(results: Results, large: bool = False) -> Figure | None:
     return figure
 
 
-def kernels(results: Results) -> Figure | None:
+def kernels(results: Results, large: bool = False) -> Figure | None:
     """Bars: how much faster C++ is than plain PyTorch, kernel by kernel."""
-    found = [c for c in results.of("kernels") if c.ratio("torch", "native") is not None]
+    found = _by_width([c for c in results.of("kernels") if c.ratio("torch", "native") is not None], large)
     if not found:
         return None
     figure, axes = _figure(len(found), 0.24)
     for at, comparison in enumerate(found):
         ratio = comparison.ratio("torch", "native")
         axes.barh(at, ratio - 1, 0.7, left=1, color=COLOURS["native" if ratio >= 1 else "torch"])
-        text = f" {ratio:.2f} " if ratio < 10 else f" {ratio:.0f} "
-        _text(axes, ratio, at, text, ha="left" if ratio >= 1 else "right", fontsize=7.5)
+        _text(axes, ratio, at, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", left=ratio < 1)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.8) / 1.15, max(high, 1.5) * 1.25)
@@ -256,19 +258,18 @@ def dispatch(results: Results) -> Figure | None:
         return None
     figure, axes = _figure(len(costs), 0.42)
     # One kernel for many small calls of torch saves far more than a dispatch costs: that must not set the scale.
-    highest = max(DISPATCH_TARGET_US, *(cost for row in costs.values() for cost in row.values()))
-    lowest = max(-highest, min(0.0, *(cost for row in costs.values() for cost in row.values())))
+    limit = 5 * DISPATCH_TARGET_US
     for at, row in enumerate(costs.values()):
         for slot, arm in enumerate(("peftk", "peftk-torch")):
             if arm in row:
                 y, cost = at - 0.2 + 0.4 * slot, row[arm]
-                axes.barh(y, max(cost, lowest), 0.36, color=COLOURS[arm])
-                text = f" {cost:.1f}" if cost >= lowest else f" \u2190 {cost:.1f}"
-                _text(axes, max(cost, 0), y, text, fontsize=7.5)
+                axes.barh(y, max(-limit, min(cost, limit)), 0.36, color=COLOURS[arm])
+                sign = "" if abs(cost) <= limit else "\u2192 " if cost > 0 else "\u2190 "
+                _text(axes, max(0, min(cost, limit)), y, f"{sign}{cost:.1f}")
     axes.axvline(0, color="#202124", linewidth=0.8)
     axes.axvline(DISPATCH_TARGET_US, color="#202124", linewidth=1.4, linestyle=(0, (2, 1.5)), zorder=0.5)
-    axes.set_xlim(1.05 * lowest, 1.12 * highest)
-    axes.set_xlabel("microseconds a call beyond plain PyTorch")
+    axes.set_xlim(-1.02 * limit, 1.14 * limit)
+    axes.set_xlabel("microseconds a call beyond plain PyTorch (arrow: off the scale)")
     axes.set_title("What the dispatch costs, forward")
     _rows(axes, list(costs))
     line = [Line2D([], [], color="#202124", linestyle=(0, (2, 1.5)), label="target of the native backend")]
@@ -276,16 +277,19 @@ def dispatch(results: Results) -> Figure | None:
     return figure
 
 
-PLOTS: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
+_BOTH_WIDTHS = {
     "overhead": (overhead, "Overhead over the frozen layer"),
-    "overhead_wide": (functools.partial(overhead, large=True), "Overhead over the frozen layer, wide layers"),
     "speed_up": (speed_up, "Speed-up over peers"),
     "errors": (errors, "Error against float64"),
     "memory": (memory, "Memory"),
-    "memory_wide": (functools.partial(memory, large=True), "Memory, wide layers"),
     "kernels": (kernels, "C++ kernels beside plain PyTorch"),
-    "dispatch": (dispatch, "Cost of the dispatch"),
 }
+
+PLOTS: dict[str, tuple[Callable[[Results], Figure | None], str]] = {}
+for _name, (_function, _title) in _BOTH_WIDTHS.items():
+    PLOTS[_name] = _function, _title
+    PLOTS[f"{_name}_wide"] = functools.partial(_function, large=True), f"{_title}, wide layers"
+PLOTS["dispatch"] = dispatch, "Cost of the dispatch"
 
 
 def draw(results: Results) -> Iterator[tuple[str, str, bytes]]:

@@ -29,12 +29,16 @@ frozen layer is its bare products."""
 
 STYLE = """
 :root{color-scheme:light dark}
-body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#202124;background:#fff}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1260px;margin:2rem auto;padding:0 1rem;color:#202124;background:#fff}
 h1{font-size:1.6rem} h2{font-size:1.15rem;margin-top:2.2rem} p.note{color:#5f6368;max-width:75ch}
 .scroll{overflow-x:auto} table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .6rem;border-bottom:1px solid #e3e5e8;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left} th{border-bottom:2px solid #8a8f98;vertical-align:bottom}
-table.reasons td{text-align:left;white-space:normal} b{color:#c8102e} img{max-width:100%;background:#fff}
+th,td{padding:.3rem .5rem;border-bottom:1px solid #e3e5e8;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+th{border-bottom:2px solid #8a8f98;vertical-align:bottom;white-space:normal}
+td:first-child{white-space:normal;min-width:11rem}
+td:last-child{white-space:normal;max-width:16rem}
+table.reasons td,table.reasons th{text-align:left;white-space:normal;max-width:none}
+b{color:#c8102e} img{max-width:100%;background:#fff}
 @media (prefers-color-scheme:dark){body{background:#16181b;color:#e3e5e8}p.note{color:#9aa0a6}
 th,td{border-color:#33373d}}
 """

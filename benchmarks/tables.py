@@ -138,8 +138,9 @@ def layers(results: Results) -> Iterable[Table]:
             (
                 short(c),
                 milliseconds(frozen.found["median_us"]) if frozen.measured else frozen.found["status"],
-                *(_ratio(c.rows.get(arm)) for arm in LAYER_ARMS),
+                _ratio(ours),
                 verdict,
+                *(_ratio(c.rows.get(arm)) for arm in PEERS),
                 _samples(c),
             )
         )
@@ -148,7 +149,7 @@ def layers(results: Results) -> Iterable[Table]:
         "Median (and quartiles) of the ratios to the frozen layer's sample of the same round; x requires grad in every "
         "arm, so the frozen layer does two products. The target is peftk's; one marked (AMX) was set for a CPU with "
         f"bf16 matrix hardware and says nothing about a CPU without it. {DAGGERS}",
-        ("layer", "frozen", *LAYER_ARMS.values(), "target", "N"),
+        ("layer", "frozen", "peftk", "target", *PEERS.values(), "N"),
         rows,
     )
     yield Table(
