@@ -1,4 +1,4 @@
-"""Where LyCORIS 4.1.3 is wrong and peftk is not: each test shows both, so that it fails if LyCORIS is ever put right."""
+"""Where LyCORIS 4.1.3 is wrong and peftk is not: each test shows both, so that it fails once LyCORIS is put right."""
 
 from __future__ import annotations
 
