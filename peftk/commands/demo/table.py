@@ -42,7 +42,7 @@ def estimate(task: Task, methods: list[Method], steps: int, compare: bool) -> fl
     evaluated = (len(task.held_out.labels) + 3 * COMPARED) / task.batch / 3
     peers = (5 + 1) * min(PEER_STEPS, steps) if compare else 0
     head = (len(task.data.labels) + len(task.held_out.labels)) / task.batch / 3
-    rows = sum(1.5 * steps * (1 + 2 * method.experts) + peers + evaluated for method in methods)
+    rows = sum(1.5 * steps * (1 + method.experts) + peers + evaluated for method in methods)
     return second * (rows + head)
 
 
@@ -90,6 +90,7 @@ def run_all(
     text = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{max(5, 5 * round(seconds / 5))} seconds"
     console.print(f"{len(methods)} methods, {steps} steps each: about {text} on this machine.", highlight=False)
     head, before = baseline(task)
+    console.print(f"  head alone, without an adapter: {before['head alone']:.1%} right", highlight=False)
     peers = min(PEER_STEPS, steps)
     limits = Limits(steps, peers, PEFT_SECONDS, peers, COMPARED)
     rows = []
@@ -185,7 +186,8 @@ def show_all(results: dict[str, Any], picture: Path, figures: Path, console: Any
     for note, number in notes.items():
         console.print(f"{'*' * number} {note}.")
     for note in (
-        "Head alone: the classifier trained to convergence on the frozen model, without an adapter.",
+        "Head alone: the classifier trained to convergence on the frozen model, without an adapter. The methods train "
+        "theirs from the start, in the few steps that they have: more --steps take them further.",
         "Of frozen: the median step as a multiple of the frozen model's, each timed in turn on the same batch; beside "
         "it the same of Hugging Face PEFT.",
         "Peak: the most that torch's allocator held during one step, above the model itself; beside it the same of "
