@@ -24,7 +24,7 @@ Results = Tensor | tuple[Tensor, ...]
 # The naive formulas of the tests, except for one that goes entry by entry, which takes minutes at full size.
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     **{case.operator: case.formula for case in all_cases()},
-    "cayley": lambda packed, block_size, neumann_terms=None: truth.cayley(packed, block_size, neumann_terms == 5),
+    "cayley": lambda skew, block_size, neumann_terms=None: truth.cayley(skew, block_size, neumann_terms == 5),
 }
 
 # Of a frozen layer.

@@ -18,11 +18,11 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     return torch.bmm(rows, blocks).transpose(0, 1).reshape(x.shape)
 
 
-def cayley(packed: Tensor, block_size: int, neumann_terms: int | None = None) -> Tensor:
+def cayley(skew: Tensor, block_size: int, neumann_terms: int | None = None) -> Tensor:
     """Unpack, and solve, or add up the powers that five terms mean."""
-    rows, columns = torch.triu_indices(block_size, block_size, 1, device=packed.device)
-    upper = packed.new_zeros(len(packed), block_size, block_size)
-    upper[:, rows, columns] = packed
+    rows, columns = torch.triu_indices(block_size, block_size, 1, device=skew.device)
+    upper = skew.new_zeros(len(skew), block_size, block_size)
+    upper[:, rows, columns] = skew
     s = upper - upper.mT
     eye = torch.eye(block_size, dtype=s.dtype, device=s.device)
     if neumann_terms is None:

@@ -11,10 +11,15 @@
 namespace peftk {
 namespace {
 
-void check_triangles(const Tensor& packed, int64_t count, int64_t size, Place place) {
-  check_float(packed, "packed", place);
-  STD_TORCH_CHECK(size >= 1 && packed.dim() == 2 && packed.size(0) == count && packed.size(1) == size * (size - 1) / 2,
-                  "packed: expected shape (nb, b * (b - 1) / 2)");
+// Return whether the source is square matrices.
+bool check_source(const Tensor& source, int64_t count, int64_t size, Place place) {
+  check_float(source, "source", place);
+  const bool square = source.dim() == 3;
+  const bool fits = square ? source.size(1) == size && source.size(2) == size
+                           : source.dim() == 2 && source.size(1) == size * (size - 1) / 2;
+  STD_TORCH_CHECK(size >= 1 && fits && source.size(0) == count,
+                  "source: expected shape (nb, b * (b - 1) / 2) or (nb, b, b)");
+  return square;
 }
 
 void check_exact(int64_t terms, int64_t size) {
@@ -29,36 +34,41 @@ void check_no_series(int64_t terms) {
 }
 #endif
 
-CayleyParams check_forward(const Tensor& packed, int64_t block_size,
+CayleyParams check_forward(const Tensor& source, int64_t block_size,
                            torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out, Place place) {
   check_float(out, "out", place);
-  check_same_device(out, "out", packed, "packed");
+  check_same_device(out, "out", source, "source");
   STD_TORCH_CHECK(block_size >= 1, "block_size: expected a positive integer; got ", block_size);
   const int64_t terms = static_cast<int64_t>(polynomial.size());
   const int64_t count = out.numel() / (block_size * block_size);
   STD_TORCH_CHECK(out.numel() == count * block_size * block_size, "out: expected shape (nb, b, b)");
-  check_triangles(packed, count, block_size, place);
+  const bool square = check_source(source, count, block_size, place);
   check_exact(terms, block_size);
-  return {packed.const_data_ptr<float>(), polynomial.data(), terms, block_size,
-          static_cast<float*>(out.mutable_data_ptr())};
+  return {source.const_data_ptr<float>(),
+          polynomial.data(),
+          terms,
+          block_size,
+          static_cast<float*>(out.mutable_data_ptr()),
+          square};
 }
 
-CayleyBackwardParams check_backward(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
+CayleyBackwardParams check_backward(const Tensor& grad, const Tensor& source, const Tensor& blocks,
                                     torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out,
                                     Place place) {
   check_float(blocks, "blocks", place);
   STD_TORCH_CHECK(blocks.dim() == 3 && blocks.size(1) == blocks.size(2), "blocks: expected shape (nb, b, b)");
-  check_triangles(packed, blocks.size(0), blocks.size(1), place);
-  check_same_device(packed, "packed", blocks, "blocks");
+  const bool square = check_source(source, blocks.size(0), blocks.size(1), place);
+  check_same_device(source, "source", blocks, "blocks");
   check_like(grad, "grad", blocks, "blocks", place);
-  check_like(out, "out", packed, "packed", place);
+  check_like(out, "out", source, "source", place);
   return {grad.const_data_ptr<float>(),
-          packed.const_data_ptr<float>(),
+          source.const_data_ptr<float>(),
           blocks.const_data_ptr<float>(),
           polynomial.data(),
           static_cast<int64_t>(polynomial.size()),
           blocks.size(1),
-          static_cast<float*>(out.mutable_data_ptr())};
+          static_cast<float*>(out.mutable_data_ptr()),
+          square};
 }
 
 // Blocks for each task: about 100,000 multiplications.
@@ -66,37 +76,37 @@ int64_t grain(int64_t size) { return 1 + 100000 / (size * size * size); }
 
 }  // namespace
 
-void cayley(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
+void cayley(const Tensor& source, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
             Tensor& out) {
-  const CayleyParams p = check_forward(packed, block_size, polynomial, out, Place::cpu);
-  torch::stable::parallel_for(0, packed.size(0), grain(block_size),
+  const CayleyParams p = check_forward(source, block_size, polynomial, out, Place::cpu);
+  torch::stable::parallel_for(0, source.size(0), grain(block_size),
                               [&](int64_t begin, int64_t end) { cayley_cpu(p, begin, end); });
 }
 
-void cayley_backward(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
+void cayley_backward(const Tensor& grad, const Tensor& source, const Tensor& blocks,
                      torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out) {
-  const CayleyBackwardParams p = check_backward(grad, packed, blocks, polynomial, out, Place::cpu);
-  torch::stable::parallel_for(0, packed.size(0), grain(p.size),
+  const CayleyBackwardParams p = check_backward(grad, source, blocks, polynomial, out, Place::cpu);
+  torch::stable::parallel_for(0, source.size(0), grain(p.size),
                               [&](int64_t begin, int64_t end) { cayley_backward_cpu(p, begin, end); });
 }
 
 #ifdef PEFTK_CUDA
 
-void cayley_on_cuda(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
+void cayley_on_cuda(const Tensor& source, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
                     Tensor& out) {
-  const CayleyParams p = check_forward(packed, block_size, polynomial, out, Place::cuda);
+  const CayleyParams p = check_forward(source, block_size, polynomial, out, Place::cuda);
   check_no_series(p.terms);
-  const CudaStream stream(packed);
-  cayley_cuda(p, packed.size(0), stream.get());
+  const CudaStream stream(source);
+  cayley_cuda(p, source.size(0), stream.get());
 }
 
-void cayley_backward_on_cuda(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
+void cayley_backward_on_cuda(const Tensor& grad, const Tensor& source, const Tensor& blocks,
                              torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out) {
-  const CayleyBackwardParams p = check_backward(grad, packed, blocks, polynomial, out, Place::cuda);
+  const CayleyBackwardParams p = check_backward(grad, source, blocks, polynomial, out, Place::cuda);
   check_no_series(p.terms);
   check_exact(p.terms, p.size);
-  const CudaStream stream(packed);
-  cayley_backward_cuda(p, packed.size(0), stream.get());
+  const CudaStream stream(source);
+  cayley_backward_cuda(p, source.size(0), stream.get());
 }
 
 #endif

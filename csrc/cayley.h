@@ -8,19 +8,22 @@ namespace peftk {
 constexpr int64_t kExactCayleySize = 64;
 
 struct CayleyParams {
-  const float* packed;       // (count, size * (size - 1) / 2): rows of the upper triangle, one after another
+  const float* source;       // (count, size * (size - 1) / 2): rows of the upper triangle, one after another;
+                             // or, if `square`, (count, size, size), of which the skew-symmetric part counts
   const double* polynomial;  // coefficients, the constant first; the exact transform if `terms` is 0
   int64_t terms, size;
   float* blocks;  // (count, size, size)
+  bool square;
 };
 
 struct CayleyBackwardParams {
   const float* grad;    // (count, size, size)
-  const float* packed;  // as above
+  const float* source;  // as above
   const float* blocks;  // the transform's result; read by the exact gradient only
   const double* polynomial;
   int64_t terms, size;
-  float* dpacked;  // as packed
+  float* dsource;  // as source
+  bool square;
 };
 
 void cayley_cpu(const CayleyParams& p, int64_t begin, int64_t end);

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <memory>
+#include <optional>
+#include <utility>
 
 #include "check.h"
 #include "native_ops.h"
@@ -12,55 +14,141 @@ namespace {
 
 using torch::stable::parallel_for;
 
+using Buffer = std::unique_ptr<float[]>;
+
+const float* floats(const Tensor& t) { return t.const_data_ptr<float>(); }
+float* writable(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
 struct Sizes {
-  int64_t rows, columns;
+  int64_t rows, depth, columns, rank;
 };
 
-Sizes check_matrix(const Tensor& t, const char* name) {
+void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   check_float(t, name);
-  STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions");
-  return {t.size(0), t.size(1)};
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected shape (", rows, ", ",
+                  columns, ")");
 }
+
+Sizes check_factors(const Tensor& x, const Tensor& a, const Tensor& b) {
+  for (const auto& [t, name] : {std::pair{&x, "x"}, {&a, "a"}, {&b, "b"}})
+    STD_TORCH_CHECK(t->dim() == 2, name, ": expected 2 dimensions; got ", t->dim());
+  const Sizes s{x.size(0), x.size(1), b.size(0), a.size(0)};
+  check_float(x, "x");
+  check_shape(a, "a", s.rank, s.depth);
+  check_shape(b, "b", s.columns, s.rank);
+  return s;
+}
+
+// Return how many numbers lie between the gates of two rows: none if all share one.
+int64_t check_gate(const std::optional<Tensor>& gate, const Sizes& s) {
+  if (!gate) return 0;
+  check_float(*gate, "gate");
+  if (gate->dim() == 1 && gate->size(0) == s.rank) return 0;
+  check_shape(*gate, "gate", s.rows, s.rank);
+  return s.rank;
+}
+
+Buffer padded_copy(const Tensor& m, int64_t row, int64_t col, int64_t rows, int64_t columns) {
+  Buffer copy(new float[rows * padded(columns)]);
+  pad_columns_cpu(floats(m), row, col, rows, columns, copy.get());
+  return copy;
+}
+
+Buffer strips_of(const Tensor& m, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale) {
+  Buffer copy(new float[(columns + kStripColumns - 1) / kStripColumns * kStripColumns * rank]);
+  pack_strips_cpu(floats(m), row, col, rank, columns, scale, copy.get());
+  return copy;
+}
+
+// Rows whose gradients are summed before they are added to those of others.
+constexpr int64_t kSplitRows = 64, kMostSplits = 16;
 
 // Operations of a task: enough to pay for handing it to a thread.
 constexpr int64_t kTaskOperations = 1 << 18;
 
 }  // namespace
 
-void shrink(const Tensor& x, const Tensor& m, bool transposed, double scale, Tensor& out) {
-  const Sizes s = check_matrix(x, "x"), f = check_matrix(m, "m"), o = check_matrix(out, "out");
-  const int64_t depth = transposed ? f.columns : f.rows, rank = transposed ? f.rows : f.columns;
-  STD_TORCH_CHECK(depth == s.columns, "m: expected ", s.columns, " features, as x has; got ", depth);
-  STD_TORCH_CHECK(o.rows == s.rows && o.columns == rank, "out: expected shape (rows, rank)");
-  const std::unique_ptr<float[]> packed(new float[depth * padded(rank)]);
-  pad_columns_cpu(m.const_data_ptr<float>(), transposed ? 1 : rank, transposed ? depth : 1, depth, rank, packed.get());
-  const ShrinkParams p{
-      x.const_data_ptr<float>(), packed.get(), static_cast<float*>(out.mutable_data_ptr()), s.rows, depth, rank,
-      static_cast<float>(scale)};
-  parallel_for(0, s.rows, 1 + kTaskOperations / (1 + depth * rank),
-               [&](int64_t begin, int64_t end) { shrink_cpu(p, begin, end); });
+void low_rank(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> gate, double scale, Tensor& out,
+              Tensor& hidden) {
+  const Sizes s = check_factors(x, a, b);
+  const bool expands = out.numel() > 0;
+  if (expands) check_shape(out, "out", s.rows, s.columns);
+  check_shape(hidden, "hidden", s.rows, s.rank);
+  const int64_t gate_row = check_gate(gate, s);
+  const Buffer columns = padded_copy(a, 1, s.depth, s.depth, s.rank);
+  const Buffer strips = strips_of(b, 1, s.rank, s.rank, s.columns, static_cast<float>(scale));
+  const LowRankParams p{floats(x),
+                        columns.get(),
+                        strips.get(),
+                        gate ? floats(*gate) : nullptr,
+                        expands ? writable(out) : nullptr,
+                        writable(hidden),
+                        s.rows,
+                        s.depth,
+                        s.columns,
+                        s.rank,
+                        gate_row};
+  parallel_for(0, s.rows, 1 + kTaskOperations / (1 + (s.depth + s.columns) * s.rank),
+               [&](int64_t begin, int64_t end) { low_rank_cpu(p, begin, end); });
 }
 
-void outer(const Tensor& x, const Tensor& h, bool transposed, double scale, Tensor& out) {
-  const Sizes s = check_matrix(x, "x"), f = check_matrix(h, "h"), o = check_matrix(out, "out");
-  const int64_t rank = f.columns;
-  STD_TORCH_CHECK(f.rows == s.rows, "h: expected ", s.rows, " rows, as x has; got ", f.rows);
-  STD_TORCH_CHECK(transposed ? o.rows == rank && o.columns == s.columns : o.rows == s.columns && o.columns == rank,
-                  "out: expected shape (features, rank), or (rank, features) where transposed");
-  const std::unique_ptr<float[]> packed(new float[s.rows * padded(rank)]);
-  pad_columns_cpu(h.const_data_ptr<float>(), rank, 1, s.rows, rank, packed.get());
-  const OuterParams p{x.const_data_ptr<float>(),
-                      packed.get(),
-                      static_cast<float*>(out.mutable_data_ptr()),
-                      s.rows,
-                      s.columns,
-                      rank,
-                      transposed ? 1 : rank,
-                      transposed ? s.columns : 1,
-                      static_cast<float>(scale)};
-  parallel_for(0, (s.columns + kOuterColumns - 1) / kOuterColumns,
-               1 + kTaskOperations / (1 + s.rows * kOuterColumns * rank),
-               [&](int64_t begin, int64_t end) { outer_cpu(p, begin, end); });
+void low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor& hidden, const Tensor& a, const Tensor& b,
+                       std::optional<Tensor> gate, double scale, Tensor& dx, Tensor& da, Tensor& db, Tensor& dgate) {
+  const Sizes s = check_factors(x, a, b);
+  check_shape(grad, "grad", s.rows, s.columns);
+  check_shape(hidden, "hidden", s.rows, s.rank);
+  const int64_t gate_row = check_gate(gate, s);
+  const bool need_x = dx.numel() > 0, need_a = da.numel() > 0, need_b = db.numel() > 0, need_gate = dgate.numel() > 0;
+  if (need_x) check_shape(dx, "dx", s.rows, s.depth);
+  if (need_a) check_shape(da, "da", s.rank, s.depth);
+  if (need_b) check_shape(db, "db", s.columns, s.rank);
+  if (need_gate) {
+    check_float(dgate, "dgate");
+    STD_TORCH_CHECK(gate && dgate.numel() == gate->numel(), "dgate: expected as many numbers as gate has");
+  }
+
+  int64_t splits = (s.rows + kSplitRows - 1) / kSplitRows;
+  if (splits > kMostSplits) splits = kMostSplits;
+  const int64_t split_rows = splits ? (s.rows + splits - 1) / splits : 1;
+  if (splits) splits = (s.rows + split_rows - 1) / split_rows;
+  const int64_t a_ld = padded(s.depth), b_ld = padded(s.columns);
+  const auto parts = [&](bool needed, int64_t numbers) {
+    return Buffer(needed ? new float[splits * numbers] : nullptr);
+  };
+  const Buffer da_parts = parts(need_a, s.rank * a_ld), db_parts = parts(need_b, s.rank * b_ld);
+  const Buffer dgate_parts = parts(need_gate && gate_row == 0, s.rank);
+  const Buffer columns = padded_copy(b, s.rank, 1, s.columns, s.rank);
+  const Buffer strips = strips_of(a, s.depth, 1, s.rank, s.depth, 1.0f);
+  const LowRankBackwardParams p{floats(grad),
+                                floats(x),
+                                floats(hidden),
+                                strips.get(),
+                                columns.get(),
+                                gate ? floats(*gate) : nullptr,
+                                need_x ? writable(dx) : nullptr,
+                                da_parts.get(),
+                                db_parts.get(),
+                                need_gate ? (gate_row ? writable(dgate) : dgate_parts.get()) : nullptr,
+                                s.rows,
+                                s.depth,
+                                s.columns,
+                                s.rank,
+                                split_rows,
+                                gate_row,
+                                static_cast<float>(scale)};
+  parallel_for(0, splits, 1 + kTaskOperations / (1 + split_rows * (s.depth + s.columns) * s.rank),
+               [&](int64_t begin, int64_t end) { low_rank_backward_cpu(p, begin, end); });
+  const int64_t grain = 1 + kTaskOperations / (1 + splits * s.rank);
+  float *da_data = writable(da), *db_data = writable(db);
+  if (need_a)
+    parallel_for(0, s.depth, grain, [&](int64_t begin, int64_t end) {
+      add_parts_cpu(da_parts.get(), splits, s.rank, a_ld, s.depth, 1, begin, end, da_data);
+    });
+  if (need_b)
+    parallel_for(0, s.columns, grain, [&](int64_t begin, int64_t end) {
+      add_parts_cpu(db_parts.get(), splits, s.rank, b_ld, 1, s.rank, begin, end, db_data);
+    });
+  if (dgate_parts) add_parts_cpu(dgate_parts.get(), splits, 1, s.rank, 0, 1, 0, s.rank, writable(dgate));
 }
 
 void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Tensor& out) {

@@ -1,4 +1,4 @@
-// The thin products of LoRA's factors with tall activations, and the dropout of LoRA's input.
+// The low-rank product of LoRA and its gradients, each in one pass over the activations, and the dropout of its input.
 #pragma once
 #include <cstdint>
 
@@ -6,32 +6,50 @@
 
 namespace peftk {
 
-// out = scale * x @ m, with few columns.
-struct ShrinkParams {
-  const float* x;  // (rows, depth)
-  const float* m;  // (depth, padded(rank)), zero from column `rank` on
-  float* out;      // (rows, rank)
-  int64_t rows, depth, rank;
+// hidden = x @ a.T and out += scale * (hidden * gate) @ b.T, with few columns in `hidden`.
+struct LowRankParams {
+  const float* x;     // (rows, depth)
+  const float* a;     // (depth, padded(rank)), zero from column `rank` on
+  const float* b;     // strips of (rank, kStripColumns) times the scale, see `pack_strips_cpu`
+  const float* gate;  // (rank), or (rows, rank), or null
+  float* out;         // (rows, columns), or null for `hidden` alone
+  float* hidden;      // (rows, rank)
+  int64_t rows, depth, columns, rank;
+  int64_t gate_row;  // numbers from one row's gate to the next: 0 or rank
+};
+
+// The gradients. Rows are taken in splits, whose parts of `da`, `db` and `dgate` are added up in their order
+// afterwards, so that the number of threads changes no bit.
+struct LowRankBackwardParams {
+  const float* grad;    // (rows, columns)
+  const float* x;       // (rows, depth)
+  const float* hidden;  // (rows, rank), before the gate
+  const float* a;       // strips of (rank, kStripColumns)
+  const float* b;       // (columns, padded(rank)), zero from column `rank` on
+  const float* gate;    // as above
+  float* dx;            // (rows, depth), to which the gradient is added, or null
+  float* da;            // (splits, rank, padded(depth)), or null
+  float* db;            // (splits, rank, padded(columns)), or null
+  float* dgate;         // (splits, rank), or (rows, rank), or null
+  int64_t rows, depth, columns, rank, split_rows;
+  int64_t gate_row;
   float scale;
 };
 
-// out = scale * x.T @ h: the gradient of a factor.
-struct OuterParams {
-  const float* x;  // (rows, features)
-  const float* h;  // (rows, padded(rank)), zero from column `rank` on
-  float* out;      // element (i, j) of (features, rank) at out[i * row + j * col]
-  int64_t rows, features, rank;
-  int64_t row, col;
-  float scale;
-};
-
-// Columns of x whose gradients are summed together, in the first-level cache.
-constexpr int64_t kOuterColumns = 128;
+// Columns that a row of factors is laid out for: two vectors, one line of the cache.
+constexpr int64_t kStripColumns = 2 * kLanes;
 
 // Rows begin to end.
-void shrink_cpu(const ShrinkParams& p, int64_t begin, int64_t end);
-// Groups of kOuterColumns columns of x, begin to end; every group sums over all rows in their order.
-void outer_cpu(const OuterParams& p, int64_t begin, int64_t end);
+void low_rank_cpu(const LowRankParams& p, int64_t begin, int64_t end);
+// Splits begin to end.
+void low_rank_backward_cpu(const LowRankBackwardParams& p, int64_t begin, int64_t end);
+// Lay a (rank, columns) matrix, element (i, j) at from[i * row + j * col], out in strips of columns, times `scale`;
+// the last one is padded with zeros.
+void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale,
+                     float* to);
+// Add up parts (count, rank, ld): element (i, j) of the sum goes to to[i * row + j * col], for columns begin to end.
+void add_parts_cpu(const float* parts, int64_t count, int64_t rank, int64_t ld, int64_t row, int64_t col, int64_t begin,
+                   int64_t end, float* to);
 // Lay a (rows, cols) matrix, element (i, j) at from[i * row + j * col], out with padded rows.
 void pad_columns_cpu(const float* from, int64_t row, int64_t col, int64_t rows, int64_t cols, float* to);
 

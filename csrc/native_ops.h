@@ -20,9 +20,9 @@ void scale_channels(const Tensor& x, const Tensor& scale, std::optional<Tensor> 
 void scale_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, std::optional<Tensor> bias,
                              int64_t inner, Tensor& dx, Tensor& dscale, Tensor& dbias);
 
-void cayley(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
+void cayley(const Tensor& source, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
             Tensor& out);
-void cayley_backward(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
+void cayley_backward(const Tensor& grad, const Tensor& source, const Tensor& blocks,
                      torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
 
 // Circular convolution between spectra in planes (circulant.h), and as a weight; an empty `weight` is zero.
@@ -51,9 +51,12 @@ void kronecker_weight(const Tensor& weight, const Tensor& w1, const Tensor& w2, 
 void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tensor& w2, double scale, Tensor& dw1,
                                Tensor& dw2);
 
-// Thin products of LoRA: `m` is (depth, rank), or (rank, depth) where transposed; so is the result of `outer`.
-void shrink(const Tensor& x, const Tensor& m, bool transposed, double scale, Tensor& out);
-void outer(const Tensor& x, const Tensor& h, bool transposed, double scale, Tensor& out);
+// hidden = x @ a.T, and out += scale * (hidden * gate) @ b.T unless `out` is empty, with `gate` (rank) or (rows, rank).
+void low_rank(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> gate, double scale, Tensor& out,
+              Tensor& hidden);
+// An empty tensor is a gradient that nobody needs; that of x is added to `dx`.
+void low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor& hidden, const Tensor& a, const Tensor& b,
+                       std::optional<Tensor> gate, double scale, Tensor& dx, Tensor& da, Tensor& db, Tensor& dgate);
 void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Tensor& out);
 
 #ifdef PEFTK_CUDA
@@ -67,9 +70,9 @@ void circulant_mix_on_cuda(const Tensor& x, const Tensor& kernel, bool adjoint, 
 void circulant_contract_on_cuda(const Tensor& grad, const Tensor& x, Tensor& out);
 void circulant_weight_on_cuda(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out);
 void circulant_weight_backward_on_cuda(const Tensor& grad, double scale, Tensor& dkernel);
-void cayley_on_cuda(const Tensor& packed, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
+void cayley_on_cuda(const Tensor& source, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
                     Tensor& out);
-void cayley_backward_on_cuda(const Tensor& grad, const Tensor& packed, const Tensor& blocks,
+void cayley_backward_on_cuda(const Tensor& grad, const Tensor& source, const Tensor& blocks,
                              torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
 void hadamard_weight_on_cuda(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
                              const Tensor& w2_b, double scale, Tensor& out);

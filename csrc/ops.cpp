@@ -14,8 +14,8 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
   m.def(
       "scale_channels_backward(Tensor grad, Tensor x, Tensor scale, Tensor? bias, int inner, Tensor(a!) dx,"
       " Tensor(b!) dscale, Tensor(c!) dbias) -> ()");
-  m.def("cayley(Tensor packed, int block_size, float[] polynomial, Tensor(a!) out) -> ()");
-  m.def("cayley_backward(Tensor grad, Tensor packed, Tensor blocks, float[] polynomial, Tensor(a!) out) -> ()");
+  m.def("cayley(Tensor source, int block_size, float[] polynomial, Tensor(a!) out) -> ()");
+  m.def("cayley_backward(Tensor grad, Tensor source, Tensor blocks, float[] polynomial, Tensor(a!) out) -> ()");
   m.def("circulant_mix(Tensor x, Tensor kernel, bool adjoint, Tensor(a!) out) -> ()");
   m.def("circulant_contract(Tensor grad, Tensor x, Tensor(a!) out) -> ()");
   m.def("circulant_weight(Tensor weight, Tensor kernel, float scale, Tensor(a!) out) -> ()");
@@ -42,8 +42,10 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
   m.def(
       "kronecker_weight_backward(Tensor grad, Tensor w1, Tensor w2, float scale, Tensor(a!) dw1, Tensor(b!) dw2)"
       " -> ()");
-  m.def("shrink(Tensor x, Tensor m, bool transposed, float scale, Tensor(a!) out) -> ()");
-  m.def("outer(Tensor x, Tensor h, bool transposed, float scale, Tensor(a!) out) -> ()");
+  m.def("low_rank(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out, Tensor(b!) hidden) -> ()");
+  m.def(
+      "low_rank_backward(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor? gate, float scale, "
+      "Tensor(a!) dx, Tensor(b!) da, Tensor(c!) db, Tensor(d!) dgate) -> ()");
   m.def("dropout(Tensor x, int seed, int threshold, float scale, Tensor(a!) out) -> ()");
 }
 
@@ -69,8 +71,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("kronecker_mix", TORCH_BOX(&peftk::kronecker_mix));
   m.impl("kronecker_weight", TORCH_BOX(&peftk::kronecker_weight));
   m.impl("kronecker_weight_backward", TORCH_BOX(&peftk::kronecker_weight_backward));
-  m.impl("shrink", TORCH_BOX(&peftk::shrink));
-  m.impl("outer", TORCH_BOX(&peftk::outer));
+  m.impl("low_rank", TORCH_BOX(&peftk::low_rank));
+  m.impl("low_rank_backward", TORCH_BOX(&peftk::low_rank_backward));
   m.impl("dropout", TORCH_BOX(&peftk::dropout));
 }
 

@@ -341,7 +341,7 @@ BAD = {
     "norm of rank zero": (lambda: F.dora_norm(W, A[:0], B[:, :0]), ValueError, "rank >= 1"),
     "norm with a NaN": (lambda: F.dora_norm(W, A, B, float("nan")), ValueError, "scale: expected a finite"),
     "norm with scales": (lambda: F.dora_norm(W, A, B, A[0]), ValueError, "scale: expected a number"),
-    "triangle too short": (lambda: F.cayley(torch.ones(1, 2), 4), ValueError, r"packed: expected shape .* = \(nb, 6\)"),
+    "triangle too short": (lambda: F.cayley(torch.ones(1, 2), 4), ValueError, r"skew: expected shape .* = \(nb, 6\)"),
     "block size is a float": (lambda: F.cayley(torch.ones(1, 1), 2.0), TypeError, "block_size: expected an integer"),
     "block size is zero": (lambda: F.cayley(torch.ones(1, 0), 0), ValueError, "block_size: expected a positive"),
     "no terms": (lambda: F.cayley(torch.ones(1, 1), 2, neumann_terms=0), ValueError, "neumann_terms: expected None"),

@@ -9,30 +9,42 @@ namespace {
 
 using Buffer = std::unique_ptr<float[]>;
 
-PEFTK_INLINE void unpack_skew(const float* packed, int64_t size, float* s, int64_t ld) {
-  for (int64_t i = 0; i < size * ld; ++i) s[i] = 0.0f;
-  for (int64_t i = 0; i < size; ++i)
+// Numbers of one matrix in the source.
+constexpr int64_t source_size(int64_t size, bool square) { return square ? size * size : size * (size - 1) / 2; }
+
+// S, whose entries may be floats or doubles, with `diagonal` on its diagonal.
+template <typename T>
+PEFTK_INLINE void unpack_skew(const float* source, bool square, int64_t size, T diagonal, T* s, int64_t ld) {
+  for (int64_t i = 0; i < size; ++i) {
+    s[i * ld + i] = diagonal;
+    for (int64_t j = size; j < ld; ++j) s[i * ld + j] = 0;
     for (int64_t j = i + 1; j < size; ++j) {
-      s[i * ld + j] = *packed;
-      s[j * ld + i] = -*packed++;
+      const float value = square ? 0.5f * (source[i * size + j] - source[j * size + i]) : *source++;
+      s[i * ld + j] = value;
+      s[j * ld + i] = -static_cast<T>(value);
     }
+  }
 }
 
-PEFTK_INLINE void pack_skew_gradient(const float* grad, int64_t size, int64_t ld, float* dpacked) {
-  for (int64_t i = 0; i < size; ++i)
-    for (int64_t j = i + 1; j < size; ++j) *dpacked++ = grad[i * ld + j] - grad[j * ld + i];
+PEFTK_INLINE void pack_skew_gradient(const float* grad, int64_t size, int64_t ld, bool square, float* dsource) {
+  for (int64_t i = 0; i < size; ++i) {
+    if (square) dsource[i * size + i] = 0.0f;
+    for (int64_t j = i + 1; j < size; ++j) {
+      const float value = grad[i * ld + j] - grad[j * ld + i];
+      if (square) {
+        dsource[i * size + j] = 0.5f * value;
+        dsource[j * size + i] = -0.5f * value;
+      } else {
+        *dsource++ = value;
+      }
+    }
+  }
 }
 
 // R = 2 inv(I + S) - I. The symmetric part of I + S and of every Schur complement of it is at least I, so all
 // pivots are at least 1 and none is looked for; doubles absorb the growth, which is at most 1 + |S|^2.
-PEFTK_INLINE void invert(const float* packed, int64_t n, double* a, float* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    a[i * n + i] = 1.0;
-    for (int64_t j = i + 1; j < n; ++j) {
-      a[i * n + j] = *packed;
-      a[j * n + i] = -static_cast<double>(*packed++);
-    }
-  }
+PEFTK_INLINE void invert(const float* source, bool square, int64_t n, double* a, float* out) {
+  unpack_skew(source, square, n, 1.0, a, n);
   for (int64_t p = 0; p < n; ++p) {
     double* __restrict pivot = a + p * n;
     const double inverse = 1.0 / pivot[p];
@@ -65,10 +77,10 @@ PEFTK_INLINE void horner(const float* s, const double* c, int64_t terms, int64_t
 }
 
 PEFTK_INLINE void cayley_cpu_body(const CayleyParams& p, int64_t begin, int64_t end) {
-  const int64_t n = p.size, ld = padded(n), triangle = n * (n - 1) / 2;
+  const int64_t n = p.size, ld = padded(n), numbers = source_size(n, p.square);
   if (p.terms == 0) {
     const std::unique_ptr<double[]> a(new double[n * n]);
-    for (int64_t i = begin; i < end; ++i) invert(p.packed + i * triangle, n, a.get(), p.blocks + i * n * n);
+    for (int64_t i = begin; i < end; ++i) invert(p.source + i * numbers, p.square, n, a.get(), p.blocks + i * n * n);
     return;
   }
   const Buffer s(new float[n * ld]), stages(new float[(p.terms > 1 ? p.terms - 1 : 1) * n * ld]());
@@ -76,7 +88,7 @@ PEFTK_INLINE void cayley_cpu_body(const CayleyParams& p, int64_t begin, int64_t 
     if (p.terms == 1) {
       for (int64_t j = 0; j < n; ++j) stages[j * ld + j] = static_cast<float>(p.polynomial[0]);
     } else {
-      unpack_skew(p.packed + i * triangle, n, s.get(), ld);
+      unpack_skew(p.source + i * numbers, p.square, n, 0.0f, s.get(), ld);
       horner(s.get(), p.polynomial, p.terms, n, ld, 0, stages.get());
     }
     store_tile(stages.get(), ld, n, n, p.blocks + i * n * n, n);
@@ -95,10 +107,10 @@ PEFTK_INLINE void exact_gradient(const float* grad, const float* blocks, int64_t
 }
 
 // The reverse of Horner's rule: dS += stage[k + 1]^T G_k and G_(k+1) = G_k S^T = -G_k S.
-PEFTK_INLINE void polynomial_gradient(const CayleyBackwardParams& p, const float* grad, const float* packed, int64_t ld,
+PEFTK_INLINE void polynomial_gradient(const CayleyBackwardParams& p, const float* grad, const float* source, int64_t ld,
                                       float* s, float* stages, float* g, float* next, float* ds) {
   const int64_t n = p.size;
-  unpack_skew(packed, n, s, ld);
+  unpack_skew(source, p.square, n, 0.0f, s, ld);
   horner(s, p.polynomial, p.terms, n, ld, 1, stages);
   load_tile(grad, n, n, n, g, ld);
   for (int64_t i = 0; i < n * ld; ++i) ds[i] = 0.0f;
@@ -117,7 +129,7 @@ PEFTK_INLINE void polynomial_gradient(const CayleyBackwardParams& p, const float
 }
 
 PEFTK_INLINE void cayley_backward_cpu_body(const CayleyBackwardParams& p, int64_t begin, int64_t end) {
-  const int64_t n = p.size, ld = padded(n), area = n * ld, triangle = n * (n - 1) / 2;
+  const int64_t n = p.size, ld = padded(n), area = n * ld, numbers = source_size(n, p.square);
   const Buffer ds(new float[area]()), g(new float[area]), next(new float[area]), s(new float[area]);
   const Buffer stages(new float[(p.terms > 1 ? p.terms - 1 : 1) * area]);
   for (int64_t i = begin; i < end; ++i) {
@@ -125,8 +137,8 @@ PEFTK_INLINE void cayley_backward_cpu_body(const CayleyBackwardParams& p, int64_
     if (p.terms == 0)
       exact_gradient(grad, p.blocks + i * n * n, n, ld, s.get(), g.get(), ds.get());
     else if (p.terms > 1)
-      polynomial_gradient(p, grad, p.packed + i * triangle, ld, s.get(), stages.get(), g.get(), next.get(), ds.get());
-    pack_skew_gradient(ds.get(), n, ld, p.dpacked + i * triangle);
+      polynomial_gradient(p, grad, p.source + i * numbers, ld, s.get(), stages.get(), g.get(), next.get(), ds.get());
+    pack_skew_gradient(ds.get(), n, ld, p.square, p.dsource + i * numbers);
   }
 }
 

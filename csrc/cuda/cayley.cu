@@ -17,6 +17,16 @@ __device__ __forceinline__ int64_t triangle_offset(int64_t size, int64_t i, int6
   return i * (2 * size - i - 1) / 2 + (j - i - 1);
 }
 
+// Numbers of one matrix in the source.
+__device__ __forceinline__ int64_t source_size(int64_t size, bool square) {
+  return square ? size * size : size * (size - 1) / 2;
+}
+
+// An entry of S above its diagonal.
+__device__ __forceinline__ float upper(const float* source, bool square, int64_t size, int64_t i, int64_t j) {
+  return square ? 0.5f * (source[i * size + j] - source[j * size + i]) : source[triangle_offset(size, i, j)];
+}
+
 // R = 2 inv(I + S) - I, as on the CPU. The symmetric part of I + S and of every Schur complement of it is at least I,
 // so all pivots are at least 1 and none is looked for. The elimination may grow numbers to 1 + |S|^2, which takes all
 // digits of a float32 for |S| = 1e4 and leaves no start for a refinement: it runs in doubles, in registers.
@@ -27,7 +37,7 @@ __global__ void __launch_bounds__(Grid<kTile, kSide>::kThreads) cayley_kernel(Ca
   PEFTK_SHARED(double, pivot_row, [2][kSize]);
   PEFTK_SHARED(double, pivot_column, [2][kSize]);
   const int x = threadIdx.x % kSide, y = threadIdx.x / kSide, n = static_cast<int>(p.size);
-  const float* packed = p.packed + blockIdx.x * (p.size * (p.size - 1) / 2);
+  const float* source = p.source + blockIdx.x * source_size(p.size, p.square);
 
   double a[kTile][kTile];
 #pragma unroll
@@ -36,8 +46,8 @@ __global__ void __launch_bounds__(Grid<kTile, kSide>::kThreads) cayley_kernel(Ca
     for (int c = 0; c < kTile; ++c) {
       const int i = y + r * kSide, j = x + c * kSide;
       double value = i == j ? 1.0 : 0.0;
-      if (i < j && j < n) value = packed[triangle_offset(n, i, j)];
-      if (j < i && i < n) value = -static_cast<double>(packed[triangle_offset(n, j, i)]);
+      if (i < j && j < n) value = upper(source, p.square, n, i, j);
+      if (j < i && i < n) value = -static_cast<double>(upper(source, p.square, n, j, i));
       a[r][c] = value;
     }
 
@@ -119,10 +129,13 @@ __global__ void __launch_bounds__(Grid<kTile, kSide>::kThreads) cayley_backward_
     for (int c = 0; c < kTile; ++c) g[y + r * kSide][x + c * kSide] = sum[r][c];
   __syncthreads();
 
-  float* dpacked = p.dpacked + blockIdx.x * (p.size * (p.size - 1) / 2);
+  float* dsource = p.dsource + blockIdx.x * source_size(p.size, p.square);
   for (int at = threadIdx.x; at < kSize * kSize; at += kThreads) {
     const int i = at / kSize, j = at % kSize;
-    if (i < j && j < n) dpacked[triangle_offset(n, i, j)] = -0.5f * (g[i][j] - g[j][i]);
+    if (p.square && i < n && j < n)
+      dsource[i * n + j] = -0.25f * (g[i][j] - g[j][i]);
+    else if (i < j && j < n)
+      dsource[triangle_offset(n, i, j)] = -0.5f * (g[i][j] - g[j][i]);
   }
 }
 

@@ -16,36 +16,36 @@ EXACT_SIZE = 64
 """Largest block that the exact transform inverts in C++ and CUDA; LAPACK is faster above."""
 
 
-def _supports(packed: Tensor, block_size: int, polynomial: list[float]) -> str | None:
-    if packed.dtype is not torch.float32:
-        return f"the C++ kernels take float32 triangles; got {packed.dtype}"
+def _supports(skew: Tensor, block_size: int, polynomial: list[float]) -> str | None:
+    if skew.dtype is not torch.float32:
+        return f"the C++ kernels take float32 matrices; got {skew.dtype}"
     if not polynomial and block_size > EXACT_SIZE:
         return f"the exact transform takes blocks up to {EXACT_SIZE} in C++; got {block_size}"
-    if polynomial and packed.is_cuda:
+    if polynomial and skew.is_cuda:
         return "the CUDA kernels have the exact transform only; got a Neumann series"
-    return device_reason(packed)
+    return device_reason(skew)
 
 
-def cayley_supports(packed: Tensor, block_size: int, polynomial: list[float]) -> str | None:
+def cayley_supports(skew: Tensor, block_size: int, polynomial: list[float]) -> str | None:
     """Return None, or why C++ cannot transform these blocks."""
-    return _supports(packed, block_size, polynomial)
+    return _supports(skew, block_size, polynomial)
 
 
-def cayley(packed: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
+def cayley(skew: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
     """See `peftk.functional.cayley`."""
-    out = torch.empty(packed.shape[0], block_size, block_size, device=packed.device)
-    _cayley(packed.contiguous(), block_size, polynomial, out)
+    out = torch.empty(skew.shape[0], block_size, block_size, device=skew.device)
+    _cayley(skew.contiguous(), block_size, polynomial, out)
     return out
 
 
-def cayley_backward_supports(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: list[float]) -> str | None:
+def cayley_backward_supports(grad: Tensor, skew: Tensor, blocks: Tensor, polynomial: list[float]) -> str | None:
     """Return None, or why C++ cannot run the backward pass."""
-    return _supports(packed, blocks.shape[-1], polynomial)
+    return _supports(skew, blocks.shape[-1], polynomial)
 
 
-def cayley_backward(grad: Tensor, packed: Tensor, blocks: Tensor, polynomial: list[float]) -> Tensor:
-    """Return the gradient of `cayley` in the packed triangles."""
-    packed = packed.contiguous()
-    out = torch.empty_like(packed)
-    _cayley_backward(grad.contiguous(), packed, blocks, polynomial, out)
+def cayley_backward(grad: Tensor, skew: Tensor, blocks: Tensor, polynomial: list[float]) -> Tensor:
+    """Return the gradient of `cayley` in the skew-symmetric matrices, as they are given."""
+    skew = skew.contiguous()
+    out = torch.empty_like(skew)
+    _cayley_backward(grad.contiguous(), skew, blocks, polynomial, out)
     return out

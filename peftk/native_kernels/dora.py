@@ -9,7 +9,7 @@ from .. import _C  # noqa: F401 - importing it registers the operators of peftk_
 from ..torch_kernels.dora import compose_backward
 from ._supports import supports_activations
 from .butterfly import scale_channels_backward
-from .low_rank import _as_rows, _like, _shrink, low_rank_add_backward
+from .low_rank import _as_rows, _like, low_rank_add_backward, shrink
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _norm = torch.ops.peftk_native.dora_norm.default
@@ -44,7 +44,7 @@ def dora_compose(
     base: Tensor, x: Tensor, a: Tensor, b: Tensor, gain: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the rank-sized product ``x @ a.T``; see `peftk.functional.dora_compose`."""
-    hidden = _shrink(_as_rows(x), a, True)
+    hidden = shrink(_as_rows(x), a, b)
     base = base.contiguous()
     out = torch.empty_like(base)
     bias = None if bias is None else bias.float().contiguous()

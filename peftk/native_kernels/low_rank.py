@@ -11,8 +11,8 @@ from ..torch_kernels._philox import dropout_threshold
 from ._supports import supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
-_shrink_thin = torch.ops.peftk_native.shrink.default
-_outer_thin = torch.ops.peftk_native.outer.default
+_fused = torch.ops.peftk_native.low_rank.default
+_fused_backward = torch.ops.peftk_native.low_rank_backward.default
 _dropout = torch.ops.peftk_native.dropout.default
 
 
@@ -53,34 +53,28 @@ def _scaled_(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x.mul_(scale)
 
 
-# The range in which the thin products of C++ beat those of torch's libraries.
+# The range in which one pass in C++ beats the separate products of torch's libraries.
 _THIN_RANK = 32
 _THIN_ROWS = 64
 
 
 def _thin(rows: Tensor, rank: int) -> bool:
-    return rank <= _THIN_RANK and rows.dtype is torch.float32 and rows.shape[0] >= _THIN_ROWS
+    return rows.dtype is torch.float32 and rank <= _THIN_RANK and rows.shape[0] >= _THIN_ROWS
 
 
-def _shrink(rows: Tensor, factor: Tensor, transposed: bool, scale: float = 1.0) -> Tensor:
-    """Return ``scale * rows @ factor``, or ``@ factor.mT`` where transposed."""
-    rank = factor.shape[0 if transposed else 1]
-    if _thin(rows, rank):
-        out = torch.empty(rows.shape[0], rank)
-        _shrink_thin(rows.contiguous(), factor.contiguous(), transposed, scale, out)
-        return out
-    return _scaled_(linear(rows, factor) if transposed else torch.mm(rows, factor), scale)
+def _gate_rows(gate: Tensor | None) -> Tensor | None:
+    if gate is None:
+        return None
+    return (gate if gate.dim() == 1 else _as_rows(gate)).contiguous()
 
 
-def _outer(rows: Tensor, hidden: Tensor, transposed: bool, scale: float = 1.0) -> Tensor:
-    """Return ``scale * rows.mT @ hidden``, or the transpose of that."""
-    rank = hidden.shape[1]
-    if _thin(rows, rank):
-        out = torch.empty((rank, rows.shape[1]) if transposed else (rows.shape[1], rank))
-        _outer_thin(rows.contiguous(), hidden.contiguous(), transposed, scale, out)
-        return out
-    product = torch.mm(hidden.mT, rows) if transposed else torch.mm(rows.mT, hidden)
-    return _scaled_(product, scale)
+def shrink(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the rank-sized product alone, ``rows @ a.T``."""
+    if not _thin(rows, a.shape[0]):
+        return linear(rows, a)
+    hidden = torch.empty(rows.shape[0], a.shape[0])
+    _fused(rows.contiguous(), a.contiguous(), b.contiguous(), None, 1.0, rows.new_empty(0), hidden)
+    return hidden
 
 
 def _expand_(
@@ -93,9 +87,14 @@ def _expand_(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """Add the low-rank product onto a buffer that nobody else holds, and return the rank-sized product."""
-    hidden = _shrink(_dropped_rows(x, dropout_p, seed), a, True)
-    _as_rows(out).addmm_(_gated(hidden, gate), b.mT, alpha=scale)
+    """Add the low-rank product onto a contiguous buffer that nobody else holds; return the rank-sized product."""
+    rows, sums = _dropped_rows(x, dropout_p, seed), _as_rows(out)
+    if _thin(rows, a.shape[0]):
+        hidden = torch.empty(rows.shape[0], a.shape[0])
+        _fused(rows.contiguous(), a.contiguous(), b.contiguous(), _gate_rows(gate), scale, sums, hidden)
+    else:
+        hidden = linear(rows, a)
+        sums.addmm_(_gated(hidden, gate), b.mT, alpha=scale)
     return _like(hidden, x)
 
 
@@ -126,9 +125,8 @@ def low_rank_add(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
-    hidden = _shrink(_dropped_rows(x, dropout_p, seed), a, True)
-    rows = torch.addmm(_as_rows(base), _gated(hidden, gate), b.mT, alpha=scale)
-    return _like(rows, base), _like(hidden, x)
+    out = base.clone(memory_format=torch.contiguous_format)
+    return out, _expand_(out, x, a, b, gate, scale, dropout_p, seed)
 
 
 def low_rank_linear_supports(x: Tensor, *args: object) -> str | None:
@@ -150,10 +148,6 @@ def low_rank_linear(
     """Return the output and the rank-sized product; see `peftk.functional.low_rank_linear`."""
     # Base first: where b is zero, the output keeps every bit of the base layer's.
     y = linear(x, weight, bias)
-    if gate is None and seed is None and x.dim() == 2:
-        hidden = _shrink(x, a, True)
-        y.addmm_(hidden, b.t(), alpha=scale)
-        return y, hidden
     return y, _expand_(y, x, a, b, gate, scale, dropout_p, seed)
 
 
@@ -173,27 +167,42 @@ def _gradients(
     need_b: bool,
     need_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, hidden, dropped = _as_rows(grad), _as_rows(hidden), _as_rows(x)
+    if need_a and seed is not None:
+        dropped = _dropped_rows(x, dropout_p, seed)
+    thin = _thin(rows, a.shape[0])
+    # Without a mask the thin product is added onto the large one: it costs less than a fresh buffer of its own.
+    onto_product = weight is not None and seed is None
     dx = da = db = dgate = grad.new_empty(0)
-    rows, hidden = _as_rows(grad), _as_rows(hidden)
-    dhidden = _shrink(rows, b, False, scale)
-    if need_b:
-        db = _outer(rows, _gated(hidden, gate), False, scale)
-    if need_gate:
-        dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
-        dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
-    dhidden = _gated(dhidden, gate)
-    if need_a:
-        da = _outer(_dropped_rows(x, dropout_p, seed), dhidden, True)
     if need_x:
-        # Without a mask the thin product is added onto the large one: it costs less than a fresh buffer of its own.
-        if weight is not None and seed is None:
-            dx = torch.mm(rows, weight).addmm_(dhidden, a)
+        if onto_product:
+            dx = torch.mm(rows, weight)
         else:
-            dx = torch.mm(dhidden, a)
-            if seed is not None:
-                _dropout_(dx, dropout_p, seed, dx)
-            if weight is not None:
-                dx.addmm_(rows, weight)
+            dx = torch.zeros(dropped.shape, dtype=grad.dtype)
+    if thin:
+        da, db = torch.empty(a.shape if need_a else 0), torch.empty(b.shape if need_b else 0)
+        dgate = torch.empty(gate.shape if need_gate else 0)
+        _fused_backward(
+            *(rows.contiguous(), dropped.contiguous(), hidden, a.contiguous(), b.contiguous(), _gate_rows(gate)),
+            *(scale, dx, da, db, dgate),
+        )
+    else:
+        dhidden = _scaled_(torch.mm(rows, b), scale)
+        if need_b:
+            db = _scaled_(torch.mm(rows.mT, _gated(hidden, gate)), scale)
+        if need_gate:
+            dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
+            dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
+        dhidden = _gated(dhidden, gate)
+        if need_a:
+            da = torch.mm(dhidden.mT, dropped)
+        if need_x:
+            dx.addmm_(dhidden, a)
+    if need_x:
+        if seed is not None:
+            _dropout_(dx, dropout_p, seed, dx)
+        if weight is not None and not onto_product:
+            dx.addmm_(rows, weight)
         dx = _like(dx, x)
     return dx, da, db, dgate
 

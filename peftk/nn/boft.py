@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._autograd import apply
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
 from ._kinds import call, features_of, settle_fan_in_fan_out
@@ -298,36 +297,9 @@ class BOFTConv2d(BOFTLinear):
         return convolve_with(_written, self, x, *values, args=args, kwargs=kwargs)
 
 
-class _Packed(torch.autograd.Function):
-    """The triangles of ``(Q - Q^T) / 2``, in few operators: they are many, and small."""
-
-    @staticmethod
-    def forward(square: Tensor) -> Tensor:
-        size = square.shape[-1]
-        above, below = square.reshape(-1, size * size).index_select(1, _places(square)).chunk(2, 1)
-        return (above - below) * 0.5
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.shape = inputs[0].shape
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        half, (*_, size) = grad * 0.5, ctx.shape
-        square = half.new_zeros(len(half), size * size)
-        return square.index_copy(1, _places(square.view(ctx.shape)), torch.cat((half, -half), 1)).view(ctx.shape)
-
-
-def _places(square: Tensor) -> Tensor:
-    """Where the entries above the diagonal of a matrix lie, row by row, and then those that mirror them."""
-    size = square.shape[-1]
-    rows, columns = torch.triu_indices(size, size, 1, device=square.device)
-    return torch.cat((rows * size + columns, columns * size + rows))
-
-
 def orthogonal(square: Tensor) -> Tensor:
     """Turn square matrices Q (m, blocks, b, b) into ``(I - S)(I + S)^-1`` with ``S = (Q - Q^T) / 2``."""
-    return F.cayley(apply(_Packed, square), square.shape[-1]).view(square.shape)
+    return F.cayley(square.flatten(0, 1), square.shape[-1]).view(square.shape)
 
 
 def composed(factors: Tensor) -> Tensor:

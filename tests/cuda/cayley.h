@@ -31,22 +31,22 @@ std::vector<double> inverse(std::vector<double> a, int64_t n) {
   return result;
 }
 
-void check_cayley(int64_t count, int64_t n, double spread) {
-  const int64_t triangle = n * (n - 1) / 2, area = n * n;
-  Heap<float> packed(count * triangle), blocks(count * area), grad(count * area), dpacked(count * triangle);
-  fill(packed, spread);
+void check_cayley(int64_t count, int64_t n, double spread, bool square = false) {
+  const int64_t area = n * n, numbers = square ? area : n * (n - 1) / 2;
+  Heap<float> source(count * numbers), blocks(count * area), grad(count * area), dsource(count * numbers);
+  fill(source, spread);
   fill(grad);
   const std::string what = "cayley size " + std::to_string(n) + " spread " + std::to_string(spread);
-  cayley_cuda({packed.get(), nullptr, 0, n, blocks.get()}, count, nullptr);
-  cayley_backward_cuda({grad.get(), packed.get(), blocks.get(), nullptr, 0, n, dpacked.get()}, count, nullptr);
+  cayley_cuda({source.get(), nullptr, 0, n, blocks.get(), square}, count, nullptr);
+  cayley_backward_cuda({grad.get(), source.get(), blocks.get(), nullptr, 0, n, dsource.get(), square}, count, nullptr);
   for (int64_t c = 0; c < count; ++c) {
     std::vector<double> plus(area), m(area), left(area);
-    int64_t at = c * triangle;
+    const float *from = source.get() + c * numbers, *packed = from;
     for (int64_t i = 0; i < n; ++i) {
       plus[i * n + i] = 1.0;
-      for (int64_t j = i + 1; j < n; ++j, ++at) {
-        plus[i * n + j] = packed[at];
-        plus[j * n + i] = -static_cast<double>(packed[at]);
+      for (int64_t j = i + 1; j < n; ++j) {
+        plus[i * n + j] = square ? (from[i * n + j] - from[j * n + i]) / 2 : *packed++;
+        plus[j * n + i] = -plus[i * n + j];
       }
     }
     const std::vector<double> inverted = inverse(plus, n);
@@ -78,25 +78,33 @@ void check_cayley(int64_t count, int64_t n, double spread) {
           d[i * n + j] -= 0.5 * left[i * n + k] * m[k * n + j];
           size[i * n + j] += 0.5 * left_size[i * n + k] * std::abs(m[k * n + j]);
         }
-    at = c * triangle;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = i + 1; j < n; ++j, ++at)
-        expect(dpacked[at], d[i * n + j] - d[j * n + i], size[i * n + j] + size[j * n + i],
-               2.0 * static_cast<double>(n) + 4.0, kFloatUnit, what.c_str());
+    const float *found = dsource.get() + c * numbers, *next = found;
+    const double part = square ? 0.5 : 1.0, operations = 2.0 * static_cast<double>(n) + 4.0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (square) expect(found[i * n + i], 0, 0, 0, 0, what.c_str());
+      for (int64_t j = i + 1; j < n; ++j) {
+        const float upper = square ? found[i * n + j] : *next++;
+        expect(upper, part * (d[i * n + j] - d[j * n + i]), part * (size[i * n + j] + size[j * n + i]), operations,
+               kFloatUnit, what.c_str());
+        if (square) expect(found[j * n + i], -upper, 0, 0, 0, what.c_str());
+      }
+    }
   }
   hash(blocks);
-  hash(dpacked);
+  hash(dsource);
 }
 
 void run_cayley(bool few) {
   check_cayley(0, 4, 1.0);
   if (few) {
     for (const int64_t size : {1, 5, 16, 20, 33}) check_cayley(2, size, 1.0);
+    check_cayley(2, 5, 1.0, true);
     return;
   }
   for (int64_t size = 1; size <= 34; ++size) check_cayley(size < 10 ? 3 : 1, size, size % 2 ? 1.0 : 0.1);
   for (const int64_t size : {40, 47, 63, 64}) check_cayley(1, size, 0.3);
   for (const int64_t size : {2, 8, 13, 32, 64}) check_cayley(1, size, 100.0);
+  for (const int64_t size : {1, 4, 8, 13, 32, 64}) check_cayley(2, size, 0.3, true);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
-// Checks of the thin products and of dropout, against naive sums and the published generator.
+// Checks of the low-rank product and of dropout, against naive sums and the published generator.
 #include "../../csrc/cpu/low_rank.cpp"
 #include "harness.h"
+
+#include <utility>
 
 namespace {
 
@@ -55,59 +57,149 @@ void check_dropout(Level level, int64_t count, uint32_t threshold, bool in_place
   }
 }
 
-void check_shrink(Level level, int64_t rows, int64_t depth, int64_t rank, bool transposed) {
+// Which gate a check has: none, one for all rows, or one for each.
+enum class Gate { none, shared, own };
+
+struct Bound {
+  double sum = 0.0, magnitude = 0.0;
+  void add(double term) {
+    sum += term;
+    magnitude += std::abs(term);
+  }
+};
+
+void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, int64_t rank, Gate kind) {
   const float scale = 1.5f;
-  const int64_t row = transposed ? 1 : rank, col = transposed ? depth : 1;
-  Heap<float> x(rows * depth), m(depth * rank), packed(depth * padded(rank)), out(rows * rank);
-  fill(x);
-  fill(m);
-  pad_columns_cpu(m.get(), row, col, depth, rank, packed.get());
-  const ShrinkParams p{x.get(), packed.get(), out.get(), rows, depth, rank, scale};
-  in_pieces(rows, 13, [&](int64_t begin, int64_t end) { VARIANT(level, shrink_cpu)(p, begin, end); });
-  for (int64_t i = 0; i < rows; ++i)
+  const int64_t gate_row = kind == Gate::own ? rank : 0, split_rows = 30, splits = (rows + split_rows - 1) / split_rows;
+  const int64_t a_ld = padded(depth), b_ld = padded(columns);
+  const auto strips = [&](int64_t width) { return (width + kStripColumns - 1) / kStripColumns * kStripColumns * rank; };
+  Heap<float> x(rows * depth), a(rank * depth), b(columns * rank),
+      gates(kind == Gate::none ? 0 : rank * (gate_row ? rows : 1));
+  Heap<float> out(rows * columns), hidden(rows * rank), grad(rows * columns), dx(rows * depth);
+  for (Heap<float>* values : {&x, &a, &b, &gates, &out, &grad, &dx}) fill(*values);
+  const std::vector<double> y_before = doubles(out), dx_before = doubles(dx);
+  const float* gate = kind == Gate::none ? nullptr : gates.get();
+  const auto g = [&](int64_t t, int64_t j) { return gate ? static_cast<double>(gate[t * gate_row + j]) : 1.0; };
+  const auto name = [&](const char* what) { return std::string("low_rank ") + what + " " + name_of(level); };
+
+  Heap<float> a_columns(depth * padded(rank)), b_strips(strips(columns));
+  pad_columns_cpu(a.get(), 1, depth, depth, rank, a_columns.get());
+  pack_strips_cpu(b.get(), 1, rank, rank, columns, scale, b_strips.get());
+  const LowRankParams p{x.get(), a_columns.get(), b_strips.get(), gate, out.get(), hidden.get(),
+                        rows,    depth,           columns,        rank, gate_row};
+  in_pieces(rows, 13, [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_cpu)(p, begin, end); });
+  // The truth continues from the float32 product that the kernel keeps, as the gradients do.
+  for (int64_t t = 0; t < rows; ++t) {
     for (int64_t j = 0; j < rank; ++j) {
-      double truth = 0.0, magnitude = 0.0;
-      for (int64_t k = 0; k < depth; ++k) {
-        const double term = static_cast<double>(x[i * depth + k]) * m[k * row + j * col] * scale;
-        truth += term;
-        magnitude += std::abs(term);
-      }
-      expect(out[i * rank + j], truth, magnitude, static_cast<double>(depth + 2), kFloatUnit,
-             std::string("shrink ") + name_of(level));
+      Bound h;
+      for (int64_t k = 0; k < depth; ++k) h.add(static_cast<double>(x[t * depth + k]) * a[j * depth + k]);
+      expect(hidden[t * rank + j], h.sum, h.magnitude, static_cast<double>(depth + 2), kFloatUnit, name("hidden"));
     }
+    for (int64_t c = 0; c < columns; ++c) {
+      Bound y;
+      y.add(y_before[t * columns + c]);
+      for (int64_t j = 0; j < rank; ++j)
+        y.add(static_cast<double>(hidden[t * rank + j]) * g(t, j) * b[c * rank + j] * scale);
+      expect(out[t * columns + c], y.sum, y.magnitude, static_cast<double>(rank + 4), kFloatUnit, name("out"));
+    }
+  }
+
+  Heap<float> b_columns(columns * padded(rank)), a_strips(strips(depth));
+  pad_columns_cpu(b.get(), rank, 1, columns, rank, b_columns.get());
+  pack_strips_cpu(a.get(), depth, 1, rank, depth, 1.0f, a_strips.get());
+  Heap<float> da_parts(splits * rank * a_ld), db_parts(splits * rank * b_ld), da(rank * depth), db(columns * rank);
+  Heap<float> dgate(gate_row ? rows * rank : splits * rank);
+  const LowRankBackwardParams q{grad.get(), x.get(),  hidden.get(),   a_strips.get(), b_columns.get(),
+                                gate,       dx.get(), da_parts.get(), db_parts.get(), gate ? dgate.get() : nullptr,
+                                rows,       depth,    columns,        rank,           split_rows,
+                                gate_row,   scale};
+  in_pieces(splits, 2, [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_backward_cpu)(q, begin, end); });
+  in_pieces(depth, 11, [&](int64_t begin, int64_t end) {
+    add_parts_cpu(da_parts.get(), splits, rank, a_ld, depth, 1, begin, end, da.get());
+  });
+  in_pieces(columns, 11, [&](int64_t begin, int64_t end) {
+    add_parts_cpu(db_parts.get(), splits, rank, b_ld, 1, rank, begin, end, db.get());
+  });
+
+  // The gradient in the gated product, and its bound.
+  std::vector<Bound> dh(rows * rank);
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t j = 0; j < rank; ++j)
+      for (int64_t c = 0; c < columns; ++c)
+        dh[t * rank + j].add(static_cast<double>(grad[t * columns + c]) * b[c * rank + j] * scale);
+  const double operations = static_cast<double>(columns + rows + rank + 8);
+  for (int64_t j = 0; j < rank; ++j) {
+    for (int64_t k = 0; k < depth; ++k) {
+      double sum = 0.0, magnitude = 0.0;
+      for (int64_t t = 0; t < rows; ++t) {
+        sum += dh[t * rank + j].sum * g(t, j) * x[t * depth + k];
+        magnitude += dh[t * rank + j].magnitude * std::abs(g(t, j) * x[t * depth + k]);
+      }
+      expect(da[j * depth + k], sum, magnitude, operations, kFloatUnit, name("da"));
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      Bound d;
+      for (int64_t t = 0; t < rows; ++t)
+        d.add(static_cast<double>(grad[t * columns + c]) * hidden[t * rank + j] * g(t, j) * scale);
+      expect(db[c * rank + j], d.sum, d.magnitude, operations, kFloatUnit, name("db"));
+    }
+  }
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t k = 0; k < depth; ++k) {
+      double sum = dx_before[t * depth + k], magnitude = std::abs(sum);
+      for (int64_t j = 0; j < rank; ++j) {
+        sum += dh[t * rank + j].sum * g(t, j) * a[j * depth + k];
+        magnitude += dh[t * rank + j].magnitude * std::abs(g(t, j) * a[j * depth + k]);
+      }
+      expect(dx[t * depth + k], sum, magnitude, operations, kFloatUnit, name("dx"));
+    }
+  for (int64_t j = 0; gate && j < rank; ++j) {
+    double total = 0.0, bound = 0.0, found = 0.0;
+    for (int64_t t = 0; t < rows; ++t) {
+      const Bound& d = dh[t * rank + j];
+      const double h = hidden[t * rank + j];
+      if (gate_row)
+        expect(dgate[t * rank + j], d.sum * h, d.magnitude * std::abs(h), operations, kFloatUnit, name("dgate"));
+      total += d.sum * h;
+      bound += d.magnitude * std::abs(h);
+    }
+    for (int64_t s = 0; !gate_row && s < splits; ++s) found += dgate[s * rank + j];
+    if (!gate_row) expect(found, total, bound, operations, kFloatUnit, name("dgate"));
+  }
 }
 
-void check_outer(Level level, int64_t rows, int64_t features, int64_t rank, bool transposed) {
-  const float scale = -0.75f;
-  const int64_t row = transposed ? 1 : rank, col = transposed ? features : 1;
-  Heap<float> x(rows * features), h(rows * rank), packed(rows * padded(rank)), out(features * rank);
-  fill(x);
-  fill(h);
-  pad_columns_cpu(h.get(), rank, 1, rows, rank, packed.get());
-  const OuterParams p{x.get(), packed.get(), out.get(), rows, features, rank, row, col, scale};
-  in_pieces((features + kOuterColumns - 1) / kOuterColumns, 2,
-            [&](int64_t begin, int64_t end) { VARIANT(level, outer_cpu)(p, begin, end); });
-  for (int64_t i = 0; i < features; ++i)
-    for (int64_t j = 0; j < rank; ++j) {
-      double truth = 0.0, magnitude = 0.0;
-      for (int64_t k = 0; k < rows; ++k) {
-        const double term = static_cast<double>(x[k * features + i]) * h[k * rank + j] * scale;
-        truth += term;
-        magnitude += std::abs(term);
-      }
-      expect(out[i * row + j * col], truth, magnitude, static_cast<double>(rows + 2), kFloatUnit,
-             std::string("outer ") + name_of(level));
-    }
+// Each gradient alone, bit for bit what it is among the others.
+void check_needs(Level level) {
+  const int64_t rows = 70, depth = 21, columns = 35, rank = 5, splits = 3;
+  Heap<float> x(rows * depth), a(padded(depth) * 16), b(columns * padded(rank)), gate(rank), grad(rows * columns);
+  Heap<float> hidden(rows * rank), da(splits * rank * padded(depth)), db(splits * rank * padded(columns));
+  Heap<float> dx(rows * depth), dgate(splits * rank), one(1024 * 8);
+  for (Heap<float>* values : {&x, &a, &b, &gate, &grad, &hidden}) fill(*values);
+  const auto run = [&](float* to_x, float* to_a, float* to_b, float* to_gate) {
+    if (to_x) std::memset(to_x, 0, sizeof(float) * rows * depth);
+    const LowRankBackwardParams q{grad.get(), x.get(), hidden.get(), a.get(), b.get(), gate.get(), to_x, to_a, to_b,
+                                  to_gate,    rows,    depth,        columns, rank,    30,         0,    0.5f};
+    VARIANT(level, low_rank_backward_cpu)(q, 0, splits);
+  };
+  run(dx.get(), da.get(), db.get(), dgate.get());
+  const auto same = [&](Heap<float>& all, const char* what) {
+    for (int64_t i = 0; i < all.count(); ++i)
+      if (std::isfinite(all[i])) expect(one[i], all[i], 0, 0, 0, std::string("low_rank alone, ") + what);
+  };
+  run(one.get(), nullptr, nullptr, nullptr), same(dx, "dx");
+  run(nullptr, one.get(), nullptr, nullptr), same(da, "da");
+  run(nullptr, nullptr, one.get(), nullptr), same(db, "db");
+  run(nullptr, nullptr, nullptr, one.get()), same(dgate, "dgate");
 }
 
 void run_low_rank(Level level) {
-  for (const int64_t rank : {1, 3, 8, 16, 29, 32})
-    for (const int64_t rows : {0, 1, 5, 24, 25, 49})
-      for (const int64_t features : {1, 7, 128, 129, 300})
-        for (const bool transposed : {false, true}) {
-          check_shrink(level, rows, features, rank, transposed);
-          check_outer(level, rows, features, rank, transposed);
-        }
+  for (const Gate gate : {Gate::none, Gate::shared, Gate::own})
+    for (const int64_t rank : {1, 7, 16, 29})
+      for (const int64_t rows : {0, 1, 30, 65})
+        for (const auto [depth, columns] : {std::pair<int64_t, int64_t>{1, 129}, {7, 16}, {64, 64}, {130, 3}})
+          check_low_rank(level, rows, depth, columns, rank, gate);
+  check_low_rank(level, 50, 1500, 20, 3, Gate::none);
+  check_needs(level);
   for (int64_t count = 0; count <= 9; ++count)
     for (const bool in_place : {false, true})
       for (const uint32_t threshold : {0u, 1u << 22, 1u << 24}) {

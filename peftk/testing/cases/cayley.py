@@ -8,10 +8,13 @@ from torch import Tensor
 from . import Case, Inputs
 
 
-def transform(packed: Tensor, block_size: int, neumann_terms: int | None = None) -> Tensor:
+def transform(skew: Tensor, block_size: int, neumann_terms: int | None = None) -> Tensor:
     """Invert each dense matrix, or add up the powers of it one by one."""
     blocks = []
-    for row in packed:
+    if skew.dim() == 3:
+        blocks = [_transform_one((square - square.T) / 2, neumann_terms) for square in skew]
+        return torch.stack(blocks) if blocks else skew.sum() * skew.new_empty(0, block_size, block_size)
+    for row in skew:
         entries = iter(row)
         rows = [[row.new_zeros(()) for _ in range(block_size)] for _ in range(block_size)]
         for i in range(block_size):
@@ -19,9 +22,9 @@ def transform(packed: Tensor, block_size: int, neumann_terms: int | None = None)
                 rows[i][j] = next(entries)
                 rows[j][i] = -rows[i][j]
         # The zero keeps a 1 x 1 block, which has no entries, in the graph.
-        skew = torch.stack([torch.stack(line) for line in rows]) + 0 * row.sum()
-        blocks.append(_transform_one(skew, neumann_terms))
-    return torch.stack(blocks) if blocks else packed.sum() * packed.new_empty(0, block_size, block_size)
+        matrix = torch.stack([torch.stack(line) for line in rows]) + 0 * row.sum()
+        blocks.append(_transform_one(matrix, neumann_terms))
+    return torch.stack(blocks) if blocks else skew.sum() * skew.new_empty(0, block_size, block_size)
 
 
 def _transform_one(skew: Tensor, terms: int | None) -> Tensor:
@@ -40,15 +43,16 @@ def _transform_one(skew: Tensor, terms: int | None) -> Tensor:
     return total + power @ skew
 
 
-def _case(count: int, size: int, terms: int | None, spread: float = 0.1) -> Case:
+def _case(count: int, size: int, terms: int | None, spread: float = 0.1, square: bool = False) -> Case:
     def make(generator: torch.Generator) -> Inputs:
-        packed = torch.randn(count, size * (size - 1) // 2, generator=generator, dtype=torch.float64) * spread
-        return {"packed": packed, "block_size": size, "neumann_terms": terms}
+        shape = (count, size, size) if square else (count, size * (size - 1) // 2)
+        skew = torch.randn(*shape, generator=generator, dtype=torch.float64) * spread
+        return {"skew": skew, "block_size": size, "neumann_terms": terms}
 
-    name = f"{count}xb{size}-{'exact' if terms is None else f'{terms}-terms'}"
+    name = f"{count}xb{size}-{'exact' if terms is None else f'{terms}-terms'}{'-square' if square else ''}"
     # The result is kept: b * b elements a block, in float32 or float64.
-    saved = lambda inputs: count * size * size * max(inputs["packed"].element_size(), 4)  # noqa: E731
-    return Case("cayley", name, make, transform, ("packed",), (), saved)
+    saved = lambda inputs: count * size * size * max(inputs["skew"].element_size(), 4)  # noqa: E731
+    return Case("cayley", name, make, transform, ("skew",), (), saved)
 
 
 CASES = [
@@ -72,4 +76,11 @@ CASES = [
     _case(2, 16, 7),
     _case(2, 32, 5, 0.05),
     _case(1, 65, 5, 0.02),
+    _case(0, 4, None, square=True),
+    _case(2, 1, None, square=True),
+    _case(3, 4, None, 0.3, square=True),
+    _case(2, 13, None, square=True),
+    _case(1, 65, None, square=True),
+    _case(2, 1, 5, square=True),
+    _case(2, 9, 5, square=True),
 ]

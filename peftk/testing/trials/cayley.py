@@ -41,16 +41,16 @@ def trials(normal: Callable[..., Tensor]) -> list[Trial]:
         Trial(
             "cayley",
             "exact",
-            {"packed": packed},
+            {"skew": packed},
             {"block_size": SIZE},
-            lambda packed: _exact(packed, SIZE),
+            lambda skew: _exact(skew, SIZE),
         ),
         Trial(
             "cayley",
             f"{TERMS} terms",
-            {"packed": packed},
+            {"skew": packed},
             {"block_size": SIZE, "neumann_terms": TERMS},
-            lambda packed: _neumann(packed, SIZE),
+            lambda skew: _neumann(skew, SIZE),
         ),
     ]
 
