@@ -124,7 +124,7 @@ def test_what_is_refused(build):
     assert "CPU tensors" in butterfly.scale_channels_supports(on_cuda(4, 8))
     assert "Neumann series" in cayley.cayley_supports(on_cuda(1, 6), 4, [1.0, 2.0])
     assert "blocks up to 64" in cayley.cayley_supports(on_cuda(1, 65 * 32), 65, [])
-    assert "float32 triangles" in cayley.cayley_supports(on_cuda(1, 6, dtype=torch.float64), 4, [])
+    assert "float32 matrices" in cayley.cayley_supports(on_cuda(1, 6, dtype=torch.float64), 4, [])
 
 
 def test_which_weights_of_loha_are_written(build):

@@ -18,12 +18,9 @@ struct Family {
   void (*run)(bool few);
 };
 
-const std::vector<Family> families{{"block_diagonal.cu", run_rotations},
-                                   {"butterfly.cu", run_butterfly},
-                                   {"cayley.cu", run_cayley},
-                                   {"circulant.cu", run_circulant},
-                                   {"hadamard.cu", run_hadamard},
-                                   {"kronecker.cu", run_kronecker}};
+const std::vector<Family> families{
+    {"block_diagonal.cu", run_rotations}, {"butterfly.cu", run_butterfly}, {"cayley.cu", run_cayley},
+    {"circulant.cu", run_circulant},      {"hadamard.cu", run_hadamard},   {"kronecker.cu", run_kronecker}};
 
 __global__ void divergent_kernel() {
   if (threadIdx.x < 5) {
