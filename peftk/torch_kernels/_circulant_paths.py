@@ -20,8 +20,12 @@ from torch.nn.functional import linear
 
 from ._fourier import inverse, kernel_transform, lanes, transform
 
-WRITE = 40
-"""What writing an element of a matrix costs, in operations of a matrix product."""
+WRITE, WRITE_FRESH = 40, 220
+"""What writing an element of a matrix costs, in operations of a matrix product: where the memory is used again and again,
+and where every matrix is fresh from the operating system."""
+
+REUSED = 2**25
+"""Bytes up to which memory is used again: the largest threshold of glibc's malloc."""
 
 LANE = 24
 """What mixing one lane of one pair of blocks costs: eight operations, at a third of the speed of a matrix product."""
@@ -33,7 +37,8 @@ def _costs(rows: int, kernel: Tensor) -> tuple[float, float, float]:
     width = lanes(size)
     elements = out_blocks * in_blocks * size * size
     by_frequencies = 4 * width * size * (out_blocks + in_blocks) + LANE * width * out_blocks * in_blocks
-    written = WRITE * elements / max(rows, 1)
+    fresh = not kernel.is_cuda and 4 * elements > REUSED
+    written = (WRITE_FRESH if fresh else WRITE) * elements / max(rows, 1)
     return by_frequencies, 2 * elements + written, written
 
 

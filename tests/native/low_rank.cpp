@@ -80,7 +80,9 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
   const std::vector<double> y_before = doubles(out), dx_before = doubles(dx);
   const float* gate = kind == Gate::none ? nullptr : gates.get();
   const auto g = [&](int64_t t, int64_t j) { return gate ? static_cast<double>(gate[t * gate_row + j]) : 1.0; };
-  const auto name = [&](const char* what) { return std::string("low_rank ") + what + " " + name_of(level); };
+  const std::string what = std::string("low_rank ") + name_of(level), of_hidden = what + " hidden",
+                    of_out = what + " out";
+  const std::string of_dx = what + " dx", of_da = what + " da", of_db = what + " db", of_dgate = what + " dgate";
 
   Heap<float> a_columns(depth * padded(rank)), b_strips(strips(columns));
   pad_columns_cpu(a.get(), 1, depth, depth, rank, a_columns.get());
@@ -93,14 +95,14 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
     for (int64_t j = 0; j < rank; ++j) {
       Bound h;
       for (int64_t k = 0; k < depth; ++k) h.add(static_cast<double>(x[t * depth + k]) * a[j * depth + k]);
-      expect(hidden[t * rank + j], h.sum, h.magnitude, static_cast<double>(depth + 2), kFloatUnit, name("hidden"));
+      expect(hidden[t * rank + j], h.sum, h.magnitude, static_cast<double>(depth + 2), kFloatUnit, of_hidden);
     }
     for (int64_t c = 0; c < columns; ++c) {
       Bound y;
       y.add(y_before[t * columns + c]);
       for (int64_t j = 0; j < rank; ++j)
         y.add(static_cast<double>(hidden[t * rank + j]) * g(t, j) * b[c * rank + j] * scale);
-      expect(out[t * columns + c], y.sum, y.magnitude, static_cast<double>(rank + 4), kFloatUnit, name("out"));
+      expect(out[t * columns + c], y.sum, y.magnitude, static_cast<double>(rank + 4), kFloatUnit, of_out);
     }
   }
 
@@ -135,13 +137,13 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
         sum += dh[t * rank + j].sum * g(t, j) * x[t * depth + k];
         magnitude += dh[t * rank + j].magnitude * std::abs(g(t, j) * x[t * depth + k]);
       }
-      expect(da[j * depth + k], sum, magnitude, operations, kFloatUnit, name("da"));
+      expect(da[j * depth + k], sum, magnitude, operations, kFloatUnit, of_da);
     }
     for (int64_t c = 0; c < columns; ++c) {
       Bound d;
       for (int64_t t = 0; t < rows; ++t)
         d.add(static_cast<double>(grad[t * columns + c]) * hidden[t * rank + j] * g(t, j) * scale);
-      expect(db[c * rank + j], d.sum, d.magnitude, operations, kFloatUnit, name("db"));
+      expect(db[c * rank + j], d.sum, d.magnitude, operations, kFloatUnit, of_db);
     }
   }
   for (int64_t t = 0; t < rows; ++t)
@@ -151,20 +153,19 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
         sum += dh[t * rank + j].sum * g(t, j) * a[j * depth + k];
         magnitude += dh[t * rank + j].magnitude * std::abs(g(t, j) * a[j * depth + k]);
       }
-      expect(dx[t * depth + k], sum, magnitude, operations, kFloatUnit, name("dx"));
+      expect(dx[t * depth + k], sum, magnitude, operations, kFloatUnit, of_dx);
     }
   for (int64_t j = 0; gate && j < rank; ++j) {
     double total = 0.0, bound = 0.0, found = 0.0;
     for (int64_t t = 0; t < rows; ++t) {
       const Bound& d = dh[t * rank + j];
       const double h = hidden[t * rank + j];
-      if (gate_row)
-        expect(dgate[t * rank + j], d.sum * h, d.magnitude * std::abs(h), operations, kFloatUnit, name("dgate"));
+      if (gate_row) expect(dgate[t * rank + j], d.sum * h, d.magnitude * std::abs(h), operations, kFloatUnit, of_dgate);
       total += d.sum * h;
       bound += d.magnitude * std::abs(h);
     }
     for (int64_t s = 0; !gate_row && s < splits; ++s) found += dgate[s * rank + j];
-    if (!gate_row) expect(found, total, bound, operations, kFloatUnit, name("dgate"));
+    if (!gate_row) expect(found, total, bound, operations, kFloatUnit, of_dgate);
   }
 }
 
@@ -183,8 +184,9 @@ void check_needs(Level level) {
   };
   run(dx.get(), da.get(), db.get(), dgate.get());
   const auto same = [&](Heap<float>& all, const char* what) {
+    const std::string alone = std::string("low_rank alone, ") + what;
     for (int64_t i = 0; i < all.count(); ++i)
-      if (std::isfinite(all[i])) expect(one[i], all[i], 0, 0, 0, std::string("low_rank alone, ") + what);
+      if (std::isfinite(all[i])) expect(one[i], all[i], 0, 0, 0, alone);
   };
   run(one.get(), nullptr, nullptr, nullptr), same(dx, "dx");
   run(nullptr, one.get(), nullptr, nullptr), same(da, "da");
@@ -196,7 +198,7 @@ void run_low_rank(Level level) {
   for (const Gate gate : {Gate::none, Gate::shared, Gate::own})
     for (const int64_t rank : {1, 7, 16, 29})
       for (const int64_t rows : {0, 1, 30, 65})
-        for (const auto [depth, columns] : {std::pair<int64_t, int64_t>{1, 129}, {7, 16}, {64, 64}, {130, 3}})
+        for (const auto& [depth, columns] : {std::pair<int64_t, int64_t>{1, 129}, {7, 16}, {64, 64}, {130, 3}})
           check_low_rank(level, rows, depth, columns, rank, gate);
   check_low_rank(level, 50, 1500, 20, 3, Gate::none);
   check_needs(level);
