@@ -125,8 +125,12 @@ def low_rank_add(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
-    out = base.clone(memory_format=torch.contiguous_format)
-    return out, _expand_(out, x, a, b, gate, scale, dropout_p, seed)
+    if _thin(_as_rows(x), a.shape[0]):
+        out = base.clone(memory_format=torch.contiguous_format)
+        return out, _expand_(out, x, a, b, gate, scale, dropout_p, seed)
+    hidden = linear(_dropped_rows(x, dropout_p, seed), a)
+    rows = torch.addmm(_as_rows(base), _gated(hidden, gate), b.mT, alpha=scale)
+    return _like(rows, base), _like(hidden, x)
 
 
 def low_rank_linear_supports(x: Tensor, *args: object) -> str | None:
