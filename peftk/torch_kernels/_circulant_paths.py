@@ -21,8 +21,8 @@ from torch.nn.functional import linear
 from ._fourier import inverse, kernel_transform, lanes, transform
 
 WRITE, WRITE_FRESH = 40, 220
-"""What writing an element of a matrix costs, in operations of a matrix product: where memory is used again, and where that of
-every matrix is fresh from the operating system."""
+"""What writing an element of a matrix costs, in operations of a matrix product: where memory is used again, and where
+that of every matrix is fresh from the operating system."""
 
 REUSED = 2**25
 """Bytes up to which memory is used again: the largest threshold of glibc's malloc."""
