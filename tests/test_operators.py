@@ -46,7 +46,7 @@ PARALLEL = (
 )
 REFUSALS = {
     "native": ("float16", "float64", "exact transform takes blocks up to"),
-    "triton": ("exact transform", "blocks of up to"),
+    "triton": ("exact transform", "blocks of up to", "got square ones"),
 }
 
 

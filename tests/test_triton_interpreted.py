@@ -31,6 +31,7 @@ SKIPS = (
     r"the Triton kernels take float32 triangles; got torch\.float64",
     r"the Triton kernels take float32 factors; got torch\.float64",
     r"the exact transform is CUDA C\+\+'s or torch's: Triton has no inversion",
+    r"the Triton kernels take the triangles of skew-symmetric matrices; got square ones",
 )
 """The only reasons for which a test may be skipped there."""
 
@@ -66,7 +67,7 @@ def test_generic_cases_of(family: str, tmp_path: Path) -> None:
     for name, reason in skipped.items():
         assert any(re.fullmatch(known, reason) for known in SKIPS), f"{name}: {reason}"
     # Every case ran in every dtype that a GPU computes in, and through every other test in float32.
-    cases = [c for c in all_cases() if c.operator in names and not c.name.endswith("-exact")]
+    cases = [c for c in all_cases() if c.operator in names and not c.name.endswith(("-exact", "-square"))]
     expected = {f"test_matches_float64_formula[triton-{dtype}-{case}]" for case in cases for dtype in DTYPES}
     for test in ("layouts", "every_element_is_written", "equal_bits_every_time_and_for_any_threads"):
         expected |= {f"test_{test}[triton-{case}]" for case in cases}

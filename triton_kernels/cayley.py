@@ -270,10 +270,10 @@ def _supports(packed: Tensor, size: int, polynomial: list[float]) -> str | None:
         return reason
     if packed.dtype is not torch.float32:
         return f"the Triton kernels take float32 triangles; got {packed.dtype}"
-    if packed.dim() == 3:
-        return "the Triton kernels take the triangles of skew-symmetric matrices; got square ones"
     if not polynomial:
         return "the exact transform is CUDA C++'s or torch's: Triton has no inversion"
+    if packed.dim() == 3:
+        return "the Triton kernels take the triangles of skew-symmetric matrices; got square ones"
     if size > MAX_SIZE:
         return f"the Triton kernels transform blocks of up to {MAX_SIZE}; got {size}"
     return None
