@@ -38,11 +38,11 @@ def read_into_plan(
     config.inference_mode = not is_trainable
     model = tuner.model
     if name in tuner.peft_config:
-        same_meaning(tuner.peft_config[name], config)
+        plan = tuner.plan_of(name)
+        same_meaning(tuner.peft_config[name], config, plan.adapters)
         merged = [path for path, layer in tuner.layers() if name in layer.merged_adapters]
         if merged:
             raise ValueError(f"adapter_name: {name!r} is merged into {merged[0]!r}; unmerge it before loading over it")
-        plan = tuner.plan_of(name)
         if plan.adapters and set(resolve(model, config, strict=False)) != set(plan.adapters):
             raise ValueError(
                 f"target_modules: the file names {config.target_modules}, which are not the modules that adapter "

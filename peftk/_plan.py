@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from .nn import PeftConfig, check_known, layer_class_for
 from .nn._base import Adapter, AdapterLayer
 from .nn.saved import ModulesToSaveWrapper
-from .targets import HEADS, candidates, resolve, resolve_saved
+from .targets import HEADS, candidates, describe_unknown, resolve, resolve_saved
 
 PREFIX = "base_model.model."
+PATTERNS = ("rank_pattern", "alpha_pattern", "block_size_pattern")
 
 
 @dataclass
@@ -68,7 +69,7 @@ def make_plan(
         adapters[path] = layer_class_for(config, module, path).make(
             module, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
         )
-    _check_patterns(config, adapters)
+    _check_patterns(config, adapters, strict)
     saved = {}
     for path in resolve_saved(model, config, asked):
         module = modules[path]
@@ -76,10 +77,12 @@ def make_plan(
     return Plan(name, config, adapters, saved)
 
 
-def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter]) -> None:
-    for field in ("rank_pattern", "alpha_pattern", "block_size_pattern"):
+def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter], strict: bool) -> None:
+    for field in PATTERNS:
         patterns = getattr(config, field, None) or {}
         unused = sorted(p for p in patterns if not any(config.pattern_applies(p, path) for path in adapters))
+        if unused and strict:
+            raise ValueError(f"{field}: these keys match no adapted module: {describe_unknown(unused, adapters)}")
         if unused:
             warnings.warn(f"{field}: these keys match no adapted module and have no effect: {unused}", stacklevel=3)
 
@@ -220,8 +223,8 @@ def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         targets[key].copy_(value)
 
 
-def same_meaning(ours: PeftConfig, theirs: PeftConfig) -> None:
-    """Raise ValueError if tensors trained under `theirs` mean something else under `ours`."""
+def same_meaning(ours: PeftConfig, theirs: PeftConfig, paths: Iterable[str]) -> None:
+    """Raise ValueError if tensors trained under `theirs` on the modules `paths` mean something else under `ours`."""
     if type(ours) is not type(theirs):
         raise ValueError(
             f"adapter: the file is a {theirs.peft_type.value}, the loaded adapter a {ours.peft_type.value}"
@@ -230,5 +233,11 @@ def same_meaning(ours: PeftConfig, theirs: PeftConfig) -> None:
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name == "modules_to_save":
             a, b = set(a or ()), set(b or ()) | set(HEADS.get(theirs.task_type, ()))
-        if field.name in ours._meaning and a != b:
+        if field.name not in ours._meaning:
+            continue
+        differ = a != b
+        if field.name in PATTERNS:
+            # What counts is what each module gets; that depends on the order of the keys too.
+            differ = any(a.get(ours.pattern_key(a, path)) != b.get(theirs.pattern_key(b, path)) for path in paths)
+        if differ:
             raise ValueError(f"{field.name}: the file has {b!r}, the adapter in memory {a!r}; load it under a new name")

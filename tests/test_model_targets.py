@@ -118,11 +118,6 @@ def test_conv1d_of_gpt2_is_a_linear_layer():
         get_peft_model(model, LoraConfig())
 
 
-def test_patterns_that_match_nothing_are_reported():
-    with pytest.warns(UserWarning, match=r"rank_pattern.*\['nothing'\]"):
-        get_peft_model(toy(), lora(rank_pattern={"nothing": 3}))
-
-
 def test_layers_that_torch_would_bypass():
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 3, 8)

@@ -80,7 +80,8 @@ def _config_bytes(config: Mapping[str, Any]) -> bytes:
     if not isinstance(config, Mapping):
         raise TypeError(f"config: expected a dict, got {type(config).__name__}")
     _check_json(config, "config")
-    raw = (json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    # The fields are sorted, as by PEFT. What is in them is not: of several patterns the first one counts.
+    raw = (json.dumps(dict(sorted(config.items())), indent=2, allow_nan=False) + "\n").encode()
     if len(raw) > MAX_CONFIG_BYTES:
         raise ValueError(f"config: expected at most {MAX_CONFIG_BYTES} bytes of JSON, got {len(raw)}")
     parse_json(raw, max_depth=MAX_CONFIG_DEPTH)

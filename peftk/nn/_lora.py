@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ._base import Adapter, AdapterLayer
-from .config import pattern_key
 from .dora import gain
 from .lora_config import LoraConfig
 
@@ -69,8 +68,8 @@ class LoRALayer(AdapterLayer):
 
     @classmethod
     def _settings(cls, config: LoraConfig, module_name: str) -> dict[str, Any]:
-        r = config.rank_pattern.get(pattern_key(config.rank_pattern, module_name), config.r)
-        alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module_name), config.lora_alpha)
+        r = config.rank_pattern.get(config.pattern_key(config.rank_pattern, module_name), config.r)
+        alpha = config.alpha_pattern.get(config.pattern_key(config.alpha_pattern, module_name), config.lora_alpha)
         return {
             "r": r,
             "lora_alpha": alpha,

@@ -13,7 +13,7 @@ from .. import functional as F
 from ._base import Adapter, AdapterLayer
 from ._conv import convolution_beside, convolve_with
 from ._kinds import call, features_of
-from .config import PeftConfig, PeftType, check_choice, check_int, check_regex, pattern_key
+from .config import PeftConfig, PeftType, check_choice, check_int, check_regex
 
 MAX_BLOCK = 2**20
 
@@ -31,7 +31,9 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
         modules_to_save: As in `LoraConfig`.
         layers_to_transform: As in `LoraConfig`.
         layers_pattern: As in `LoraConfig`.
-        block_size_pattern: Name ending or expression to the block size of the modules it matches.
+        block_size_pattern: Name ending or expression to the block size of the modules it matches, by PEFT's rule for
+            this method: the first key that matches after a dot counts, else one that is the whole name, and of an
+            expression with ``|`` outside of brackets only the last part must end where the name does.
         init_weights: "xavier_uniform" (the default; False means the same), "kaiming_uniform", "gaussian", or True for
             zeros, with which a fresh adapter changes nothing.
 
@@ -55,6 +57,7 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
     # PEFT's C3A has no such field.
     exclude_modules: ClassVar[None] = None
     _meaning = ("block_size", "block_size_pattern", "bias", "modules_to_save")
+    _pattern = r".*\.{}$"
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -110,7 +113,7 @@ class C3ALinear(AdapterLayer):
     @classmethod
     def _create(cls, base_layer: nn.Module, config: C3AConfig, module_name: str, initialise: bool) -> Adapter:
         inputs, outputs = features_of(base_layer)
-        key = pattern_key(config.block_size_pattern, module_name)
+        key = config.pattern_key(config.block_size_pattern, module_name)
         size = config.block_size_pattern.get(key, config.block_size)
         if inputs % size or outputs % size:
             common = math.gcd(inputs, outputs)

@@ -167,6 +167,8 @@ class PeftConfig:
     _never_in_file: ClassVar[frozenset[str]] = frozenset()
     # Whether the method cannot stand beside another one in a model.
     _alone: ClassVar[bool] = False
+    # How PEFT's code for the method tries a key of a field like `rank_pattern` on the path of a module.
+    _pattern: ClassVar[str] = r"(.*\.)?({})$"
 
     def __init_subclass__(cls, method: PeftType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -224,9 +226,18 @@ class PeftConfig:
                 f"{self.target_modules!r}"
             )
 
+    @classmethod
+    def pattern_key(cls, patterns: Iterable[str], module_name: str) -> str | None:
+        """Return the key of a field like `rank_pattern` that counts for a module, by PEFT's rule, or None.
+
+        It is the first one that matches, not the closest; if none does, the one that is the name itself.
+        """
+        found = next((p for p in patterns if re.match(cls._pattern.format(p), module_name)), None)
+        return module_name if found is None and module_name in patterns else found
+
     def pattern_applies(self, key: str, module_name: str) -> bool:
-        """Whether a key of a field like `rank_pattern` means the module of this name."""
-        return pattern_key([key], module_name) is not None
+        """Whether a key of a field like `rank_pattern` means the module of this name, if no other key does."""
+        return self.pattern_key([key], module_name) is not None
 
     @classmethod
     def _check_file(cls, values: Mapping[str, Any]) -> None:
@@ -293,11 +304,6 @@ class PeftConfig:
     def is_adaption_prompt(self) -> bool:
         """False, unless a subclass says otherwise."""
         return False
-
-
-def pattern_key(patterns: Iterable[str], module_name: str) -> str | None:
-    """Return the first of `patterns` that matches the end of `module_name` at a dot, or None."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module_name)), None)
 
 
 def refuse_unimplemented(config: PeftConfig, names: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_r
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve, convolve_with
 from ._kinds import call, weight_shape
-from .config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns, pattern_key
+from .config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
 from .lora_config import MAX_ALPHA, MAX_RANK
 
 
@@ -117,8 +117,8 @@ class LoHaLinear(AdapterLayer):
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoHaConfig, module_name: str, initialise: bool) -> Adapter:
-        r = config.rank_pattern.get(pattern_key(config.rank_pattern, module_name), config.r)
-        alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module_name), config.alpha)
+        r = config.rank_pattern.get(config.pattern_key(config.rank_pattern, module_name), config.r)
+        alpha = config.alpha_pattern.get(config.pattern_key(config.alpha_pattern, module_name), config.alpha)
         parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in cls._shapes(base_layer, config, r).items()}
         if initialise:
             # In PEFT's order, so that equal seeds give equal bits.

@@ -14,7 +14,7 @@ from .. import functional as F
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
 from ._kinds import call, weight_shape
-from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns, pattern_key
+from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns
 from .lora_config import MAX_ALPHA, MAX_RANK
 
 
@@ -148,8 +148,8 @@ class LoKrLinear(AdapterLayer):
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoKrConfig, module_name: str, initialise: bool) -> Adapter:
-        r = config.rank_pattern.get(pattern_key(config.rank_pattern, module_name), config.r)
-        alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module_name), config.alpha)
+        r = config.rank_pattern.get(config.pattern_key(config.rank_pattern, module_name), config.r)
+        alpha = config.alpha_pattern.get(config.pattern_key(config.alpha_pattern, module_name), config.alpha)
         shapes = _shapes(weight_shape(base_layer), config, r)
         parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         if initialise:
