@@ -18,7 +18,9 @@ _QV = ("q_proj", "v_proj")
 _FUSED = ("query_key_value",)
 
 DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm", "vit", "dinov2"), ("query", "value")),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
+    # Renamed in transformers 5; names that a model does not have are left out.
+    **dict.fromkeys(("vit", "dinov2"), ("query", "value", *_QV)),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
     **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _QV),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 import types
 
 import pytest
 import torch
 from torch import nn
 from toy_model import assert_unchanged, lora, oft, snapshot, toy
-from transformers import GPT2Config, GPT2Model
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model
 
 from peftk import targets
 from peftk.model import get_peft_model
@@ -52,7 +53,7 @@ def test_targets(spec, options, expected):
     [
         ("bert", ["query", "value"]),
         ("vit", ["query", "value"]),
-        ("dinov2", ["query", "value"]),
+        ("dinov2", ["q_proj", "v_proj"]),
         ("chatglm", ["query_key_value"]),
     ],
 )
@@ -60,6 +61,21 @@ def test_default_targets_follow_the_model_type(kind, names):
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in (*names, "dense")})
     model.config = types.SimpleNamespace(model_type=kind)
     assert targets.resolve(model, LoraConfig()) == names
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama", "mistral", "t5", "vit", "dinov2"])
+def test_default_targets_are_in_the_models_of_transformers(kind):
+    """Whatever the installed release calls the projections to queries and values, or the one to both."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    sizes |= {"vocab_size": 16} if kind not in ("vit", "dinov2") else {"image_size": 4, "patch_size": 2}
+    sizes = {
+        "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 16},
+        "t5": {"d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "vocab_size": 16},
+    }.get(kind, sizes)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
+    found = targets.resolve(model, LoraConfig(fan_in_fan_out=kind == "gpt2"))
+    assert len(found) == {"gpt2": 1, "t5": 6}.get(kind, 2)
+    assert all(re.search("attn|attention", name, re.IGNORECASE) for name in found)
 
 
 @pytest.mark.parametrize(
