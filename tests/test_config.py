@@ -9,16 +9,20 @@ import warnings
 import peft
 import pytest
 
-from peftk.nn import AdaptionPromptConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, XLoraConfig
+from peftk.nn import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    BOFTConfig,
+    C3AConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    XLoraConfig,
+)
 
-PAIRS = [
-    (LoraConfig, peft.LoraConfig),
-    (LoKrConfig, peft.LoKrConfig),
-    (OFTConfig, peft.OFTConfig),
-    (LoHaConfig, peft.LoHaConfig),
-    (AdaptionPromptConfig, peft.AdaptionPromptConfig),
-    (XLoraConfig, peft.XLoraConfig),
-]
+PAIRS = [(cls, getattr(peft, cls.__name__)) for cls in PeftConfig._by_type.values()]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -70,6 +74,25 @@ FULL = [
             "init_weights": False,
         },
     ),
+    (
+        LoKrConfig,
+        {
+            "r": 4,
+            "alpha": 7,
+            "rank_dropout": 0.1,
+            "rank_dropout_scale": True,
+            "decompose_both": True,
+            "decompose_factor": 4,
+            "init_weights": "lycoris",
+            "rank_pattern": {"a": 2},
+        },
+    ),
+    (
+        AdaLoraConfig,
+        {"init_r": 3, "target_r": 2, "total_step": 9, "tinit": 2, "tfinal": 1, "deltaT": 3, "bias": "lora_only"},
+    ),
+    (BOFTConfig, {"boft_block_size": 0, "boft_block_num": 2, "boft_dropout": 0.1, "bias": "boft_only"}),
+    (C3AConfig, {"block_size": 8, "block_size_pattern": {"a": 4}, "init_weights": True, "bias": "c3a_only"}),
     (XLoraConfig, {"hidden_size": 16, "adapters": {"a": "b"}, "top_k_lora": 1, "task_type": "CAUSAL_LM"}),
     (AdaptionPromptConfig, {"adapter_len": 10, "adapter_layers": 30, "task_type": "CAUSAL_LM"}),
     (OFTConfig, {"r": 2, "oft_block_size": 0, "coft": True, "eps": 0.1, "block_share": True, "bias": "oft_only"}),
@@ -168,6 +191,25 @@ BAD = [
 def test_bad_values_are_refused_by_name(cls, name, value):
     with pytest.raises((TypeError, ValueError), match=name):
         cls(**{name: value})
+
+
+NEEDED = {AdaLoraConfig: {"total_step": 9}, XLoraConfig: {"hidden_size": 16, "adapters": {}}}
+NONSENSE = [object(), b"x", 2**70, -1.5, NAN, "(", {1: 2}, [None], {"a": object()}]
+
+
+@pytest.mark.parametrize(("cls", "name"), [(cls, f.name) for cls, _ in PAIRS for f in dataclasses.fields(cls)])
+def test_nonsense_is_refused_by_name_in_every_field(cls, name):
+    """Texts and tables that are only kept may hold what they like."""
+    kept = {"auto_mapping": dict, "peft_version": str, "base_model_name_or_path": str, "revision": str}
+    kept |= {"target_modules": str} if cls is AdaptionPromptConfig else {}
+    # Its sign is that of the scale: a negative one means init_r.
+    kept |= {"lora_alpha": float} if cls is AdaLoraConfig else {}
+    kept |= {"scaling_pass_value": float, "global_scaling_weight": float}
+    for value in NONSENSE:
+        if isinstance(value, kept.get(name, ())) and value == value:
+            continue
+        with pytest.raises((TypeError, ValueError, NotImplementedError), match=name):
+            cls(**(NEEDED.get(cls, {}) | {name: value}))
 
 
 NOT_YET = {

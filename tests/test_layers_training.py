@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from layer_cases import CASES, Case, I, O, example, make, reference, with_hook
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peftk.nn import LoraConfig, OFTConfig
+from peftk.nn import AdaLoraConfig, BOFTConfig, C3AConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from peftk.testing.compare import assert_close
+from peftk.testing.memory import largest_bytes
 
 
 @pytest.mark.parametrize("cls", [LoraConfig, OFTConfig])
@@ -139,6 +142,43 @@ def test_compiles_without_a_graph_break(name):
     assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
     if name != "dropout":
         assert_close(y, reference(layer, x.detach()), torch.float32)
+
+
+# Low rank and written weight, dense and factored, one pass and a chain.
+LARGE = {
+    "lora": LoraConfig(r=4),
+    "lora, dropout": LoraConfig(r=4, lora_dropout=0.1),
+    "dora": LoraConfig(r=4, use_dora=True),
+    "adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=9),
+    "loha": LoHaConfig(r=2, init_weights=False),
+    "loha, written": LoHaConfig(r=9, init_weights=False),
+    "lokr": LoKrConfig(r=2),
+    "lokr, full": LoKrConfig(r=64),
+    "oft": OFTConfig(oft_block_size=16),
+    "oft, exact": OFTConfig(oft_block_size=16, use_cayley_neumann=False),
+    "boft": BOFTConfig(boft_n_butterfly_factor=2),
+    "boft, chain": BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=7),
+    "c3a": C3AConfig(block_size=64),
+    "c3a, small blocks": C3AConfig(block_size=16),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_nothing_of_the_size_of_the_weight_is_made_in_float32(name):
+    """Of a half-precision layer, inside the operators included: no update, no rotation, no permutation."""
+    tokens, size = 60, 512 if "chain" in name else 256
+    layer = make(LARGE[name], dtype=torch.bfloat16, features=(size, size))
+    x = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)
+    assert largest_bytes(lambda: layer(x).sum().backward()) < 4 * size * size
+
+
+@pytest.mark.parametrize("method", ["LoHa", "LoKr", "BOFT"])
+def test_peft_makes_matrices_of_the_size_of_the_weight(method):
+    """So the measure of the test above sees them."""
+    config = getattr(peft, f"{method}Config")(target_modules=["0"])
+    layer = peft.get_peft_model(nn.Sequential(nn.Linear(256, 256, dtype=torch.bfloat16)), config)
+    x = torch.randn(60, 256, dtype=torch.bfloat16, requires_grad=True)
+    assert largest_bytes(lambda: layer(x).sum().backward()) >= 4 * 256 * 256
 
 
 def test_every_trainable_tensor_moves_after_one_step():

@@ -49,6 +49,17 @@ def _without_stderr() -> Iterator[None]:
         os.close(nothing)
 
 
+def _allocations(step: Callable[[], object]) -> list[int]:
+    """Return what torch's allocator handed out during a step, in order, and as negative numbers what it took back."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with warnings.catch_warnings(), _without_stderr():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+
+
 def peak_bytes(step: Callable[[], object], owned: Iterable[Tensor]) -> int:
     """Return the largest number of bytes that torch's allocator held during a step, above what it held before.
 
@@ -60,14 +71,13 @@ def peak_bytes(step: Callable[[], object], owned: Iterable[Tensor]) -> int:
     for tensor in owned:
         tensor.grad = None
     gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with warnings.catch_warnings(), _without_stderr():
-        warnings.simplefilter("ignore")
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            step()
     held = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
+    for size in _allocations(step):
+        held += size
         peak = max(peak, held)
     return peak
+
+
+def largest_bytes(step: Callable[[], object]) -> int:
+    """Return the size of the largest tensor that a step makes, those inside operators included."""
+    return max(_allocations(step), default=0)
