@@ -65,7 +65,24 @@ def read_into_plan(
             raise
         targets.update(found)
         values = files.read_adapter(folder, *_expected(targets))
+    _check_not_merged(tuner, targets)
     return plan, lambda: copy_into(targets, values)
+
+
+def _check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
+    """Refuse a file with weights or biases of the base model that stand merged: unmerging would undo the load."""
+    merged = {
+        id(tensor): path
+        for path, layer in tuner.layers()
+        for key, original in layer._original.items()
+        for tensor in (original, getattr(layer.base_layer, key))
+    }
+    for key, tensor in targets.items():
+        if id(tensor) in merged:
+            raise ValueError(
+                f"model_id: the file holds {key!r}, a tensor of the base model, and adapters are merged into it at "
+                f"{merged[id(tensor)]!r}; unmerge them before loading"
+            )
 
 
 def _expected(targets: dict[str, Tensor]) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:

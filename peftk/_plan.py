@@ -65,6 +65,8 @@ def make_plan(
                     f"target_modules: module {path!r} has a {type(module).__name__} already; two methods cannot share "
                     "a layer"
                 )
+            if initialise:
+                module.check_add(config)
             module = module.base_layer
         adapters[path] = layer_class_for(config, module, path).make(
             module, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
@@ -147,12 +149,12 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
         # The keys are those that the file has when this is the model's only adapter.
         if path in plan.adapters:
             if getattr(module, "bias", None) is not None:
-                yield f"{path}.base_layer.bias", module.bias
+                yield f"{path}.base_layer.bias", _own_bias(module)
         elif mode != "all" or any(path.startswith(f"{saved}.") for saved in plan.saved):
             continue
         elif isinstance(module, AdapterLayer):
             if module.bias is not None:
-                yield f"{path}.bias", module.bias
+                yield f"{path}.bias", _own_bias(module)
         elif isinstance(module, ModulesToSaveWrapper) or path in plan.saved:
             inner = f"{path}.original_module" if path in plan.saved else path
             for name, tensor in getattr(module, "original_module", module).state_dict(keep_vars=True).items():
@@ -164,6 +166,11 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
                 tensor = module._buffers.get("bias")
             if tensor is not None:
                 yield f"{path}.bias", tensor
+
+
+def _own_bias(module: nn.Module) -> Tensor:
+    """Return the bias of a layer without what is merged into it."""
+    return getattr(module, "_original", {}).get("bias", module.bias)
 
 
 def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

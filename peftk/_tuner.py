@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ._plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
 from .nn import AdaLoraConfig, PeftConfig
-from .nn._base import AdapterLayer, check_finite
+from .nn._base import AdapterLayer
+from .nn._merging import check_finite
 from .nn.config import check_adapter_name, check_int
 from .nn.rank_allocator import RankAllocator, orthogonality_loss
 from .nn.saved import ModulesToSaveWrapper
@@ -45,6 +46,12 @@ class Tuner(nn.Module):
             if name == "model" or name[:2] == "__":
                 raise
         return getattr(self.model, name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Called before any module inside is loaded: a load that a merged layer refuses changes nothing.
+        for path, layer in self.layers():
+            layer.check_load(state_dict, f"{prefix}model.{path}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def active_adapter(self) -> str | list[str]:

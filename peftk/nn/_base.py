@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ._kinds import dtype_of, features_of, kind_of, opaque_weight, why_unsupported
+from ._kinds import HALF, dtype_of, features_of, kind_of, why_unsupported
+from ._merging import Mergeable
 from .config import PeftConfig, check_adapter_name
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -44,11 +43,11 @@ class Adapter:
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(Mergeable):
     """A frozen layer with any number of named adapters, of which some are active.
 
     Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
-    Everything else (activation, disabling, merging, exact unmerging, deletion, dtype and device) is written here once.
+    Everything else (activation, disabling, deletion, dtype and device here, merging in `Mergeable`) is written once.
 
     Attributes:
         base_kinds: Which of `KINDS` the class wraps.
@@ -149,7 +148,7 @@ class AdapterLayer(nn.Module):
         for part in adapter.parts.values():
             for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
                 value = parameter.data.to(device=device, dtype=dtype)
-                parameter.data = value.float() if autocast_adapter_dtype and dtype in _HALF else value
+                parameter.data = value.float() if autocast_adapter_dtype and dtype in HALF else value
         return adapter
 
     @classmethod
@@ -163,10 +162,6 @@ class AdapterLayer(nn.Module):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output with the adapters `names` applied."""
-        raise NotImplementedError
-
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
-        """Replace `weight` (and `bias`) in `tensors` by what they are once `name` is merged."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -244,8 +239,12 @@ class AdapterLayer(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Make and attach another adapter; `set_adapter` activates it."""
+        self.check_add(config)
         adapter = self.make(self.base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
         self.attach(adapter_name, adapter)
+
+    def check_add(self, config: PeftConfig) -> None:
+        """Raise ValueError if an adapter of this configuration cannot be initialised in the state of the layer."""
 
     def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
         """Raise ValueError if these adapters cannot be active together on this layer."""
@@ -294,113 +293,6 @@ class AdapterLayer(nn.Module):
                 del container[adapter_name]
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
-    # -- merging ----------------------------------------------------------------------------------------------
-
-    @property
-    def merged(self) -> bool:
-        """Whether any adapter is merged into the base weight."""
-        return bool(self.merged_adapters)
-
-    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        return [
-            name for name in dict.fromkeys(names) if name in self.adapter_names and name not in self.merged_adapters
-        ]
-
-    def _merge_order(self, names: list[str]) -> list[str]:
-        """Return the adapters in the order in which they are multiplied onto the weight."""
-        # The adapter that acts first on the input is the last factor next to the weight.
-        return names[::-1]
-
-    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise ValueError if one of these adapters can never be merged into this layer, as into a quantised one."""
-        opaque = opaque_weight(self.base_layer)
-        if opaque is not None and self._to_merge(adapter_names):
-            raise ValueError(
-                f"merge: the weight of this {type(self.base_layer).__name__} is {opaque}, and merging would round the "
-                "adapter to what that can hold; unload() the adapter, or load it on the model in full precision and "
-                "merge it there"
-            )
-
-    @torch.no_grad()
-    def merged_tensors(self, adapter_names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Compute what the base weight (and bias) become, without changing anything.
-
-        All adapters are applied to the original weight in float32 (float64 for a float32 weight), and the result is
-        rounded once to the dtype of the weight.
-        """
-        self.check_merge(adapter_names)
-        names = [*self.merged_adapters, *self._to_merge(adapter_names)]
-        base = {"weight": self.base_layer.weight, "bias": self.bias}
-        weight = base["weight"]
-        if "weight" not in self.base_layer._parameters:
-            raise ValueError(
-                "merge: the base weight is computed from other parameters; remove its parametrization first"
-            )
-        if weight.numel() == 0 and self.in_features * self.out_features:
-            raise ValueError("merge: the base weight is an empty shard; gather it first")
-        wide = torch.float32 if weight.dtype in _HALF or weight.device.type == "mps" else torch.float64
-        source = {
-            key: self._original.get(key, tensor).to(device=weight.device, dtype=wide)
-            for key, tensor in base.items()
-            if tensor is not None
-        }
-        if self.kind == "Conv1D":
-            source["weight"] = source["weight"].mT
-        tensors = dict(source)
-        for name in self._merge_order(names):
-            self._merge_into(tensors, name)
-        changed = {key: tensor for key, tensor in tensors.items() if tensor is not source[key]}
-        if self.kind == "Conv1D" and "weight" in changed:
-            changed["weight"] = changed["weight"].mT
-        return {key: torch.empty_like(base[key]).copy_(tensor) for key, tensor in changed.items()}
-
-    @torch.no_grad()
-    def merge(
-        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_base: str = "device"
-    ) -> None:
-        """Write the active (or the named) adapters into the base weight.
-
-        The original tensors are kept, which is the only exact way back in low precision; it costs one copy of the
-        weight.
-
-        Args:
-            safe_merge: Check that the result is finite before anything is changed.
-            adapter_names: Which adapters, in the order in which they act; None means the active ones.
-            keep_base: Where the original is kept: `"device"` (where it is) or `"cpu"`.
-
-        Raises:
-            ValueError: With `safe_merge`, the merged weight would not be finite; or `keep_base` is unknown.
-        """
-        if keep_base not in ("device", "cpu"):
-            raise ValueError(f"keep_base: expected 'device' or 'cpu', got {keep_base!r}")
-        names = self._to_merge(adapter_names)
-        if not names:
-            return
-        tensors = self.merged_tensors(names)
-        if safe_merge:
-            check_finite(tensors, names)
-        for key, tensor in tensors.items():
-            parameter = getattr(self.base_layer, key)
-            if key not in self._original:
-                self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
-            parameter.data = tensor
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the original tensors back, bit for bit."""
-        if not self.merged_adapters:
-            warnings.warn("unmerge: nothing is merged", stacklevel=2)
-            return
-        for key, tensor in self._original.items():
-            parameter = getattr(self.base_layer, key)
-            parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype)
-        self._original = {}
-        self.merged_adapters = []
-
     # -- what other code reads off a layer --------------------------------------------------------------------
 
     def unwrap(self) -> nn.Module:
@@ -433,12 +325,3 @@ class AdapterLayer(nn.Module):
             values = ", ".join(f"{key}={values[name]}" for key, values in settings.items() if name in values)
             parts.append(f"{name}=({values})")
         return ", ".join(parts)
-
-
-def check_finite(tensors: dict[str, Tensor], names: Sequence[str], where: str = "") -> None:
-    """Raise ValueError if a merged tensor holds NaN or infinity."""
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"safe_merge: merging {list(names)} would make the {key} {where}non-finite; nothing was merged"
-            )

@@ -24,6 +24,7 @@ QUANTISERS = ("torchao", "bnb 4bit", "bnb 8bit")
 """What PEFT calls the libraries whose quantised layers are told apart by name."""
 
 _NAMES = ("float64", "float32", "bfloat16", "float16")
+HALF = (torch.float16, torch.bfloat16)
 _DENSE = tuple(getattr(torch, name) for name in _NAMES)
 
 

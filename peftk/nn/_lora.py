@@ -52,6 +52,14 @@ class LoRALayer(AdapterLayer):
                 magnitude.copy_(cls._first_norms(base_layer, adapter).view_as(magnitude))
         return adapter
 
+    def check_add(self, config: LoraConfig) -> None:
+        """Raise ValueError if the norms of the base weight are needed and adapters are merged into it."""
+        if config.use_dora and self.merged_adapters:
+            raise ValueError(
+                f"use_dora: a new DoRA adapter starts at the norms of the base weight, and {self.merged_adapters} are "
+                "merged into it; unmerge first"
+            )
+
     @classmethod
     def _first_norms(cls, base_layer: nn.Module, adapter: Adapter) -> Tensor:
         # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
