@@ -139,6 +139,17 @@ def _merge(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -
     _adapted(config, BASES[kind](**usual)).merge()
 
 
+def _merge_groups(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -> None:
+    if kind != "Conv2d":
+        return
+    try:
+        layer = _adapted(config, _convolution(**usual, groups=2))
+    except ValueError:
+        # Groups are refused as such.
+        return
+    layer.merge()
+
+
 def _several(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -> None:
     layer = _adapted(config, BASES[kind](**usual))
     layer.add_adapter("other", config())
@@ -169,6 +180,7 @@ PROBES: dict[str, Callable[[Callable[[], PeftConfig], str, dict], None]] = {
     "padding modes": _geometry(padding=1, padding_mode="reflect"),
     "kernels that are not square": _geometry(size=(1, 3)),
     "merging": _merge,
+    "merging with groups": _merge_groups,
     "several active adapters": _several,
     "a quantised nn.Linear": _quantised,
     "batches that mix adapters": _mixed,
