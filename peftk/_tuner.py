@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
 from .nn import AdaLoraConfig, PeftConfig
 from .nn._base import AdapterLayer
+from .nn._freezing import set_trainable
 from .nn._merging import check_finite
 from .nn.config import check_adapter_name, check_int
 from .nn.rank_allocator import RankAllocator, orthogonality_loss
@@ -142,7 +143,7 @@ class Tuner(nn.Module):
         self.active_adapters = names
         for name in [n for n in self.peft_config if n not in names] + names:
             for _, bias in biases(self.model, plan_of(self.model, name, self.peft_config[name])):
-                bias.requires_grad_(name in names and not inference_mode)
+                set_trainable(bias, name in names and not inference_mode)
         # With bias="all" the originals of fully trained modules are listed too; they are never trained.
         for _, wrapper in self.wrappers():
             wrapper.original_module.requires_grad_(False)

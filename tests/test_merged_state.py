@@ -9,22 +9,11 @@ import pytest
 import torch
 from layer_cases import CASES, example, make
 from torch import nn
-from toy_model import X, assert_unchanged, lora, oft, snapshot, toy
+from toy_model import METHODS, X, assert_unchanged, lora, snapshot, toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftk.model import PeftModel, get_peft_model
-from peftk.nn import AdaLoraConfig, BOFTConfig, C3AConfig, LoHaConfig, LoKrConfig, LoraConfig
-
-CONFIGS = {
-    "lora": lora(),
-    "dora": lora(use_dora=True),
-    "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["query"], init_lora_weights=False),
-    "oft": oft(),
-    "boft": BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, target_modules=["query"], init_weights=False),
-    "loha": LoHaConfig(r=2, target_modules=["query"], init_weights=False),
-    "lokr": LoKrConfig(r=2, target_modules=["query"], init_weights=False),
-    "c3a": C3AConfig(block_size=4, target_modules=["query"]),
-}
+from peftk.nn import LoraConfig
 
 
 def scaled(state, factor=2):
@@ -55,9 +44,9 @@ def test_a_merged_layer_refuses_what_unmerging_would_undo(name):
         assert torch.equal(value, original[key] * 2)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_merged_model_refuses_a_load_before_it_changes_anything(name):
-    model = get_peft_model(toy(), CONFIGS[name])
+    model = get_peft_model(toy(), METHODS[name])
     holder = nn.ModuleDict({"inner": model})
     model.merge_adapter()
     states = {model: model.state_dict(), holder: holder.state_dict(), model.base_model: model.base_model.state_dict()}
@@ -79,10 +68,10 @@ def test_a_merged_model_refuses_a_load_before_it_changes_anything(name):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", METHODS)
 def test_copies_pickles_and_casts_of_merged_models(name):
     base = toy()
-    model = get_peft_model(base, CONFIGS[name])
+    model = get_peft_model(base, METHODS[name])
     y, original = model(X), {key: value.clone() for key, value in model.state_dict().items()}
     halved = copy.deepcopy(model).half().state_dict()
     model.merge_adapter()

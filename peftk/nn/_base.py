@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ._freezing import note_rerun, set_trainable
 from ._kinds import HALF, dtype_of, features_of, kind_of, why_unsupported
 from ._merging import Mergeable
 from .config import PeftConfig, check_adapter_name
@@ -115,6 +116,7 @@ class AdapterLayer(Mergeable):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
+        self._switched = False
         # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
         self._original: dict[str, Tensor] = {}
 
@@ -166,6 +168,8 @@ class AdapterLayer(Mergeable):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer with the active adapters; extra arguments go to the base layer."""
+        if self._switched and not torch.compiler.is_compiling():
+            note_rerun()
         if self.disable_adapters or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
         # Straight from the dictionary: every look-up through nn.Module runs Python of its own.
@@ -259,7 +263,9 @@ class AdapterLayer(Mergeable):
             warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
             self.unmerge()
         for name, part in self._trainable():
-            part.requires_grad_(name in names and not inference_mode)
+            set_trainable(part, name in names and not inference_mode)
+        # A first choice changes nothing for passes before it: none had an adapter.
+        self._switched = self._switched or (bool(self.active_adapters) and names != self.active_adapters)
         self.active_adapters = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -120,7 +120,7 @@ class Mergeable(nn.Module):
             parameter = getattr(self.base_layer, key)
             if key not in self._original:
                 self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
-            parameter.data = tensor
+            _replace(parameter, tensor)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class Mergeable(nn.Module):
             return
         for key, tensor in self._original.items():
             parameter = getattr(self.base_layer, key)
-            parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype)
+            _replace(parameter, tensor.to(device=parameter.device, dtype=parameter.dtype))
         self._original = {}
         self.merged_adapters = []
 
@@ -159,6 +159,12 @@ class Mergeable(nn.Module):
         # Called before the modules inside are loaded.
         self.check_load(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _replace(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Put other values into a parameter, so that differentiating an earlier pass raises instead of using them."""
+    parameter.data = tensor
+    torch.autograd.graph.increment_version(parameter)
 
 
 def check_finite(tensors: dict[str, Tensor], names: Sequence[str], where: str = "") -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 from ._base import Adapter, AdapterLayer
+from ._freezing import note_rerun, set_trainable
 from .adaption_prompt_config import ATTENTIONS, AdaptionPromptConfig
 from .config import PeftConfig, check_adapter_name
 
@@ -148,6 +149,8 @@ class AdaptedAttention(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the attention module with the active adapter; arguments and results are the module's own."""
+        if not torch.compiler.is_compiling():
+            note_rerun()
         if self.disable_adapters or self._current is None:
             return self.model(*args, **kwargs)
         if self.attention.output is not None:
@@ -248,7 +251,7 @@ class AdaptedAttention(AdapterLayer):
             self._current = found[0]
         for name in self._names:
             for parameter in self.adapter(name).parts.values():
-                parameter.requires_grad_(name in found and not inference_mode)
+                set_trainable(parameter, name in found and not inference_mode)
         self.active_adapters = names
 
     def _put_away(self) -> None:

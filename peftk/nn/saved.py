@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ._freezing import set_trainable
+
 
 class ModulesToSaveWrapper(nn.Module):
     """A module with one trained copy per adapter; the original stays frozen and is used when no adapter is active.
@@ -53,7 +55,7 @@ class ModulesToSaveWrapper(nn.Module):
         """Make the one copy among these names that this module has current and (unless `inference_mode`) trainable."""
         self.active_adapters = self.check_set_adapter(adapter_names)
         for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in self.active_adapters and not inference_mode)
+            set_trainable(module, name in self.active_adapters and not inference_mode)
 
     def set_requires_grad(self, adapter_names: Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the copies of these adapters."""

@@ -1,0 +1,56 @@
+"""Freezing what has run already: its gradient still arrives when that forward pass is differentiated later."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+_KEPT = "peftk: keeps the gradient"
+# The backward pass in which adapted layers were run again last, as activation checkpointing does.
+_rerun_in = -1
+
+
+def set_trainable(part: nn.Module | nn.Parameter, trainable: bool) -> None:
+    """Freeze or unfreeze parameters; those that are frozen still get the gradient of earlier forward passes.
+
+    Autograd drops what arrives at a parameter that has been frozen since, silently.
+    """
+    for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+        if parameter.requires_grad and not trainable:
+            _keep_gradient(parameter)
+        parameter.requires_grad_(trainable)
+
+
+def _keep_gradient(parameter: nn.Parameter) -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        node = torch.autograd.graph.get_gradient_edge(parameter).node
+    # The node belongs to the graphs of earlier passes; without any, it ends here, and the hook with it.
+    if _KEPT not in node.metadata:
+        node.metadata[_KEPT] = True
+        node.register_prehook(functools.partial(_accumulate, parameter))
+
+
+@torch.no_grad()
+def _accumulate(parameter: nn.Parameter, grads: tuple[Tensor | None, ...]) -> None:
+    (grad,) = grads
+    if parameter.requires_grad or grad is None:
+        return
+    if torch._C._current_graph_task_id() == _rerun_in:
+        raise RuntimeError(
+            "backward: another adapter was made active after the forward pass, and activation checkpointing has run "
+            "the layers again with it; call backward before set_adapter"
+        )
+    if parameter.grad is None:
+        parameter.grad = grad.clone()
+    else:
+        parameter.grad += grad
+
+
+def note_rerun() -> None:
+    """Remember that a layer runs within a backward pass, if it does."""
+    global _rerun_in
+    task = torch._C._current_graph_task_id()
+    if task != -1:
+        _rerun_in = task
