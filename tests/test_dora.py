@@ -125,9 +125,9 @@ def test_dropout_reaches_both_products():
     assert torch.equal(layer(x), y)
     # The same mask, found from the product of a base layer that shows it.
     torch.manual_seed(3)
-    from peftk.nn._dropout import dropped
+    from peftk.nn._dropout import Dropout
 
-    seen = dropped(x.detach(), 0.5).double()
+    seen = Dropout(x.detach(), 0.5).dropped().double()
     base, plain = layer.base_layer, (x.detach().double() @ layer.base_layer.weight.double().T)
     a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
     scale = layer.scaling["default"]

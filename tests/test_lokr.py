@@ -9,7 +9,6 @@ import torch
 from layer_cases import CASES, example, make, with_hook
 from peft.tuners.lokr.layer import factorization as factorization_of_peft
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from peftk.nn import LoKrConfig
 from peftk.nn.lokr import factorization
@@ -67,22 +66,6 @@ def test_nothing_kept_changes_nothing():
     layer = make(LoKrConfig(r=1, rank_dropout=0.999999, rank_dropout_scale=True, init_weights=False))
     x = example(CASES["lokr"])
     assert_same_bits(layer(x), layer.base_layer(x))
-
-
-@pytest.mark.parametrize("name", DROPPED)
-def test_checkpointing_replays_dropout(name):
-    layer = make(CASES[name])
-    layer.rank_dropout["default"] = layer.module_dropout["default"] = 0.3
-    x = example(CASES[name]).requires_grad_()
-    results = []
-    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=True)):
-        torch.manual_seed(5)
-        y = run(x)
-        results.append(
-            (y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)]))
-        )
-    for left, right in zip(*results, strict=True):
-        assert_same_bits(left, right)
 
 
 def test_the_scale_holds_where_no_factor_has_a_rank():

@@ -12,7 +12,7 @@ from torch.nn import functional as tf
 
 from .. import functional as F
 from ._base import Adapter
-from ._dropout import dropped
+from ._dropout import Dropout
 from ._kinds import call, features_of, opaque_weight, settle_fan_in_fan_out
 from ._lora import LoRALayer
 from ._low_rank import LowRankLinear
@@ -94,9 +94,13 @@ class LoRALinear(LoRALayer, LowRankLinear):
         if p == 0:
             return F.dora_compose(result, x, a, b, g, self.bias, scale)
         # The base product that g scales is that of the dropped input too, as in PEFT.
-        x = dropped(x, p)
-        result = torch.addcmul(result, tf.linear(x, self._base_weight().to(x.dtype)), (g - 1).to(result.dtype))
-        return F.low_rank_add(result, x, a, b * g.unsqueeze(1), scale)
+        seen = Dropout(x, p)
+        second = tf.linear(seen.dropped(), self._base_weight().to(x.dtype))
+        result = torch.addcmul(result, second, (g - 1).to(result.dtype))
+        hidden = seen.product(tf.linear, a.to(x.dtype))
+        b = (b * (g.unsqueeze(1) * scale)).to(x.dtype)
+        rows, hidden = (t.reshape(-1, t.shape[-1]) for t in (result, hidden))
+        return torch.addmm(rows, hidden, b.mT).view(result.shape)
 
     def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         result = call(self.base_layer, x, *args, **kwargs)

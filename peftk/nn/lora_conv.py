@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from .. import functional as F
 from ..ops._autograd import apply
 from ._base import Adapter
 from ._conv import convolve
-from ._dropout import dropped
+from ._dropout import Dropout
 from ._lora import LoRALayer
 from .dora import Magnitude
 from .lora import initialise_factors
@@ -123,21 +124,22 @@ class LoRAConv2d(LoRALayer):
         for name in names:
             p = self.lora_dropout[name] if self.training else 0.0
             a, b = (t.to(x.dtype) for t in self._pair(name))
-            seen = dropped(x, p)
+            seen = Dropout(x, p)
             if self.use_dora[name]:
                 g = self._gain(name)
                 result = self._rescaled(result, seen, g, p)
                 b = b * g.view(-1, 1, 1, 1).to(b.dtype)
                 fresh = False
-            hidden = convolve(self.lora_A[name], seen, a)
+            hidden = seen.product(functools.partial(convolve, self.lora_A[name]), a)
             result = self._expanded(result, hidden, b, self.scaling[name], fresh)
             bias = self._extra_bias(name)
             if bias is not None:
                 result = result + bias.to(result.dtype).view(-1, 1, 1)
         return result
 
-    def _rescaled(self, result: Tensor, x: Tensor, g: Tensor, p: float) -> Tensor:
+    def _rescaled(self, result: Tensor, seen: Dropout, g: Tensor, p: float) -> Tensor:
         if p > 0:
+            x = seen.dropped()
             second = convolve(self.base_layer, x, self.base_layer.weight.to(x.dtype))
             return torch.addcmul(result, second, (g - 1).to(result.dtype).view(-1, 1, 1))
         if _channels_last(result):

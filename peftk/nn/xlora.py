@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ._base import AdapterLayer
 from ._conv import convolve
-from ._dropout import dropped
+from ._dropout import Dropout
 from ._kinds import call
 from .lora import LoRALinear
 from .lora_conv import LoRAConv2d
@@ -258,12 +259,13 @@ class XLoraConv2d(XLoraLayer, LoRAConv2d):
         before = pixels and not plain
         for p, part, columns in self._groups(before or base.groups > 1):
             a, b = (t.to(x.dtype) for t in self._factors_together(part))
-            own, seen = gate[:, columns], dropped(x, p)
+            own, seen = gate[:, columns], Dropout(x, p)
+            read = functools.partial(convolve, self.lora_A[part[0]])
             if before:
                 # A reads several pixels, so that the weight goes on each of them.
-                seen = (seen * own[:, :1]).to(x.dtype)
-            hidden = convolve(self.lora_A[part[0]], seen, a)
-            if not before:
+                hidden = read((seen.dropped() * own[:, :1]).to(x.dtype), a)
+            else:
+                hidden = seen.product(read, a)
                 hidden = (hidden * own).to(hidden.dtype)
             result = self._expanded(result, hidden, b, 1.0)
         return result
