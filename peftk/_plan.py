@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .nn import PeftConfig, check_known, layer_class_for
 from .nn._base import Adapter, AdapterLayer
 from .nn.saved import ModulesToSaveWrapper
-from .targets import HEADS, candidates, describe_unknown, resolve, resolve_saved
+from .targets import HEADS, candidates, describe_unknown, places, resolve, resolve_saved
 
 PREFIX = "base_model.model."
 PATTERNS = ("rank_pattern", "alpha_pattern", "block_size_pattern")
@@ -55,7 +55,7 @@ def make_plan(
         heads = [head for head in HEADS[config.task_type] if head not in (config.modules_to_save or ())]
         asked = [head for head in asked if head not in HEADS[config.task_type]]
         config.modules_to_save = [*(config.modules_to_save or ()), *heads]
-    modules = candidates(model)
+    modules, held = candidates(model), places(model)
     adapters = {}
     for path in resolve(model, config, strict=strict):
         module = modules[path]
@@ -68,6 +68,13 @@ def make_plan(
             if initialise:
                 module.check_add(config)
             module = module.base_layer
+        elif len(held[id(module)]) > 1:
+            others = [place for place in held[id(module)] if place != path]
+            warnings.warn(
+                f"target_modules: module {path!r} is {others} too; it is adapted where it is {path!r} only, and cannot "
+                "be merged",
+                stacklevel=3,
+            )
         adapters[path] = layer_class_for(config, module, path).make(
             module, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
         )

@@ -18,7 +18,7 @@ from .nn._merging import check_finite
 from .nn.config import check_adapter_name, check_int
 from .nn.rank_allocator import RankAllocator, orthogonality_loss
 from .nn.saved import ModulesToSaveWrapper
-from .targets import candidates, describe_unknown
+from .targets import candidates, describe_unknown, places
 
 
 class Tuner(nn.Module):
@@ -255,8 +255,10 @@ class Tuner(nn.Module):
             raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
         names = self.known(self.active_adapters if adapter_names is None else adapter_names, "adapter_names")
         owners: dict[int, list[str]] = {}
-        for path, parameter in self.model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(path)
+        held = places(self.model)
+        for _, module in self.model.named_modules():
+            for key, parameter in module._parameters.items():
+                owners.setdefault(id(parameter), []).extend(f"{path}.{key}" for path in held.get(id(module), ()))
         for path, layer in self.layers():
             try:
                 layer.check_merge(names)
@@ -309,6 +311,7 @@ class Tuner(nn.Module):
         for path, wrapper in list(self.wrappers()):
             found = wrapper.check_set_adapter(names)
             replace_module(self.model, path, wrapper.modules_to_save[found[0]] if found else wrapper.original_module)
+        _note_untied(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -325,6 +328,26 @@ def _merge_state(layer: AdapterLayer) -> tuple[list[str], str]:
     kept: Tensor | None = layer._original.get("weight")
     on_cpu = kept is not None and kept.device != layer.base_layer.weight.device and kept.device == torch.device("cpu")
     return list(layer.merged_adapters), "cpu" if on_cpu else "device"
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Say in the configuration of a transformers model that its embeddings are tied no longer, if they are not.
+
+    Loading what is saved of it would tie them again, and lose one of the two.
+    """
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    weights = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        method = getattr(model, getter, None)
+        weights.append(getattr(method() if callable(method) else None, "weight", None))
+    if all(isinstance(weight, Tensor) for weight in weights) and weights[0].data_ptr() != weights[1].data_ptr():
+        model.config.tie_word_embeddings = False
+        warnings.warn(
+            "merge_and_unload: the input and output embeddings are no longer tied; tie_word_embeddings is set to False "
+            "in the configuration of the model",
+            stacklevel=4,
+        )
 
 
 def _progress(items: list, show: bool, description: str) -> Any:

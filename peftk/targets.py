@@ -120,6 +120,16 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     return result
 
 
+def places(model: nn.Module) -> dict[int, list[str]]:
+    """Map the id of every module to where other modules hold it: more than one path if several hold the same object."""
+    result: dict[int, list[str]] = {}
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                result.setdefault(id(child), []).append(f"{path}.{name}" if path else name)
+    return result
+
+
 def model_type(model: nn.Module) -> str | None:
     """Return the `model_type` of a transformers model, or None."""
     config = getattr(model, "config", None)
@@ -203,6 +213,12 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
     by_name = [key for key in modules if _selected(key, spec)]
     unknown = [] if isinstance(spec, str) else sorted(n for n in spec if not any(_named(k, [n]) for k in modules))
     if unknown and (strict or not by_name):
+        for paths in places(model).values():
+            other = next((path for path in paths if path not in modules and _named(path, unknown)), None)
+            if other is not None and paths[0] in modules:
+                raise ValueError(
+                    f"target_modules: {other!r} is the same module as {paths[0]!r}, under which name it is adapted"
+                )
         raise ValueError(f"target_modules: not in the model: {describe_unknown(unknown, modules)}")
     if not by_name:
         raise ValueError(f"target_modules: the pattern {spec!r} matches no module name")

@@ -36,9 +36,9 @@ def kind_of(layer: nn.Module) -> str | None:
     for kind in ("Linear", "Conv2d", "Embedding"):
         if isinstance(layer, getattr(nn, kind)):
             return kind
-    if type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers."):
-        return "Conv1D"
-    return None
+    # Without importing transformers; a parametrized layer is of a class of its own.
+    found = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
+    return "Conv1D" if found else None
 
 
 def features_of(layer: nn.Module) -> tuple[int, int]:

@@ -44,6 +44,12 @@ class LoRALayer(AdapterLayer):
         initialise: bool = True,
     ) -> Adapter:
         """See `AdapterLayer.make`; DoRA's magnitudes are the norms of the adapted weight, never rounded to half."""
+        if config.use_dora and initialise and "weight" in base_layer.__dict__:
+            raise NotImplementedError(
+                f"use_dora: the weight of module {module_name!r} is computed by a hook whenever the layer is called "
+                "(as by torch.nn.utils.weight_norm), and DoRA needs its norms before; use "
+                "torch.nn.utils.parametrizations.weight_norm, or remove it"
+            )
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
         adapter = super().make(base_layer, config, module_name, **options)
         if config.use_dora and initialise:

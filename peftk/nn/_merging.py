@@ -50,12 +50,21 @@ class Mergeable(nn.Module):
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Raise ValueError if one of these adapters can never be merged into this layer, as into a quantised one."""
+        if not self._to_merge(adapter_names):
+            return
         opaque = opaque_weight(self.base_layer)
-        if opaque is not None and self._to_merge(adapter_names):
+        if opaque is not None:
             raise ValueError(
                 f"merge: the weight of this {type(self.base_layer).__name__} is {opaque}, and merging would round the "
                 "adapter to what that can hold; unload() the adapter, or load it on the model in full precision and "
                 "merge it there"
+            )
+        self._check_own("weight")
+
+    def _check_own(self, key: str) -> None:
+        if key not in self.base_layer._parameters:
+            raise ValueError(
+                f"merge: the base {key} is computed from other parameters; remove its parametrization first"
             )
 
     @torch.no_grad()
@@ -69,10 +78,6 @@ class Mergeable(nn.Module):
         names = [*self.merged_adapters, *self._to_merge(adapter_names)]
         base = {"weight": self.base_layer.weight, "bias": self.bias}
         weight = base["weight"]
-        if "weight" not in self.base_layer._parameters:
-            raise ValueError(
-                "merge: the base weight is computed from other parameters; remove its parametrization first"
-            )
         if weight.numel() == 0 and self.in_features * self.out_features:
             raise ValueError("merge: the base weight is an empty shard; gather it first")
         wide = torch.float32 if weight.dtype in HALF or weight.device.type == "mps" else torch.float64
@@ -87,6 +92,8 @@ class Mergeable(nn.Module):
         for name in self._merge_order(names):
             self._merge_into(tensors, name)
         changed = {key: tensor for key, tensor in tensors.items() if tensor is not source[key]}
+        for key in changed:
+            self._check_own(key)
         if self.kind == "Conv1D" and "weight" in changed:
             changed["weight"] = changed["weight"].mT
         return {key: torch.empty_like(base[key]).copy_(tensor) for key, tensor in changed.items()}
