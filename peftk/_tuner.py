@@ -136,6 +136,7 @@ class Tuner(nn.Module):
         names = self.known(adapter_name)
         for _, module in (*self.layers(), *self.wrappers()):
             module.check_set_adapter(names)
+        self._check_unmerge()
         for _, wrapper in self.wrappers():
             wrapper.set_adapter(names, inference_mode)
         for _, layer in self.layers():
@@ -229,6 +230,7 @@ class Tuner(nn.Module):
                     "is not that of the original model",
                     stacklevel=3,
                 )
+        self._check_unmerge()
         for _, module in (*self.layers(), *self.wrappers()):
             module.enable_adapters(False)
 
@@ -274,6 +276,13 @@ class Tuner(nn.Module):
                 )
         return names
 
+    def _check_unmerge(self) -> None:
+        for path, layer in self.layers():
+            try:
+                layer.check_written()
+            except ValueError as error:
+                raise ValueError(f"module {path!r}: {error}") from None
+
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, keep_base: str = "device"
     ) -> None:
@@ -292,7 +301,8 @@ class Tuner(nn.Module):
             raise
 
     def unmerge_adapter(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Put the original weights back, bit for bit, or raise ValueError: see `AdapterLayer.unmerge`."""
+        self._check_unmerge()
         for _, layer in self.layers():
             if layer.merged:
                 layer.unmerge()

@@ -226,7 +226,11 @@ class PeftModel(nn.Module):
         self.base_model.merge_adapter(adapter_names, safe_merge, keep_base=keep_base)
 
     def unmerge_adapter(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Put the original weights back, bit for bit.
+
+        Raises:
+            ValueError: A merged weight was written to since, for instance by an optimizer; that would be lost.
+        """
         self.base_model.unmerge_adapter()
 
     def merge_and_unload(

@@ -333,7 +333,7 @@ def test_layers_that_have_no_adalora_are_refused():
 
 
 def test_a_pattern_that_matches_no_module_is_named():
-    with pytest.warns(UserWarning, match=r"rank_pattern.*no\.such"):
+    with pytest.raises(ValueError, match=r"rank_pattern.*no\.such"):
         peftk.get_peft_model(Net(), AdaLoraConfig(**SETTINGS, rank_pattern={"no.such.lora_E": [True] * 6}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -44,6 +44,50 @@ def test_a_merged_layer_refuses_what_unmerging_would_undo(name):
         assert torch.equal(value, original[key] * 2)
 
 
+@pytest.mark.filterwarnings("ignore:set_adapter")
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_to_a_merged_weight_is_not_undone(name):
+    layer = make(CASES[name], bias=CASES[name].base != "embedding")
+    layer.add_adapter("other", CASES[name].config)
+    layer.merge()
+    written = scaled(layer.base_layer.state_dict())
+    layer.base_layer.load_state_dict(written)
+    for call in (
+        layer.unmerge,
+        lambda: layer.merge(adapter_names=["other"]),
+        lambda: layer.enable_adapters(False),
+        lambda: layer.set_adapter("other"),
+    ):
+        with pytest.raises(ValueError, match=r"was written to while \['default'\] were merged into it"):
+            call()
+        assert layer.merged_adapters == layer.active_adapters == ["default"] and not layer.disable_adapters
+        assert all(torch.equal(value, written[key]) for key, value in layer.base_layer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_a_merged_model_is_not_undone(name):
+    model = get_peft_model(toy(), METHODS[name])
+    model.merge_adapter()
+    weight = model.get_base_model().layers[1].query.base_layer.weight.requires_grad_()
+    model(X).sum().backward()
+    # A gradient alone is no reason to stay merged.
+    copy.deepcopy(model).unmerge_adapter()
+    model.unmerge_adapter()
+    model.merge_adapter()
+    torch.optim.SGD([weight], lr=0.1).step()
+    before, y = snapshot(model), model(X)
+
+    def disable():
+        with model.disable_adapter():
+            pass
+
+    for call in (model.unmerge_adapter, disable, model.unload, lambda: model.set_adapter("default")):
+        with pytest.raises(ValueError, match=r"module 'layers\.1\.query'.*written to.*merge_and_unload\(\) keeps it"):
+            call()
+        assert_unchanged(model, before)
+    assert torch.equal(model.merge_and_unload()(X), y)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_merged_model_refuses_a_load_before_it_changes_anything(name):
     model = get_peft_model(toy(), METHODS[name])

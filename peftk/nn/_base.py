@@ -119,6 +119,8 @@ class AdapterLayer(Mergeable):
         self._switched = False
         # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
         self._original: dict[str, Tensor] = {}
+        # The versions that autograd counted for the merged ones: a higher one was written to.
+        self._versions: dict[str, int] = {}
 
     @classmethod
     def make(

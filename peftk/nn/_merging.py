@@ -25,6 +25,7 @@ class Mergeable(nn.Module):
     active_adapters: list[str]
     merged_adapters: list[str]
     _original: dict[str, Tensor]
+    _versions: dict[str, int]
 
     def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
         """Replace `weight` (and `bias`) in `tensors` by what they are once `name` is merged."""
@@ -75,6 +76,7 @@ class Mergeable(nn.Module):
         rounded once to the dtype of the weight.
         """
         self.check_merge(adapter_names)
+        self.check_written()
         names = [*self.merged_adapters, *self._to_merge(adapter_names)]
         base = {"weight": self.base_layer.weight, "bias": self.bias}
         weight = base["weight"]
@@ -128,19 +130,38 @@ class Mergeable(nn.Module):
             if key not in self._original:
                 self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
             _replace(parameter, tensor)
+            if not parameter.is_inference():
+                self._versions[key] = parameter._version
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the original tensors back, bit for bit."""
+        """Put the original tensors back, bit for bit.
+
+        Raises:
+            ValueError: A merged tensor was written to since.
+        """
         if not self.merged_adapters:
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
             return
+        self.check_written()
         for key, tensor in self._original.items():
             parameter = getattr(self.base_layer, key)
             _replace(parameter, tensor.to(device=parameter.device, dtype=parameter.dtype))
-        self._original = {}
+        self._original, self._versions = {}, {}
         self.merged_adapters = []
+
+    def check_written(self) -> None:
+        """Raise ValueError if a merged tensor was written to, by an optimizer say: unmerging it would lose that."""
+        if not self.merged_adapters:
+            return
+        for key, version in self._versions.items():
+            parameter = getattr(self.base_layer, key)
+            if not parameter.is_inference() and parameter._version > version:
+                raise ValueError(
+                    f"base_layer: its {key} was written to while {self.merged_adapters} were merged into it, and "
+                    "unmerging, or merging more, would lose that; merge_and_unload() keeps it"
+                )
 
     # -- loading into a merged layer --------------------------------------------------------------------------
 
