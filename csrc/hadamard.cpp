@@ -212,6 +212,34 @@ void hadamard_weight_on_cuda(const Tensor& weight, const Tensor& w1_a, const Ten
       stream.get());
 }
 
+void hadamard_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
+                                      const Tensor& w2_b, double scale, Tensor& dw1_a, Tensor& dw1_b, Tensor& dw2_a,
+                                      Tensor& dw2_b) {
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b, Place::cuda);
+  const Dtype dtype = check_dtype(grad, "grad", Place::cuda);
+  check_same_device(w1_a, "w1_a", grad, "grad");
+  STD_TORCH_CHECK(grad.numel() == s.out * s.features, "grad: expected shape (out, features)");
+  const HadamardFactors out{
+      wanted(dw1_a, "dw1_a", w1_a, "w1_a", Place::cuda), wanted(dw1_b, "dw1_b", w1_b, "w1_b", Place::cuda),
+      wanted(dw2_a, "dw2_a", w2_a, "w2_a", Place::cuda), wanted(dw2_b, "dw2_b", w2_b, "w2_b", Place::cuda)};
+  const CudaStream stream(grad);
+  const HadamardParts parts = hadamard_weight_parts_cuda(s.out, s.features);
+  // From torch's allocator, which knows the stream: it may hand the memory on as soon as this returns.
+  const auto room = [&](const float* asked, int64_t count) {
+    return torch::stable::new_empty(w1_a, {asked == nullptr ? 0 : count});
+  };
+  const Tensor a1 = room(out.w1_a, parts.tiles * s.out * s.r1), b1 = room(out.w1_b, parts.chunks * s.r1 * s.features),
+               a2 = room(out.w2_a, parts.tiles * s.out * s.r2), b2 = room(out.w2_b, parts.chunks * s.r2 * s.features);
+  const auto place = [](const float* asked, const Tensor& t) {
+    return asked == nullptr ? nullptr : static_cast<float*>(t.mutable_data_ptr());
+  };
+  hadamard_weight_backward_cuda(
+      {grad.const_data_ptr(), floats(w1_a), floats(w1_b), floats(w2_a), floats(w2_b), nullptr, nullptr,
+       place(out.w1_a, a1), place(out.w2_a, a2), place(out.w1_b, b1), place(out.w2_b, b2), s.out, s.features, s.r1,
+       s.r2, s.features, parts.chunk, static_cast<float>(scale), dtype},
+      out, stream.get());
+}
+
 #endif
 
 }  // namespace peftk

@@ -36,11 +36,11 @@ struct HadamardWeightParams {
 struct HadamardWeightBackwardParams {
   const void* grad;                        // (out, features)
   const float *w1_a, *w1_b, *w2_a, *w2_b;  // as above
-  const float *t1, *t2;                    // w1_b and w2_b transposed, (features, padded(rank))
-  float *dw1_a, *dw2_a;                    // (out, rank); null if not wanted
-  float *dw1_b, *dw2_b;                    // (chunks, rank, stride), zeroed; null if not wanted
+  const float *t1, *t2;                    // w1_b and w2_b transposed, (features, padded(rank)); not used on CUDA
+  float *dw1_a, *dw2_a;                    // (out, rank), on CUDA (tiles, out, rank); null if not wanted
+  float *dw1_b, *dw2_b;                    // (chunks, rank, stride), on the CPU zeroed; null if not wanted
   int64_t out, features, r1, r2, stride;
-  int64_t chunk;  // rows that are summed together, a multiple of kHadamardRows
+  int64_t chunk;  // rows that are summed together, a multiple of kHadamardRows or what CUDA says
   float scale;
   Dtype dtype;  // of the incoming gradient
 };
@@ -62,5 +62,18 @@ void hadamard_weight_backward_cpu(const HadamardWeightBackwardParams& p, int64_t
 
 // The stream is a cudaStream_t. A launch that fails throws a std::runtime_error that names the kernel.
 void hadamard_weight_cuda(const HadamardWeightParams& p, void* stream);
+
+// How the gradients are summed on CUDA: in tiles of columns, and in chunks of rows.
+struct HadamardParts {
+  int64_t tiles, chunk, chunks;
+};
+HadamardParts hadamard_weight_parts_cuda(int64_t out, int64_t features);
+
+// The gradients of the factors; null if not wanted.
+struct HadamardFactors {
+  float *w1_a, *w1_b, *w2_a, *w2_b;
+};
+// `p` has room for the parts, `out` gets their sums.
+void hadamard_weight_backward_cuda(const HadamardWeightBackwardParams& p, const HadamardFactors& out, void* stream);
 
 }  // namespace peftk

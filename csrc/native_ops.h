@@ -76,6 +76,9 @@ void cayley_backward_on_cuda(const Tensor& grad, const Tensor& source, const Ten
                              torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out);
 void hadamard_weight_on_cuda(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
                              const Tensor& w2_b, double scale, Tensor& out);
+void hadamard_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
+                                      const Tensor& w2_b, double scale, Tensor& dw1_a, Tensor& dw1_b, Tensor& dw2_a,
+                                      Tensor& dw2_b);
 void kronecker_weight_on_cuda(const Tensor& weight, const Tensor& w1, const Tensor& w2, double scale, Tensor& out);
 void kronecker_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1, const Tensor& w2, double scale,
                                        Tensor& dw1, Tensor& dw2);

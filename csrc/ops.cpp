@@ -89,6 +89,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
   m.impl("cayley", TORCH_BOX(&peftk::cayley_on_cuda));
   m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward_on_cuda));
   m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight_on_cuda));
+  m.impl("hadamard_weight_backward", TORCH_BOX(&peftk::hadamard_weight_backward_on_cuda));
   m.impl("kronecker_weight", TORCH_BOX(&peftk::kronecker_weight_on_cuda));
   m.impl("kronecker_weight_backward", TORCH_BOX(&peftk::kronecker_weight_backward_on_cuda));
 }

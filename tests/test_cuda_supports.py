@@ -131,13 +131,13 @@ def test_which_weights_of_loha_are_written(build):
     build(["9.0a"], (9, 0))
     factors = on_cuda(64, 100), on_cuda(100, 32), on_cuda(64, 100), on_cuda(100, 32)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert hadamard.hadamard_weight_supports(on_cuda(64, 32, dtype=dtype), *factors, 1.0) is None
+        large = on_cuda(64, 32, dtype=dtype)
+        assert hadamard.hadamard_weight_supports(large, *factors, 1.0) is None
+        assert hadamard.hadamard_weight_backward_supports(large, *factors, 1.0, True, True, True, True) is None
     refused = hadamard.hadamard_weight_supports(on_cuda(64, 32, dtype=torch.float64), *factors, 1.0)
     assert refused == "the CUDA kernels take float32, bfloat16 and float16; got torch.float64"
     double = on_cuda(64, 100, dtype=torch.float64)
     assert "factors of float32" in hadamard.hadamard_weight_supports(on_cuda(64, 32), double, *factors[1:], 1.0)
-    needs = True, True, True, True
-    assert "CPU tensors" in hadamard.hadamard_weight_backward_supports(on_cuda(64, 32), *factors, 1.0, *needs)
     assert "CPU tensors" in hadamard.khatri_rao_supports(*factors, None)
     build([], (9, 0))
     assert hadamard.hadamard_weight_supports(on_cuda(64, 32), *factors, 1.0) == "peftk._C was built without CUDA"

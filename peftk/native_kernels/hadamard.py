@@ -1,4 +1,4 @@
-"""Products of the four factors of LoHa in C++ on the CPU; the weight is also written in CUDA."""
+"""Products of the four factors of LoHa in C++ on the CPU; writing the weight, and its gradients, in CUDA too."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def hadamard_weight(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2
 
 def hadamard_weight_backward_supports(grad: Tensor, w1_a: Tensor, *args: object) -> str | None:
     """Return None, or why C++ cannot run the backward pass."""
-    return _reason(grad, w1_a)
+    return hadamard_weight_supports(grad, w1_a)
 
 
 def hadamard_weight_backward(
