@@ -98,10 +98,7 @@ def test_gradients_are_those_of_the_mask_of_the_forward_pass(name, field):
     assert abs(found - slope) <= 1e-4 * abs(slope) + 1e-6
 
 
-# The base product of a decomposed convolution is one of aten, which keeps its input.
-@pytest.mark.parametrize(
-    ("name", "field"), [(n, f) for n, f in DROPPED if not n.startswith("dora_conv_") and n != "dora_conv"]
-)
+@pytest.mark.parametrize(("name", "field"), DROPPED)
 def test_neither_a_mask_nor_what_it_leaves_is_kept(name, field):
     x = batch(name, 16).requires_grad_()
     kept = []

@@ -89,6 +89,40 @@ def convolution_beside(derive: Callable[..., Tensor], layer: AdapterLayer, x: Te
     return apply(_ConvolveWith, derive, geometry, x, weight, None, *values)
 
 
+def convolve_frozen(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with a weight that is not trained, without bias and without keeping x; the geometry is that of `base`.
+
+    Raises:
+        RuntimeError: Later, if the result is differentiated twice.
+    """
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if transformed or weight.requires_grad or x.dim() != 4:
+        return convolve(base, x, weight)
+    x, padding = _padded(base, x)
+    return apply(_Frozen, (base.stride, padding, base.dilation, base.groups), x, weight)
+
+
+class _Frozen(torch.autograd.Function):
+    """A convolution that saves its weight alone."""
+
+    @staticmethod
+    def forward(geometry: tuple, x: Tensor, weight: Tensor) -> Tensor:
+        return tf.conv2d(x, weight, None, *geometry)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.geometry, x, weight = inputs
+        ctx.shape = x.shape
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled() and grad.requires_grad:
+            raise RuntimeError("double backward is not supported through an adapted convolution")
+        (weight,) = ctx.saved_tensors
+        return None, torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.geometry), None
+
+
 def _padded(base: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Return the input, padded if the operator cannot, and the padding that is left to it."""
     left_and_right = base._reversed_padding_repeated_twice

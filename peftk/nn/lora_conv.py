@@ -13,7 +13,7 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ..ops._autograd import apply
 from ._base import Adapter
-from ._conv import convolve
+from ._conv import convolve, convolve_frozen
 from ._dropout import Dropout
 from ._lora import LoRALayer
 from .dora import Magnitude
@@ -140,7 +140,7 @@ class LoRAConv2d(LoRALayer):
     def _rescaled(self, result: Tensor, seen: Dropout, g: Tensor, p: float) -> Tensor:
         if p > 0:
             x = seen.dropped()
-            second = convolve(self.base_layer, x, self.base_layer.weight.to(x.dtype))
+            second = convolve_frozen(self.base_layer, x, self.base_layer.weight.to(x.dtype))
             return torch.addcmul(result, second, (g - 1).to(result.dtype).view(-1, 1, 1))
         if _channels_last(result):
             return F.scale_channels(result.permute(0, 2, 3, 1), g, self.bias).permute(0, 3, 1, 2)
