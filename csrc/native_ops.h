@@ -30,6 +30,9 @@ void circulant_mix(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& 
 void circulant_contract(const Tensor& grad, const Tensor& x, Tensor& out);
 void circulant_weight(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out);
 void circulant_weight_backward(const Tensor& grad, double scale, Tensor& dkernel);
+// The Fourier transform of blocks into planes, and back (fourier.h); `waves` is (b / 2, 2).
+void fourier(const Tensor& x, const Tensor& waves, double first, double rest, Tensor& out);
+void fourier_inverse(const Tensor& spectrum, const Tensor& waves, double first, double rest, bool add, Tensor& out);
 // `weight` is (in, out) where transposed; `base` is (rows, out) and `hidden` (rows, rank).
 void dora_norm(const Tensor& weight, const Tensor& a, const Tensor& b, bool transposed, double scale, Tensor& out);
 void dora_compose(const Tensor& base, const Tensor& hidden, const Tensor& b, const Tensor& gain,

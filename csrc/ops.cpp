@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(peftk_native, m) {
   m.def(
       "dora_compose(Tensor base, Tensor hidden, Tensor b, Tensor gain, Tensor? bias, float scale, Tensor(a!) out)"
       " -> ()");
+  m.def("fourier(Tensor x, Tensor waves, float first, float rest, Tensor(a!) out) -> ()");
+  m.def("fourier_inverse(Tensor spectrum, Tensor waves, float first, float rest, bool add, Tensor(a!) out) -> ()");
   m.def("khatri_rao(Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, Tensor(a!) a, Tensor(b!) b) -> ()");
   m.def(
       "khatri_rao_backward(Tensor grad_a, Tensor grad_b, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b,"
@@ -64,6 +66,8 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("circulant_weight_backward", TORCH_BOX(&peftk::circulant_weight_backward));
   m.impl("dora_norm", TORCH_BOX(&peftk::dora_norm));
   m.impl("dora_compose", TORCH_BOX(&peftk::dora_compose));
+  m.impl("fourier", TORCH_BOX(&peftk::fourier));
+  m.impl("fourier_inverse", TORCH_BOX(&peftk::fourier_inverse));
   m.impl("khatri_rao", TORCH_BOX(&peftk::khatri_rao));
   m.impl("khatri_rao_backward", TORCH_BOX(&peftk::khatri_rao_backward));
   m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight));

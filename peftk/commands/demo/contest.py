@@ -40,15 +40,6 @@ class Limits:
     compared: int
 
 
-def baseline(task: Task) -> tuple[nn.Module, dict[str, float]]:
-    """Return a head trained to convergence on the frozen model, and the accuracies before any training and with it."""
-    head = training.converged_head(task.model, task.data)
-    return head, {
-        "before": training.accuracy(training.logits(task.model, task.held_out), task.held_out),
-        "head alone": training.accuracy(head(training.features(task.model, task.held_out)), task.held_out),
-    }
-
-
 def _quietly(call: Callable[[], Any]) -> Any:
     # What the libraries warn about here is known: no base model's name in the file, no CUDA compiler for BOFT.
     with warnings.catch_warnings():
@@ -70,7 +61,6 @@ def _theirs(task: Task, method: Method, config: Any, adapted: nn.Module) -> nn.M
 def contest(
     task: Task,
     method: Method,
-    head: nn.Module,
     limits: Limits,
     folder: Path,
     seed: int,
@@ -82,7 +72,6 @@ def contest(
     Args:
         task: What is learnt, and by which model; it is not changed.
         method: The method.
-        head: The head that was trained alone; methods that mix experts keep it, all others train one from the start.
         limits: How much is run.
         folder: Where the adapter is saved.
         seed: Decides the adapter's first weights and the order of the batches.
@@ -96,7 +85,7 @@ def contest(
 
     mixed = None
     if method.experts:
-        task, mixed = experts.prepare(task, method, head, limits.steps, folder, seed, track)
+        mixed = experts.prepare(task, method, limits.steps, folder, seed, track)
 
     def config(library: Any) -> Any:
         return method.build(library, sizes, targets, mixed)
@@ -112,7 +101,7 @@ def contest(
         theirs.budget = limits.peft_seconds
         arms[PEFT] = theirs
     if compare:
-        frozen = training.frozen_copy(task.model, task.targets)
+        frozen = training.frozen_copy(task.model, targets)
         arms[FROZEN] = training.make_arm(FROZEN, frozen, rate, steps, limits.frozen_steps)
     training.train(list(arms.values()), task.data, steps, task.batch, seed, track)
 

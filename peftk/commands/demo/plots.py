@@ -57,12 +57,10 @@ def draw_all(path: Path, results: Mapping[str, Any]) -> None:
 
     right_answers = [100 * row["accuracy"]["peftk"] for row in rows]
     bars = left.barh(places, right_answers, color=COLOURS["peftk"], height=0.6)
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # so that the dashed lines leave the figures alone
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # so that the dashed line leaves the figures alone
     left.bar_label(bars, fmt="%.0f %%", padding=5, fontsize=8, bbox=paper)
-    for name, style in (("before", ":"), ("head alone", "--")):
-        value = 100 * results["accuracy"][name]
-        label = f"{'before training' if name == 'before' else 'head alone, converged'}: {value:.0f} %"
-        left.axvline(value, color="#444444", linestyle=style, linewidth=1, label=label)
+    before = 100 * results["accuracy"]["before"]
+    left.axvline(before, color="#444444", linestyle="--", linewidth=1, label=f"before, the head alone: {before:.0f} %")
     left.set(xlim=(0, 112), xlabel="right answers, held out (%)", xticks=range(0, 101, 20))
     left.set_yticks(list(places), titles)
     left.invert_yaxis()

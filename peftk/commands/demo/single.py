@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..._version import __version__
-from .contest import Limits, baseline, contest
+from .contest import Limits, contest
 from .methods import Method
 from .plots import draw
-from .training import PEFT, Task
+from .training import PEFT, Task, with_trained_head
 
 COMPARED = 128
 # Enough for a median.
@@ -31,15 +31,15 @@ def run(task: Task, method: Method, steps: int, output: Path, seed: int, compare
         f"{len(task.held_out.labels)} held out."
     )
     console.print("training the head alone on the frozen model, to convergence")
-    head, before = baseline(task)
+    task, before = with_trained_head(task)
 
     def progress(numbers: Any) -> Any:
         label = f"training {method.name}, beside its peers" if compare else f"training {method.name}"
         return track(numbers, label, console=console, disable=not console.is_terminal)
 
     limits = Limits(steps, steps, PEFT_SECONDS, min(FROZEN_STEPS, steps), COMPARED)
-    results = contest(task, method, head, limits, output / "adapter", seed, compare, progress)
-    results["accuracy"] = before | results["accuracy"]
+    results = contest(task, method, limits, output / "adapter", seed, compare, progress)
+    results["accuracy"] = {"before": before} | results["accuracy"]
     results |= {
         "model": task.name,
         "classes": list(task.classes),
@@ -59,8 +59,7 @@ def show(results: dict[str, Any], output: Path, console: Any) -> None:
     for heading in ("", "accuracy", "step (median)", "of the frozen step", "peak memory"):
         table.add_column(heading, justify="right" if heading else "left")
     accuracy = results["accuracy"]
-    table.add_row("before training", f"{accuracy['before']:.1%}", "", "", "")
-    table.add_row("head alone, converged", f"{accuracy['head alone']:.1%}", "", "", "")
+    table.add_row("before: the head alone", f"{accuracy['before']:.1%}", "", "", "")
     for name, milliseconds in results["step_ms"].items():
         ratio = f"{results['of_frozen_step'][name]:.2f}x" if "of_frozen_step" in results else "not measured"
         right = f"{accuracy[name]:.1%}" if name in accuracy else ""

@@ -12,10 +12,10 @@ import torch
 
 from ..._version import __version__
 from . import training
-from .contest import Limits, baseline, contest
+from .contest import Limits, contest
 from .methods import Method
 from .plots import draw_all
-from .training import FROZEN, OURS, PEFT, Task
+from .training import FROZEN, OURS, PEFT, Task, with_trained_head
 
 # The peers are there for the time of a step: these many steps, of Hugging Face PEFT at most these many seconds of them.
 PEER_STEPS = 12
@@ -89,8 +89,8 @@ def run_all(
     seconds = estimate(task, methods, steps, compare)
     text = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{max(5, 5 * round(seconds / 5))} seconds"
     console.print(f"{len(methods)} methods, {steps} steps each: about {text} on this machine.", highlight=False)
-    head, before = baseline(task)
-    console.print(f"  head alone, without an adapter: {before['head alone']:.1%} right", highlight=False)
+    task, before = with_trained_head(task)
+    console.print(f"  before, with the head trained alone: {before:.1%} right", highlight=False)
     peers = min(PEER_STEPS, steps)
     limits = Limits(steps, peers, PEFT_SECONDS, peers, COMPARED)
     rows = []
@@ -100,7 +100,7 @@ def run_all(
             def track(numbers: Iterable, name: str = method.title) -> Iterator:
                 return follow(name, numbers)
 
-            row = contest(task, method, head, limits, output / method.name, seed, compare, track)
+            row = contest(task, method, limits, output / method.name, seed, compare, track)
             rows.append(row)
             console.print(
                 f"  {row['title']}: {row['accuracy'][OURS]:.1%} right, {row['step_ms'][OURS]:.0f} ms a step "
@@ -110,7 +110,7 @@ def run_all(
     return {
         "model": task.name,
         "steps": steps,
-        "accuracy": before,
+        "accuracy": {"before": before},
         "examples": {"train": len(task.data.labels), "held_out": len(task.held_out.labels)},
         "versions": {"peftk": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
         "methods": rows,
@@ -159,10 +159,8 @@ def show_all(results: dict[str, Any], picture: Path, figures: Path, console: Any
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    accuracy = results["accuracy"]
     empty = [""] * (len(headings) - 2)
-    table.add_row("before training", "", f"{accuracy['before']:.1%}", *empty)
-    table.add_row("head alone", "", f"{accuracy['head alone']:.1%}", *empty, end_section=True)
+    table.add_row("before: head alone", "", f"{results['accuracy']['before']:.1%}", *empty, end_section=True)
     notes: dict[str, int] = {}
     for row in rows:
         mark = ""
@@ -186,8 +184,7 @@ def show_all(results: dict[str, Any], picture: Path, figures: Path, console: Any
     for note, number in notes.items():
         console.print(f"{'*' * number} {note}.")
     for note in (
-        "Head alone: the classifier trained to convergence on the frozen model, without an adapter. The methods train "
-        "theirs from the start, in the few steps that they have: more --steps take them further.",
+        "Before: the classifier trained alone, to convergence, on the frozen model. Every method starts from there.",
         "Of frozen: the median step as a multiple of the frozen model's, each timed in turn on the same batch; beside "
         "it the same of Hugging Face PEFT.",
         "Peak: the most that torch's allocator held during one step, above the model itself; beside it the same of "

@@ -90,7 +90,8 @@ def _case(
     return Case(operator, name, make, FORMULAS[operator], gradients, ("base", "x", "weight", "bias"), saved)
 
 
-# The sizes let every way of `torch_kernels/_circulant_paths.py` be taken: dense, by frequencies, merged.
+# The sizes let every way of `torch_kernels/_circulant_paths.py` be taken: dense, by frequencies (fast with blocks of 64, in
+# groups of eight and what is left of one), merged.
 CASES = [
     _case("circular_conv", "one-row-b1", (1,), 2, 3, 1),
     _case("circular_conv", "vector-b2", (), 1, 3, 2),
@@ -100,6 +101,7 @@ CASES = [
     _case("circular_conv", "b32-tensor-scale", (3,), 2, 1, 32, scale=[0.75]),
     _case("circular_conv", "b48-many-rows", (67,), 1, 2, 48),
     _case("circular_conv", "b8-many-blocks", (3,), 9, 5, 8),
+    _case("circular_conv_add", "b64-blocks", (5,), 3, 2, 64, scale=0.5),
     _case("circular_conv_add", "one-row-b2", (1,), 3, 2, 2),
     _case("circular_conv_add", "vector-b1", (), 3, 2, 1),
     _case("circular_conv_add", "empty-b3", (0, 2), 3, 2, 3),
@@ -114,6 +116,7 @@ CASES = [
     _case("circulant_linear", "b20-tensor-scale", (2,), 2, 1, 20, scale=[-0.5]),
     _case("circulant_linear", "b32", (12,), 1, 2, 32, scale=0.25),
     _case("circulant_linear", "b8", (12,), 3, 4, 8),
+    _case("circulant_linear", "b64-blocks", (3,), 3, 2, 64, scale=-0.5),
     _case("circulant_weight", "b1", (), 3, 5, 1),
     _case("circulant_weight", "one-block-b6", (), 1, 1, 6),
     _case("circulant_weight", "b3", (), 4, 2, 3, scale=-0.5),
