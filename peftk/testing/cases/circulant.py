@@ -90,8 +90,8 @@ def _case(
     return Case(operator, name, make, FORMULAS[operator], gradients, ("base", "x", "weight", "bias"), saved)
 
 
-# The sizes let every way of `torch_kernels/_circulant_paths.py` be taken: dense, by frequencies, merged. Blocks of 64 are
-# transformed fast, in groups of eight; the numbers of blocks leave a part of one.
+# The sizes let every way of `torch_kernels/_circulant_paths.py` be taken: dense, by frequencies, merged. Blocks of 64
+# are transformed fast in C++, in groups of eight; the numbers of blocks leave a part of one.
 CASES = [
     _case("circular_conv", "one-row-b1", (1,), 2, 3, 1),
     _case("circular_conv", "vector-b2", (), 1, 3, 2),
