@@ -172,7 +172,32 @@ def test_unet_loha_lokr(tmp_path: Path) -> None:
         assert found["differences"]["merged"] < ROUNDING * found["largest"]
 
 
-# diffusers, which reads a UNet, is not among the packages of the tests.
+def test_a_unet_of_diffusers_is_adapted(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    unet = diffusers.UNet2DConditionModel(**sizes, **blocks, cross_attention_dim=8, attention_head_dim=4)
+    unet.save_pretrained(tmp_path / "unet")
+    arguments = ["--model", str(tmp_path / "unet"), "--steps", "3", "--batch", "2"]
+    results = script("unet_loha_lokr").main([*arguments, "--output", str(tmp_path / "adapters")])
+    for name, found in results.items():
+        keys = load_file(tmp_path / "adapters" / name / "adapter_model.safetensors")
+        # Attention and convolutions, of both sides and of the middle.
+        for part in (
+            "down_blocks.0.attentions",
+            "down_blocks.1.resnets.0.conv1",
+            "mid_block",
+            "up_blocks.1.attentions",
+        ):
+            assert any(part in key for key in keys), (name, part)
+        assert found["fresh"] == 0
+        assert found["differences"]["merged"] < ROUNDING * found["largest"]
+
+
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "unet_loha_lokr"])
 def test_a_model_from_a_folder_is_adapted(name: str, tmp_path: Path) -> None:
     """`--model` takes a folder of a transformers model; the script's own has two layers, the one in the folder one."""
