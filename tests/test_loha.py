@@ -49,7 +49,7 @@ def test_dropout_is_that_of_peft_from_the_same_seed(base, values):
 
 def test_a_dropped_layer_has_gradients_of_zeros_and_in_peft_none():
     for layer, value in zip(pair(nn.Linear(12, 10), module_dropout=0.999999), (0, None), strict=True):
-        layer.train()(torch.randn(3, 12)).sum().backward()
+        layer.train()(torch.randn(3, 12, requires_grad=True)).sum().backward()
         grads = [p.grad for n, p in layer.named_parameters() if "hada" in n]
         assert all(grad is None if value is None else not grad.any() for grad in grads)
 
