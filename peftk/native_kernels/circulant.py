@@ -21,7 +21,7 @@ _gather = torch.ops.peftk_native.circulant_weight_backward.default
 _fourier = torch.ops.peftk_native.fourier.default
 _fourier_inverse = torch.ops.peftk_native.fourier_inverse.default
 
-FAST = 100
+FAST = 120
 """What the fast transform of one number costs, in operations of a matrix product; measured on AVX2 from 128 to 1024."""
 
 
