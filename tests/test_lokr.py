@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from layer_cases import CASES, example, make, with_hook
 from peft.tuners.lokr.layer import factorization as factorization_of_peft
 from torch import nn
 
-from peftk.nn import LoKrConfig
+from peftk.nn import LoKrConfig, LoKrLinear
 from peftk.nn.lokr import factorization
 from peftk.testing.compare import assert_close, assert_same_bits
 from peftk.testing.memory import saved_bytes
@@ -22,6 +23,17 @@ def test_sizes_are_factorized_as_peft_does():
     for size in (*range(1, 70), 127, 128, 384, 4096, 11008):
         for factor in (-1, 1, 2, 4, 5, 8, 32, 64, 100):
             assert factorization(size, factor) == factorization_of_peft(size, factor), (size, factor)
+
+
+def test_a_factor_that_does_not_divide_is_told():
+    config = LoKrConfig(r=1, decompose_factor=4)
+    with pytest.warns(UserWarning, match=r"decompose_factor: 4 does not divide the size 9 of module 'q'; 3 is used"):
+        layer = LoKrLinear(nn.Linear(9, 8), config, module_name="q")
+    assert layer.lokr_w1["default"].shape == (4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoKrLinear(nn.Linear(8, 8), config)
+        LoKrLinear(nn.Linear(9, 7), LoKrConfig(r=1))
 
 
 @pytest.mark.parametrize("name", DROPPED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +154,7 @@ class LoKrLinear(AdapterLayer):
         shapes = _shapes(weight_shape(base_layer), config, r)
         parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         if initialise:
+            _tell_factors(weight_shape(base_layer)[:2], config.decompose_factor, module_name)
             zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
             # In PEFT's order, so that equal seeds give equal bits.
             for name, parameter in parts.items():
@@ -296,6 +298,17 @@ def _written(scales: list[float], masked: list[bool], weight: Tensor, *values: T
         changed = F.kronecker_weight(filters, next(rest), next(rest), scale)
         filters = torch.where(next(rest)[:, None], changed, filters) if has_mask else changed
     return filters.view(weight.shape)
+
+
+def _tell_factors(sizes: tuple[int, ...], factor: int, module_name: str) -> None:
+    """Warn where a layer gets another factor than the one that was asked for, as in PEFT."""
+    for size in sizes:
+        if factor > 0 and size % factor:
+            warnings.warn(
+                f"decompose_factor: {factor} does not divide the size {size} of module {module_name!r}; "
+                f"{factorization(size, factor)[0]} is used instead",
+                stacklevel=2,
+            )
 
 
 def _shapes(weight: tuple[int, ...], config: LoKrConfig, r: int) -> dict[str, tuple[int, ...]]:
