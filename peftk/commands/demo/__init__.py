@@ -10,7 +10,7 @@ import typer
 
 from .methods import ELSEWHERE, METHODS
 
-STEPS = {"one": 120, "all": 60, "images": 200}
+STEPS = {"one": 80, "all": 60, "images": 200}
 
 
 def _check(method: str | None, steps: int | None, output: Path) -> None:

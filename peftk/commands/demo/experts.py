@@ -13,6 +13,11 @@ from .methods import METHODS, Method
 from .training import Task
 
 
+def expert_steps(method: Method, steps: int) -> int:
+    """Return the steps of one expert: its share of the examples is seen as often as all are by the other methods."""
+    return max(1, steps // method.experts)
+
+
 def prepare(
     task: Task,
     method: Method,
@@ -23,6 +28,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Train and save the experts under the head of the task's model; return the fields that name them."""
     adapters = {}
+    steps = expert_steps(method, steps)
     for number in range(method.experts):
         share = task.data.take((task.data.labels % method.experts == number).nonzero().flatten())
         expert = get_peft_model(copy.deepcopy(task.model), LoraConfig(r=8, lora_alpha=16, target_modules=task.targets))

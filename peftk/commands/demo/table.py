@@ -13,6 +13,7 @@ import torch
 from ..._version import __version__
 from . import training
 from .contest import Limits, contest
+from .experts import expert_steps
 from .methods import Method
 from .plots import draw_all
 from .training import FROZEN, OURS, PEFT, Task, with_trained_head
@@ -32,6 +33,11 @@ def _frozen_seconds(task: Task) -> float:
     return min(arm.seconds)
 
 
+def _steps(method: Method, steps: int) -> int:
+    """Return the steps of peftk for one method, with those of the experts that it mixes."""
+    return steps + (method.experts and method.experts * expert_steps(method, steps))
+
+
 def estimate(task: Task, methods: list[Method], steps: int, compare: bool) -> float:
     """Return about how many seconds `run_all` will take on this machine, from one measured step of the frozen model.
 
@@ -42,7 +48,7 @@ def estimate(task: Task, methods: list[Method], steps: int, compare: bool) -> fl
     evaluated = (len(task.held_out.labels) + 3 * COMPARED) / task.batch / 3
     peers = (5 + 1) * min(PEER_STEPS, steps) if compare else 0
     head = (len(task.data.labels) + len(task.held_out.labels)) / task.batch / 3
-    rows = sum(1.5 * steps * (1 + method.experts) + peers + evaluated for method in methods)
+    rows = sum(1.5 * _steps(method, steps) + peers + evaluated for method in methods)
     return second * (rows + head)
 
 
@@ -94,7 +100,7 @@ def run_all(
     peers = min(PEER_STEPS, steps)
     limits = Limits(steps, peers, PEFT_SECONDS, peers, COMPARED)
     rows = []
-    with _progress(console, steps * sum(1 + method.experts for method in methods)) as follow:
+    with _progress(console, sum(_steps(method, steps) for method in methods)) as follow:
         for method in methods:
 
             def track(numbers: Iterable, name: str = method.title) -> Iterator:
