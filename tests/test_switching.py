@@ -7,8 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
-from toy_model import METHODS, X, lora, toy
+from toy_model import METHODS, Checkpointed, X, lora, toy
 
 from peftk.model import get_peft_model
 from peftk.nn import AdaLoraConfig
@@ -145,21 +144,6 @@ def test_merging_in_between_is_noticed(method, between):
     between(model)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
-
-
-class Checkpointed(torch.nn.Module):
-    """The toy model with activation checkpointing of its layers."""
-
-    def __init__(self, use_reentrant):
-        super().__init__()
-        self.toy = toy()
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x):
-        x = x.clone().requires_grad_()
-        for layer in self.toy.layers:
-            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
-        return self.toy.classifier(x)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

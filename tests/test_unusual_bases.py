@@ -10,8 +10,7 @@ import torch
 from layer_cases import BASES, CASES, example, make
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
-from torch.utils.checkpoint import checkpoint
-from toy_model import METHODS, X, assert_unchanged, lora, snapshot, toy
+from toy_model import METHODS, Checkpointed, X, assert_unchanged, lora, snapshot, toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftk.model import get_peft_model
@@ -200,21 +199,6 @@ def test_weights_that_a_hook_computes():
 
 
 # -- other ways to call a model -----------------------------------------------------------------------------------
-
-
-class Checkpointed(nn.Module):
-    """The toy model with activation checkpointing of its layers."""
-
-    def __init__(self, use_reentrant):
-        super().__init__()
-        self.toy = toy()
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x):
-        x = x.clone().requires_grad_()
-        for layer in self.toy.layers:
-            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
-        return self.toy.classifier(x)
 
 
 DROPOUT = {

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from peftk.model import PeftModel
 from peftk.nn import (
@@ -52,6 +53,21 @@ class Toy(nn.Module):
 def toy(seed=0):
     torch.manual_seed(seed)
     return Toy()
+
+
+class Checkpointed(nn.Module):
+    """The toy model with activation checkpointing of its layers."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.toy = toy()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        for layer in self.toy.layers:
+            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
+        return self.toy.classifier(x)
 
 
 def lora(**kwargs):

@@ -11,6 +11,7 @@ What costs least is decided from shapes and dtype alone, so that equal calls add
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,26 +82,28 @@ class Rows:
     """Activations or gradients, (rows, features), with the costs of the ways, and their spectrum, taken once."""
 
     def __init__(self, x: Tensor, kernel: Tensor, transforms: Transforms, gradient: bool = False) -> None:
-        self.rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+        self._x, self.count = x, x.shape[:-1].numel()
         self._transforms, self._gradient, self._size = transforms, gradient, kernel.shape[-1]
-        self._spectrum: Tensor | None = None
         out_blocks, in_blocks, size = kernel.shape
         elements = out_blocks * in_blocks * size * size
         fresh = not kernel.is_cuda and 4 * elements > REUSED
-        written = (WRITE_FRESH if fresh else WRITE) * elements / max(self.rows.shape[0], 1)
-        transformed = transforms.cost(self.rows, size) * size * (out_blocks + in_blocks)
+        written = (WRITE_FRESH if fresh else WRITE) * elements / max(self.count, 1)
+        transformed = transforms.cost(x, size) * size * (out_blocks + in_blocks)
         self.costs = Costs(
             transformed + LANE * lanes(size) * out_blocks * in_blocks,
             2 * elements + written,
             written if x.dtype is torch.float32 else float("inf"),
         )
 
-    @property
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """The activations as a contiguous matrix: a copy, where they are not, that the merged way does without."""
+        return self._x.reshape(self.count, self._x.shape[-1]).contiguous()
+
+    @functools.cached_property
     def spectrum(self) -> Tensor:
         """The planes of the blocks: (rows, blocks * 2 * lanes)."""
-        if self._spectrum is None:
-            self._spectrum = self._transforms.spectrum(self.rows, self._size, self._gradient)
-        return self._spectrum
+        return self._transforms.spectrum(self.rows, self._size, self._gradient)
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ class Paths:
             return linear(x, self._weight(weight, kernel, scale, x.dtype), bias)
         # Base first: where the kernel is zero, the output keeps every bit of the base layer's.
         y = linear(x, weight, bias)
-        self._add_(y.view(activations.rows.shape[0], y.shape[-1]), activations, kernel, scale, False)
+        self._add_(y.view(activations.count, y.shape[-1]), activations, kernel, scale, False)
         return y
 
     def circulant_linear_backward(
