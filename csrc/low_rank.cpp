@@ -60,8 +60,14 @@ Buffer strips_of(const Tensor& m, int64_t row, int64_t col, int64_t rank, int64_
   return copy;
 }
 
-// Rows whose gradients are summed before they are added to those of others.
-constexpr int64_t kSplitRows = 64, kMostSplits = 16;
+// The gradient of a gate that all rows share. The longest sums, of the fewest numbers: in doubles they cost nothing.
+void sum_gate(const float* dhidden, const float* hidden, const Sizes& s, float* dgate) {
+  const std::unique_ptr<double[]> sums(new double[s.rank]());
+  for (int64_t row = 0; row < s.rows; ++row)
+    for (int64_t j = 0; j < s.rank; ++j)
+      sums[j] += static_cast<double>(dhidden[row * s.rank + j]) * hidden[row * s.rank + j];
+  for (int64_t j = 0; j < s.rank; ++j) dgate[j] = static_cast<float>(sums[j]);
+}
 
 // Operations of a task: enough to pay for handing it to a thread.
 constexpr int64_t kTaskOperations = 1 << 18;
@@ -107,48 +113,33 @@ void low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor& hidden
     STD_TORCH_CHECK(gate && dgate.numel() == gate->numel(), "dgate: expected as many numbers as gate has");
   }
 
-  int64_t splits = (s.rows + kSplitRows - 1) / kSplitRows;
-  if (splits > kMostSplits) splits = kMostSplits;
-  const int64_t split_rows = splits ? (s.rows + splits - 1) / splits : 1;
-  if (splits) splits = (s.rows + split_rows - 1) / split_rows;
-  const int64_t a_ld = padded(s.depth), b_ld = padded(s.columns);
-  const auto parts = [&](bool needed, int64_t numbers) {
-    return Buffer(needed ? new float[splits * numbers] : nullptr);
-  };
-  const Buffer da_parts = parts(need_a, s.rank * a_ld), db_parts = parts(need_b, s.rank * b_ld);
-  const Buffer dgate_parts = parts(need_gate && gate_row == 0, s.rank);
   const Buffer columns = padded_copy(b, s.rank, 1, s.columns, s.rank);
   const Buffer strips = strips_of(a, s.depth, 1, s.rank, s.depth, 1.0f);
+  const Buffer dhidden(new float[s.rows * s.rank]);
   const LowRankBackwardParams p{floats(grad),
                                 floats(x),
                                 floats(hidden),
                                 strips.get(),
                                 columns.get(),
                                 gate ? floats(*gate) : nullptr,
+                                dhidden.get(),
                                 need_x ? writable(dx) : nullptr,
-                                da_parts.get(),
-                                db_parts.get(),
-                                need_gate ? (gate_row ? writable(dgate) : dgate_parts.get()) : nullptr,
+                                need_a ? writable(da) : nullptr,
+                                need_b ? writable(db) : nullptr,
+                                need_gate && gate_row ? writable(dgate) : nullptr,
                                 s.rows,
                                 s.depth,
                                 s.columns,
                                 s.rank,
-                                split_rows,
                                 gate_row,
                                 static_cast<float>(scale)};
-  parallel_for(0, splits, 1 + kTaskOperations / (1 + split_rows * (s.depth + s.columns) * s.rank),
-               [&](int64_t begin, int64_t end) { low_rank_backward_cpu(p, begin, end); });
-  const int64_t grain = 1 + kTaskOperations / (1 + splits * s.rank);
-  float *da_data = writable(da), *db_data = writable(db);
-  if (need_a)
-    parallel_for(0, s.depth, grain, [&](int64_t begin, int64_t end) {
-      add_parts_cpu(da_parts.get(), splits, s.rank, a_ld, s.depth, 1, begin, end, da_data);
-    });
-  if (need_b)
-    parallel_for(0, s.columns, grain, [&](int64_t begin, int64_t end) {
-      add_parts_cpu(db_parts.get(), splits, s.rank, b_ld, 1, s.rank, begin, end, db_data);
-    });
-  if (dgate_parts) add_parts_cpu(dgate_parts.get(), splits, 1, s.rank, 0, 1, 0, s.rank, writable(dgate));
+  if (need_x || need_a || need_gate)
+    parallel_for(0, s.rows, 1 + kTaskOperations / (1 + (s.depth + s.columns) * s.rank),
+                 [&](int64_t begin, int64_t end) { low_rank_backward_cpu(p, begin, end); });
+  const int64_t tiles = (need_a ? low_rank_tiles(s.depth) : 0) + (need_b ? low_rank_tiles(s.columns) : 0);
+  parallel_for(0, tiles, 1 + kTaskOperations / (1 + kFactorColumns * s.rows * s.rank),
+               [&](int64_t begin, int64_t end) { low_rank_factors_cpu(p, begin, end); });
+  if (need_gate && gate_row == 0) sum_gate(dhidden.get(), floats(hidden), s, writable(dgate));
 }
 
 void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Tensor& out) {

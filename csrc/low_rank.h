@@ -18,8 +18,7 @@ struct LowRankParams {
   int64_t gate_row;  // numbers from one row's gate to the next: 0 or rank
 };
 
-// The gradients. Rows are taken in splits, whose parts of `da`, `db` and `dgate` are added up in their order
-// afterwards, so that the number of threads changes no bit.
+// The gradients. Every sum over rows is one task's, so that the number of threads changes no bit.
 struct LowRankBackwardParams {
   const float* grad;    // (rows, columns)
   const float* x;       // (rows, depth)
@@ -27,11 +26,12 @@ struct LowRankBackwardParams {
   const float* a;       // strips of (rank, kStripColumns)
   const float* b;       // (columns, padded(rank)), zero from column `rank` on
   const float* gate;    // as above
+  float* dhidden;       // (rows, rank), the gradient in the gated product
   float* dx;            // (rows, depth), to which the gradient is added, or null
-  float* da;            // (splits, rank, padded(depth)), or null
-  float* db;            // (splits, rank, padded(columns)), or null
-  float* dgate;         // (splits, rank), or (rows, rank), or null
-  int64_t rows, depth, columns, rank, split_rows;
+  float* da;            // (rank, depth), or null
+  float* db;            // (columns, rank), or null
+  float* dgate;         // (rows, rank), or null
+  int64_t rows, depth, columns, rank;
   int64_t gate_row;
   float scale;
 };
@@ -39,17 +39,20 @@ struct LowRankBackwardParams {
 // Columns that a row of factors is laid out for: two vectors, one line of the cache.
 constexpr int64_t kStripColumns = 2 * kLanes;
 
+// Columns of a factor's gradient that one task sums.
+constexpr int64_t kFactorColumns = 64;
+constexpr int64_t low_rank_tiles(int64_t columns) { return (columns + kFactorColumns - 1) / kFactorColumns; }
+
 // Rows begin to end.
 void low_rank_cpu(const LowRankParams& p, int64_t begin, int64_t end);
-// Splits begin to end.
+// `dhidden`, `dx` and `dgate` of rows begin to end.
 void low_rank_backward_cpu(const LowRankBackwardParams& p, int64_t begin, int64_t end);
+// Then the tiles begin to end of `db`, if wanted, and of `da` behind them.
+void low_rank_factors_cpu(const LowRankBackwardParams& p, int64_t begin, int64_t end);
 // Lay a (rank, columns) matrix, element (i, j) at from[i * row + j * col], out in strips of columns, times `scale`;
 // the last one is padded with zeros.
 void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale,
                      float* to);
-// Add up parts (count, rank, ld): element (i, j) of the sum goes to to[i * row + j * col], for columns begin to end.
-void add_parts_cpu(const float* parts, int64_t count, int64_t rank, int64_t ld, int64_t row, int64_t col, int64_t begin,
-                   int64_t end, float* to);
 // Lay a (rows, cols) matrix, element (i, j) at from[i * row + j * col], out with padded rows.
 void pad_columns_cpu(const float* from, int64_t row, int64_t col, int64_t rows, int64_t cols, float* to);
 

@@ -42,7 +42,7 @@ def device_class(device_type: str, index: int | None = None) -> str:
 
 def power_bucket(*sizes: int) -> tuple[int, ...]:
     """Round every size up to a power of two, and return the exponents."""
-    return tuple((int(size) - 1).bit_length() if size > 0 else -1 for size in sizes)
+    return tuple([(int(size) - 1).bit_length() if size > 0 else -1 for size in sizes])
 
 
 def cell(args: tuple, bucket: Callable[..., tuple]) -> tuple:

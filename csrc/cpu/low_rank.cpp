@@ -7,8 +7,11 @@
 namespace peftk {
 namespace {
 
-// Columns of x that are copied together: with all rows of a chunk, half of the first-level cache at most.
-constexpr int64_t kTileColumns = 64;
+// Rows of x that are copied together: with all columns of a tile, half of the first-level cache at most.
+constexpr int64_t kTileRows = 48;
+
+// Rows that are summed before they are added to others.
+constexpr int64_t kPartRows = 10 * kTileRows;
 
 // Rows that are taken together: everything that needs them is done while they are in the second-level cache. A multiple
 // of the six rows that a product takes at once, and enough of them to write sums seldom.
@@ -51,25 +54,9 @@ PEFTK_INLINE void expand(const float* h, int64_t rows, int64_t rank, const float
   }
 }
 
-// sum (rank, padded(columns)) = h (rows, rank).T @ x (rows, columns), or += where `add`. Columns are copied together,
-// so that rows a power of two apart do not evict each other.
-PEFTK_INLINE void outer(const float* h, const float* x, int64_t rows, int64_t rank, int64_t columns, bool add,
-                        float* tile, float* sum) {
-  const int64_t ld = padded(columns);
-  for (int64_t first = 0; first < columns; first += kTileColumns) {
-    const int64_t left = columns - first < kTileColumns ? columns - first : kTileColumns;
-    load_tile(x + first, columns, rows, left, tile, kTileColumns);
-    product({h, 1, rank}, tile, kTileColumns, sum + first, ld, rank, padded(left), rows, add);
-  }
-}
-
-PEFTK_INLINE void gated(const float* h, const float* gate, int64_t gate_row, int64_t rows, int64_t rank, float scale,
-                        float* to) {
+PEFTK_INLINE void gated(const float* h, const float* gate, int64_t gate_row, int64_t rows, int64_t rank, float* to) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < rank; ++j) {
-      const float value = gate ? h[i * rank + j] * gate[i * gate_row + j] : h[i * rank + j];
-      to[i * rank + j] = value * scale;
-    }
+    for (int64_t j = 0; j < rank; ++j) to[i * rank + j] = h[i * rank + j] * gate[i * gate_row + j];
 }
 
 PEFTK_INLINE void low_rank_cpu_body(const LowRankParams& p, int64_t begin, int64_t end) {
@@ -80,47 +67,75 @@ PEFTK_INLINE void low_rank_cpu_body(const LowRankParams& p, int64_t begin, int64
     float* hidden = p.hidden + row * p.rank;
     shrink(p.x + row * p.depth, rows, p.depth, p.a, p.rank, 1.0f, strip.get(), hidden);
     if (p.out == nullptr) continue;
-    if (p.gate) gated(hidden, p.gate + row * p.gate_row, p.gate_row, rows, p.rank, 1.0f, scratch.get());
+    if (p.gate) gated(hidden, p.gate + row * p.gate_row, p.gate_row, rows, p.rank, scratch.get());
     expand(p.gate ? scratch.get() : hidden, rows, p.rank, p.b, p.columns, p.out + row * p.columns);
   }
 }
 
 PEFTK_INLINE void low_rank_backward_cpu_body(const LowRankBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t most = chunk_rows(p.depth > p.columns ? p.depth : p.columns), rank = p.rank;
-  const std::unique_ptr<float[]> strip(new float[6 * padded(rank)]), scratch(new float[most * rank]),
-      dhidden(new float[most * rank]), tile(new float[most * kTileColumns]);
-  // The longest sums, of the fewest numbers: in doubles they cost nothing.
-  const std::unique_ptr<double[]> dgate(new double[rank]);
-  for (int64_t split = begin; split < end; ++split) {
-    const int64_t first = split * p.split_rows;
-    const int64_t last = first + p.split_rows < p.rows ? first + p.split_rows : p.rows;
-    for (int64_t j = 0; j < rank; ++j) dgate[j] = 0.0;
-    for (int64_t row = first; row < last; row += most) {
-      const int64_t rows = last - row < most ? last - row : most;
-      const float *grad = p.grad + row * p.columns, *hidden = p.hidden + row * rank;
-      const float* gate = p.gate ? p.gate + row * p.gate_row : nullptr;
-      if (p.dx || p.da || p.dgate) {
-        shrink(grad, rows, p.columns, p.b, rank, p.scale, strip.get(), dhidden.get());
-        for (int64_t i = 0; p.dgate && i < rows; ++i)
-          for (int64_t j = 0; j < rank; ++j) {
-            const float value = dhidden[i * rank + j] * hidden[i * rank + j];
-            dgate[j] += value;
-            if (p.gate_row) p.dgate[(row + i) * rank + j] = value;
-          }
+  const std::unique_ptr<float[]> strip(new float[6 * padded(rank)]), scratch(new float[most * rank]);
+  for (int64_t row = begin; row < end; row += most) {
+    const int64_t rows = end - row < most ? end - row : most;
+    float* dhidden = p.dhidden + row * rank;
+    shrink(p.grad + row * p.columns, rows, p.columns, p.b, rank, p.scale, strip.get(), dhidden);
+    if (p.gate_row && p.dgate)
+      for (int64_t i = 0; i < rows * rank; ++i) p.dgate[row * rank + i] = dhidden[i] * p.hidden[row * rank + i];
+    if (p.dx == nullptr) continue;
+    if (p.gate) gated(dhidden, p.gate + row * p.gate_row, p.gate_row, rows, rank, scratch.get());
+    expand(p.gate ? scratch.get() : dhidden, rows, rank, p.a, p.depth, p.dx + row * p.depth);
+  }
+}
+
+// sum (tiles, rank, kFactorColumns) = h (rows, rank).T @ x (rows, columns), with h times the gate; `part` is as large.
+// A tile of x is copied before it is read, so that rows a power of two apart do not evict each other. The sum of every
+// so many rows is a part of its own, so that the error grows with neither number alone.
+PEFTK_INLINE void outer(const float* h, const LowRankBackwardParams& p, const float* x, int64_t ld, int64_t columns,
+                        float* scratch, float* tile, float* part, float* sum) {
+  const int64_t rank = p.rank, tiles = low_rank_tiles(columns), numbers = tiles * rank * kFactorColumns;
+  for (int64_t i = 0; i < numbers; ++i) sum[i] = 0.0f;
+  for (int64_t first = 0; first < p.rows; first += kPartRows) {
+    const int64_t last = first + kPartRows < p.rows ? first + kPartRows : p.rows;
+    for (int64_t row = first; row < last; row += kTileRows) {
+      const int64_t rows = last - row < kTileRows ? last - row : kTileRows;
+      const float* from = h + row * rank;
+      if (p.gate) {
+        gated(from, p.gate + row * p.gate_row, p.gate_row, rows, rank, scratch);
+        from = scratch;
       }
-      if (p.db) {
-        gated(hidden, gate, p.gate_row, rows, rank, p.scale, scratch.get());
-        outer(scratch.get(), grad, rows, rank, p.columns, row > first, tile.get(),
-              p.db + split * rank * padded(p.columns));
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t left = columns - t * kFactorColumns, width = left < kFactorColumns ? left : kFactorColumns;
+        load_tile(x + row * ld + t * kFactorColumns, ld, rows, width, tile, kFactorColumns);
+        product({from, 1, rank}, tile, kFactorColumns, part + t * rank * kFactorColumns, kFactorColumns, rank,
+                padded(width), rows, row > first);
       }
-      if (gate) gated(dhidden.get(), gate, p.gate_row, rows, rank, 1.0f, dhidden.get());
-      if (p.da)
-        outer(dhidden.get(), p.x + row * p.depth, rows, rank, p.depth, row > first, tile.get(),
-              p.da + split * rank * padded(p.depth));
-      if (p.dx) expand(dhidden.get(), rows, rank, p.a, p.depth, p.dx + row * p.depth);
     }
-    for (int64_t j = 0; p.dgate && !p.gate_row && j < rank; ++j)
-      p.dgate[split * rank + j] = static_cast<float>(dgate[j]);
+    // Where a tile is narrow, its last columns are nobody's.
+    for (int64_t i = 0; i < numbers; ++i) sum[i] += part[i];
+  }
+}
+
+PEFTK_INLINE void low_rank_factors_cpu_body(const LowRankBackwardParams& p, int64_t begin, int64_t end) {
+  const int64_t rank = p.rank, split = p.db ? low_rank_tiles(p.columns) : 0;
+  const int64_t numbers = (end - begin) * rank * kFactorColumns;
+  const std::unique_ptr<float[]> scratch(new float[kTileRows * rank]), tile(new float[kTileRows * kFactorColumns]),
+      part(new float[numbers]()), sum(new float[numbers]);
+  const auto at = [&](int64_t column, int64_t j) {
+    return sum[(column / kFactorColumns * rank + j) * kFactorColumns + column % kFactorColumns];
+  };
+  if (begin < split) {
+    const int64_t first = begin * kFactorColumns, stop = (end < split ? end : split) * kFactorColumns;
+    const int64_t columns = (stop < p.columns ? stop : p.columns) - first;
+    outer(p.hidden, p, p.grad + first, p.columns, columns, scratch.get(), tile.get(), part.get(), sum.get());
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t j = 0; j < rank; ++j) p.db[(first + i) * rank + j] = at(i, j) * p.scale;
+  }
+  if (end > split) {
+    const int64_t first = (begin > split ? begin - split : 0) * kFactorColumns, stop = (end - split) * kFactorColumns;
+    const int64_t columns = (stop < p.depth ? stop : p.depth) - first;
+    outer(p.dhidden, p, p.x + first, p.depth, columns, scratch.get(), tile.get(), part.get(), sum.get());
+    for (int64_t j = 0; j < rank; ++j)
+      for (int64_t i = 0; i < columns; ++i) p.da[j * p.depth + first + i] = at(i, j);
   }
 }
 
@@ -165,30 +180,28 @@ PEFTK_INLINE void dropout_cpu_body(const DropoutParams& p, int64_t begin, int64_
 
 PEFTK_KERNEL(low_rank_cpu, (const LowRankParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(low_rank_backward_cpu, (const LowRankBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_KERNEL(low_rank_factors_cpu, (const LowRankBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(dropout_cpu, (const DropoutParams& p, int64_t begin, int64_t end), (p, begin, end))
 
 void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale,
                      float* to) {
   for (int64_t first = 0; first < columns; first += kStripColumns, to += rank * kStripColumns) {
     const int64_t count = columns - first < kStripColumns ? columns - first : kStripColumns;
-    for (int64_t i = 0; i < rank; ++i)
-      for (int64_t j = 0; j < kStripColumns; ++j)
-        to[i * kStripColumns + j] = j < count ? from[i * row + (first + j) * col] * scale : 0.0f;
-  }
-}
-
-void add_parts_cpu(const float* parts, int64_t count, int64_t rank, int64_t ld, int64_t row, int64_t col, int64_t begin,
-                   int64_t end, float* to) {
-  for (int64_t i = 0; i < rank; ++i)
-    for (int64_t j = begin; j < end; ++j) {
-      float sum = 0.0f;
-      for (int64_t part = 0; part < count; ++part) sum += parts[(part * rank + i) * ld + j];
-      to[i * row + j * col] = sum;
+    for (int64_t i = 0; i < rank; ++i) {
+      const float* line = from + i * row + first * col;
+      float* strip = to + i * kStripColumns;
+      if (col == 1)
+        for (int64_t j = 0; j < count; ++j) strip[j] = line[j] * scale;
+      else
+        for (int64_t j = 0; j < count; ++j) strip[j] = line[j * col] * scale;
+      for (int64_t j = count; j < kStripColumns; ++j) strip[j] = 0.0f;
     }
+  }
 }
 
 void pad_columns_cpu(const float* from, int64_t row, int64_t col, int64_t rows, int64_t cols, float* to) {
   const int64_t ld = padded(cols);
+  if (col == 1) return load_tile(from, row, rows, cols, to, ld);
   // Sixteen rows at a time: where `from` is transposed, they share a line of the cache.
   for (int64_t first = 0; first < rows; first += 16) {
     const int64_t last = first + 16 < rows ? first + 16 : rows;

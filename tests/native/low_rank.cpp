@@ -70,8 +70,7 @@ struct Bound {
 
 void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, int64_t rank, Gate kind) {
   const float scale = 1.5f;
-  const int64_t gate_row = kind == Gate::own ? rank : 0, split_rows = 30, splits = (rows + split_rows - 1) / split_rows;
-  const int64_t a_ld = padded(depth), b_ld = padded(columns);
+  const int64_t gate_row = kind == Gate::own ? rank : 0;
   const auto strips = [&](int64_t width) { return (width + kStripColumns - 1) / kStripColumns * kStripColumns * rank; };
   Heap<float> x(rows * depth), a(rank * depth), b(columns * rank),
       gates(kind == Gate::none ? 0 : rank * (gate_row ? rows : 1));
@@ -82,7 +81,8 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
   const auto g = [&](int64_t t, int64_t j) { return gate ? static_cast<double>(gate[t * gate_row + j]) : 1.0; };
   const std::string what = std::string("low_rank ") + name_of(level), of_hidden = what + " hidden",
                     of_out = what + " out";
-  const std::string of_dx = what + " dx", of_da = what + " da", of_db = what + " db", of_dgate = what + " dgate";
+  const std::string of_dx = what + " dx", of_da = what + " da", of_db = what + " db", of_dgate = what + " dgate",
+                    of_dhidden = what + " dhidden";
 
   Heap<float> a_columns(depth * padded(rank)), b_strips(strips(columns));
   pad_columns_cpu(a.get(), 1, depth, depth, rank, a_columns.get());
@@ -109,19 +109,27 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
   Heap<float> b_columns(columns * padded(rank)), a_strips(strips(depth));
   pad_columns_cpu(b.get(), rank, 1, columns, rank, b_columns.get());
   pack_strips_cpu(a.get(), depth, 1, rank, depth, 1.0f, a_strips.get());
-  Heap<float> da_parts(splits * rank * a_ld), db_parts(splits * rank * b_ld), da(rank * depth), db(columns * rank);
-  Heap<float> dgate(gate_row ? rows * rank : splits * rank);
-  const LowRankBackwardParams q{grad.get(), x.get(),  hidden.get(),   a_strips.get(), b_columns.get(),
-                                gate,       dx.get(), da_parts.get(), db_parts.get(), gate ? dgate.get() : nullptr,
-                                rows,       depth,    columns,        rank,           split_rows,
-                                gate_row,   scale};
-  in_pieces(splits, 2, [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_backward_cpu)(q, begin, end); });
-  in_pieces(depth, 11, [&](int64_t begin, int64_t end) {
-    add_parts_cpu(da_parts.get(), splits, rank, a_ld, depth, 1, begin, end, da.get());
-  });
-  in_pieces(columns, 11, [&](int64_t begin, int64_t end) {
-    add_parts_cpu(db_parts.get(), splits, rank, b_ld, 1, rank, begin, end, db.get());
-  });
+  Heap<float> dhidden(rows * rank), da(rank * depth), db(columns * rank), dgate(gate_row ? rows * rank : 0);
+  const LowRankBackwardParams q{grad.get(),
+                                x.get(),
+                                hidden.get(),
+                                a_strips.get(),
+                                b_columns.get(),
+                                gate,
+                                dhidden.get(),
+                                dx.get(),
+                                da.get(),
+                                db.get(),
+                                gate_row ? dgate.get() : nullptr,
+                                rows,
+                                depth,
+                                columns,
+                                rank,
+                                gate_row,
+                                scale};
+  in_pieces(rows, 13, [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_backward_cpu)(q, begin, end); });
+  in_pieces(low_rank_tiles(depth) + low_rank_tiles(columns), 2,
+            [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_factors_cpu)(q, begin, end); });
 
   // The gradient in the gated product, and its bound.
   std::vector<Bound> dh(rows * rank);
@@ -155,38 +163,33 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
       }
       expect(dx[t * depth + k], sum, magnitude, operations, kFloatUnit, of_dx);
     }
-  for (int64_t j = 0; gate && j < rank; ++j) {
-    double total = 0.0, bound = 0.0, found = 0.0;
-    for (int64_t t = 0; t < rows; ++t) {
-      const Bound& d = dh[t * rank + j];
-      const double h = hidden[t * rank + j];
-      if (gate_row) expect(dgate[t * rank + j], d.sum * h, d.magnitude * std::abs(h), operations, kFloatUnit, of_dgate);
-      total += d.sum * h;
-      bound += d.magnitude * std::abs(h);
-    }
-    for (int64_t s = 0; !gate_row && s < splits; ++s) found += dgate[s * rank + j];
-    if (!gate_row) expect(found, total, bound, operations, kFloatUnit, of_dgate);
+  for (int64_t i = 0; i < rows * rank; ++i) {
+    expect(dhidden[i], dh[i].sum, dh[i].magnitude, operations, kFloatUnit, of_dhidden);
+    const double h = hidden[i];
+    if (gate_row) expect(dgate[i], dh[i].sum * h, dh[i].magnitude * std::abs(h), operations, kFloatUnit, of_dgate);
   }
 }
 
 // Each gradient alone, bit for bit what it is among the others.
 void check_needs(Level level) {
-  const int64_t rows = 70, depth = 21, columns = 35, rank = 5, splits = 3;
-  Heap<float> x(rows * depth), a(padded(depth) * 16), b(columns * padded(rank)), gate(rank), grad(rows * columns);
-  Heap<float> hidden(rows * rank), da(splits * rank * padded(depth)), db(splits * rank * padded(columns));
-  Heap<float> dx(rows * depth), dgate(splits * rank), one(1024 * 8);
+  const int64_t rows = 70, depth = 21, columns = 35, rank = 5;
+  Heap<float> x(rows * depth), a(padded(depth) * 16), b(columns * padded(rank)), gate(rows * rank);
+  Heap<float> grad(rows * columns), hidden(rows * rank), dhidden(rows * rank), one(rows * columns);
+  Heap<float> dx(rows * depth), da(rank * depth), db(columns * rank), dgate(rows * rank);
   for (Heap<float>* values : {&x, &a, &b, &gate, &grad, &hidden}) fill(*values);
   const auto run = [&](float* to_x, float* to_a, float* to_b, float* to_gate) {
     if (to_x) std::memset(to_x, 0, sizeof(float) * rows * depth);
-    const LowRankBackwardParams q{grad.get(), x.get(), hidden.get(), a.get(), b.get(), gate.get(), to_x, to_a, to_b,
-                                  to_gate,    rows,    depth,        columns, rank,    30,         0,    0.5f};
-    VARIANT(level, low_rank_backward_cpu)(q, 0, splits);
+    const LowRankBackwardParams q{grad.get(),    x.get(), hidden.get(), a.get(), b.get(), gate.get(),
+                                  dhidden.get(), to_x,    to_a,         to_b,    to_gate, rows,
+                                  depth,         columns, rank,         rank,    0.5f};
+    if (to_x || to_a || to_gate) VARIANT(level, low_rank_backward_cpu)(q, 0, rows);
+    const int64_t tiles = (to_b ? low_rank_tiles(columns) : 0) + (to_a ? low_rank_tiles(depth) : 0);
+    VARIANT(level, low_rank_factors_cpu)(q, 0, tiles);
   };
   run(dx.get(), da.get(), db.get(), dgate.get());
   const auto same = [&](Heap<float>& all, const char* what) {
     const std::string alone = std::string("low_rank alone, ") + what;
-    for (int64_t i = 0; i < all.count(); ++i)
-      if (std::isfinite(all[i])) expect(one[i], all[i], 0, 0, 0, alone);
+    for (int64_t i = 0; i < all.count(); ++i) expect(one[i], all[i], 0, 0, 0, alone);
   };
   run(one.get(), nullptr, nullptr, nullptr), same(dx, "dx");
   run(nullptr, one.get(), nullptr, nullptr), same(da, "da");
@@ -201,6 +204,8 @@ void run_low_rank(Level level) {
         for (const auto& [depth, columns] : {std::pair<int64_t, int64_t>{1, 129}, {7, 16}, {64, 64}, {130, 3}})
           check_low_rank(level, rows, depth, columns, rank, gate);
   check_low_rank(level, 50, 1500, 20, 3, Gate::none);
+  // More rows than are summed at a time.
+  for (const Gate gate : {Gate::none, Gate::shared, Gate::own}) check_low_rank(level, 1000, 70, 9, 3, gate);
   check_needs(level);
   for (int64_t count = 0; count <= 9; ++count)
     for (const bool in_place : {false, true})
