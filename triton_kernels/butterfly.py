@@ -208,7 +208,7 @@ def _stage(factor: Tensor, before: Tensor, stage: int) -> Tensor:
     """Return the product of the stages up to one, from that of the stages before it."""
     count, size, _ = factor.shape
     width = size << (stage - 1)
-    after = torch.empty(count >> stage, 2 * width, 2 * width, device=factor.device)
+    after = factor.new_empty(count >> stage, 2 * width, 2 * width)
     rows, cols, depth = _power(size, 16), min(_power(width, 16), 64), _power(size // 2, 16)
     launch(
         _butterfly_stage_kernel,

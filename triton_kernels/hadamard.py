@@ -242,7 +242,7 @@ def _gradient(grad: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor, scale: 
     per_chunk = triton.cdiv(column_tiles, max(PROGRAMS // max(tiles, 1), 1))
     chunks = triton.cdiv(column_tiles, max(per_chunk, 1))
     rank_last = grad.stride(1) == 1
-    partials = torch.empty(chunks, *((rows, rank) if rank_last else (rank, rows)), device=grad.device)
+    partials = grad.new_empty(chunks, *((rows, rank) if rank_last else (rank, rows)), dtype=torch.float32)
     launch(
         _hadamard_gradient_kernel,
         (tiles * chunks,),

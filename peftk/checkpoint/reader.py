@@ -158,7 +158,7 @@ def _header(stream: IO[bytes], size: int, file: Path) -> tuple[list[Entry], dict
 
 
 def _tensor(stream: IO[bytes], entry: Entry, file: Path) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.code])
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.code], device="cpu")
     if tensor.numel():
         got = stream.readinto(memory(tensor))  # type: ignore[attr-defined]
         if got != entry.end - entry.begin:

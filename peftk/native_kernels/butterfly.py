@@ -41,7 +41,7 @@ def butterfly_compose(factors: Tensor) -> Tensor:
     """See `peftk.functional.butterfly_compose`."""
     stages, count, size, _ = factors.shape
     group = size << (stages - 1)
-    out = torch.empty(count >> (stages - 1), group, group, device=factors.device)
+    out = factors.new_empty(count >> (stages - 1), group, group)
     _compose(factors.contiguous(), out)
     return out
 
@@ -129,8 +129,8 @@ def scale_channels_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x, in the scale and in the bias; an empty tensor for one not needed."""
     vector, grad = _vector(scale), grad.contiguous()
-    dx = torch.empty(grad.shape if need_x else 0, dtype=grad.dtype)
-    dscale = torch.empty(vector.shape if need_scale else 0)
-    dbias = torch.empty(vector.shape if need_bias else 0)
+    dx = grad.new_empty(grad.shape if need_x else 0)
+    dscale = vector.new_empty(vector.shape if need_scale else 0)
+    dbias = vector.new_empty(vector.shape if need_bias else 0)
     _scale_backward(grad, x.contiguous(), vector, _vector(bias), inner, dx, dscale, dbias)
     return dx, dscale.to(scale.dtype), dbias.to((grad if bias is None else bias).dtype)

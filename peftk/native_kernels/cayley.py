@@ -33,7 +33,7 @@ def cayley_supports(skew: Tensor, block_size: int, polynomial: list[float]) -> s
 
 def cayley(skew: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
     """See `peftk.functional.cayley`."""
-    out = torch.empty(skew.shape[0], block_size, block_size, device=skew.device)
+    out = skew.new_empty(skew.shape[0], block_size, block_size)
     _cayley(skew.contiguous(), block_size, polynomial, out)
     return out
 

@@ -42,7 +42,7 @@ def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
 
 def _contract(grad: Tensor, x: Tensor, lanes: int) -> Tensor:
     out_blocks, in_blocks = grad.shape[1] // (2 * lanes), x.shape[1] // (2 * lanes)
-    out = torch.empty(out_blocks, in_blocks, 3, lanes, device=x.device)
+    out = x.new_empty(out_blocks, in_blocks, 3, lanes, dtype=torch.float32)
     _contract_planes(grad, x, out)
     return out
 

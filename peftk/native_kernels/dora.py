@@ -24,7 +24,7 @@ def dora_norm_supports(weight: Tensor, *args: object) -> str | None:
 def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """See `peftk.functional.dora_norm`."""
     transposed = not weight.is_contiguous() and weight.mT.is_contiguous()
-    out = torch.empty(weight.shape[0])
+    out = weight.new_empty(weight.shape[0], dtype=torch.float32)
     _norm(weight.mT if transposed else weight.contiguous(), a.contiguous(), b.contiguous(), transposed, scale, out)
     return out
 

@@ -27,7 +27,7 @@ def _floats(*factors: Tensor) -> tuple[Tensor, ...]:
 
 def _like(factors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor]:
     """Return room for the gradients of float32 factors; none for one not needed."""
-    return [torch.empty(f.shape if n else 0, device=f.device) for f, n in zip(factors, needs, strict=True)]
+    return [f.new_empty(f.shape if n else 0) for f, n in zip(factors, needs, strict=True)]
 
 
 def khatri_rao_supports(
@@ -45,8 +45,8 @@ def khatri_rao(
     """Return the factors of rank r1 * r2; see `peftk.functional.khatri_rao`."""
     dtype = w1_a.dtype if dtype is None else dtype
     rank = w1_a.shape[1] * w2_a.shape[1]
-    a = torch.empty(rank, w1_b.shape[1], dtype=dtype, device=w1_a.device)
-    b = torch.empty(w1_a.shape[0], rank, dtype=dtype, device=w1_a.device)
+    a = w1_a.new_empty(rank, w1_b.shape[1], dtype=dtype)
+    b = w1_a.new_empty(w1_a.shape[0], rank, dtype=dtype)
     _khatri_rao(*_floats(w1_a, w1_b, w2_a, w2_b), a, b)
     return a, b
 

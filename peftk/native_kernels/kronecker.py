@@ -19,7 +19,7 @@ _write = torch.ops.peftk_native.kronecker_weight.default
 _write_backward = torch.ops.peftk_native.kronecker_weight_backward.default
 
 # Stands for a float32 result that is not wanted.
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:
@@ -68,7 +68,7 @@ def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor | None, w1: Tensor, w2: Tensor, scale: float, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_w1, need_w2 = needs
-    dx, dw1, dw2 = grad.new_empty(0), torch.empty(w1.shape if need_w1 else 0), w2.new_empty(0)
+    dx, dw1, dw2 = grad.new_empty(0), w1.new_empty(w1.shape if need_w1 else 0, dtype=torch.float32), w2.new_empty(0)
     grad, x, w1, none = grad.contiguous(), x.contiguous(), w1.contiguous(), grad.new_empty(0)
     (left, _), (rows, columns) = w1.shape, w2.shape
     by_row = _rows(grad, rows)  # (tokens * l, k)
@@ -86,7 +86,7 @@ def _gradients(
     else:
         product = torch.mm(by_row, w2) if need_x or need_w1 else none  # (tokens * l, n)
         if need_x and weight is None:
-            dx = torch.empty(x.shape, dtype=x.dtype)
+            dx = x.new_empty(x.shape)
         mixed = x.new_empty((by_row.shape[0], columns) if need_w2 else 0)
         _mix(product, x, w1, scale, columns, False, weight is not None, mixed, dx, dw1)
         if need_w2:

@@ -40,7 +40,7 @@ def _dropped_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     rows = _as_rows(x)
     if seed is None:
         return rows
-    return _dropout_(rows.contiguous(), dropout_p, seed, torch.empty(rows.shape, dtype=rows.dtype))
+    return _dropout_(rows.contiguous(), dropout_p, seed, rows.new_empty(rows.shape))
 
 
 def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
@@ -72,7 +72,7 @@ def shrink(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return the rank-sized product alone, ``rows @ a.T``."""
     if not _thin(rows, a.shape[0]):
         return linear(rows, a)
-    hidden = torch.empty(rows.shape[0], a.shape[0])
+    hidden = rows.new_empty(rows.shape[0], a.shape[0])
     _fused(rows.contiguous(), a.contiguous(), b.contiguous(), None, 1.0, rows.new_empty(0), hidden)
     return hidden
 
@@ -90,7 +90,7 @@ def _expand_(
     """Add the low-rank product onto a contiguous buffer that nobody else holds; return the rank-sized product."""
     rows, sums = _dropped_rows(x, dropout_p, seed), _as_rows(out)
     if _thin(rows, a.shape[0]):
-        hidden = torch.empty(rows.shape[0], a.shape[0])
+        hidden = rows.new_empty(rows.shape[0], a.shape[0])
         _fused(rows.contiguous(), a.contiguous(), b.contiguous(), _gate_rows(gate), scale, sums, hidden)
     else:
         hidden = linear(rows, a)
@@ -182,10 +182,10 @@ def _gradients(
         if onto_product:
             dx = torch.mm(rows, weight)
         else:
-            dx = torch.zeros(dropped.shape, dtype=grad.dtype)
+            dx = rows.new_zeros(dropped.shape)
     if thin:
-        da, db = torch.empty(a.shape if need_a else 0), torch.empty(b.shape if need_b else 0)
-        dgate = torch.empty(gate.shape if need_gate else 0)
+        da, db = a.new_empty(a.shape) if need_a else da, b.new_empty(b.shape) if need_b else db
+        dgate = gate.new_empty(gate.shape) if need_gate else dgate
         _fused_backward(
             *(rows.contiguous(), dropped.contiguous(), hidden, a.contiguous(), b.contiguous(), _gate_rows(gate)),
             *(scale, dx, da, db, dgate),

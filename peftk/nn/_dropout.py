@@ -75,7 +75,7 @@ class Dropout:
             # A compiler regenerates its random numbers itself.
             self._made = tf.dropout(x, p)
         else:
-            self._seed = int(torch.randint(2**63 - 1, ()))
+            self._seed = int(torch.randint(2**63 - 1, (), device="cpu"))
 
     def dropped(self) -> Tensor:
         """Return x with elements dropped; what reads it must not save it."""

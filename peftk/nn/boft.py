@@ -201,8 +201,8 @@ class BOFTLinear(AdapterLayer):
         dropped = int(self.boft_dropout[name] * blocks) if self.training else 0
         if dropped:
             # Drawn on the CPU's default generator, so that activation checkpointing replays it.
-            chosen = torch.randperm(blocks)[:dropped] + torch.randint(count, (1,)) * blocks
-            keep = torch.ones(count * blocks, dtype=torch.bool).index_fill(0, chosen, False)
+            chosen = torch.randperm(blocks, device="cpu")[:dropped] + torch.randint(count, (1,), device="cpu") * blocks
+            keep = torch.ones(count * blocks, dtype=torch.bool, device="cpu").index_fill(0, chosen, False)
             keep = keep.to(factors.device).view(count, blocks, 1, 1)
             factors = torch.where(keep, factors, torch.eye(size, device=factors.device, dtype=factors.dtype))
         return factors

@@ -148,9 +148,9 @@ class LoHaLinear(AdapterLayer):
         p, module_p = self.rank_dropout[name], self.module_dropout[name]
         if self.training and (p or module_p):
             # Drawn as PEFT draws them, on the CPU's default generator, so that activation checkpointing replays them.
-            rows = (torch.rand(1) > module_p).float().expand(w1_a.shape[0])
+            rows = (torch.rand(1, device="cpu") > module_p).float().expand(w1_a.shape[0])
             if p:
-                kept = (torch.rand(w1_a.shape[0]) > p).float()
+                kept = (torch.rand(w1_a.shape[0], device="cpu") > p).float()
                 # Where nothing is kept, the update is zero and not 0 / 0.
                 rows = rows * kept / kept.mean().clamp_min(1e-12)
             w1_a = w1_a * rows.to(w1_a.device, w1_a.dtype)[:, None]

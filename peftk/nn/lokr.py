@@ -187,9 +187,9 @@ class LoKrLinear(AdapterLayer):
         if not (self.training and (p or module_p)):
             return None
         # Drawn as PEFT draws them, on the CPU's default generator, so that activation checkpointing replays them.
-        kept = (torch.rand(1) > module_p).expand(self.out_features)
+        kept = (torch.rand(1, device="cpu") > module_p).expand(self.out_features)
         if p:
-            kept = kept & (torch.rand(self.out_features) > p)
+            kept = kept & (torch.rand(self.out_features, device="cpu") > p)
         return kept.to(self.base_layer.weight.device)
 
     def _scale(self, name: str, kept: Tensor | None) -> float | Tensor:

@@ -176,7 +176,7 @@ class Rotation(nn.Module):
         blocks = F.cayley(packed, self.block_size, neumann_terms=self.neumann_terms)
         if self.training and self.dropout > 0:
             # Drawn on the CPU's default generator, so that activation checkpointing replays it.
-            keep = (torch.rand(self.block_count) >= self.dropout).to(blocks.device).view(-1, 1, 1)
+            keep = (torch.rand(self.block_count, device="cpu") >= self.dropout).to(blocks.device).view(-1, 1, 1)
             blocks = torch.where(keep, blocks, torch.eye(self.block_size, device=blocks.device, dtype=blocks.dtype))
         return blocks
 

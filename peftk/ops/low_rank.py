@@ -107,7 +107,7 @@ def _prepare_dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tens
     if dropout_p == 0.0:
         return 0.0, None
     if seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
     elif not isinstance(seed, Tensor) or seed.dtype is not torch.int64 or seed.dim() or seed.device.type != "cpu":
         got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor) else repr(seed)
         raise TypeError(f"seed: expected a 0-dimensional int64 tensor on the CPU; got {got}")
@@ -263,7 +263,7 @@ _linear_backward = _registry.define(
 
 
 def _wanted(gradients: tuple, needs: tuple) -> tuple:
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+    return tuple([g if need else None for g, need in zip(gradients, needs, strict=True)])
 
 
 class LowRankAdd(torch.autograd.Function):

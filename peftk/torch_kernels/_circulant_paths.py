@@ -222,6 +222,6 @@ class Paths:
 
     def circulant_weight_backward(self, grad: Tensor, kernel: Tensor, scale: float) -> Tensor:
         """Return the gradient of `circulant_weight` in the kernel."""
-        dkernel = torch.empty(kernel.shape, device=kernel.device)
+        dkernel = kernel.new_empty(kernel.shape, dtype=torch.float32)
         self.gather(grad.contiguous(), scale, dkernel)
         return dkernel.to(kernel.dtype)

@@ -38,7 +38,7 @@ def inverse(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor
     """Return the inverse of `transform`, transposed: (b, 2 * lanes) with ``transform @ inverse.mT = 1``."""
     cosine, sine = _waves(block_size)
     first, rest = factors(block_size, True)
-    scale = torch.full((cosine.shape[1],), rest, dtype=torch.float64)
+    scale = cosine.new_full((cosine.shape[1],), rest)
     scale[0] = first
     return _planes([cosine * scale, sine * scale], dtype, device)
 
