@@ -40,11 +40,15 @@ constexpr int64_t kStripRows = 6;
 // Bytes of the blocks that are used together: they stay in the second-level cache while all strips pass by.
 constexpr int64_t kGroupBytes = 1 << 17;
 
+PEFTK_INLINE int64_t blocks_of_group(int64_t size) {
+  const int64_t bytes = size * padded(size) * static_cast<int64_t>(sizeof(float));
+  return bytes < kGroupBytes ? kGroupBytes / bytes : 1;
+}
+
 template <typename T>
 PEFTK_INLINE void rotate_tiles(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
   const int64_t b = p.size, ld = padded(b), features = p.count * b;
-  const int64_t block_bytes = b * ld * static_cast<int64_t>(sizeof(float));
-  const int64_t group = block_bytes < kGroupBytes ? kGroupBytes / block_bytes : 1;
+  const int64_t group = blocks_of_group(b);
   const int64_t first_row = begin * kRotateRows, last_row = smaller(end * kRotateRows, p.rows);
   const std::unique_ptr<float[]> in(new float[kStripRows * ld]), out(new float[kStripRows * ld]);
   for (int64_t first = 0; first < p.count; first += group)
@@ -65,29 +69,39 @@ PEFTK_INLINE void block_rotate_cpu_body(const BlockRotateParams& p, const float*
     rotate_tiles<BFloat16>(p, packed, begin, end);
 }
 
-// A task is one block in one chunk of the rows: x and grad are visited once, for dx and for the block's gradient.
+// Blocks first to last of a chunk of the rows: x and grad are visited once, for dx and for the blocks' gradient.
 template <typename T>
-PEFTK_INLINE void visit_tasks(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end) {
+PEFTK_INLINE void visit_blocks(const BlockRotateBackwardParams& p, const float* packed, int64_t chunk, int64_t first,
+                               int64_t last, float* x, float* grad, float* dx) {
   const int64_t b = p.size, ld = padded(b), features = p.count * b;
   const int64_t tiles = (p.rows + kRotateRows - 1) / kRotateRows;
-  const std::unique_ptr<float[]> x(new float[kRotateRows * ld]), grad(new float[kRotateRows * ld]),
-      dx(new float[kRotateRows * ld]);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task / p.count, n = task % p.count;
-    float* partial = p.partial ? p.partial + task * b * ld : nullptr;
-    for (int64_t tile = tiles * chunk / p.chunks; tile < tiles * (chunk + 1) / p.chunks; ++tile) {
-      const int64_t row = tile * kRotateRows, rows = smaller(kRotateRows, p.rows - row);
+  for (int64_t tile = tiles * chunk / p.chunks; tile < tiles * (chunk + 1) / p.chunks; ++tile) {
+    const int64_t row = tile * kRotateRows, rows = smaller(kRotateRows, p.rows - row);
+    for (int64_t n = first; n < last; ++n) {
       const int64_t at = row * features + n * b;
       // Copies, because dx may overwrite grad, and because rows that lie a power of two apart evict each other from
       // the cache while the block's gradient walks over them again and again.
-      const Tile g = read_tile(static_cast<const T*>(p.grad) + at, features, rows, b, true, grad.get());
-      if (p.dx) rotate_tile(g, packed + n * b * ld, rows, b, static_cast<T*>(p.dx) + at, features, dx.get());
-      if (partial) {
-        const Tile in = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, true, x.get());
+      const Tile g = read_tile(static_cast<const T*>(p.grad) + at, features, rows, b, true, grad);
+      if (p.dx) rotate_tile(g, packed + n * b * ld, rows, b, static_cast<T*>(p.dx) + at, features, dx);
+      if (p.partial) {
+        const Tile in = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, true, x);
         const Tile left = p.transpose ? g : in, right = p.transpose ? in : g;
+        float* partial = p.partial + (chunk * p.count + n) * b * ld;
         product({left.data, 1, left.ld}, right.data, right.ld, partial, ld, b, ld, rows, true);
       }
     }
+  }
+}
+
+// A task is one block in one chunk of the rows. Neighbours are visited together, as their columns of x are.
+template <typename T>
+PEFTK_INLINE void visit_tasks(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end) {
+  const int64_t numbers = kRotateRows * padded(p.size), group = blocks_of_group(p.size);
+  const std::unique_ptr<float[]> x(new float[numbers]), grad(new float[numbers]), dx(new float[numbers]);
+  for (int64_t task = begin, next; task < end; task = next) {
+    const int64_t first = task % p.count, last = smaller(smaller(first + group, p.count), first + end - task);
+    visit_blocks<T>(p, packed, task / p.count, first, last, x.get(), grad.get(), dx.get());
+    next = task + last - first;
   }
 }
 

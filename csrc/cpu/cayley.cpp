@@ -48,14 +48,15 @@ PEFTK_INLINE void invert(const float* source, bool square, int64_t n, double* a,
   for (int64_t p = 0; p < n; ++p) {
     double* __restrict pivot = a + p * n;
     const double inverse = 1.0 / pivot[p];
-    pivot[p] = 1.0;
     for (int64_t j = 0; j < n; ++j) pivot[j] *= inverse;
+    pivot[p] = inverse;
     for (int64_t i = 0; i < n; ++i) {
       if (i == p) continue;
       double* __restrict row = a + i * n;
       const double factor = row[p];
-      row[p] = 0.0;
       for (int64_t j = 0; j < n; ++j) row[j] -= factor * pivot[j];
+      // Not a zero before the loop: a vector that is read right after one of its numbers was written has to wait for it.
+      row[p] = -factor * inverse;
     }
   }
   for (int64_t i = 0; i < n; ++i)
