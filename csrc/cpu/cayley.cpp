@@ -55,7 +55,7 @@ PEFTK_INLINE void invert(const float* source, bool square, int64_t n, double* a,
       double* __restrict row = a + i * n;
       const double factor = row[p];
       for (int64_t j = 0; j < n; ++j) row[j] -= factor * pivot[j];
-      // Not a zero before the loop: a vector that is read right after one of its numbers was written has to wait for it.
+      // Not a zero before the loop: a vector that is read right after one of its numbers was written must wait for it.
       row[p] = -factor * inverse;
     }
   }
