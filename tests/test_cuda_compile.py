@@ -70,6 +70,9 @@ def test_the_table_is_of_this_source() -> None:
     table = json.loads(ptxas.TABLE.read_text())["kernels"]
     assert set(table) == {s.name for s in ptxas.SOURCES}
     for source in ptxas.SOURCES:
-        defined = set(re.findall(r"\b(\w+_kernel)\(", re.sub(r"\s+", " ", source.read_text())))
+        text = source.read_text()
+        included = [source.parent / name for name in re.findall(r'#include "([\w.]+)"', text)]
+        text = re.sub(r"\s+", " ", text + "".join(header.read_text() for header in included))
+        defined = set(re.findall(r"\b(\w+_kernel)\(", text))
         for architecture in ptxas.ARCHITECTURES:
             assert {name.partition("<")[0] for name in table[source.name][architecture]} == defined

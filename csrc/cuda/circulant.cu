@@ -2,6 +2,7 @@
 
 #include "launch.h"
 #include "pieces.h"
+#include "sums.h"
 
 namespace peftk {
 namespace {
@@ -82,16 +83,6 @@ __global__ void __launch_bounds__(kCirculantThreads) circulant_contract_kernel(C
     }
 }
 
-// In the order of the chunks.
-__global__ void __launch_bounds__(kCirculantThreads)
-    circulant_sum_kernel(const float* partial, int64_t chunks, int64_t sums, float* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCirculantThreads + threadIdx.x;
-  if (i >= sums) return;
-  float sum = 0.0f;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * sums + i];
-  out[i] = sum;
-}
-
 // A thread walks down a column: the place in the kernel moves back by one with each row.
 template <typename T>
 __global__ void __launch_bounds__(kCirculantThreads) circulant_weight_kernel(CirculantWeightParams p) {
@@ -163,8 +154,7 @@ void circulant_contract_cuda(const CirculantContractParams& p, float* out, void*
     using T = decltype(zero);
     PEFTK_LAUNCH((circulant_contract_kernel<T>), grid, dim3(kCirculantThreads), 0, queue, p);
   });
-  PEFTK_LAUNCH(circulant_sum_kernel, circulant_grid(sums, 1), dim3(kCirculantThreads), 0, queue, p.partial, p.chunks,
-               sums, out);
+  sum_parts(p.partial, p.chunks, sums, 1.0f, out, queue);
 }
 
 void circulant_weight_cuda(const CirculantWeightParams& p, void* stream) {

@@ -2,6 +2,7 @@
 
 #include "launch.h"
 #include "pieces.h"
+#include "sums.h"
 
 namespace peftk {
 namespace {
@@ -145,21 +146,6 @@ __global__ void __launch_bounds__(kLohaThreads) hadamard_weight_backward_kernel(
   }
 }
 
-__global__ void __launch_bounds__(kLohaThreads)
-    hadamard_sum_kernel(const float* parts, int64_t number, int64_t count, float* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kLohaThreads + threadIdx.x;
-  if (i >= count) return;
-  float sum = 0.0f;
-  for (int64_t part = 0; part < number; ++part) sum += parts[part * count + i];
-  out[i] = sum;
-}
-
-void add_parts(const float* parts, int64_t number, int64_t count, float* out, cudaStream_t stream) {
-  if (out == nullptr || count == 0) return;
-  const dim3 grid(static_cast<unsigned>((count + kLohaThreads - 1) / kLohaThreads));
-  PEFTK_LAUNCH(hadamard_sum_kernel, grid, dim3(kLohaThreads), 0, stream, parts, number, count, out);
-}
-
 }  // namespace
 
 HadamardParts hadamard_weight_parts_cuda(int64_t out, int64_t features) {
@@ -184,10 +170,10 @@ void hadamard_weight_backward_cuda(const HadamardWeightBackwardParams& p, const 
         PEFTK_LAUNCH((hadamard_weight_backward_kernel<__half>), grid, dim3(kLohaThreads), 0, queue, p);
         break;
     }
-  add_parts(p.dw1_a, parts.tiles, p.out * p.r1, out.w1_a, queue);
-  add_parts(p.dw1_b, parts.chunks, p.r1 * p.features, out.w1_b, queue);
-  add_parts(p.dw2_a, parts.tiles, p.out * p.r2, out.w2_a, queue);
-  add_parts(p.dw2_b, parts.chunks, p.r2 * p.features, out.w2_b, queue);
+  sum_parts(p.dw1_a, parts.tiles, p.out * p.r1, 1.0f, out.w1_a, queue);
+  sum_parts(p.dw1_b, parts.chunks, p.r1 * p.features, 1.0f, out.w1_b, queue);
+  sum_parts(p.dw2_a, parts.tiles, p.out * p.r2, 1.0f, out.w2_a, queue);
+  sum_parts(p.dw2_b, parts.chunks, p.r2 * p.features, 1.0f, out.w2_b, queue);
 }
 
 void hadamard_weight_cuda(const HadamardWeightParams& p, void* stream) {

@@ -1,6 +1,7 @@
 #include "../kronecker.h"
 #include "launch.h"
 #include "pieces.h"
+#include "sums.h"
 
 namespace peftk {
 namespace {
@@ -98,15 +99,6 @@ __global__ void __launch_bounds__(kKroneckerThreads) kronecker_dw1_kernel(Kronec
   if (thread == 0) p.partial[chunk * p.left * p.middle + i] = sums[0];
 }
 
-__global__ void __launch_bounds__(kKroneckerThreads)
-    kronecker_sum_kernel(const float* partial, int64_t chunks, int64_t count, float scale, float* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kKroneckerThreads + threadIdx.x;
-  if (i >= count) return;
-  float sum = 0.0f;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * count + i];
-  out[i] = sum * scale;
-}
-
 unsigned blocks_for(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
 
 bool on_pieces(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -135,8 +127,7 @@ void start(const KroneckerWeightBackwardParams& p, float* dw1, cudaStream_t stre
   if (dw1 == nullptr) return;
   PEFTK_LAUNCH((kronecker_dw1_kernel<T>), dim3(static_cast<unsigned>(entries), static_cast<unsigned>(p.chunks)),
                dim3(kKroneckerThreads), 0, stream, p);
-  PEFTK_LAUNCH(kronecker_sum_kernel, dim3(blocks_for(entries, kKroneckerThreads)), dim3(kKroneckerThreads), 0, stream,
-               p.partial, p.chunks, entries, p.scale, dw1);
+  sum_parts(p.partial, p.chunks, entries, p.scale, dw1, stream);
 }
 
 }  // namespace
