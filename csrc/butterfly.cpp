@@ -101,7 +101,7 @@ void scale_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& 
   const bool sums = need_scale || need_bias;
   if (sums) check_like(x, "x", grad, "grad");
   // From the shape alone: the bits must not depend on the number of threads.
-  const int64_t elements = s.outer * s.channels * s.inner, wanted = elements / 32768 < 64 ? elements / 32768 : 64;
+  const int64_t elements = s.outer * s.channels * s.inner, wanted = elements / 32768 < 16 ? elements / 32768 : 16;
   const int64_t chunks = wanted < 1 || s.outer < 1 ? 1 : (wanted < s.outer ? wanted : s.outer);
   const std::unique_ptr<float[]> partial(sums ? new float[chunks * 2 * s.channels] : nullptr);
   const ScaleChannelsBackwardParams p{grad.const_data_ptr(),
@@ -116,17 +116,13 @@ void scale_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& 
                                       chunks,
                                       dtype};
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { scale_channels_backward_cpu(p, begin, end); });
+  const int64_t numbers = 2 * s.channels;
+  for (int64_t chunk = 1; sums && chunk < chunks; ++chunk)
+    for (int64_t c = 0; c < numbers; ++c) partial[c] += partial[chunk * numbers + c];
   float* scales = need_scale ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
   float* biases = need_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
-  for (int64_t c = 0; sums && c < s.channels; ++c) {
-    float product = 0.0f, total = 0.0f;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      product += partial[chunk * 2 * s.channels + c];
-      total += partial[(chunk * 2 + 1) * s.channels + c];
-    }
-    if (scales) scales[c] = product;
-    if (biases) biases[c] = (1.0f - p.scale[c]) * total;
-  }
+  for (int64_t c = 0; scales && c < s.channels; ++c) scales[c] = partial[c];
+  for (int64_t c = 0; biases && c < s.channels; ++c) biases[c] = (1.0f - p.scale[c]) * partial[s.channels + c];
 }
 
 #ifdef PEFTK_CUDA
