@@ -342,7 +342,7 @@ class PeftModel(nn.Module):
             files.write_adapter(target, tensors, self._config_for_file(name))
 
     def _config_for_file(self, name: str) -> dict[str, Any]:
-        values = self.peft_config[name].to_dict()
+        values = self.peft_config[name].file_values(lambda: self.base_model.plan_of(name).adapters)
         values["inference_mode"] = True
         if values["task_type"] is None:
             kind = type(self.get_base_model())

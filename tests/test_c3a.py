@@ -161,3 +161,25 @@ def test_reading_a_file_of_peft_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded"), [(["first", "second"], ["second"]), ("all-linear", r"second|head\..*")]
+)
+def test_excluded_modules_stay_out_in_peft_too(targets, excluded, tmp_path):
+    base = MLP()
+    config = C3AConfig(block_size=2, target_modules=targets, exclude_modules=excluded)
+    assert "exclude_modules" not in C3AConfig().to_dict()
+    assert C3AConfig.from_dict(config.to_dict()) == config
+    ours = get_peft_model(copy.deepcopy(base), config)
+    assert [n for n, module in ours.named_modules() if isinstance(module, C3ALinear)] == ["base_model.model.first"]
+    ours.save_pretrained(tmp_path)
+    x = torch.randn(3, I)
+    expected = ours.eval()(x)
+    for library in (peft.PeftModel, PeftModel):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = library.from_pretrained(copy.deepcopy(base), str(tmp_path))
+        names = [name for name, _ in loaded.named_parameters()]
+        assert names == [name for name, _ in ours.named_parameters()]
+        assert_close(loaded.eval()(x), expected.double(), torch.float32)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,8 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
             expression with ``|`` outside of brackets only the last part must end where the name does.
         init_weights: "xavier_uniform" (the default; False means the same), "kaiming_uniform", "gaussian", or True for
             zeros, with which a fresh adapter changes nothing.
+        exclude_modules: As in `LoraConfig`. PEFT's C3A has no such field: in a file, `target_modules` names the
+            modules that are left.
 
     Source: Chen et al., Parameter-Efficient Fine-Tuning via Circular Convolution, arXiv 2407.19342.
 
@@ -53,9 +57,8 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
     layers_pattern: list[str] | str | None = None
     block_size_pattern: dict | None = field(default_factory=dict)
     init_weights: bool | str = "xavier_uniform"
+    exclude_modules: list[str] | str | None = None
 
-    # PEFT's C3A has no such field.
-    exclude_modules: ClassVar[None] = None
     _meaning = ("block_size", "block_size_pattern", "bias", "modules_to_save")
     _pattern = r".*\.{}$"
 
@@ -75,6 +78,21 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
             check_regex("block_size_pattern", key)
             check_int(f"block_size_pattern[{key!r}]", value, 1, MAX_BLOCK)
         self._check_targets()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without `exclude_modules` where it is not set."""
+        values = super().to_dict()
+        if values["exclude_modules"] is None:
+            del values["exclude_modules"]
+        return values
+
+    def file_values(self, adapted: Callable[[], Iterable[str]]) -> dict[str, Any]:
+        """See `PeftConfig.file_values`; PEFT's C3A excludes nothing, so the modules that are left are named."""
+        values = self.to_dict()
+        if values.pop("exclude_modules", None):
+            targets = "|".join(re.escape(name) for name in adapted())
+            values.update(target_modules=targets, layers_to_transform=None, layers_pattern=None)
+        return values
 
 
 class C3ALinear(AdapterLayer):

@@ -258,6 +258,10 @@ class PeftConfig:
             result[field.name] = value
         return result
 
+    def file_values(self, adapted: Callable[[], Iterable[str]]) -> dict[str, Any]:
+        """Return what the configuration file holds, for PEFT to read too; `adapted` names the adapted modules."""
+        return self.to_dict()
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
         """Build the configuration that `values`, the content of an adapter_config.json, describes.
