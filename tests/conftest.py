@@ -31,3 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def device(pytestconfig: pytest.Config) -> torch.device:
     """The device that the operators' tests run on."""
     return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The folders of three saved experts of X-LoRA, by name."""
+    from xlora_models import EXPERTS, llama, save_experts
+
+    return save_experts(llama(), EXPERTS, tmp_path_factory.mktemp("experts"))
