@@ -18,6 +18,23 @@ using torch::stable::parallel_for;
 // Operations of a task: enough to pay for handing it to a thread.
 constexpr int64_t kDoraTaskOperations = 1 << 18;
 
+// A small factor, (rank, columns), in strips.
+class Strips {
+ public:
+  Strips(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale)
+      : rank_(rank), data_(new float[(columns + kStripColumns - 1) / kStripColumns * kStripColumns * rank]) {
+    pack_strips_cpu(from, row, col, rank, columns, scale, data_.get());
+  }
+  const float* get() const { return data_.get(); }
+  float& at(int64_t k, int64_t j) const {
+    return data_[(j / kStripColumns * rank_ + k) * kStripColumns + j % kStripColumns];
+  }
+
+ private:
+  int64_t rank_;
+  std::unique_ptr<float[]> data_;
+};
+
 void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
   check_float(t, name);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, ": expected shape (", rows, ", ", cols,
@@ -41,10 +58,7 @@ void dora_norm(const Tensor& weight, const Tensor& a, const Tensor& b, bool tran
   // The stored matrix is the update's transpose where `transposed`: a.T @ b.T.
   const float *left = (transposed ? a : b).const_data_ptr<float>(),
               *other = (transposed ? b : a).const_data_ptr<float>();
-  const int64_t packed = rank * padded(cols);
-  const std::unique_ptr<float[]> right(new float[packed]);
-  pad_columns_cpu(other, transposed ? 1 : cols, transposed ? rank : 1, rank, cols, right.get());
-  for (int64_t i = 0; i < packed; ++i) right[i] *= static_cast<float>(scale);
+  const Strips right(other, transposed ? 1 : cols, transposed ? rank : 1, rank, cols, static_cast<float>(scale));
   const DoraNormParams p{weight.const_data_ptr(),
                          left,
                          right.get(),
@@ -79,11 +93,10 @@ void dora_compose(const Tensor& base, const Tensor& hidden, const Tensor& b, con
   STD_TORCH_CHECK(check_dtype(hidden, "hidden") == dtype && (rows == 0 || hidden.numel() == rows * rank),
                   "hidden: expected (rows, rank) = (", rows, ", ", rank, ") in the dtype of base");
   const float *gains = gain.const_data_ptr<float>(), *biases = bias ? bias->const_data_ptr<float>() : nullptr;
-  const int64_t ld = padded(cols);
-  const std::unique_ptr<float[]> factor(new float[rank * ld]), shift(biases ? new float[cols] : nullptr);
-  pad_columns_cpu(b.const_data_ptr<float>(), 1, rank, rank, cols, factor.get());
-  for (int64_t k = 0; k < rank; ++k)
-    for (int64_t j = 0; j < cols; ++j) factor[k * ld + j] *= gains[j] * static_cast<float>(scale);
+  const Strips factor(b.const_data_ptr<float>(), 1, rank, rank, cols, static_cast<float>(scale));
+  const std::unique_ptr<float[]> shift(biases ? new float[cols] : nullptr);
+  for (int64_t j = 0; j < cols; ++j)
+    for (int64_t k = 0; k < rank; ++k) factor.at(k, j) *= gains[j];
   for (int64_t j = 0; biases && j < cols; ++j) shift[j] = (1.0f - gains[j]) * biases[j];
   const DoraComposeParams p{base.const_data_ptr(),
                             hidden.const_data_ptr(),

@@ -11,7 +11,7 @@ namespace peftk {
 struct DoraNormParams {
   const void* weight;  // (rows, cols)
   const float* left;   // (rows, rank): element (i, k) at left[i * left_row + k * left_col]
-  const float* right;  // (rank, padded(cols)), zero from column `cols` on
+  const float* right;  // (rank, cols), in strips: see `pack_strips_cpu`
   float* out;          // (cols) where `columns`, else (rows)
   int64_t rows, cols, rank;
   int64_t left_row, left_col;
@@ -22,14 +22,14 @@ struct DoraNormParams {
 // out = gain * base + shift + hidden @ factor, row by row.
 struct DoraComposeParams {
   const void *base, *hidden;  // (rows, cols), (rows, rank)
-  const float* factor;        // (rank, padded(cols)), zero from column `cols` on
+  const float* factor;        // (rank, cols), in strips: see `pack_strips_cpu`
   const float *gain, *shift;  // (cols); the shift may be null
   void* out;                  // (rows, cols)
   int64_t rows, cols, rank;
   Dtype dtype;
 };
 
-// Columns of a weight whose norms are summed together.
+// Columns of a weight whose norms are summed together: whole strips.
 constexpr int64_t kDoraColumns = 128;
 
 // Rows begin to end.

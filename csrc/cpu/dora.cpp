@@ -3,44 +3,61 @@
 #include <cmath>
 #include <memory>
 
+#include "../low_rank.h"
 #include "simd.h"
 
 namespace peftk {
 namespace {
 
-// A tile of rows and columns, which fits the first-level cache beside the columns of a factor of rank 16.
+// Rows of a tile: twice as many as a product takes at once, so that a strip of factors is read half as often.
 constexpr int64_t kDoraTileRows = 12;
-constexpr int64_t kDoraTileColumns = 256;
+constexpr int64_t kDoraTile = kDoraTileRows * kStripColumns;
+// Columns whose squares are added in float, before their sum joins the others in double.
+constexpr int64_t kDoraSumColumns = 256;
 
-constexpr int64_t dora_least(int64_t left, int64_t right) { return left < right ? left : right; }
+PEFTK_INLINE int64_t dora_least(int64_t left, int64_t right) { return left < right ? left : right; }
 
-// weight + left @ right for a tile; columns up to the stride `ld` are zero.
+// A tile of at most kStripColumns columns, zero behind the last one. All columns are the usual case, which the compiler
+// unrolls.
 template <typename T>
-PEFTK_INLINE void adapted_tile(const DoraNormParams& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                               float* tile, int64_t ld) {
-  load_tile(static_cast<const T*>(p.weight) + row * p.cols + column, p.cols, rows, columns, tile, ld);
-  product({p.left + row * p.left_row, p.left_row, p.left_col}, p.right + column, padded(p.cols), tile, ld, rows, ld,
-          p.rank, true);
+PEFTK_INLINE void load_strip(const T* from, int64_t stride, int64_t rows, int64_t columns, float* tile) {
+  if (columns < kStripColumns) return load_tile(from, stride, rows, columns, tile, kStripColumns);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < kStripColumns; ++j) tile[i * kStripColumns + j] = to_float(from[i * stride + j]);
+}
+
+template <typename T>
+PEFTK_INLINE void store_strip(const float* tile, int64_t rows, int64_t columns, T* to, int64_t stride) {
+  if (columns < kStripColumns) return store_tile(tile, kStripColumns, rows, columns, to, stride);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < kStripColumns; ++j) from_float(tile[i * kStripColumns + j], to[i * stride + j]);
+}
+
+// A tile of weight + left @ right, zero behind the last column.
+template <typename T>
+PEFTK_INLINE void adapted_tile(const DoraNormParams& p, View left, int64_t row, int64_t rows, int64_t column,
+                               float* tile) {
+  load_strip(static_cast<const T*>(p.weight) + row * p.cols + column, p.cols, rows,
+             dora_least(p.cols - column, kStripColumns), tile);
+  product_columns<2>(left, p.right + column * p.rank, kStripColumns, tile, kStripColumns, rows, p.rank, true);
 }
 
 template <typename T>
 PEFTK_INLINE void row_norms(const DoraNormParams& p, int64_t begin, int64_t end) {
-  const std::unique_ptr<float[]> tile(new float[kDoraTileRows * kDoraTileColumns]);
+  float tile[kDoraTile];
   for (int64_t row = begin; row < end; row += kDoraTileRows) {
     const int64_t rows = dora_least(end - row, kDoraTileRows);
-    // Long sums of squares: a tile's are added in float, the tiles in double.
+    const View left{p.left + row * p.left_row, p.left_row, p.left_col};
     double total[kDoraTileRows] = {};
-    for (int64_t column = 0; column < p.cols; column += kDoraTileColumns) {
-      const int64_t columns = dora_least(p.cols - column, kDoraTileColumns), ld = padded(columns);
-      adapted_tile<T>(p, row, rows, column, columns, tile.get(), ld);
-      for (int64_t i = 0; i < rows; ++i) {
-        Floats sums = {};
-        for (int64_t j = 0; j < ld; j += kLanes) {
-          const Floats values = *reinterpret_cast<const Floats*>(tile.get() + i * ld + j);
-          sums += values * values;
-        }
-        for (int lane = 0; lane < kLanes; ++lane) total[i] += sums[lane];
+    for (int64_t column = 0; column < p.cols; column += kDoraSumColumns) {
+      float sums[kDoraTile] = {};
+      const int64_t last = dora_least(p.cols, column + kDoraSumColumns);
+      for (int64_t first = column; first < last; first += kStripColumns) {
+        adapted_tile<T>(p, left, row, rows, first, tile);
+        for (int64_t i = 0; i < rows * kStripColumns; ++i) sums[i] += tile[i] * tile[i];
       }
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < kStripColumns; ++j) total[i] += sums[i * kStripColumns + j];
     }
     for (int64_t i = 0; i < rows; ++i) p.out[row + i] = static_cast<float>(std::sqrt(total[i]));
   }
@@ -48,20 +65,25 @@ PEFTK_INLINE void row_norms(const DoraNormParams& p, int64_t begin, int64_t end)
 
 template <typename T>
 PEFTK_INLINE void column_norms(const DoraNormParams& p, int64_t begin, int64_t end) {
-  const std::unique_ptr<float[]> tile(new float[kDoraTileRows * kDoraColumns]);
+  float tile[kDoraTile];
+  const std::unique_ptr<float[]> left(new float[kDoraTileRows * p.rank]);
   for (int64_t group = begin; group < end; ++group) {
-    const int64_t first = group * kDoraColumns, columns = dora_least(p.cols - first, kDoraColumns);
-    const int64_t ld = padded(columns);
+    const int64_t start = group * kDoraColumns, stop = dora_least(p.cols, start + kDoraColumns);
     double total[kDoraColumns] = {};
     for (int64_t row = 0; row < p.rows; row += kDoraTileRows) {
       const int64_t rows = dora_least(p.rows - row, kDoraTileRows);
-      adapted_tile<T>(p, row, rows, first, columns, tile.get(), ld);
-      float sums[kDoraColumns] = {};
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < ld; ++j) sums[j] += tile[i * ld + j] * tile[i * ld + j];
-      for (int64_t j = 0; j < ld; ++j) total[j] += sums[j];
+        for (int64_t k = 0; k < p.rank; ++k) left[i * p.rank + k] = p.left[(row + i) * p.left_row + k * p.left_col];
+      for (int64_t first = start; first < stop; first += kStripColumns) {
+        adapted_tile<T>(p, {left.get(), p.rank, 1}, row, rows, first, tile);
+        float sums[kStripColumns] = {};
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < kStripColumns; ++j)
+            sums[j] += tile[i * kStripColumns + j] * tile[i * kStripColumns + j];
+        for (int64_t j = 0; j < kStripColumns; ++j) total[first - start + j] += sums[j];
+      }
     }
-    for (int64_t j = 0; j < columns; ++j) p.out[first + j] = static_cast<float>(std::sqrt(total[j]));
+    for (int64_t j = start; j < stop; ++j) p.out[j] = static_cast<float>(std::sqrt(total[j - start]));
   }
 }
 
@@ -69,25 +91,26 @@ template <typename T>
 PEFTK_INLINE void compose(const DoraComposeParams& p, int64_t begin, int64_t end) {
   const T *base = static_cast<const T*>(p.base), *hidden = static_cast<const T*>(p.hidden);
   T* out = static_cast<T*>(p.out);
-  const std::unique_ptr<float[]> tile(new float[kDoraTileRows * kDoraTileColumns]);
+  float tile[kDoraTile];
   const std::unique_ptr<float[]> left(new float[kDoraTileRows * p.rank]);
   for (int64_t row = begin; row < end; row += kDoraTileRows) {
     const int64_t rows = dora_least(end - row, kDoraTileRows);
     load_tile(hidden + row * p.rank, p.rank, rows, p.rank, left.get(), p.rank);
-    for (int64_t column = 0; column < p.cols; column += kDoraTileColumns) {
-      const int64_t columns = dora_least(p.cols - column, kDoraTileColumns), ld = padded(columns);
-      const float *gain = p.gain + column, *shift = p.shift ? p.shift + column : nullptr;
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* from = base + (row + i) * p.cols + column;
-        float* to = tile.get() + i * ld;
-        if (shift)
-          for (int64_t j = 0; j < columns; ++j) to[j] = to_float(from[j]) * gain[j] + shift[j];
-        else
-          for (int64_t j = 0; j < columns; ++j) to[j] = to_float(from[j]) * gain[j];
-        for (int64_t j = columns; j < ld; ++j) to[j] = 0.0f;
+    for (int64_t column = 0; column < p.cols; column += kStripColumns) {
+      const int64_t columns = dora_least(p.cols - column, kStripColumns);
+      // A negative zero added changes no bit.
+      float gain[kStripColumns], shift[kStripColumns];
+      for (int64_t j = 0; j < kStripColumns; ++j) {
+        gain[j] = j < columns ? p.gain[column + j] : 0.0f;
+        shift[j] = j < columns && p.shift ? p.shift[column + j] : -0.0f;
       }
-      product({left.get(), p.rank, 1}, p.factor + column, padded(p.cols), tile.get(), ld, rows, ld, p.rank, true);
-      store_tile(tile.get(), ld, rows, columns, out + row * p.cols + column, p.cols);
+      load_strip(base + row * p.cols + column, p.cols, rows, columns, tile);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < kStripColumns; ++j)
+          tile[i * kStripColumns + j] = tile[i * kStripColumns + j] * gain[j] + shift[j];
+      product_columns<2>({left.get(), p.rank, 1}, p.factor + column * p.rank, kStripColumns, tile, kStripColumns, rows,
+                         p.rank, true);
+      store_strip(tile, rows, columns, out + row * p.cols + column, p.cols);
     }
   }
 }

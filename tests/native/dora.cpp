@@ -4,18 +4,22 @@
 
 namespace {
 
+// Numbers of a factor in strips.
+int64_t in_strips(int64_t rank, int64_t cols) {
+  return (cols + kStripColumns - 1) / kStripColumns * kStripColumns * rank;
+}
+
 template <typename T>
 void check_dora_norm(Level level, int64_t rows, int64_t cols, int64_t rank, bool columns) {
   const int64_t left_row = columns ? 1 : rank, left_col = columns ? rows : 1, count = columns ? cols : rows;
   Heap<T> weight(rows * cols);
-  Heap<float> left(rows * rank), right(rank * padded(cols)), out(count);
+  Heap<float> left(rows * rank), right(rank * cols), strips(in_strips(rank, cols)), out(count);
   fill(weight);
   fill(left);
   fill(right);
-  for (int64_t k = 0; k < rank; ++k)
-    for (int64_t j = cols; j < padded(cols); ++j) right[k * padded(cols) + j] = 0.0f;
-  const DoraNormParams p{weight.get(), left.get(), right.get(), out.get(), rows,         cols,
-                         rank,         left_row,   left_col,    columns,   dtype_of<T>()};
+  pack_strips_cpu(right.get(), cols, 1, rank, cols, 1.0f, strips.get());
+  const DoraNormParams p{weight.get(), left.get(), strips.get(), out.get(), rows,         cols,
+                         rank,         left_row,   left_col,     columns,   dtype_of<T>()};
   if (columns)
     in_pieces((cols + kDoraColumns - 1) / kDoraColumns, 1,
               [&](int64_t begin, int64_t end) { VARIANT(level, dora_column_norms_cpu)(p, begin, end); });
@@ -26,7 +30,7 @@ void check_dora_norm(Level level, int64_t rows, int64_t cols, int64_t rank, bool
     for (int64_t j = 0; j < cols; ++j) {
       double entry = to_float(weight[i * cols + j]), magnitude = std::abs(entry);
       for (int64_t k = 0; k < rank; ++k) {
-        const double term = static_cast<double>(left[i * left_row + k * left_col]) * right[k * padded(cols) + j];
+        const double term = static_cast<double>(left[i * left_row + k * left_col]) * right[k * cols + j];
         entry += term;
         magnitude += std::abs(term);
       }
@@ -44,15 +48,14 @@ void check_dora_norm(Level level, int64_t rows, int64_t cols, int64_t rank, bool
 template <typename T>
 void check_dora_compose(Level level, int64_t rows, int64_t cols, int64_t rank, bool with_shift) {
   Heap<T> base(rows * cols), hidden(rows * rank), out(rows * cols);
-  Heap<float> factor(rank * padded(cols)), gain(cols), shift(cols);
+  Heap<float> factor(rank * cols), strips(in_strips(rank, cols)), gain(cols), shift(cols);
   fill(base);
   fill(hidden);
   fill(factor);
   fill(gain, 2.0);
   fill(shift);
-  for (int64_t k = 0; k < rank; ++k)
-    for (int64_t j = cols; j < padded(cols); ++j) factor[k * padded(cols) + j] = 0.0f;
-  const DoraComposeParams p{base.get(), hidden.get(), factor.get(), gain.get(), with_shift ? shift.get() : nullptr,
+  pack_strips_cpu(factor.get(), cols, 1, rank, cols, 1.0f, strips.get());
+  const DoraComposeParams p{base.get(), hidden.get(), strips.get(), gain.get(), with_shift ? shift.get() : nullptr,
                             out.get(),  rows,         cols,         rank,       dtype_of<T>()};
   in_pieces(rows, 13, [&](int64_t begin, int64_t end) { VARIANT(level, dora_compose_cpu)(p, begin, end); });
   for (int64_t i = 0; i < rows; ++i)
@@ -63,7 +66,7 @@ void check_dora_compose(Level level, int64_t rows, int64_t cols, int64_t rank, b
         magnitude += std::abs(shift[j]);
       }
       for (int64_t k = 0; k < rank; ++k) {
-        const double term = static_cast<double>(to_float(hidden[i * rank + k])) * factor[k * padded(cols) + j];
+        const double term = static_cast<double>(to_float(hidden[i * rank + k])) * factor[k * cols + j];
         truth += term;
         magnitude += std::abs(term);
       }
