@@ -56,7 +56,7 @@ PEFTK_INLINE void invert(const float* source, bool square, int64_t n, double* a,
       const double factor = row[p];
       for (int64_t j = 0; j < n; ++j) row[j] -= factor * pivot[j];
       // Not a zero before the loop: a vector that is read right after one of its numbers was written must wait for it.
-      row[p] = -factor * inverse;
+      row[p] = 0.0 - factor * inverse;
     }
   }
   for (int64_t i = 0; i < n; ++i)
