@@ -22,7 +22,7 @@ constexpr int64_t kDoraTaskOperations = 1 << 18;
 class Strips {
  public:
   Strips(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale)
-      : rank_(rank), data_(new float[(columns + kStripColumns - 1) / kStripColumns * kStripColumns * rank]) {
+      : rank_(rank), data_(new float[strips_size(rank, columns)]) {
     pack_strips_cpu(from, row, col, rank, columns, scale, data_.get());
   }
   const float* get() const { return data_.get(); }

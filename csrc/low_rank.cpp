@@ -55,7 +55,7 @@ Buffer padded_copy(const Tensor& m, int64_t row, int64_t col, int64_t rows, int6
 }
 
 Buffer strips_of(const Tensor& m, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale) {
-  Buffer copy(new float[(columns + kStripColumns - 1) / kStripColumns * kStripColumns * rank]);
+  Buffer copy(new float[strips_size(rank, columns)]);
   pack_strips_cpu(floats(m), row, col, rank, columns, scale, copy.get());
   return copy;
 }

@@ -38,6 +38,10 @@ struct LowRankBackwardParams {
 
 // Columns that a row of factors is laid out for: two vectors, one line of the cache.
 constexpr int64_t kStripColumns = 2 * kLanes;
+// Numbers of a (rank, columns) factor in strips.
+constexpr int64_t strips_size(int64_t rank, int64_t columns) {
+  return (columns + kStripColumns - 1) / kStripColumns * kStripColumns * rank;
+}
 
 // Columns of a factor's gradient that one task sums.
 constexpr int64_t kFactorColumns = 64;

@@ -15,7 +15,7 @@ constexpr int64_t kDoraTile = kDoraTileRows * kStripColumns;
 // Columns whose squares are added in float, before their sum joins the others in double.
 constexpr int64_t kDoraSumColumns = 256;
 
-PEFTK_INLINE int64_t dora_least(int64_t left, int64_t right) { return left < right ? left : right; }
+constexpr int64_t dora_least(int64_t left, int64_t right) { return left < right ? left : right; }
 
 // A tile of at most kStripColumns columns, zero behind the last one. All columns are the usual case, which the compiler
 // unrolls.

@@ -4,16 +4,11 @@
 
 namespace {
 
-// Numbers of a factor in strips.
-int64_t in_strips(int64_t rank, int64_t cols) {
-  return (cols + kStripColumns - 1) / kStripColumns * kStripColumns * rank;
-}
-
 template <typename T>
 void check_dora_norm(Level level, int64_t rows, int64_t cols, int64_t rank, bool columns) {
   const int64_t left_row = columns ? 1 : rank, left_col = columns ? rows : 1, count = columns ? cols : rows;
   Heap<T> weight(rows * cols);
-  Heap<float> left(rows * rank), right(rank * cols), strips(in_strips(rank, cols)), out(count);
+  Heap<float> left(rows * rank), right(rank * cols), strips(strips_size(rank, cols)), out(count);
   fill(weight);
   fill(left);
   fill(right);
@@ -48,7 +43,7 @@ void check_dora_norm(Level level, int64_t rows, int64_t cols, int64_t rank, bool
 template <typename T>
 void check_dora_compose(Level level, int64_t rows, int64_t cols, int64_t rank, bool with_shift) {
   Heap<T> base(rows * cols), hidden(rows * rank), out(rows * cols);
-  Heap<float> factor(rank * cols), strips(in_strips(rank, cols)), gain(cols), shift(cols);
+  Heap<float> factor(rank * cols), strips(strips_size(rank, cols)), gain(cols), shift(cols);
   fill(base);
   fill(hidden);
   fill(factor);

@@ -71,7 +71,6 @@ struct Bound {
 void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, int64_t rank, Gate kind) {
   const float scale = 1.5f;
   const int64_t gate_row = kind == Gate::own ? rank : 0;
-  const auto strips = [&](int64_t width) { return (width + kStripColumns - 1) / kStripColumns * kStripColumns * rank; };
   Heap<float> x(rows * depth), a(rank * depth), b(columns * rank),
       gates(kind == Gate::none ? 0 : rank * (gate_row ? rows : 1));
   Heap<float> out(rows * columns), hidden(rows * rank), grad(rows * columns), dx(rows * depth);
@@ -84,7 +83,7 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
   const std::string of_dx = what + " dx", of_da = what + " da", of_db = what + " db", of_dgate = what + " dgate",
                     of_dhidden = what + " dhidden";
 
-  Heap<float> a_columns(depth * padded(rank)), b_strips(strips(columns));
+  Heap<float> a_columns(depth * padded(rank)), b_strips(strips_size(rank, columns));
   pad_columns_cpu(a.get(), 1, depth, depth, rank, a_columns.get());
   pack_strips_cpu(b.get(), 1, rank, rank, columns, scale, b_strips.get());
   const LowRankParams p{x.get(), a_columns.get(), b_strips.get(), gate, out.get(), hidden.get(),
@@ -106,7 +105,7 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
     }
   }
 
-  Heap<float> b_columns(columns * padded(rank)), a_strips(strips(depth));
+  Heap<float> b_columns(columns * padded(rank)), a_strips(strips_size(rank, depth));
   pad_columns_cpu(b.get(), rank, 1, columns, rank, b_columns.get());
   pack_strips_cpu(a.get(), depth, 1, rank, depth, 1.0f, a_strips.get());
   Heap<float> dhidden(rows * rank), da(rank * depth), db(columns * rank), dgate(gate_row ? rows * rank : 0);
