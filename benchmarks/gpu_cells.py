@@ -32,8 +32,8 @@ METHODS = (
     ("oft-exact", 32),
     ("lora", 64),
     ("oft-neumann", 64),
-    ("oft-exact", 64),
     ("oft-neumann", 256),
+    ("oft-exact", 64),
     ("oft-exact", 256),
 )
 # The other methods of the table of targets, and AdaLoRA, whose product is LoRA's.
@@ -60,7 +60,7 @@ def layer_cells(out: int) -> list[Cell]:
     width = 0 if out == FEATURES else out
     cells = [Cell(method, size, FEATURES, TOKENS, BF16, BF16, width) for method, size in METHODS]
     if not width:
-        cells += [Cell(method, size, FEATURES, TOKENS, BF16, F32) for method, size in METHODS[:2]]
+        cells[2:2] = [Cell(method, size, FEATURES, TOKENS, BF16, F32) for method, size in METHODS[:2]]
     return cells
 
 

@@ -1,4 +1,4 @@
-"""Runs the parts of an unattended job one after another: what one of them does cannot lose another one's results.
+"""Runs the parts of an unattended job, one or several at once: what one of them does cannot lose another one's results.
 
 Every part is a process group of its own with its own time limit and its own log, and the record of the whole job is
 written again after each of them.
@@ -15,8 +15,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +44,7 @@ class Part:
         read: reads its log and exit status: counts by kind, and what is wrong (None if nothing is).
         environment: variables that it gets beside those of this process.
         not_run: why it cannot run here at all.
+        alone: it runs when the others are over, with none beside it.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Part:
     read: Callable[[str, int], tuple[dict[str, int], str | None]] = lambda log, status: ({}, None)
     environment: dict[str, str] = field(default_factory=dict)
     not_run: str | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,13 @@ class Outcome:
         return f"{self.status:<9} {self.name:<22} {self.seconds:5.0f} s  {text}".rstrip()
 
 
-def header(title: str, parts: Iterable[Part], seconds: float, folder: Path) -> str:
+def header(title: str, parts: Iterable[Part], seconds: float, folder: Path, at_once: int = 1) -> str:
     """Say what a job will do."""
-    lines = [title, f"At most {seconds:.0f} s in all; results go to {_shown(folder)}. Parts, each in its own process:"]
+    beside = f", {at_once} side by side" if at_once > 1 else ""
+    lines = [
+        title,
+        f"At most {seconds:.0f} s in all{beside}; results go to {_shown(folder)}. Parts, each in its own process:",
+    ]
     for part in parts:
         lines.append(f"  {part.name:<22} {part.says} (at most {part.limit:.0f} s)")
         if part.not_run:
@@ -84,33 +92,54 @@ def run(
     logs: Path,
     seconds: float,
     record: Callable[[list[Outcome]], None] = lambda outcomes: None,
+    at_once: int = 1,
 ) -> list[Outcome]:
-    """Run parts one after another.
+    """Run parts in their order, and return the outcomes in that order.
 
     Args:
         parts: what to run.
         logs: the folder of the logs.
-        seconds: the limit of all of them together; a part that it leaves no time for is "not run".
+        seconds: the limit of all of them together; a part that it leaves no time for is "timed out".
         record: called with all outcomes so far after every part.
+        at_once: how many parts run side by side; more than one only where nothing is timed.
     """
     logs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
+    order = {part.name: at for at, part in enumerate(parts)}
     outcomes: list[Outcome] = []
-    for part in parts:
+    running: set[subprocess.Popen] = set()
+    one_at_a_time = threading.Lock()
+
+    def run_one(part: Part) -> None:
         left = end - time.monotonic()
         if part.not_run:
-            outcomes.append(Outcome(part.name, "not run", 0.0, {}, part.not_run))
+            outcome = Outcome(part.name, "not run", 0.0, {}, part.not_run)
         elif left < min(part.limit, 10.0):
-            outcomes.append(Outcome(part.name, "timed out", 0.0, {}, f"the {seconds:.0f} s of the whole run were over"))
+            outcome = Outcome(part.name, "timed out", 0.0, {}, f"the {seconds:.0f} s of the whole run were over")
         else:
             print(f"-- {part.name}: {part.says}", flush=True)
-            outcomes.append(_run(part, logs / f"{part.name}.log", min(part.limit, left)))
-        print(outcomes[-1], flush=True)
-        record(outcomes)
+            outcome = _run(part, logs / f"{part.name}.log", min(part.limit, left), running)
+        with one_at_a_time:
+            outcomes.append(outcome)
+            outcomes.sort(key=lambda known: order[known.name])
+            print(outcome, flush=True)
+            record(list(outcomes))
+
+    for chosen, beside in (([p for p in parts if not p.alone], at_once), ([p for p in parts if p.alone], 1)):
+        with ThreadPoolExecutor(beside) as pool:
+            try:
+                for part in [pool.submit(run_one, part) for part in chosen]:
+                    part.result()
+            except BaseException:
+                # Interrupted: nothing new begins, and nothing is left behind that holds the device.
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(running):
+                    _end(process, 0.0)
+                raise
     return outcomes
 
 
-def _run(part: Part, log: Path, limit: float) -> Outcome:
+def _run(part: Part, log: Path, limit: float, running: set[subprocess.Popen]) -> Outcome:
     start = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
     with log.open("wb") as file:
@@ -120,13 +149,13 @@ def _run(part: Part, log: Path, limit: float) -> Outcome:
             )
         except OSError as error:
             return Outcome(part.name, "failed", 0.0, {}, f"cannot be started: {error.strerror}: {part.command[0]}")
+        running.add(process)
         try:
             status: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = None
-        except BaseException:
-            _end(process, 0.0)
-            raise
+        finally:
+            running.discard(process)
         if status is None:
             _end(process, GRACE)
         else:

@@ -398,8 +398,8 @@ LAUNCHES = {
     "hadamard_weight_backward": ["hadamard_gradient_kernel", "sum_kernel"] * 4,
     "low_rank_add": ["shrink_kernel", "expand_kernel"],
     "low_rank_add_backward": [
-        *("backward_kernel", "sum_kernel", "hidden_gradient_kernel"),
-        *("factor_gradient_kernel", "sum_kernel", "expand_kernel"),
+        *("backward_kernel", "hidden_gradient_kernel", "expand_kernel"),
+        *("sum_kernel", "factor_gradient_kernel", "sum_kernel"),
     ],
 }
 LAUNCHES["dora_norm"] = ["dora_norm_kernel"]

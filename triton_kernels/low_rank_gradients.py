@@ -177,13 +177,20 @@ def _factor_gradient_kernel(
 
 
 @triton.jit
-def _sum_kernel(out_ptr, partials_ptr, count, chunks, scale, BLOCK: tl.constexpr):
-    """Compute out = scale * the sum of the chunks of (chunks, count), in order."""
+def _sum_kernel(out_ptr, partials_ptr, count, chunks, scale, BLOCK_CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute out = scale * the sum of the chunks of (chunks, count), always in the same order."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for chunk in range(chunks):
-        total += tl.load(partials_ptr + tl.cast(chunk, tl.int64) * count + offsets, mask=offsets < count, other=0.0)
-    tl.store(out_ptr + offsets, (total * scale).to(out_ptr.dtype.element_ty), mask=offsets < count)
+    total = tl.zeros((BLOCK_CHUNKS, BLOCK), dtype=tl.float32)
+    # Several chunks are on their way at once: one after the other, each would wait for memory.
+    for first in range(0, chunks, BLOCK_CHUNKS):
+        chunk = first + tl.arange(0, BLOCK_CHUNKS)
+        total += tl.load(
+            partials_ptr + chunk.to(tl.int64)[:, None] * count + offsets[None, :],
+            mask=(chunk < chunks)[:, None] & (offsets < count)[None, :],
+            other=0.0,
+        )
+    result = tl.sum(total, 0) * scale
+    tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=offsets < count)
 
 
 def _backward_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
@@ -212,14 +219,15 @@ def sum_chunks(partials: Tensor, shape: torch.Size, scale: float, dtype: torch.d
     out = torch.empty(shape, dtype=dtype, device=partials.device)
     _launch.launch(
         _sum_kernel,
-        (triton.cdiv(out.numel(), 1024),),
-        num_warps=4,
+        (triton.cdiv(out.numel(), 256),),
+        num_warps=1,
         out_ptr=out,
         partials_ptr=partials,
         count=out.numel(),
         chunks=partials.shape[0],
         scale=scale,
-        BLOCK=1024,
+        BLOCK_CHUNKS=8,
+        BLOCK=256,
     )
     return out
 
@@ -316,7 +324,8 @@ def hidden_gradient(
     """Return the gradient in the rank-sized product (rows, rank), and that in the gate."""
     rows, rank = hidden.shape
     rank_tile = rank_tile_of(rank)
-    block_rows = 2048 // rank_tile
+    # Small tiles: each program waits for one partial sum after the other, so there must be many programs.
+    block_rows = 512 // rank_tile
     tiles = triton.cdiv(rows, block_rows)
     shared = gate is not None and gate.dim() == 1
     dhidden = torch.empty(rows, rank, dtype=hidden.dtype, device=hidden.device)
@@ -326,7 +335,7 @@ def hidden_gradient(
     _launch.launch(
         _hidden_gradient_kernel,
         (tiles * triton.cdiv(rank, rank_tile),),
-        num_warps=4,
+        num_warps=2,
         out_ptr=dhidden,
         dgate_ptr=dhidden if dgate is None else dgate,
         partials_ptr=partials,

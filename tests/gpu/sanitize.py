@@ -6,89 +6,62 @@ an error if no kernel took a call, for then there was nothing to watch.
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from peftk import _registry
-from peftk.testing.cases import all_cases
-from peftk.testing.compare import LIMITS, error
+from peftk.testing.calls import KINDS, Call
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Sizes that no tile divides, and enough rows for a reduction to be split.
+TOKENS, FEATURES, OUT = 83, 192, 320
+SIZES = {"block": (2, 4, 8, 16, 32), "rank": (3, 16), "factor": (2, 4)}
 # Their products with the dense weight run in cuBLAS, which is not under test here.
 LEFT_OUT = ("low_rank_add", "low_rank_linear", "block_rotate_linear", "dora_compose", "dora_norm")
 
 
-def watch(device: str = "cuda", backend: str = "native") -> tuple[int, list[str]]:
-    """Run forward and backward operators on one backend; return the number of calls, and what was wrong."""
-    calls, wrong = 0, []
-    for case in all_cases():
-        if case.operator in LEFT_OUT:
+def calls() -> Iterator[Call]:
+    """Yield calls of every operator, forward and backward."""
+    for operator in _registry.OPERATORS:
+        forward = operator.removesuffix("_backward")
+        kind = KINDS[forward]
+        if forward in LEFT_OUT:
             continue
-        for dtype in DTYPES:
-            inputs = case.cast(case.inputs(), dtype, torch.float32)
-            forward = _registry.OPERATORS[case.operator].prepare(**inputs)
-            exact = tuple(a.double() if isinstance(a, Tensor) else a for a in forward)
-            y = _run(case.operator, "torch", exact)[0]
-            for name, args in (
-                (case.operator, exact),
-                (f"{case.operator}_backward", _backward(case.operator, exact, y)),
-            ):
-                rounded = tuple(
-                    a.to(
-                        dtype
-                        if case.operator != "cayley" and at < len(args) and _activation(name, at)
-                        else torch.float32
-                    )
-                    if isinstance(a, Tensor)
-                    else a
-                    for at, a in enumerate(args)
-                )
-                moved = tuple(a.to(device) if isinstance(a, Tensor) else a for a in rounded)
-                if _registry.OPERATORS[name].reason(backend, moved) is not None:
-                    continue
-                truth = _run(name, "torch", tuple(a.double() if isinstance(a, Tensor) else a for a in rounded))
-                found = _run(name, backend, moved)
-                calls += 1
-                limit = LIMITS[torch.float32 if case.operator == "cayley" else dtype]
-                for at, (result, expected) in enumerate(zip(found, truth, strict=True)):
-                    # `not <=`, so that a NaN is found too.
-                    if not error(result.cpu(), expected).norm <= limit:
-                        wrong.append(f"{name} of {case}, {dtype}: result {at} is wrong")
-    return calls, wrong
+        for size, dtype, variant in itertools.product(SIZES[kind.size], kind.dtypes, kind.variants):
+            if kind.fits(FEATURES, OUT, size):
+                yield Call(operator, TOKENS, FEATURES, OUT, size, dtype, variant)
 
 
-def _activation(name: str, at: int) -> bool:
-    """Say whether an argument of `block_rotate` or its backward operator is an activation."""
-    return at == 0 or (name.endswith("_backward") and at == 1)
-
-
-def _backward(operator: str, args: tuple, y: Tensor) -> tuple:
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    if operator == "cayley":
-        packed, _, polynomial = args
-        return grad, packed, y, polynomial
-    x, blocks, transpose = args
-    return grad, x, blocks, transpose, True, True
-
-
-def _run(name: str, backend: str, args: tuple) -> tuple[Tensor, ...]:
-    kernel = _registry.OPERATORS[name].kernel(backend)
-    assert not isinstance(kernel, str), kernel
-    results = kernel[0](*args)
-    return (results,) if isinstance(results, Tensor) else tuple(results)
+def watch(device: str = "cuda", backend: str = "native") -> tuple[list[Call], list[str]]:
+    """Run what a backend takes; return the calls that ran, and what was wrong."""
+    ran, wrong = [], []
+    for call in calls():
+        arguments = call.arguments()
+        moved = tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments)
+        if call.reason(backend, moved) is not None:
+            continue
+        found = call.bind(backend, moved)()
+        results = [r.cpu() for r in ((found,) if isinstance(found, Tensor) else found)]
+        ran.append(call)
+        error = call.error(tuple(results), call.truth(arguments))
+        # `not <=`, so that a NaN is found too.
+        if not error <= call.limit:
+            wrong.append(f"{call} is wrong: expected an error of at most {call.limit:.1e}; got {error:.1e}")
+    return ran, wrong
 
 
 def main() -> int:
     """Run all calls and return the exit status."""
-    calls, wrong = watch()
+    ran, wrong = watch()
     torch.cuda.synchronize()
-    print(f"{calls} calls checked")
+    print(f"{len(ran)} calls checked")
     print(*wrong, sep="\n")
-    if not calls:
+    if not ran:
         print("no CUDA C++ kernel took a call: was the extension built with PEFTK_BUILD=cuda?")
-    return int(bool(wrong) or not calls)
+    return int(bool(wrong) or not ran)
 
 
 if __name__ == "__main__":
