@@ -108,7 +108,7 @@ def run(
     order = {part.name: at for at, part in enumerate(parts)}
     outcomes: list[Outcome] = []
     running: set[subprocess.Popen] = set()
-    one_at_a_time = threading.Lock()
+    one_at_a_time, interrupted = threading.Lock(), threading.Event()
 
     def run_one(part: Part) -> None:
         left = end - time.monotonic()
@@ -119,6 +119,9 @@ def run(
         else:
             print(f"-- {part.name}: {part.says}", flush=True)
             outcome = _run(part, logs / f"{part.name}.log", min(part.limit, left), running)
+        if interrupted.is_set():
+            # Ended by the user, not by itself: that is no outcome.
+            return
         with one_at_a_time:
             outcomes.append(outcome)
             outcomes.sort(key=lambda known: order[known.name])
@@ -132,6 +135,7 @@ def run(
                     part.result()
             except BaseException:
                 # Interrupted: nothing new begins, and nothing is left behind that holds the device.
+                interrupted.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(running):
                     _end(process, 0.0)

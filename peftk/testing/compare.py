@@ -9,6 +9,7 @@ order in which one library adds on one machine, and below what any order may cos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,12 @@ def floor_of(dtype: torch.dtype, terms: int = 1) -> float:
         dtype: the dtype in which the result was computed.
         terms: at most how many terms any of its sums has.
     """
-    adds_in = UNITS[dtype] if dtype is torch.float64 else UNITS[torch.float32]
-    return max(UNITS[dtype] / 2, adds_in / 2 * terms**0.5 / 2)
+    return max(UNITS[dtype] / 2, UNITS[sums_of(dtype)] / 2 * terms**0.5 / 2)
+
+
+def sums_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums of a dtype are kept."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def assert_close(
     *,
     eager: Tensor | None = None,
     terms: int = 1,
+    shaken: Sequence[Tensor] = (),
     what: str = "result",
 ) -> None:
     """Assert that a result is as close to the float64 truth as its dtype allows.
@@ -87,6 +93,8 @@ def assert_close(
         dtype: the dtype in which the result was computed; it may differ from the dtype that it has.
         eager: the same, computed by plain PyTorch in ``dtype``; tightens the bound to twice its error.
         terms: at most how many terms any sum of the result has; see `floor_of`.
+        shaken: the truth of inputs that are each off by up to a rounding unit of the sums. It shows how far the terms
+            of the result cancel, which the norm of many numbers averages out, and that of a few does not.
         what: the name of the result for the message.
 
     Raises:
@@ -94,10 +102,12 @@ def assert_close(
     """
     found = error(actual, truth)
     reference = None if eager is None else error(eager, truth)
+    moved = [error(each, truth) for each in shaken]
     for kind in ("norm", "largest"):
         value, limit = getattr(found, kind), LIMITS[dtype]
         if reference is not None:
-            limit = min(limit, 2 * max(getattr(reference, kind), floor_of(dtype, terms)) + UNITS[dtype])
+            cancelling = max((getattr(each, kind) for each in moved), default=0.0) * terms**0.5 / 2
+            limit = min(limit, 2 * max(getattr(reference, kind), floor_of(dtype, terms), cancelling) + UNITS[dtype])
         assert value <= limit, f"{what}: expected a relative error ({kind}) of at most {limit:.3g}; got {value:.3g}"
 
 
