@@ -24,6 +24,8 @@ from torch import Tensor
 
 from peftk import _registry, triton_kernels
 from peftk.testing import triton_compiler
+from peftk.testing.calls import KINDS
+from peftk.testing.calls import Call as Shaped
 from peftk.testing.calls.cayley import NEUMANN
 from peftk.testing.triton_compiler import SHARED_LIMITS, TARGETS, Compiled, Specialization
 
@@ -421,6 +423,30 @@ LAUNCHES["low_rank_linear_backward"] = LAUNCHES["low_rank_add_backward"]
 
 def test_the_series_of_any_block_is_one_launch() -> None:
     assert [len(recorded(*call)) for call in cayley_calls()] == [1] * len(list(cayley_calls()))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    "tokens, features, out",
+    [(2**23, 64, 64), (64, 2**21, 64), (64, 64, 2**21)],
+    ids=["many rows", "many columns", "many outputs"],
+)
+def test_no_axis_of_a_grid_ends_before_the_tensors(operator: str, tokens: int, features: int, out: int) -> None:
+    kind = KINDS[operator.removesuffix("_backward")]
+    if kind.square:
+        features = out = max(features, out)
+    size = kind.usual
+    assert kind.fits(features, out, size)
+    for variant in kind.variants:
+        for dtype in kind.dtypes:
+            call = Shaped(operator, tokens, features, out, size, dtype, variant)
+            arguments = call.arguments("meta")
+            with _launch.recorded() as launches:
+                if call.reason("triton", arguments) is None:
+                    call.bind("triton", arguments)()
+            for launch in launches:
+                first, *rest = launch.grid
+                assert first < 2**31 and all(axis <= 65_535 for axis in rest), f"{launch.name}: {launch.grid}"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

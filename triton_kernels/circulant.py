@@ -26,6 +26,8 @@ def _circulant_mix_kernel(
     from_blocks,
     to_blocks,
     lanes,
+    lane_tiles,
+    to_tiles,
     stride_x_row,
     stride_x_block,
     stride_out_row,
@@ -38,9 +40,12 @@ def _circulant_mix_kernel(
     BLOCK_LANES: tl.constexpr,
 ):
     """Write the spectrum of the convolution for a tile of rows, of blocks of the output, and of lanes."""
-    lane = (tl.program_id(0) * BLOCK_LANES + tl.arange(0, BLOCK_LANES))[None, None, :]
-    to = (tl.program_id(1) * BLOCK_TO + tl.arange(0, BLOCK_TO))[None, :, None]
-    row = (tl.program_id(2).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None, None]
+    # All on the first axis: the others end at 65,535 programs, and there may be more rows.
+    program = tl.program_id(0)
+    lane = (program % lane_tiles * BLOCK_LANES + tl.arange(0, BLOCK_LANES))[None, None, :]
+    to = (program // lane_tiles % to_tiles * BLOCK_TO + tl.arange(0, BLOCK_TO))[None, :, None]
+    tile = (program // lane_tiles // to_tiles).to(tl.int64)
+    row = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None, None]
     x = x_ptr + row * stride_x_row + lane
     planes = planes_ptr + to * stride_planes_to + lane
     x_mask = (row < rows) & (lane < lanes)
@@ -134,8 +139,9 @@ def _circulant_weight_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     """Write out = weight + scale * circulant for one tile."""
-    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    col_tiles = tl.cdiv(in_features, BLOCK_COLS)
+    row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = (row < out_features)[:, None] & (col < in_features)[None, :]
     shift = (col % size)[None, :] - (row % size)[:, None]
     # The first rows of the blocks of one row of blocks lie side by side: block n starts at column n * size.
@@ -204,10 +210,10 @@ def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
     rows = spectrum.shape[0]
     out = torch.empty(rows, to_blocks * 2 * lanes, dtype=spectrum.dtype, device=spectrum.device)
     config = _mix_config(lanes, to_blocks)
-    tiles = triton.cdiv(lanes, config["BLOCK_LANES"]), triton.cdiv(to_blocks, config["BLOCK_TO"])
+    lane_tiles, to_tiles = triton.cdiv(lanes, config["BLOCK_LANES"]), triton.cdiv(to_blocks, config["BLOCK_TO"])
     launch(
         _circulant_mix_kernel,
-        (*tiles, triton.cdiv(rows, config["BLOCK_ROWS"])),
+        (lane_tiles * to_tiles * triton.cdiv(rows, config["BLOCK_ROWS"]),),
         x_ptr=spectrum,
         planes_ptr=planes,
         out_ptr=out,
@@ -215,6 +221,8 @@ def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
         from_blocks=from_blocks,
         to_blocks=to_blocks,
         lanes=lanes,
+        lane_tiles=lane_tiles,
+        to_tiles=to_tiles,
         stride_x_row=spectrum.shape[1],
         stride_x_block=2 * lanes,
         stride_out_row=out.shape[1],
@@ -265,7 +273,7 @@ def _write(weight: Tensor | None, kernel: Tensor, scale: float, out: Tensor) -> 
     block_rows, block_cols = 16, 128
     launch(
         _circulant_weight_kernel,
-        (triton.cdiv(in_features, block_cols), triton.cdiv(out_features, block_rows)),
+        (triton.cdiv(in_features, block_cols) * triton.cdiv(out_features, block_rows),),
         num_warps=4,
         weight_ptr=out if weight is None else weight,
         kernel_ptr=kernel,
