@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,12 @@ def recorded() -> Iterator[list[Launch]]:
         _recorder = before
 
 
+@functools.cache
+def capability_of(index: int) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device, kept because every call asks and torch looks it up each time."""
+    return torch.cuda.get_device_capability(index)
+
+
 def unsupported(x: Tensor) -> str | None:
     """Return None if the kernels can read a tensor like x, else the reason why they cannot."""
     if x.dtype not in DTYPES:
@@ -91,6 +98,6 @@ def unsupported(x: Tensor) -> str | None:
         return None
     if x.device.type != "cuda":
         return f"the Triton kernels take CUDA tensors; got one on {x.device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if torch.version.hip is None and capability_of(x.device.index) < (8, 0):
         return f"the Triton kernels need compute capability 8.0; {x.device} has less"
     return None

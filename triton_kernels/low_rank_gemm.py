@@ -40,7 +40,7 @@ def capability(device: torch.device) -> tuple[int, int]:
         return _assumed[0]
     if device.type != "cuda":
         return 9, 0
-    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    return (0, 0) if torch.version.hip else _launch.capability_of(device.index)
 
 
 def _multiprocessors(device: torch.device) -> int:
