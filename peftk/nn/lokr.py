@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,12 @@ from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
 from ._kinds import call, weight_shape
 from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns
-from .lora_config import MAX_ALPHA, MAX_RANK
+from .lora_config import MAX_RANK
+
+MAX_FULL_RANK = 2**53
+"""Largest rank and alpha. A rank from half of a factor's size on means the whole matrix, whatever it is: LyCORIS' users
+write 100 000 and 10^10 for that, and no parameter grows with it."""
+MAX_DECOMPOSE_FACTOR = MAX_RANK
 
 
 @dataclass
@@ -28,7 +36,8 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
     Args:
         rank_pattern: Name ending or expression to the rank of the modules it matches.
         alpha_pattern: Name ending or expression to the alpha of the modules it matches.
-        r: Rank of the factors that are products of two matrices. w2 is one, unless ``r >= max(k, n) / 2``.
+        r: Rank of the factors that are products of two matrices. w2 is one, unless ``r >= max(k, n) / 2``: a huge
+            rank asks for whole matrices everywhere.
         alpha: Numerator of the scale ``alpha / r``, which holds also where no factor has a rank; LyCORIS' scale is
             then 1.
         rank_dropout: Probability, in training, that a row of the update (an output feature) is dropped, in [0, 1).
@@ -37,7 +46,8 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
             of the kernel's taps.
         decompose_both: w1 is a product of two matrices too, unless ``r >= max(l, m) / 2``.
         decompose_factor: What l and m are if it divides the layer's sizes; else they are the largest divisors up to it
-            that do not exceed k and n. -1 is as large as they can be: l nearest to k, m nearest to n.
+            that do not exceed k and n. -1 is as large as they can be: l nearest to k, m nearest to n. Files may hold
+            the factors that LyCORIS makes of it.
         rank_dropout_scale: Divide the rows that `rank_dropout` leaves by their share.
         target_modules: As in `LoraConfig`.
         exclude_modules: As in `LoraConfig`.
@@ -83,20 +93,32 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         "modules_to_save",
     )
 
+    # What `settle_with_file` found: (outputs, numbers in a filter) to the pairs l, m of such layers in the file.
+    _in_file: ClassVar[Mapping[tuple[int, int], set[tuple[int, int]]]] = MappingProxyType({})
+    _told: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()
-        check_int("r", self.r, 1, MAX_RANK)
-        check_number("alpha", self.alpha, 0, MAX_ALPHA, above=True)
+        check_int("r", self.r, 1, MAX_FULL_RANK)
+        check_number("alpha", self.alpha, 0, MAX_FULL_RANK, above=True)
         check_number("rank_dropout", self.rank_dropout, 0, 1)
         check_number("module_dropout", self.module_dropout, 0, 1)
         for name in ("use_effective_conv2d", "decompose_both", "rank_dropout_scale"):
             check_bool(name, getattr(self, name))
         if self.decompose_factor != -1 or isinstance(self.decompose_factor, bool):
-            check_int("decompose_factor", self.decompose_factor, 1, MAX_RANK)
+            check_int("decompose_factor", self.decompose_factor, 1, MAX_DECOMPOSE_FACTOR)
         check_choice("init_weights", self.init_weights, (True, False, "lycoris"))
-        check_patterns(self, MAX_RANK, MAX_ALPHA)
+        check_patterns(self, MAX_FULL_RANK, MAX_FULL_RANK)
         self._check_targets()
+
+    def settle_with_file(self, shapes: Callable[[], Mapping[str, torch.Size]]) -> None:
+        """Take l and m from the tensors of a file, where LyCORIS would have chosen them and PEFT would not.
+
+        Of one `decompose_factor`, PEFT and releases of LyCORIS make other factors; see `_pairs`. Only the tensors say
+        which.
+        """
+        self._in_file = _factors_in(shapes())
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
@@ -110,6 +132,45 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
     most = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
     first = next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
     return first, size // first
+
+
+def _pairs(size: int, factor: int) -> list[tuple[int, int]]:
+    """Return the factors of `size` that PEFT or a release of LyCORIS may choose, PEFT's first.
+
+    LyCORIS sorts the two, so that (4, 2) is (2, 4) there; later releases search for another divisor where the factor is
+    more than the size's root, and `unbalanced_factorization` turns the pair of the outputs round.
+    """
+    first = factorization(size, factor)
+    second = factorization(size, -1) if factor > math.isqrt(size) else first
+    return list(dict.fromkeys([first, first[::-1], second, second[::-1]]))
+
+
+def _factors_in(shapes: Mapping[str, torch.Size]) -> dict[tuple[int, int], set[tuple[int, int]]]:
+    """Return l and m of every layer in a file, by the number of its outputs and the numbers in one of its filters."""
+    layers: dict[str, dict[str, torch.Size]] = {}
+    for key, shape in shapes.items():
+        path, _, part = key.rpartition(".")
+        layers.setdefault(path, {})[part] = shape
+    found: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for parts in layers.values():
+        sizes = [_sizes(parts, which) for which in ("lokr_w1", "lokr_w2")]
+        if None in sizes:
+            continue
+        (left, middle), (rows, rest) = sizes
+        found.setdefault((left * rows, middle * rest), set()).add((left, middle))
+    return found
+
+
+def _sizes(parts: Mapping[str, torch.Size], name: str) -> tuple[int, int] | None:
+    """Return the rows of one factor of the product and the numbers in a row; None if its tensors do not tell."""
+    whole, a, b, core = (parts.get(key) for key in (name, f"{name}_a", f"{name}_b", "lokr_t2"))
+    if whole is not None:
+        return (whole[0], math.prod(whole[1:])) if len(whole) > 1 else None
+    if a is None or b is None or not len(a) == len(b) == 2:
+        return None
+    if core is None or name == "lokr_w1":
+        return a[0], b[1]
+    return (a[1], b[1] * math.prod(core[2:])) if len(core) == 4 else None
 
 
 _W1 = ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
@@ -151,7 +212,7 @@ class LoKrLinear(AdapterLayer):
     def _create(cls, base_layer: nn.Module, config: LoKrConfig, module_name: str, initialise: bool) -> Adapter:
         r = config.rank_pattern.get(config.pattern_key(config.rank_pattern, module_name), config.r)
         alpha = config.alpha_pattern.get(config.pattern_key(config.alpha_pattern, module_name), config.alpha)
-        shapes = _shapes(weight_shape(base_layer), config, r)
+        shapes = _shapes(weight_shape(base_layer), config, r, module_name)
         parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         if initialise:
             _tell_factors(weight_shape(base_layer)[:2], config.decompose_factor, module_name)
@@ -311,10 +372,28 @@ def _tell_factors(sizes: tuple[int, ...], factor: int, module_name: str) -> None
             )
 
 
-def _shapes(weight: tuple[int, ...], config: LoKrConfig, r: int) -> dict[str, tuple[int, ...]]:
+def _factors(weight: tuple[int, ...], config: LoKrConfig, module_name: str) -> list[tuple[int, int]]:
+    """Return the factors of a layer's outputs and inputs: PEFT's, unless the file that is read holds others."""
+    found = config._in_file.get((weight[0], math.prod(weight[1:])), ())
+    options = list(itertools.product(*(_pairs(size, config.decompose_factor) for size in weight[:2])))
+    chosen = next((pairs for pairs in options if (pairs[0][0], pairs[1][0]) in found), options[0])
+    if chosen != options[0] and not config._told:
+        # Once for an adapter: all its layers come from one writer.
+        config._told = True
+        (left, _), (middle, _) = chosen
+        warnings.warn(
+            f"decompose_factor: {config.decompose_factor} gives a w1 of {(options[0][0][0], options[0][1][0])} on "
+            f"module {module_name!r}; the file holds one of {(left, middle)}, as LyCORIS chooses it, which is used. "
+            "PEFT cannot load such a file",
+            stacklevel=2,
+        )
+    return list(chosen)
+
+
+def _shapes(weight: tuple[int, ...], config: LoKrConfig, r: int, module_name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the parameters, in the order in which PEFT initialises them."""
-    out, features, *kernel = weight
-    (left, rows), (middle, columns) = (factorization(size, config.decompose_factor) for size in (out, features))
+    kernel = list(weight[2:])
+    (left, rows), (middle, columns) = _factors(weight, config, module_name)
     if config.decompose_both and r < max(left, middle) / 2:
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1_a": (left, r), "lokr_w1_b": (r, middle)}
     else:
