@@ -10,6 +10,7 @@ from layer_cases import CASES, Case, example, make, reference
 from torch.utils.checkpoint import checkpoint
 
 from peftk.nn import AdaLoraConfig, BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from peftk.ops import _seed
 from peftk.testing.compare import assert_close, assert_same_bits
 from peftk.testing.memory import saved_bytes
 
@@ -108,3 +109,25 @@ def test_neither_a_mask_nor_what_it_leaves_is_kept(name, field):
     # A mask of single bytes would be larger.
     parameters = sum(p.numel() for p in layer.parameters() if p.requires_grad)
     assert kept[1] - kept[0] < x.numel() // 2 + 4 * parameters
+
+
+@pytest.mark.parametrize("name, field", DROPPED, ids=str)
+def test_no_dropout_is_drawn_into_a_cuda_graph(name, field, monkeypatch):
+    # The device is asked in one place, which is what can be replaced without a GPU.
+    def refuse(device):
+        raise RuntimeError("a graph is captured")
+
+    layer = dropping(name, **{field: 0.5})
+    monkeypatch.setattr(_seed, "refuse_capture", refuse)
+    with pytest.raises(RuntimeError, match="a graph is captured"):
+        layer(batch(name))
+    layer.eval()(batch(name))
+
+
+def test_a_captured_graph_would_keep_the_seed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="dropout: expected a probability of 0 while a CUDA graph is captured"):
+        _seed.draw_seed(torch.device("cuda", 0))
+    assert _seed.draw_seed(torch.device("cpu")).dtype is torch.int64
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert _seed.draw_seed(torch.device("cuda", 0)).device.type == "cpu"

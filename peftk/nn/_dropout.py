@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tf
 
+from ..ops import _seed
 from ..ops._autograd import apply
 
 
@@ -59,11 +60,12 @@ class _Product(torch.autograd.Function):
 class Dropout:
     """One draw of which elements of an input are dropped, for all that read it.
 
-    The seed comes from the CPU's default generator, so that activation checkpointing replays it.
-
     Args:
         x: The input.
         p: The probability with which an element is dropped.
+
+    Raises:
+        RuntimeError: While a CUDA graph is captured; see `draw_seed`.
     """
 
     def __init__(self, x: Tensor, p: float) -> None:
@@ -75,7 +77,7 @@ class Dropout:
             # A compiler regenerates its random numbers itself.
             self._made = tf.dropout(x, p)
         else:
-            self._seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+            self._seed = int(_seed.draw_seed(x.device))
 
     def dropped(self) -> Tensor:
         """Return x with elements dropped; what reads it must not save it."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops import _seed
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
 from ._kinds import call, features_of, settle_fan_in_fan_out
@@ -200,6 +201,7 @@ class BOFTLinear(AdapterLayer):
         count, blocks, size, _ = factors.shape
         dropped = int(self.boft_dropout[name] * blocks) if self.training else 0
         if dropped:
+            _seed.refuse_capture(factors.device)
             # Drawn on the CPU's default generator, so that activation checkpointing replays it.
             chosen = torch.randperm(blocks, device="cpu")[:dropped] + torch.randint(count, (1,), device="cpu") * blocks
             keep = torch.ones(count * blocks, dtype=torch.bool, device="cpu").index_fill(0, chosen, False)

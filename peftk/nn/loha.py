@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops import _seed
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve, convolve_with
@@ -147,6 +148,7 @@ class LoHaLinear(AdapterLayer):
         w1_a, *rest = self._factors(name)
         p, module_p = self.rank_dropout[name], self.module_dropout[name]
         if self.training and (p or module_p):
+            _seed.refuse_capture(w1_a.device)
             # Drawn as PEFT draws them, on the CPU's default generator, so that activation checkpointing replays them.
             rows = (torch.rand(1, device="cpu") > module_p).float().expand(w1_a.shape[0])
             if p:

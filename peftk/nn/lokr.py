@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops import _seed
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
 from ._kinds import call, weight_shape
@@ -247,6 +248,7 @@ class LoKrLinear(AdapterLayer):
         p, module_p = self.rank_dropout[name], self.module_dropout[name]
         if not (self.training and (p or module_p)):
             return None
+        _seed.refuse_capture(self.base_layer.weight.device)
         # Drawn as PEFT draws them, on the CPU's default generator, so that activation checkpointing replays them.
         kept = (torch.rand(1, device="cpu") > module_p).expand(self.out_features)
         if p:

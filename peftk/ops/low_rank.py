@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _registry
 from .._tuning import power_bucket
+from . import _seed
 from ._autograd import apply, run_backward
 from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, ordinary
 
@@ -97,7 +98,7 @@ def _prepare_gate(x: Tensor, a: Tensor, scale: float | Tensor, gate: Tensor | No
     return (scale.expand(rank) if gate is None else gate * scale), 1.0
 
 
-def _prepare_dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tensor | None]:
+def _prepare_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
     if type(dropout_p) is float and dropout_p == 0.0:
         return 0.0, None
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
@@ -107,7 +108,7 @@ def _prepare_dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tens
     if dropout_p == 0.0:
         return 0.0, None
     if seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+        seed = _seed.draw_seed(device)
     elif not isinstance(seed, Tensor) or seed.dtype is not torch.int64 or seed.dim() or seed.device.type != "cpu":
         got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor) else repr(seed)
         raise TypeError(f"seed: expected a 0-dimensional int64 tensor on the CPU; got {got}")
@@ -138,7 +139,7 @@ def _prepare_add(
         _check_add(base, x, a, b)
     gate, scale = _prepare_gate(x, a, scale, gate)
     x = autocast_input(x)
-    return (base, x, *_factors(x, a, b, gate), scale, *_prepare_dropout(dropout_p, seed))
+    return (base, x, *_factors(x, a, b, gate), scale, *_prepare_dropout(dropout_p, seed, x.device))
 
 
 def _prepare_linear(
@@ -163,7 +164,7 @@ def _prepare_linear(
         cast(bias, x.dtype),
         *_factors(x, a, b, gate),
         scale,
-        *_prepare_dropout(dropout_p, seed),
+        *_prepare_dropout(dropout_p, seed, x.device),
     )
 
 

@@ -61,3 +61,12 @@ def test_capture_and_replay(method: str, dtype: torch.dtype, backend: str, devic
             for name, value in expected.items():
                 assert value.abs().sum() > 0
                 assert_same_bits(replayed[name], value, what=f"{name}, replay {seed}")
+
+
+def test_dropout_is_refused_while_a_graph_is_captured(device: str) -> None:
+    module = layer(peftk.LoraConfig(r=16, lora_dropout=0.5), torch.float32, device)
+    x = torch.randn(65, 512, device=device)
+    module(x)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        module(x)
