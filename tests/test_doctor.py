@@ -97,6 +97,10 @@ def test_orthogonality_is_measured():
     # The series leaves the orthogonal group as the norm grows; the exact transform does not.
     assert [row["error"] for row in series] == sorted(row["error"] for row in series)
     assert series[-1]["error"] > 1000 * exact[-1]["error"]
+    # What passes is not therefore a rotation.
+    assert all("R is a rotation" in row["meaning"] for row in exact)
+    assert ["not a rotation" in row["meaning"] for row in series] == [row["inherent"] > 0.1 for row in series]
+    assert "not a rotation" in series[-1]["meaning"]
 
 
 def test_a_wrong_forward_kernel_fails(broken):

@@ -224,10 +224,16 @@ def show(report: Report, console: Console) -> None:
         results,
         ("operator", "backend", "error", "result", ""),
     )
-    turns = [(r["transform"], f"{r['norm']}", f"{r['error']:.1e}", state[r["status"]]) for r in report["orthogonality"]]
+    turns = [
+        (r["transform"], f"{r['norm']}", f"{r['error']:.1e}", state[r["status"]], r["meaning"])
+        for r in report["orthogonality"]
+    ]
     if turns:
         _table(
-            console, "Orthogonality of Cayley blocks: max |R R^T - I|", turns, ("transform", "|S|", "error", "result")
+            console,
+            "Orthogonality of Cayley blocks: max |R R^T - I|, 0 for a rotation; passed: as in float64",
+            turns,
+            ("transform", "|S|", "error", "result", "what it means"),
         )
     verdict = "[green]All good.[/]" if report["ok"] else "[bold red]Something is wrong; see above.[/]"
     console.print(verdict)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ._kinds import HALF, opaque_weight
+
+
+class Merged(dict[str, Tensor]):
+    """Tensors that a merge makes, by name, with what is wrong with them although they are finite.
+
+    Attributes:
+        faults: Why `safe_merge` refuses them.
+        warnings: Calls that warn of what an ordinary merge is about to write.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.faults: list[str] = []
+        self.warnings: list[Callable[[], None]] = []
 
 
 class Mergeable(nn.Module):
@@ -27,7 +41,7 @@ class Mergeable(nn.Module):
     _original: dict[str, Tensor]
     _versions: dict[str, int]
 
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+    def _merge_into(self, tensors: Merged, name: str) -> None:
         """Replace `weight` (and `bias`) in `tensors` by what they are once `name` is merged."""
         raise NotImplementedError
 
@@ -69,7 +83,7 @@ class Mergeable(nn.Module):
             )
 
     @torch.no_grad()
-    def merged_tensors(self, adapter_names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def merged_tensors(self, adapter_names: Sequence[str] | None = None) -> Merged:
         """Compute what the base weight (and bias) become, without changing anything.
 
         All adapters are applied to the original weight in float32 (float64 for a float32 weight), and the result is
@@ -90,7 +104,7 @@ class Mergeable(nn.Module):
         }
         if self.kind == "Conv1D":
             source["weight"] = source["weight"].mT
-        tensors = dict(source)
+        tensors = Merged(source)
         for name in self._merge_order(names):
             self._merge_into(tensors, name)
         changed = {key: tensor for key, tensor in tensors.items() if tensor is not source[key]}
@@ -98,7 +112,9 @@ class Mergeable(nn.Module):
             self._check_own(key)
         if self.kind == "Conv1D" and "weight" in changed:
             changed["weight"] = changed["weight"].mT
-        return {key: torch.empty_like(base[key]).copy_(tensor) for key, tensor in changed.items()}
+        result = Merged({key: torch.empty_like(base[key]).copy_(tensor) for key, tensor in changed.items()})
+        result.faults, result.warnings = tensors.faults, tensors.warnings
+        return result
 
     @torch.no_grad()
     def merge(
@@ -110,12 +126,14 @@ class Mergeable(nn.Module):
         weight.
 
         Args:
-            safe_merge: Check that the result is finite before anything is changed.
+            safe_merge: Check, before anything is changed, that the result is finite and that no rotation is far from
+                orthogonal, as OFT's series is outside its radius. Without it, the latter is a warning.
             adapter_names: Which adapters, in the order in which they act; None means the active ones.
             keep_base: Where the original is kept: `"device"` (where it is) or `"cpu"`.
 
         Raises:
-            ValueError: With `safe_merge`, the merged weight would not be finite; or `keep_base` is unknown.
+            ValueError: With `safe_merge`, the merged weight would not be finite, or a rotation is far from orthogonal;
+                or `keep_base` is unknown.
         """
         if keep_base not in ("device", "cpu"):
             raise ValueError(f"keep_base: expected 'device' or 'cpu', got {keep_base!r}")
@@ -125,6 +143,8 @@ class Mergeable(nn.Module):
         tensors = self.merged_tensors(names)
         if safe_merge:
             check_finite(tensors, names)
+        for tell in tensors.warnings:
+            tell()
         for key, tensor in tensors.items():
             parameter = getattr(self.base_layer, key)
             if key not in self._original:
@@ -196,9 +216,11 @@ def _replace(parameter: nn.Parameter, tensor: Tensor) -> None:
 
 
 def check_finite(tensors: dict[str, Tensor], names: Sequence[str], where: str = "") -> None:
-    """Raise ValueError if a merged tensor holds NaN or infinity."""
+    """Raise ValueError if a merged tensor holds NaN or infinity, or is finite and wrong nevertheless."""
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"safe_merge: merging {list(names)} would make the {key} {where}non-finite; nothing was merged"
             )
+    for fault in tensors.faults if isinstance(tensors, Merged) else ():
+        raise ValueError(f"safe_merge: merging {list(names)} {where}{fault}; nothing was merged")

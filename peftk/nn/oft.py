@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -12,13 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops import _seed
 from ._base import Adapter, AdapterLayer
 from ._conv import convolve_with
 from ._kinds import call, features_of, settle_fan_in_fan_out
+from ._merging import Merged
 from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
 
 MAX_NEUMANN_TERMS = 64
 MAX_BLOCK = 65_536
+SERIES_WARNS, SERIES_REFUSED = 0.1, 1.0
+"""The max |R R^T - I| above which a layer warns of its series, and that above which `safe_merge` refuses. A rotation
+has 0; at 0.1 features are a few hundredths too long or too short, at 1 some are 40 % too long or shrink to nothing."""
+CHECKED_EVERY = 1024
+"""The most passes on a CPU between two looks at the series."""
 
 
 @dataclass
@@ -46,7 +54,8 @@ class OFTConfig(PeftConfig, method=PeftType.OFT):
         block_share: One block for the whole layer.
         use_cayley_neumann: Approximate ``(I + S)(I - S)^-1`` by a series, instead of computing
             ``(I - S)(I + S)^-1`` exactly. The two are each other's transpose: a trained file needs its own setting.
-        num_cayley_neumann_terms: Number of terms of the series, 1 to 64.
+        num_cayley_neumann_terms: Number of terms of the series, 1 to 64. Far outside its radius (a skew matrix of
+            spectral norm 1) the series is no rotation and the layer warns.
 
     Source: Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280; the series and
     the input-side form: Qiu et al., Orthogonal Finetuning Made Scalable, arXiv 2506.19847.
@@ -136,6 +145,17 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return lower if number % lower == 0 else wanted + step
 
 
+class Told:
+    """The occasions on which the layers of one adapter have warned of their series: one warning for all of them."""
+
+    def __init__(self) -> None:
+        self.occasions: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Told:
+        # The adapter of a copied model, or a new one with a copied configuration, has told nothing yet.
+        return Told()
+
+
 class Rotation(nn.Module):
     """The parameters of one block-diagonal rotation: `weight` (blocks, b (b - 1) / 2), packed skew matrices.
 
@@ -143,10 +163,14 @@ class Rotation(nn.Module):
         features: Size that is rotated.
         block_size: Size b of a block, a divisor of `features`.
         config: The settings of the method.
+        module_name: The path of the layer in its model, for messages.
     """
 
-    def __init__(self, features: int, block_size: int, config: OFTConfig) -> None:
+    def __init__(self, features: int, block_size: int, config: OFTConfig, module_name: str = "") -> None:
         super().__init__()
+        self.module_name = module_name
+        self._told: Told = config.__dict__.setdefault("_told", Told())
+        self._passes = 0
         self.block_size = block_size
         self.block_count = features // block_size
         self.block_share = config.block_share
@@ -174,11 +198,60 @@ class Rotation(nn.Module):
                 self.weight.data.copy_(self.project(self.weight))
         packed = self.weight if dtype is None else self.weight.to(dtype)
         blocks = F.cayley(packed, self.block_size, neumann_terms=self.neumann_terms)
+        # A dtype is given where somebody else looks: at merging.
+        if dtype is None and self.neumann_terms is not None and not torch.compiler.is_compiling():
+            self._look(blocks)
         if self.training and self.dropout > 0:
+            _seed.refuse_capture(blocks.device)
             # Drawn on the CPU's default generator, so that activation checkpointing replays it.
             keep = (torch.rand(self.block_count, device="cpu") >= self.dropout).to(blocks.device).view(-1, 1, 1)
             blocks = torch.where(keep, blocks, torch.eye(self.block_size, device=blocks.device, dtype=blocks.dtype))
         return blocks
+
+    def _look(self, blocks: Tensor) -> None:
+        """Warn, now and then, if a series left its radius.
+
+        On a CPU at passes 1, 2, 4, ... and then at every `CHECKED_EVERY`th. Reading a number from another device waits
+        for it, so there only the first pass in evaluation mode looks.
+        """
+        state = self.__dict__  # nn.Module's own __setattr__ takes longer than all of this.
+        count = state["_passes"] = state["_passes"] + 1
+        if count & (count - 1) and count % CHECKED_EVERY:
+            return
+        if type(blocks) is not Tensor or "passes" in self._told.occasions:
+            return
+        where = blocks.device.type
+        if (where != "cpu" and (count > 1 or self.training or where == "meta")) or _observed(where):
+            return
+        error = orthogonality_error(blocks)
+        if error > SERIES_WARNS:
+            self.tell("passes", error)
+
+    def tell(self, occasion: str, error: float) -> None:
+        """Warn that the series is no rotation, once for all layers of the adapter on each occasion."""
+        if occasion in self._told.occasions:
+            return
+        self._told.occasions.add(occasion)
+        warnings.warn(
+            f"OFT: {self.describe(error)}. Other layers may be as far off. Train a new adapter with "
+            "use_cayley_neumann=False, the exact transform (its rotation is the transposed one, so a trained adapter "
+            "cannot switch), or take a smaller learning rate",
+            stacklevel=3,
+        )
+
+    def describe(self, error: float) -> str:
+        """Say how far the series is from orthogonal."""
+        where = f" of module {self.module_name!r}" if self.module_name else ""
+        return (
+            f"the Cayley-Neumann series ({self.neumann_terms} terms){where} left its radius and is not orthogonal: "
+            f"max |R R^T - I| is {error:.2g}, and that of a rotation 0, so it changes the size of the weights"
+        )
+
+    def train(self, mode: bool = True) -> Rotation:
+        """Set the mode; the first pass in another one looks at the series."""
+        if mode is not self.training:
+            self._passes = 0
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Name the block size and the options that are on."""
@@ -237,7 +310,7 @@ class OFTLinear(AdapterLayer):
                 f"{name}: {wanted} gives blocks of size 1 on module {module_name!r} (input size {features}), which "
                 "have nothing to train; choose another value or exclude the module"
             )
-        rotation = Rotation(features, block_size, config)
+        rotation = Rotation(features, block_size, config, module_name)
         if initialise and not config.init_weights:
             nn.init.normal_(rotation.weight, std=0.1)
         return Adapter({"oft_R": rotation}, {"r": features // block_size, "oft_block_size": block_size})
@@ -262,9 +335,24 @@ class OFTLinear(AdapterLayer):
         blocks = _resting(rotation, rotation.weight.dtype)
         return torch.block_diag(*blocks.expand(rotation.block_count, -1, -1)).to(rotation.weight.dtype)
 
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+    def _merge_into(self, tensors: Merged, name: str) -> None:
         weight = tensors["weight"]
-        tensors["weight"] = F.block_rotate(weight, _resting(self.oft_R[name], weight.dtype), transpose=True)
+        tensors["weight"] = F.block_rotate(weight, self._blocks_to_merge(tensors, name), transpose=True)
+
+    def _blocks_to_merge(self, tensors: Merged, name: str) -> Tensor:
+        """Return the blocks in the dtype of the merge, and note in `tensors` if they are no rotations."""
+        rotation = self.oft_R[name]
+        blocks = _resting(rotation, tensors["weight"].dtype)
+        if rotation.neumann_terms is not None:
+            error = orthogonality_error(blocks)
+            if error > SERIES_WARNS:
+                tensors.warnings.append(functools.partial(rotation.tell, "merging", error))
+            if error > SERIES_REFUSED:
+                tensors.faults.append(
+                    f"would write a rotation that is none: {rotation.describe(error)}; at most {SERIES_REFUSED:g} is "
+                    "merged. Train again with use_cayley_neumann=False, the exact transform, or a smaller learning rate"
+                )
+        return blocks
 
 
 class OFTConv2d(OFTLinear):
@@ -312,9 +400,9 @@ class OFTConv2d(OFTLinear):
         blocks = [self.oft_R[name].blocks() for name in names]
         return convolve_with(_rotated_filters, self, x, *blocks, args=args, kwargs=kwargs)
 
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+    def _merge_into(self, tensors: Merged, name: str) -> None:
         weight = tensors["weight"]
-        tensors["weight"] = _rotated_filters(weight, _resting(self.oft_R[name], weight.dtype))
+        tensors["weight"] = _rotated_filters(weight, self._blocks_to_merge(tensors, name))
 
 
 def _rotated_filters(weight: Tensor, *blocks: Tensor) -> Tensor:
@@ -322,6 +410,28 @@ def _rotated_filters(weight: Tensor, *blocks: Tensor) -> Tensor:
     for block in reversed(blocks):
         filters = F.block_rotate(filters, block, transpose=True)
     return filters.view(weight.shape)
+
+
+@torch.no_grad()
+def orthogonality_error(blocks: Tensor) -> float:
+    """Return max |R R^T - I| over all blocks; infinity if it is not finite."""
+    if blocks.numel() == 0:
+        return 0.0
+    with torch.autocast(blocks.device.type, enabled=False):
+        product = blocks.detach() @ blocks.detach().mT
+    product.diagonal(dim1=-2, dim2=-1).sub_(1)
+    error = product.abs_().amax().item()
+    return error if math.isfinite(error) else math.inf
+
+
+def _observed(device: str) -> bool:
+    """Whether something records or replaces what runs here, which reading a number would disturb."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or (device == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _resting(rotation: Rotation, dtype: torch.dtype) -> Tensor:

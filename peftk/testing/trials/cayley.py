@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import functional
+from ...nn.oft import SERIES_REFUSED, SERIES_WARNS
 from ..compare import LIMITS
 from ._trial import FEATURES, SIZE, Report, Trial
 
@@ -55,11 +56,22 @@ def trials(normal: Callable[..., Tensor]) -> list[Trial]:
     ]
 
 
+def _meaning(inherent: float | None) -> str:
+    """Say what the error of a transform means for who trains with it."""
+    if inherent is None:
+        return "rounding of float32; R is a rotation"
+    if inherent <= SERIES_WARNS:
+        return "the series' own error, not rounding; small"
+    refused = ", safe_merge refuses" if inherent > SERIES_REFUSED else ""
+    return f"the series' own error: not a rotation; OFT warns{refused}"
+
+
 def orthogonality(norms: tuple[float, ...] = (0.1, 0.5, 1.0), size: int = 32) -> list[Report]:
     """Measure max |R R^T - I| of the transforms on skew-symmetric blocks of given spectral norms.
 
     The exact transform passes if its error is that of float32. The series is not orthogonal by design: it passes if
-    its error is the one that the same series has in float64, the ``inherent`` error.
+    its error is the one that the same series has in float64, the ``inherent`` error: that says that it is computed
+    right, not that it is a rotation. What its size means is in ``meaning``.
     """
     packed = torch.randn(4, size * (size - 1) // 2, generator=torch.Generator().manual_seed(0))
     spectral = torch.linalg.matrix_norm(_skew(packed, size), ord=2)[:, None]
@@ -83,6 +95,7 @@ def orthogonality(norms: tuple[float, ...] = (0.1, 0.5, 1.0), size: int = 32) ->
                     "error": found,
                     "inherent": inherent,
                     "limit": limit,
+                    "meaning": _meaning(None if terms is None else inherent),
                     "status": "passed" if abs(found - inherent) <= limit else "failed",
                 }
             )
