@@ -42,7 +42,10 @@ def _make(cls: type[T], base: type[nn.Module]) -> type[T]:
     twin.__qualname__ = forward.__qualname__
     twin.__signature__ = signature
     name = f"{cls.__name__}[{base.__name__}]"
-    return type(name, (cls,), {"forward": twin, "__module__": cls.__module__, "_public_class": cls})
+    # A saved trace names the class in a grammar without brackets.
+    scripted = f"__torch__.{cls.__module__}.{cls.__name__}"
+    contents = {"__module__": cls.__module__, "_public_class": cls, "_jit_override_qualname": scripted}
+    return type(name, (cls,), contents | {"forward": twin})
 
 
 def restore(cls: type[T], base: type[nn.Module]) -> T:

@@ -20,6 +20,49 @@ from .nn.rank_allocator import RankAllocator, orthogonality_loss
 from .nn.saved import ModulesToSaveWrapper
 from .targets import candidates, describe_unknown, places
 
+_MISSING = "Hugging Face PEFT has it, peftk lacks it"
+_XLORA = "it belongs to X-LoRA, and this model has no X-LoRA adapter"
+# What PEFT's models answer themselves. A base model asked in their place would do something else, or be blamed.
+ABSENT = {
+    "push_to_hub": f"{_MISSING}; save_pretrained writes the adapter to a folder, for huggingface_hub to upload",
+    "rankallocator": "no adapter of this model is a trainable AdaLoRA adapter",
+    "active_peft_config": "no adapter is active",
+    **dict.fromkeys(
+        (
+            "add_weighted_adapter",
+            "base_model_torch_dtype",
+            "create_or_update_model_card",
+            "get_model_config",
+            "get_prompt",
+            "get_prompt_embedding_to_save",
+            "has_active_enabled_adapter",
+            "inject_adapter",
+            "prepare_model_for_gradient_checkpointing",
+            "resize_modules_by_rank_pattern",
+            "resize_state_dict_by_rank_pattern",
+            "subtract_mutated_init",
+            "supports_lora_conversion",
+            "uses_shared_state",
+        ),
+        _MISSING,
+    ),
+    **dict.fromkeys(
+        (
+            "clear_scalings_log",
+            "disable_scalings_logging",
+            "enable_scalings_logging",
+            "get_bucketed_scalings_log",
+            "get_global_scaling_weight",
+            "get_latest_scalings",
+            "get_scalings_log",
+            "set_global_scaling_weight",
+            "set_scaling_pass_value",
+            "set_topk_lora",
+        ),
+        _XLORA,
+    ),
+}
+
 
 class Tuner(nn.Module):
     """Holds the adapted model under `model`, which gives parameters the names that PEFT gives them.
@@ -44,8 +87,12 @@ class Tuner(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or name[:2] == "__":
+            # X-LoRA's `model` is that of its `lora_model`.
+            if name in ("model", "lora_model") or name[:2] == "__":
                 raise
+        # Raised here, because the base model may have a method of this name that does something else.
+        if name in ABSENT:
+            raise AttributeError(f"PeftModel has no {name!r}: {ABSENT[name]}")
         return getattr(self.model, name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -184,8 +231,13 @@ class Tuner(nn.Module):
         """What chooses the ranks of the trainable AdaLoRA adapter.
 
         Raises:
-            ValueError: There is none.
+            AttributeError: There is none; any other exception would break `hasattr` and whatever walks over a module.
         """
+        if not self._trained_adalora():
+            raise AttributeError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
+        return self._allocator()
+
+    def _allocator(self) -> RankAllocator:
         names = self._trained_adalora()
         if not names:
             raise ValueError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
@@ -197,11 +249,11 @@ class Tuner(nn.Module):
     def update_and_allocate(self, global_step: int) -> None:
         """Prune the trainable AdaLoRA adapter; see `PeftModel.update_and_allocate`."""
         check_int("global_step", global_step, 0, 2**63)
-        self.rankallocator.update_and_allocate(global_step)
+        self._allocator().update_and_allocate(global_step)
 
     def orthogonality_loss(self) -> Tensor:
         """Return the term that keeps A and B of AdaLoRA orthogonal; see `PeftModel.orthogonality_loss`."""
-        allocator = self.rankallocator
+        allocator = self._allocator()
         return allocator.config.orth_reg_weight * orthogonality_loss(allocator.layers, allocator.adapter_name)
 
     def pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

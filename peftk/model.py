@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._loading import read_into_plan
@@ -126,6 +127,11 @@ class PeftModel(nn.Module):
         `adapter_names=[...]` gives every sample of the batch a LoRA adapter of its own, or none ("__base__"), instead
         of the active ones; in evaluation mode only.
         """
+        if torch.jit.is_tracing():
+            # An autograd.Function is traced as a call into Python: it cannot be saved, and is missing from the trace
+            # without gradients with which torch checks the first. What is traced in its place has gradients too.
+            with torch.no_grad(), mixed_batch(self.base_model, kwargs):
+                return self.base_model(*args, **kwargs)
         if "adapter_names" not in kwargs:
             return self.base_model(*args, **kwargs)
         with mixed_batch(self.base_model, kwargs):
@@ -180,6 +186,8 @@ class PeftModel(nn.Module):
     @property
     def active_peft_config(self) -> PeftConfig:
         """The configuration of the first active adapter."""
+        if not self.active_adapters:
+            raise AttributeError("active_peft_config: no adapter is active")
         return self.peft_config[self.active_adapters[0]]
 
     def add_adapter(
@@ -356,6 +364,7 @@ class PeftModel(nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
@@ -394,6 +403,7 @@ class PeftModel(nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:

@@ -230,12 +230,13 @@ class AdaptedAttention(AdapterLayer):
         self.inactive[adapter_name] = Prompt(**adapter.parts)
         self._names.append(adapter_name)
 
-    def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
+    def check_set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Raise ValueError if this layer has several of these adapters."""
         self._found(adapter_names)
 
-    def _found(self, adapter_names: Sequence[str]) -> list[str]:
-        found = [name for name in dict.fromkeys(adapter_names) if name in self._names]
+    def _found(self, adapter_names: str | Sequence[str]) -> list[str]:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        found = [name for name in dict.fromkeys(names) if name in self._names]
         if len(found) > 1:
             raise ValueError(f"adapter_names: only one adaption prompt can be active at a time, got {found}")
         return found

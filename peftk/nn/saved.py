@@ -41,9 +41,10 @@ class ModulesToSaveWrapper(nn.Module):
         """Run the current module."""
         return self.current()(*args, **kwargs)
 
-    def check_set_adapter(self, adapter_names: Sequence[str]) -> list[str]:
+    def check_set_adapter(self, adapter_names: str | Sequence[str]) -> list[str]:
         """Return which of these names this module has; raise ValueError if there are several."""
-        found = [name for name in adapter_names if name in self.modules_to_save]
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        found = [name for name in names if name in self.modules_to_save]
         if len(found) > 1:
             raise ValueError(
                 f"adapter_names: only one of {found} can be active, because each brings its own copy of a module in "
@@ -51,16 +52,18 @@ class ModulesToSaveWrapper(nn.Module):
             )
         return found
 
-    def set_adapter(self, adapter_names: Sequence[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make the one copy among these names that this module has current and (unless `inference_mode`) trainable."""
         self.active_adapters = self.check_set_adapter(adapter_names)
         for name, module in self.modules_to_save.items():
             set_trainable(module, name in self.active_adapters and not inference_mode)
 
-    def set_requires_grad(self, adapter_names: Sequence[str], requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the copies of these adapters."""
+        # In a string, "in" would find every name that is a part of it.
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name, module in self.modules_to_save.items():
-            if name in adapter_names:
+            if name in names:
                 module.requires_grad_(requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:

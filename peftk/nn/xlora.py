@@ -78,6 +78,8 @@ class Gates:
     """
 
     def __init__(self, config: XLoraConfig, experts: Sequence[str]) -> None:
+        if isinstance(experts, str):
+            raise TypeError(f"experts: expected a list of names, got {experts!r}")
         self.config = config
         self.experts = list(experts)
         self.latest: Tensor | None = None
