@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,23 +18,38 @@ from .targets import resolve
 
 def read_config(folder: str | os.PathLike[str]) -> PeftConfig:
     """Read the configuration of a saved adapter."""
+    return PeftConfig.from_dict(config_values(folder))
+
+
+def config_values(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the content of the configuration file of a saved adapter."""
     from .checkpoint import peft as files
 
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
         raise ValueError(f"model_id: expected the folder of a saved adapter (nothing is downloaded), got {folder!r}")
-    return PeftConfig.from_dict(files.read_config(folder))
+    return files.read_config(folder)
 
 
 def read_into_plan(
-    tuner: Tuner, folder: str | os.PathLike[str], name: str, is_trainable: bool, autocast: bool
+    tuner: Tuner,
+    folder: str | os.PathLike[str],
+    name: str,
+    is_trainable: bool,
+    autocast: bool,
+    saved: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, Callable[[], None]]:
-    """Read and check a saved adapter; return its plan and the function that copies the values in, which cannot fail."""
+    """Read and check a saved adapter; return its plan and the function that copies the values in, which cannot fail.
+
+    `saved` is the content of the configuration file, if the caller has read it: what it has checked there must be what
+    is loaded.
+    """
     from .checkpoint import CheckpointError
     from .checkpoint import peft as files
 
     check_bool("is_trainable", is_trainable)
-    config = read_config(folder)
+    saved = config_values(folder) if saved is None else saved
+    config = PeftConfig.from_dict(saved)
     config.settle_with_file(lambda: _shapes_in(folder))
     config.inference_mode = not is_trainable
     model = tuner.model
@@ -53,7 +69,7 @@ def read_into_plan(
         plan = tuner.plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
     targets = tuner.file_tensors(plan)
     try:
-        values = files.read_adapter(folder, *_expected(targets))
+        values = files.read_adapter(folder, *_expected(targets), saved)
     except CheckpointError:
         # PEFT adds whole embeddings to the file of an adapter on the output layer.
         embeddings = embedding_tensors(model, plan)
@@ -64,7 +80,7 @@ def read_into_plan(
         if not found:
             raise
         targets.update(found)
-        values = files.read_adapter(folder, *_expected(targets))
+        values = files.read_adapter(folder, *_expected(targets), saved)
     _check_not_merged(tuner, targets)
     return plan, lambda: copy_into(targets, values)
 

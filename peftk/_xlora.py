@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._loading import read_config, read_into_plan
+from ._loading import config_values, read_config, read_into_plan
 from ._plan import Plan, attach
 from ._tuner import Tuner
 from .nn import LoraConfig, PeftConfig, XLoraConfig
@@ -137,13 +137,14 @@ class XLoraTuner(Tuner):
 
     def _expert(self, name: str, folder: str, autocast: bool) -> tuple[Plan, Callable[[], None]]:
         where = f"adapters: expert {folder!r}"
-        config = read_config(folder)
+        saved = config_values(folder)
+        config = PeftConfig.from_dict(saved)
         if not isinstance(config, LoraConfig):
             raise ValueError(f"{where} is {config.peft_type.value}; only LoRA adapters can be experts")
         for field_name, wanted in (("bias", "none"), ("lora_bias", False), ("use_dora", False)):
             if getattr(config, field_name) != wanted:
                 raise NotImplementedError(f"{where} has {field_name}={getattr(config, field_name)!r}")
-        plan, fill = read_into_plan(Tuner(self.model), folder, name, True, autocast)
+        plan, fill = read_into_plan(Tuner(self.model), folder, name, True, autocast, saved)
         if plan.saved:
             raise NotImplementedError(f"{where} has modules_to_save: {sorted(plan.saved)}")
         for path, adapter in plan.adapters.items():

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000
 DIGESTS_KEY = "peftk_sha256"
+CONFIG_DIGEST_KEY = "peftk_config_sha256"
 METADATA_KEY = "__metadata__"
+UNCOVERED_FIELDS = ("base_model_name_or_path", "inference_mode", "revision")
 LISTED = 8
 
 DTYPES: dict[str, torch.dtype] = {
@@ -251,6 +253,21 @@ def metadata_digest(metadata: dict[str, str]) -> str:
     return hashlib.sha256(
         json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
     ).hexdigest()
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """sha256 of a configuration as JSON with sorted fields and no spaces, so that it can be laid out anew.
+
+    What is in the fields is not sorted: of several patterns the first one counts. Fields that say where files lie, or
+    that loading sets itself, are left out, because they change with the machine and not with the adapter.
+    """
+    covered = {name: value for name, value in config.items() if name not in UNCOVERED_FIELDS}
+    experts = covered.get("adapters")
+    if isinstance(experts, Mapping):
+        # X-LoRA: which experts there are, not their folders.
+        covered["adapters"] = list(experts)
+    text = json.dumps(dict(sorted(covered.items())), separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def nonfinite(tensor: Tensor) -> str | None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._container import CheckpointError, capped, parse_json, shown
+from ._container import CONFIG_DIGEST_KEY, CheckpointError, capped, config_digest, parse_json, shown
 from .reader import REFUSED_PICKLE, open_inside, scan_safetensors
-from .writer import check_tensors, leftovers, replace_together, write_safetensors
+from .writer import leftovers, replace_together, snapshot, write_safetensors
 
 __all__ = ["read_adapter", "read_config", "write_adapter"]
 
@@ -93,7 +93,8 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor],
 
     Both files are written under temporary names and then take the place of the old ones together
     (`writer.replace_together` says what a kill in between leaves). The metadata holds `format: pt`, which PEFT and
-    transformers ask for, and `peftk_sha256`, a JSON object of the sha256 of every tensor, checked on reading.
+    transformers ask for, `peftk_sha256`, a JSON object of the sha256 of every tensor, and `peftk_config_sha256`, that
+    of the configuration; all are checked on reading.
 
     Args:
         folder: made if it does not exist.
@@ -110,22 +111,26 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor],
         >>> write_adapter("adapter", {"base_model.model.fc.lora_A.weight": a}, {"peft_type": "LORA"})  # doctest: +SKIP
     """
     path = _folder(folder)
-    check_tensors(tensors)
+    copies = snapshot(tensors)
     wrong = [
         f"key {shown(name)}: dtype expected floating or integer, got {tensor.dtype}"
-        for name, tensor in tensors.items()
+        for name, tensor in copies.items()
         if tensor.dtype.is_complex
     ]
     if wrong:
         raise ValueError("tensors: " + "; ".join(capped(wrong, "keys")))
     raw = _config_bytes(config)
+    # Of what a reader will see in the file, where a tuple has become a list.
+    covered = config_digest(parse_json(raw, max_depth=MAX_CONFIG_DEPTH))
     if path.exists() and not path.is_dir():
         raise ValueError(f"folder: expected a folder or nothing, got the file {path}")
     path.mkdir(parents=True, exist_ok=True)
     replace_together(
         path,
         {
-            WEIGHTS_NAME: lambda stream: write_safetensors(stream, tensors, {"format": "pt"}),
+            WEIGHTS_NAME: lambda stream: write_safetensors(
+                stream, copies, {"format": "pt", CONFIG_DIGEST_KEY: covered}
+            ),
             CONFIG_NAME: lambda stream: stream.write(raw),
         },
     )
@@ -163,10 +168,35 @@ def _unexpected(names: list[str], expected: Mapping[str, Any], missing: list[str
         yield f"unexpected key {shown(name)}{hint}"
 
 
+def _check_pair(folder: Path, config: Mapping[str, Any], expected: str | None) -> None:
+    """Refuse a configuration that does not belong to the tensors that were read after it.
+
+    Without a digest (`expected` is None) all that can be seen is that the configuration has changed meanwhile.
+    """
+    got = config_digest(config)
+    if got == expected:
+        return
+    if config_digest(read_config(folder)) != got:
+        raise CheckpointError(
+            folder / CONFIG_NAME,
+            f"another save to this folder came between reading this file and {WEIGHTS_NAME}; load again",
+        )
+    if expected is not None:
+        raise CheckpointError(
+            folder / CONFIG_NAME,
+            f"sha256 expected {shown(expected)} (metadata {CONFIG_DIGEST_KEY} of {WEIGHTS_NAME}), got {shown(got)}: "
+            "it was damaged, changed by hand, or is of another save. Put the saved file back, or save the adapter "
+            "again; if the change is on purpose, write the tensors without the metadata: "
+            f"safetensors.torch.save_file(safetensors.torch.load_file({WEIGHTS_NAME!r}), {WEIGHTS_NAME!r}, "
+            "{'format': 'pt'})",
+        )
+
+
 def read_adapter(
     folder: str | os.PathLike[str],
     expected: Mapping[str, torch.Size | tuple[int, ...]],
     integers: Mapping[str, torch.dtype] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of an adapter that fits `expected` exactly; nothing is applied to any model.
 
@@ -174,6 +204,7 @@ def read_adapter(
         folder: holds adapter_model.safetensors.
         expected: key in the file to shape, for every tensor that the model wants.
         integers: key to dtype for those that are not floating, such as the step counter of a batch norm.
+        config: what `read_config` gave for this folder; the tensors must be those that were saved with it.
 
     Returns:
         Key to CPU tensor in the dtype of the file, in the order of `expected`.
@@ -182,7 +213,8 @@ def read_adapter(
         TypeError: `expected` is not a mapping to shapes.
         CheckpointError: one message with every problem: missing keys, unexpected keys with the closest expected names,
             wrong shapes or dtypes, NaN or infinity, sha256 that does not agree; or a file that
-            cannot be read at all (see `reader.read_safetensors`).
+            cannot be read at all (see `reader.read_safetensors`), or a configuration that is not the one that the
+            tensors were saved with.
 
     Example:
         >>> read_adapter("adapter", {"base_model.model.fc.lora_A.weight": torch.Size([4, 8])})  # doctest: +SKIP
@@ -192,6 +224,9 @@ def read_adapter(
     integers = integers or {}
     path = _existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME
     file, problems = scan_safetensors(path)
+    if config is not None and not problems:
+        # Before keys and shapes, which a wrong configuration makes wrong too.
+        _check_pair(path.parent, config, file.metadata.get(CONFIG_DIGEST_KEY))
     missing = [name for name in expected if name not in file]
     unknown = [name for name in file if name not in expected]
     both = [name for name in expected if name in file]
@@ -220,4 +255,6 @@ def read_adapter(
         raise CheckpointError(path, *problems)
     if not file.verified:
         logger.info("%s: unverified: the file carries no sha256 of its tensors (not saved by peftk)", path)
+    elif config is not None and CONFIG_DIGEST_KEY not in file.metadata:
+        logger.info("%s: %s is unverified: no sha256 of it (saved by an early peftk)", path, CONFIG_NAME)
     return {name: file[name] for name in expected}

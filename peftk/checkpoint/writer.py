@@ -43,8 +43,7 @@ def _unsavable(name: str, tensor: Tensor) -> str | None:
         return f"key {shown(name)}: dtype expected one of {', '.join(map(str, CODES))}, got {tensor.dtype}"
     if tuple(tensor.shape) == (0,):
         return f"key {shown(name)}: shape expected with elements, got (0,): a sharded parameter? gather it first"
-    found = nonfinite(tensor)
-    return None if found is None else f"key {shown(name)}: values expected finite, got {found}"
+    return None
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -73,8 +72,14 @@ def _shared(tensors: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse, before anything is written, what a file could not give back.
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors as a file holds them, after refusing what a file could not give back.
+
+    Every value is read once, here: another thread may go on training, and what is checked, what is digested and what
+    is written must be the same bytes.
+
+    Returns:
+        Name to contiguous CPU tensor with memory of its own.
 
     Raises:
         TypeError: `tensors` is not a mapping from string to tensor.
@@ -90,24 +95,31 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise TypeError(f"tensors: expected names that are strings, got {shown(name)}")
         if not isinstance(tensor, Tensor):
             raise TypeError(f"tensors: key {shown(name)}: expected a tensor, got {type(tensor).__name__}")
-    found = (_unsavable(name, tensor) for name, tensor in tensors.items())
-    problems = [problem for problem in found if problem is not None] or _shared(tensors)
+    copies: dict[str, Tensor] = {}
+    problems = []
+    for name, tensor in tensors.items():
+        problem = _unsavable(name, tensor)
+        if problem is None:
+            copies[name] = tensor.detach().to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
+            found = nonfinite(copies[name])
+            problem = None if found is None else f"key {shown(name)}: values expected finite, got {found}"
+        if problem is not None:
+            problems.append(problem)
+    problems = problems or _shared(tensors)
     if problems:
         raise ValueError("tensors: " + "; ".join(capped(problems, "keys")))
+    return copies
 
 
 def write_safetensors(stream: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors`, which `check_tensors` has accepted, with a sha256 of each in the metadata."""
+    """Write `tensors`, which `snapshot` has made, with a sha256 of each in the metadata."""
     # Not when peftk is imported: `import peftk` loads torch and nothing else.
     from safetensors.torch import save
 
-    ready = {
-        name: tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous() for name, tensor in tensors.items()
-    }
-    digests = {name: digest(tensor) for name, tensor in ready.items()}
+    digests = {name: digest(tensor) for name, tensor in tensors.items()}
     digests[METADATA_KEY] = metadata_digest(dict(metadata))
     full = {**metadata, DIGESTS_KEY: json.dumps(digests, sort_keys=True, separators=(",", ":"))}
-    stream.write(save(ready, metadata=full))
+    stream.write(save(dict(tensors), metadata=full))
 
 
 @contextlib.contextmanager
