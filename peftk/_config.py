@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -13,7 +15,75 @@ import torch
 BACKENDS = ("native", "triton", "torch")
 """Every backend, in the order in which an untuned operator prefers them."""
 
-_override: str | None = None
+
+class _Block:
+    """One open ``with`` block, told from others by identity."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Choice:
+    """A name that ``with`` blocks choose, which may overlap: in threads, in tasks, or left in another order.
+
+    A block ends by leaving the set of open ones. Nothing is put back, so nothing old can be put back. Threads and
+    tasks see their own blocks alone. Autograd runs the backward pass of other devices on threads of its own: to them
+    it hands what torch keeps for the thread that asked for the gradients, so the choice is noted there too.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._open: set[_Block] = set()
+        self._entered: ContextVar[tuple[_Block, ...]] = ContextVar(key, default=())
+
+    def get(self) -> str | None:
+        """Return the name that the innermost open block chose, or None outside of all."""
+        # Every operator asks. Where no block is open in the process, this test is all that it costs.
+        if not self._open:
+            return None
+        for block in reversed(self._entered.get()):
+            if block in self._open:
+                return block.name
+        for block in reversed(self._handed_over()[1]):
+            if block in self._open:
+                return block.name
+        return None
+
+    def _handed_over(self) -> tuple[int, tuple[_Block, ...]]:
+        """Return the thread whose backward pass this one of autograd's runs, and its blocks; else this one and none."""
+        me = threading.get_ident()
+        if torch._C._is_key_in_tls(self._key):
+            thread, blocks = torch._C._get_obj_in_tls(self._key)
+            # What this thread noted itself may be of another task.
+            if thread != me:
+                return thread, blocks
+        return me, ()
+
+    def _note(self, *entered: _Block) -> None:
+        """Keep the open blocks of this thread or task, and those entered now, for itself and for autograd."""
+        # Blocks that ended in another thread or task go here.
+        own = (*(b for b in self._entered.get() if b in self._open), *entered)
+        self._entered.set(own)
+        thread, blocks = self._handed_over()
+        outer = (b for b in blocks if b in self._open and b not in own)
+        torch._C._stash_obj_in_tls(self._key, (thread, (*outer, *own)))
+
+    @contextlib.contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Choose a name inside a ``with`` block."""
+        block = _Block(name)
+        self._open.add(block)
+        try:
+            self._note(block)
+            yield
+        finally:
+            self._open.discard(block)
+            self._note()
+
+
+_backend = Choice("peftk.backend")
 
 
 def _check(name: str, source: str) -> str:
@@ -24,7 +94,7 @@ def _check(name: str, source: str) -> str:
 
 def backend() -> str:
     """Return the backend that is asked for: ``auto`` or the name of one."""
-    return _override or _backend_from_environment()
+    return _backend.get() or _backend_from_environment()
 
 
 @functools.cache
@@ -36,9 +106,10 @@ def _backend_from_environment() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator on one backend inside a ``with`` block.
 
-    The choice is global to the process, as ``torch.backends`` settings are, because autograd may run the
-    backward pass on another thread. A named backend that cannot run a call raises and says why; ``auto``
-    restores the automatic choice.
+    The choice holds in the thread (or asyncio task) that makes it, and in every backward pass that is started inside,
+    also where autograd runs it on a thread of its own. Blocks may overlap; the innermost open one decides. A thread
+    started inside begins without a choice, as it does with autocast. A named backend that cannot run a call raises and
+    says why; ``auto`` restores the automatic choice.
 
     Args:
         name: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
@@ -52,17 +123,13 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with peftk.use_backend("torch"):
         ...     y = peftk.functional.block_rotate(torch.ones(2, 4), torch.eye(2).expand(2, 2, 2))
     """
-    global _override
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "use_backend: expected to be called outside a compiled function (operators choose their backend "
             "when they run, so the choice made here would be lost); got a call under torch.compile"
         )
-    before, _override = _override, _check(name, "use_backend")
-    try:
+    with _backend.named(_check(name, "use_backend")):
         yield
-    finally:
-        _override = before
 
 
 def cache_dir() -> Path:

@@ -80,12 +80,15 @@ class Operator:
         family: the file name of the family in every layer.
         bucket: maps the arguments to the tuple of integers that names a cell of the tuned table.
         prepare: maps the public function's arguments to the operator's; checks and casts them.
+        finish: takes a backend's result and the arguments and returns the operator's result: what no backend is left to
+            decide by itself.
     """
 
     name: str
     family: str
     bucket: Callable[..., tuple]
     prepare: Callable[..., tuple] | None = None
+    finish: Callable[..., Any] | None = None
     _kernels: dict[str, tuple[Callable, Callable | None] | str] = field(default_factory=dict)
     _stepped_down: set[str] = field(default_factory=set)
 
@@ -149,7 +152,10 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Choose a backend and run it; this is what the dispatcher calls."""
-        kernel = self.select(args)
+        result = self._run(self.select(args), args)
+        return result if self.finish is None else self.finish(result, *args)
+
+    def _run(self, kernel: Callable, args: tuple) -> Any:
         if torch._C._is_any_autocast_enabled():
             # The public function has cast the operands. Autocast would cast them again, and CPU autocast
             # crashes in-place products of mixed dtypes.
@@ -181,6 +187,7 @@ def define(
     flops: Callable,
     bucket: Callable[..., tuple],
     prepare: Callable[..., tuple] | None = None,
+    finish: Callable[..., Any] | None = None,
 ) -> Any:
     """Define an operator and return the function that calls it.
 
@@ -191,9 +198,10 @@ def define(
         flops: the number of floating-point operations, from the shapes of the arguments.
         bucket: see `Operator`.
         prepare: see `Operator`.
+        finish: see `Operator`.
     """
     name = schema.partition("(")[0]
-    operator = OPERATORS[name] = Operator(name, family, bucket, prepare)
+    operator = OPERATORS[name] = Operator(name, family, bucket, prepare, finish)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, operator, "CompositeExplicitAutograd")
     overload = getattr(torch.ops.peftk, name).default
@@ -214,7 +222,7 @@ def define(
     def call(*args: Any) -> Any:
         # The dispatcher costs 9 us a call from Python. It is skipped where nothing listens to it.
         if not torch.compiler.is_compiling() and _plain(args):
-            if torch._C._is_any_autocast_enabled():
+            if finish is not None or torch._C._is_any_autocast_enabled():
                 return operator(*args)
             return operator.select(args)(*args)
         return overload(*args)

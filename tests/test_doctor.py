@@ -138,11 +138,11 @@ def test_a_call_that_a_backend_refuses_is_no_failure(monkeypatch):
     assert {(row["status"], row["reason"]) for row in rows} == {("unavailable", "not on Sundays")}
 
 
-def test_a_transform_that_is_not_orthogonal_fails(broken, monkeypatch):
-    monkeypatch.setattr(_config, "_override", "torch")
+def test_a_transform_that_is_not_orthogonal_fails(broken):
     right = _registry.OPERATORS["cayley"].kernel("torch")[0]
     broken("cayley", lambda *args: right(*args) * 1.001)
-    assert {row["status"] for row in doctor.orthogonality()} == {"failed"}
+    with peftk.use_backend("torch"):
+        assert {row["status"] for row in doctor.orthogonality()} == {"failed"}
 
 
 def test_a_missing_extension_is_a_state(monkeypatch):
@@ -175,13 +175,13 @@ def test_the_architectures_of_the_extension_are_named(built, line):
     assert f"compiler 3, {line}; uses avx2" in doctor._extension_line(found)
 
 
-def test_a_named_backend_that_cannot_run_is_an_error(monkeypatch):
-    monkeypatch.setattr(_config, "_override", "triton")
-    report = json.loads((done := invoke("--json")).output)
-    assert done.exit_code == 1
-    assert not report["ok"]
-    assert {row["chosen"] for row in report["operators"]} == {None}
-    assert "NOTHING" in invoke().output
+def test_a_named_backend_that_cannot_run_is_an_error():
+    with peftk.use_backend("triton"):
+        report = json.loads((done := invoke("--json")).output)
+        assert done.exit_code == 1
+        assert not report["ok"]
+        assert {row["chosen"] for row in report["operators"]} == {None}
+        assert "NOTHING" in invoke().output
 
 
 def test_an_unknown_backend_setting_is_an_error():

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .. import _config
 from . import _launch, low_rank_gemm
 from .low_rank_gradients import factor_gradient, hidden_gradient, sum_chunks, visit, worth_visiting
 from .low_rank_products import as_rows, expand, shrink
 
 DESIGNS = ("D0", "D0-expand-first", "D1")
-_named_design: str | None = None
+_named_design = _config.Choice("peftk.low_rank.design")
 
 
 def design(rows: int, features: int, out: int, rank: int, capability: tuple[int, int]) -> str:
@@ -47,25 +48,23 @@ def design(rows: int, features: int, out: int, rank: int, capability: tuple[int,
 def use_design(name: str) -> Iterator[None]:
     """Take one design wherever the fused layer is called inside, whatever `design` says.
 
+    It holds where `peftk.use_backend` would.
+
     Raises:
         ValueError: if there is no such design.
     """
-    global _named_design
     if name not in DESIGNS:
         raise ValueError(f"name: expected one of {', '.join(DESIGNS)}; got {name!r}")
-    before, _named_design = _named_design, name
-    try:
+    with _named_design.named(name):
         yield
-    finally:
-        _named_design = before
 
 
 def _design(x: Tensor, weight: Tensor, out: int, rank: int) -> str:
     reason = low_rank_gemm.unsupported(x, weight, rank)
-    if _named_design is not None:
-        if _named_design == "D1" and reason:
+    if (named := _named_design.get()) is not None:
+        if named == "D1" and reason:
             raise RuntimeError(f"design: expected one that can run this product; got 'D1', which cannot: {reason}")
-        return _named_design
+        return named
     chosen = design(*x.shape, out, rank, low_rank_gemm.capability(x.device))
     return "D0" if chosen == "D1" and reason else chosen
 

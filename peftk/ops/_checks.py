@@ -10,12 +10,16 @@ from torch import Tensor
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOATING = frozenset(FLOATING)
 
+LARGEST_SCALE = torch.finfo(torch.float32).max
+"""The largest number that every operator takes as a scale: all but those on float64 compute in float32."""
+
 
 def ordinary(x: Tensor, *others: Tensor | None) -> bool:
     """Say whether all arguments are what a call usually has: strided floating-point tensors on one device.
 
     It is the short way around `check_tensor` for every argument: where it says no, those checks find the fault, or
-    that there is none. An argument that is no tensor raises AttributeError.
+    that there is none. An argument that is no tensor raises AttributeError. Optional ones alone may be None: a caller
+    reads the shapes of the others first, which is also where a nested tensor raises RuntimeError.
     """
     dtype, on_cpu = x.dtype, x.is_cpu
     if dtype not in _FLOATING or x.layout is not torch.strided:
@@ -35,12 +39,15 @@ def check_tensor(name: str, value: object, like: Tensor | None = None) -> None:
 
     Raises:
         TypeError: if it is not a tensor, or not of a supported dtype.
-        ValueError: if it is not strided, or on another device.
+        ValueError: if it is not strided, or nested, or on another device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected dtype float64, float32, bfloat16 or float16; got {value.dtype}")
+    # Nested tensors say that they are strided, and raise where they are asked for a shape.
+    if value.is_nested:
+        raise ValueError(f"{name}: expected a strided tensor; got a nested one")
     if value.layout is not torch.strided:
         raise ValueError(f"{name}: expected a strided tensor; got layout {value.layout}")
     if like is not None and value.device != like.device:
@@ -74,19 +81,48 @@ def check_frozen(name: str, value: Tensor) -> None:
         )
 
 
-def check_scale(scale: object) -> float:
-    """Return a finite Python number as a float.
+def check_scale(scale: object, dtype: torch.dtype) -> float:
+    """Return a Python number as a float that is finite where an operator on this dtype computes.
 
     Raises:
         TypeError: if it is not a number.
-        ValueError: if it is NaN or infinite.
+        ValueError: if it is NaN, infinite, or too large.
     """
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or a 0-dimensional tensor; got {type(scale).__name__}")
     # A comparison, unlike math.isfinite, can be traced with a symbolic number; it refuses NaN too.
     if not abs(scale) < math.inf:
         raise ValueError(f"scale: expected a finite number; got {scale}")
+    largest = torch.finfo(torch.float64).max if dtype is torch.float64 else LARGEST_SCALE
+    # Before it becomes a float: an integer may be larger than all of those, and too long to print.
+    if abs(scale) > largest:
+        got = scale if isinstance(scale, float) else f"an integer of {scale.bit_length()} bits"
+        raise ValueError(f"scale: expected a finite number of at most {largest} in magnitude; got {got}")
     return float(scale)
+
+
+def fold_zero(factor: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return a factor and a scale that is not zero: a zero becomes part of the factor.
+
+    Libraries skip a product that they are told to scale by zero. NaN and infinity in it would be lost on one backend
+    and not on another; times a factor of zeros they are NaN on all.
+    """
+    return (factor * 0.0, 1.0) if scale == 0.0 else (factor, scale)
+
+
+def check_scale_tensor(scale: Tensor, like: Tensor) -> Tensor:
+    """Return a 0-dimensional tensor on the device of another one. As elsewhere in torch, it may come from the CPU.
+
+    Raises:
+        TypeError: if its dtype is not supported.
+        ValueError: if it has dimensions, or is on another device.
+    """
+    check_tensor("scale", scale)
+    if scale.dim() != 0:
+        raise ValueError(f"scale: expected a number or a 0-dimensional tensor; got shape {tuple(scale.shape)}")
+    if not scale.is_cpu:
+        check_tensor("scale", scale, like=like)
+    return scale.to(like.device)
 
 
 def cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, ordinary
+from ._checks import (
+    LARGEST_SCALE,
+    autocast_input,
+    cast,
+    check_frozen,
+    check_scale,
+    check_scale_tensor,
+    check_shape,
+    check_tensor,
+    fold_zero,
+    ordinary,
+)
 
 Scale = float | Tensor
 
@@ -47,25 +56,49 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor
         check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
 
 
-def _fits(x: Tensor, kernel: Tensor, *others: Tensor | None) -> bool:
-    """Say cheaply whether x and the kernel are right; `_check_conv` finds out what is wrong."""
+def _fits_conv(x: Tensor, kernel: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_conv` finds out what is wrong."""
     try:
         out_blocks, in_blocks, size = kernel.shape
-        return 0 < in_blocks * size == x.shape[-1] and out_blocks > 0 and ordinary(x, kernel, *others)
-    except (AttributeError, IndexError, TypeError, ValueError):
+        return 0 < in_blocks * size == x.shape[-1] and out_blocks > 0 and ordinary(x, kernel)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
-def _prepare_scale(kernel: Tensor, scale: Scale) -> tuple[Tensor, float]:
+def _fits_add(base: Tensor, x: Tensor, kernel: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_add` finds out what is wrong."""
+    try:
+        return (
+            _fits_conv(x, kernel)
+            and base.shape == (*x.shape[:-1], kernel.shape[0] * kernel.shape[2])
+            and ordinary(x, base)
+        )
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_linear` finds out what is wrong."""
+    try:
+        out = kernel.shape[0] * kernel.shape[2]
+        return (
+            _fits_conv(x, kernel)
+            and weight.shape == (out, x.shape[-1])
+            and not weight.requires_grad
+            and (bias is None or bias.shape == (out,))
+            and ordinary(x, weight, bias)
+        )
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _prepare_scale(x: Tensor, kernel: Tensor, scale: Scale) -> tuple[Tensor, float]:
     """Return the kernel and a Python scale; a scale that is a tensor is multiplied into the kernel."""
-    if type(scale) is float and -math.inf < scale < math.inf:
-        return kernel, scale
+    if type(scale) is float and -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        return fold_zero(kernel, scale)
     if not isinstance(scale, Tensor):
-        return kernel, check_scale(scale)
-    if scale.dim() != 0:
-        raise ValueError(f"scale: expected a number or a 0-dimensional tensor; got shape {tuple(scale.shape)}")
-    check_tensor("scale", scale)
-    return kernel * scale.to(kernel.device, kernel.dtype), 1.0
+        return fold_zero(kernel, check_scale(scale, x.dtype))
+    return kernel * check_scale_tensor(scale, kernel).to(kernel.dtype), 1.0
 
 
 def _kernel_like(x: Tensor, kernel: Tensor) -> Tensor:
@@ -75,28 +108,23 @@ def _kernel_like(x: Tensor, kernel: Tensor) -> Tensor:
 
 def prepare_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
     """Return the arguments of the operator behind `circular_conv`."""
-    if not _fits(x, kernel):
+    if not _fits_conv(x, kernel):
         _check_conv(x, kernel)
-    kernel, scale = _prepare_scale(kernel, scale)
+    kernel, scale = _prepare_scale(x, kernel, scale)
     x = autocast_input(x)
     return x, _kernel_like(x, kernel), scale
 
 
 def prepare_add(base: Tensor, x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
     """Return the arguments of the operator behind `circular_conv_add`."""
-    if not (_fits(x, kernel, base) and base.shape == (*x.shape[:-1], kernel.shape[0] * kernel.shape[2])):
+    if not _fits_add(base, x, kernel):
         _check_add(base, x, kernel)
     return base, *prepare_conv(x, kernel, scale)
 
 
 def prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: Scale = 1.0) -> tuple:
     """Return the arguments of the operator behind `circulant_linear`."""
-    if not (
-        _fits(x, kernel, weight, bias)
-        and weight.shape == (kernel.shape[0] * kernel.shape[2], x.shape[-1])
-        and not weight.requires_grad
-        and (bias is None or bias.shape == weight.shape[:1])
-    ):
+    if not _fits_linear(x, weight, bias, kernel):
         _check_linear(x, weight, bias, kernel)
     x, kernel, scale = prepare_conv(x, kernel, scale)
     return x, cast(weight, x.dtype), cast(bias, x.dtype), kernel, scale
@@ -108,5 +136,5 @@ def prepare_weight(weight: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
     _check_kernel(kernel, weight)
     out_blocks, in_blocks, size = kernel.shape
     check_shape("weight", weight, (out_blocks * size, in_blocks * size), "(out_features, in_features) of the kernel")
-    kernel, scale = _prepare_scale(kernel, scale)
+    kernel, scale = _prepare_scale(weight, kernel, scale)
     return weight, _kernel_like(weight, kernel), scale

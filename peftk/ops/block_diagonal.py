@@ -13,26 +13,28 @@ from ._checks import autocast_input, cast, check_frozen, check_shape, check_tens
 __all__ = ["block_rotate", "block_rotate_linear"]
 
 
-def _fits(x: Tensor, blocks: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
-    """Say cheaply whether the arguments are right; the full checks below find out what is wrong."""
+def _fits_rotation(x: Tensor, blocks: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_rotation` finds out what is wrong."""
     try:
         count, size, columns = blocks.shape
-        features = x.shape[-1]
+        return size == columns and count * size == x.shape[-1] > 0 and ordinary(x, blocks)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_linear` finds out what is wrong."""
+    try:
+        count, size, columns = blocks.shape
+        out, features = weight.shape
         return (
             size == columns
-            and count * size == features > 0
+            and count * size == features == x.shape[-1] > 0
+            and not weight.requires_grad
+            and (bias is None or bias.shape == (out,))
             and ordinary(x, blocks, weight, bias)
-            and (
-                weight is None
-                or (
-                    not weight.requires_grad
-                    and weight.shape[1] == features
-                    and weight.dim() == 2
-                    and (bias is None or bias.shape == weight.shape[:1])
-                )
-            )
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -57,7 +59,7 @@ def _block_dtype(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _prepare_rotate(x: Tensor, blocks: Tensor, *, transpose: bool = False) -> tuple:
-    if not _fits(x, blocks):
+    if not _fits_rotation(x, blocks):
         _check_rotation(x, blocks)
     x = autocast_input(x)
     return x, _block_dtype(x, blocks), bool(transpose)
@@ -74,7 +76,7 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor
 
 
 def _prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> tuple:
-    if not _fits(x, blocks, weight, bias):
+    if not _fits_linear(x, weight, bias, blocks):
         _check_linear(x, weight, bias, blocks)
     x = autocast_input(x)
     return x, cast(weight, x.dtype), cast(bias, x.dtype), _block_dtype(x, blocks)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _registry
 from .._tuning import power_bucket
 from ._autograd import apply, run_backward
-from ._checks import autocast_input, cast, check_scale, check_shape, check_tensor
+from ._checks import autocast_input, cast, check_scale, check_scale_tensor, check_shape, check_tensor, fold_zero
 from .low_rank import _check_add, _fits_add, _low_rank_flops, _rows, _wanted
 
 __all__ = ["dora_compose", "dora_norm"]
@@ -18,14 +20,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _scaled(b: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
+def _scaled(b: Tensor, scale: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     """Return b and a Python scale; a scale that is a tensor becomes part of b."""
     if not isinstance(scale, Tensor):
-        return b, check_scale(scale)
-    if scale.dim() != 0:
-        raise ValueError(f"scale: expected a number or a 0-dimensional tensor; got shape {tuple(scale.shape)}")
-    check_tensor("scale", scale)
-    return b * scale.to(b.device), 1.0
+        return fold_zero(b, check_scale(scale, dtype))
+    return b * check_scale_tensor(scale, b), 1.0
 
 
 def _prepare_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> tuple:
@@ -38,7 +37,7 @@ def _prepare_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 
         raise ValueError(f"a: expected shape (rank, in_features) with rank >= 1; got {tuple(a.shape)}")
     check_shape("a", a, (None, weight.shape[1]), "(rank, in_features)")
     check_shape("b", b, (weight.shape[0], a.shape[0]), "(out_features, rank)")
-    b, scale = _scaled(b, scale)
+    b, scale = _scaled(b, scale, weight.dtype)
     wide = _wide(weight.dtype)
     return weight.detach(), cast(a.detach(), wide), cast(b.detach(), wide), scale
 
@@ -55,13 +54,42 @@ def _prepare_compose(
     if not _fits_add(base, x, a, b):
         _check_add(base, x, a, b)
     for name, value in (("gain", gain), ("bias", bias)):
-        if value is not None:
+        if value is not None or name == "gain":
             check_tensor(name, value, like=x)
             check_shape(name, value, (b.shape[0],), "(out_features,)")
-    b, scale = _scaled(b, scale)
+    b, scale = _scaled(b, scale, x.dtype)
     x = autocast_input(x)
     # The large products take the factors as they take x; the gain, whose gradient is a long sum, stays exact.
     return base, x, cast(a, x.dtype), cast(b, x.dtype), cast(gain, _wide(base.dtype)), bias, scale
+
+
+_SMALL = {torch.float32: 2.0**-50, torch.float64: 2.0**-480}
+"""Norms below these may lack squares that were too small to be kept: they weigh nothing beside larger norms."""
+
+_PIECE = 1 << 20
+"""Elements of the adapted weight that are made at a time."""
+
+
+def _rescued(norms: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Find again, without their squares, the norms whose squares are too small or too large for the dtype.
+
+    On the CPU alone: on a GPU every call would have to wait for the answer whether there is one.
+    """
+    if not norms.is_cpu or not norms.numel():
+        return norms
+    least, most = (float(end) for end in norms.aminmax())
+    if least > _SMALL[norms.dtype] and most < math.inf:
+        return norms
+    doubtful = torch.nonzero(~((norms > _SMALL[norms.dtype]) & norms.isfinite())).flatten()
+    norms, wide_a = norms.clone(), a.double()
+    for rows in doubtful.split(max(1, _PIECE // max(weight.shape[1], 1))):
+        adapted = torch.addmm(weight[rows].double(), b[rows].double(), wide_a, alpha=scale)
+        largest = torch.linalg.vector_norm(adapted, math.inf, dim=1, keepdim=True)
+        # Of zeros, and of what is not finite, the largest is the norm.
+        plain = (largest == 0) | ~largest.isfinite()
+        found = torch.linalg.vector_norm(adapted / largest.masked_fill(plain, 1.0), dim=1, keepdim=True) * largest
+        norms[rows] = torch.where(plain, largest, found).flatten().to(norms.dtype)
+    return norms
 
 
 _norm = _registry.define(
@@ -71,6 +99,7 @@ _norm = _registry.define(
     flops=lambda weight, a, b, *_args, **_kwargs: 2 * weight.numel() * (a[0] + 1),
     bucket=lambda weight, a, b, scale: power_bucket(*weight.shape, a.shape[0]),
     prepare=_prepare_norm,
+    finish=_rescued,
 )
 
 _ARGUMENTS = "Tensor a, Tensor b, Tensor gain, Tensor? bias, float scale"

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _registry
 from .._tuning import power_bucket
 from ._autograd import apply, run_backward
-from ._checks import FLOATING, check_scale, check_tensor, ordinary
+from ._checks import FLOATING, check_scale, check_scale_tensor, check_tensor, ordinary
 
 __all__ = ["hadamard_weight", "khatri_rao"]
 
@@ -31,7 +31,7 @@ def _check_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> No
         raise ValueError(f"w2_b: expected {w1_b.shape[1]} columns, as w1_b has; got {w2_b.shape[1]}")
 
 
-def _fits(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, weight: Tensor | None = None) -> bool:
+def _fits(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> bool:
     """Say cheaply whether the factors are right; `_check_factors` finds out what is wrong."""
     try:
         (out, r1), (r1_, features), (out_, r2), (r2_, features_) = w1_a.shape, w1_b.shape, w2_a.shape, w2_b.shape
@@ -40,9 +40,9 @@ def _fits(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, weight: Tensor
             and r2 == r2_ > 0
             and out == out_
             and features == features_
-            and ordinary(w1_a, w1_b, w2_a, w2_b, weight)
+            and ordinary(w1_a, w1_b, w2_a, w2_b)
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -70,9 +70,9 @@ def _prepare_khatri_rao(
 def _prepare_weight(
     weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float | Tensor = 1.0
 ) -> tuple:
-    if not _fits(w1_a, w1_b, w2_a, w2_b, weight):
+    if not _fits(w1_a, w1_b, w2_a, w2_b):
         _check_factors(w1_a, w1_b, w2_a, w2_b)
-        check_tensor("weight", weight, like=w1_a)
+    check_tensor("weight", weight, like=w1_a)
     out, features = w1_a.shape[0], w1_b.shape[1]
     if weight.dim() < 2 or weight.shape[0] != out or weight.shape[1:].numel() != features:
         raise ValueError(
@@ -81,14 +81,12 @@ def _prepare_weight(
         )
     factors = _one_dtype(w1_a, w1_b, w2_a, w2_b)
     if isinstance(scale, Tensor):
-        if scale.dim() != 0:
-            raise ValueError(f"scale: expected a number or a 0-dimensional tensor; got shape {tuple(scale.shape)}")
-        check_tensor("scale", scale)
-        factors = ((factors[0] * scale.to(factors[0].device)).to(factors[0].dtype), *factors[1:])
+        scale = check_scale_tensor(scale, factors[0])
+        factors = ((factors[0] * scale).to(factors[0].dtype), *factors[1:])
         scale = 1.0
     if weight.dtype is torch.float64 or factors[0].dtype is torch.float64:
         factors = tuple(f.double() for f in factors)
-    return (weight, *factors, check_scale(scale))
+    return (weight, *factors, check_scale(scale, factors[0].dtype))
 
 
 def _products(w1_a: torch.Size, w1_b: torch.Size, w2_a: torch.Size) -> int:

@@ -68,7 +68,7 @@ def _fits_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> bool:
         return (
             base.shape[:-1] == x.shape[:-1] and _fits(x.shape[-1], base.shape[-1], w1, w2) and ordinary(x, base, w1, w2)
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -83,7 +83,7 @@ def _fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, w2:
             and (bias is None or bias.shape == (out,))
             and ordinary(x, weight, bias, w1, w2)
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -95,7 +95,7 @@ def _wide(factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _prepare_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> tuple:
     if not _fits_add(base, x, w1, w2):
         _check_add(base, x, w1, w2)
-    scale, x = check_scale(scale), autocast_input(x)
+    scale, x = check_scale(scale, x.dtype), autocast_input(x)
     return base, x, _wide(w1, x.dtype), cast(w2, x.dtype), scale
 
 
@@ -104,14 +104,14 @@ def _prepare_linear(
 ) -> tuple:
     if not _fits_linear(x, weight, bias, w1, w2):
         _check_linear(x, weight, bias, w1, w2)
-    scale, x = check_scale(scale), autocast_input(x)
+    scale, x = check_scale(scale, x.dtype), autocast_input(x)
     dtype = x.dtype
     return x, cast(weight, dtype), cast(bias, dtype), _wide(w1, dtype), cast(w2, dtype), scale
 
 
 def _prepare_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> tuple:
     _check_weight(weight, w1, w2)
-    return weight, _wide(w1, weight.dtype), _wide(w2, weight.dtype), check_scale(scale)
+    return weight, _wide(w1, weight.dtype), _wide(w2, weight.dtype), check_scale(scale, weight.dtype)
 
 
 def _products(x: torch.Size, w1: torch.Size, w2: torch.Size) -> int:

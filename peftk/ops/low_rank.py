@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,18 @@ from .. import _registry
 from .._tuning import power_bucket
 from . import _seed
 from ._autograd import apply, run_backward
-from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, ordinary
+from ._checks import (
+    LARGEST_SCALE,
+    autocast_input,
+    cast,
+    check_frozen,
+    check_scale,
+    check_scale_tensor,
+    check_shape,
+    check_tensor,
+    fold_zero,
+    ordinary,
+)
 
 __all__ = ["low_rank_add", "low_rank_linear"]
 
@@ -57,7 +66,7 @@ def _fits_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
             and base.shape == (*shape[:-1], out)
             and ordinary(x, a, b, base)
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -73,13 +82,13 @@ def _fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
             and (bias is None or bias.shape == (out,))
             and ordinary(x, a, b, weight, bias)
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 
 def _prepare_gate(x: Tensor, a: Tensor, scale: float | Tensor, gate: Tensor | None) -> tuple[Tensor | None, float]:
     """Return the gate and a Python scale; a scale that is a tensor becomes part of the gate."""
-    if gate is None and type(scale) is float and -math.inf < scale < math.inf:
+    if gate is None and type(scale) is float and -LARGEST_SCALE <= scale <= LARGEST_SCALE:
         return None, scale
     rank = a.shape[0]
     if gate is not None:
@@ -90,11 +99,8 @@ def _prepare_gate(x: Tensor, a: Tensor, scale: float | Tensor, gate: Tensor | No
                 f"got {tuple(gate.shape)}"
             )
     if not isinstance(scale, Tensor):
-        return gate, check_scale(scale)
-    if scale.dim() != 0:
-        raise ValueError(f"scale: expected a number or a 0-dimensional tensor; got shape {tuple(scale.shape)}")
-    check_tensor("scale", scale)
-    scale = scale.to(x.device)
+        return gate, check_scale(scale, x.dtype)
+    scale = check_scale_tensor(scale, x)
     return (scale.expand(rank) if gate is None else gate * scale), 1.0
 
 
@@ -138,6 +144,7 @@ def _prepare_add(
     if not _fits_add(base, x, a, b):
         _check_add(base, x, a, b)
     gate, scale = _prepare_gate(x, a, scale, gate)
+    b, scale = fold_zero(b, scale)
     x = autocast_input(x)
     return (base, x, *_factors(x, a, b, gate), scale, *_prepare_dropout(dropout_p, seed, x.device))
 
@@ -157,6 +164,7 @@ def _prepare_linear(
     if not _fits_linear(x, weight, bias, a, b):
         _check_linear(x, weight, bias, a, b)
     gate, scale = _prepare_gate(x, a, scale, gate)
+    b, scale = fold_zero(b, scale)
     x = autocast_input(x)
     return (
         x,
