@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import peftk
-from peftk import _registry, _tuning
+from peftk.runtime import registry, settings, timings
 from peftk.testing.memory import peak_bytes, saved_bytes
 from peftk.testing.timing import Weave, no_garbage_collection, paired_ratio
 
@@ -97,19 +97,19 @@ class traced_backends:
     """Collects which backend really ran each operator, whatever the tables and the settings say."""
 
     def __enter__(self) -> dict[str, str]:
-        self._select = select = _registry.Operator.select
+        self._select = select = registry.Operator.select
         found: dict[str, str] = {}
 
-        def traced(operator: _registry.Operator, args: tuple) -> Callable:
+        def traced(operator: registry.Operator, args: tuple) -> Callable:
             kernel = select(operator, args)
-            found[operator.name] = kernel.__module__.split(".")[1].removesuffix("_kernels")
+            found[operator.name] = next(name for name in settings.BACKENDS if kernel in operator.kernel(name))
             return kernel
 
-        _registry.Operator.select = traced
+        registry.Operator.select = traced
         return found
 
     def __exit__(self, *_: object) -> None:
-        _registry.Operator.select = self._select
+        registry.Operator.select = self._select
 
 
 def compare(benchmark: Any, arms: list[Arm], reference: str, info: dict[str, Any], budget: Budget) -> None:
@@ -188,7 +188,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """Describe the machine and the versions, without anything that names the machine."""
     on_cpu = torch.device(device).type == "cpu"
     return {
-        "device_class": _tuning.device_class(torch.device(device).type),
+        "device_class": timings.device_class(torch.device(device).type),
         "processor": _processor() if on_cpu else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import peftk
-from peftk import _registry
+from peftk.runtime import registry
 from peftk.testing.calls import Call
 
 from . import gpu_cells
@@ -231,7 +231,7 @@ class _Parts(_Calls):
             return super().__torch_dispatch__(func, types, args, kwargs)
         self.collect()
         name = func._schema.name.partition("::")[2]
-        operator = _registry.OPERATORS[name]
+        operator = registry.OPERATORS[name]
         backend = "torch" if operator.reason(self.backend, args) else self.backend
         results, found = _run(name, backend, operator.kernel(backend)[0], args)
         self.parts.append(found)

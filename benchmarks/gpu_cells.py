@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import _config, _registry
+from peftk.runtime import registry, settings
 from peftk.testing.calls import KINDS, Call, operators
 from peftk.testing.compare import LIMITS, error
 
@@ -134,7 +134,7 @@ def layer(cell: Cell, device: str, seconds: float, peers: bool = True) -> Iterat
     """Yield the comparison of one layer, forward + backward and forward alone."""
     bench = Bench(cell, device=device)
     arms: list[tuple[Arm, str | None]] = [(bench.peftk(), None), (_bare(bench), None)]
-    arms += [(bench.peftk(backend), backend) for backend in _config.BACKENDS]
+    arms += [(bench.peftk(backend), backend) for backend in settings.BACKENDS]
     if cell.method == "lora":
         from peftk.triton_kernels import low_rank
 
@@ -189,7 +189,7 @@ def kernel(call: Call, device: str, seconds: float) -> Iterator[Info]:
     arguments = call.arguments(device)
     exact = call.truth(arguments)
     arms = []
-    for backend in _config.BACKENDS:
+    for backend in settings.BACKENDS:
         if reason := call.reason(backend, arguments):
             arms.append(Arm(backend, skip=reason))
             continue
@@ -239,7 +239,7 @@ def cayley(size: int, neumann: bool, device: str, seconds: float, features: int 
         return peftk.functional.cayley(packed, size, neumann_terms=terms)
 
     arms = [(arm("peftk", ours, "the backends are named in the row"), None)]
-    arms += [(arm(f"peftk-{b}", ours, f"backend {b!r} named", b), b) for b in _config.BACKENDS]
+    arms += [(arm(f"peftk-{b}", ours, f"backend {b!r} named", b), b) for b in settings.BACKENDS]
     arms.append((arm("eager", lambda packed: plain.cayley(packed, size, terms), "plain PyTorch"), None))
     if reason := why_no_compiler(device):
         arms.append((Arm("compile", skip=reason), None))
@@ -288,7 +288,7 @@ def gemm(
 
         def run(design: str = design) -> Any:
             with low_rank.use_design(design):
-                return _registry.OPERATORS["low_rank_linear"].kernel("triton")[0](*arguments)
+                return registry.OPERATORS["low_rank_linear"].kernel("triton")[0](*arguments)
 
         arms.append(arm(design, run, exact, f"the product with LoRA r{RANK}, shrink included", reason))
     yield from _products(arms, call, "forward", device, seconds)

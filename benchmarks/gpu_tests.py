@@ -25,7 +25,7 @@ SECONDS = 515.0
 AT_ONCE = 4
 WORK = parts.ROOT / "build" / "test-gpu"
 
-# File of tests/gpu to what it shows and its seconds.
+# File of tests/backends/gpu to what it shows and its seconds.
 FILES = {
     "build": ("the extension is there, and its CUDA C++ kernels take calls on this device", 30.0),
     "devices": ("another current device, another stream, bad input on CUDA tensors", 110.0),
@@ -76,14 +76,14 @@ def read_sanitizer(tool: str, log: str, status: int) -> tuple[dict[str, int], st
 
 def _file(name: str) -> Part:
     says, limit = FILES[name]
-    call = pytest_call(str(TESTS / "gpu" / f"test_gpu_{name}.py"))
+    call = pytest_call(str(TESTS / "backends" / "gpu" / f"test_gpu_{name}.py"))
     return Part(name, says, call, limit, parts.read_pytest, REPEATABLE, alone=name in ALONE)
 
 
 def all_parts() -> list[Part]:
     """Return what `make test-gpu` runs."""
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))
-    operators = str(TESTS / "test_operators.py")
+    operators = str(TESTS / "ops" / "test_operators.py")
     found = [_file("build")]
     for backend, rest, limit in (
         ("triton", "triton", 150.0),
@@ -109,7 +109,7 @@ def all_parts() -> list[Part]:
             Part(
                 tool,
                 f"compute-sanitizer {tool} on the CUDA C++ kernels: {says}",
-                (*call, sys.executable, str(TESTS / "gpu" / "sanitize.py")),
+                (*call, sys.executable, str(TESTS / "backends" / "gpu" / "sanitize.py")),
                 90.0,
                 functools.partial(read_sanitizer, tool),
                 # One allocation for each tensor, or an overrun would land inside torch's own pool.

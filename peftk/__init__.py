@@ -1,10 +1,9 @@
 """peftk: fused kernels for parameter-efficient fine-tuning."""
 
 from . import functional, nn
-from ._config import use_backend
-from ._registry import explain
 from ._version import __version__
-from .model import PeftModel, get_peft_model
+from .models.peft_model import PeftModel, get_peft_model
+from .models.status import get_layer_status, get_model_status
 from .nn import (
     AdaLoraConfig,
     AdaptionPromptConfig,
@@ -19,7 +18,8 @@ from .nn import (
     TaskType,
     XLoraConfig,
 )
-from .status import get_layer_status, get_model_status
+from .runtime.registry import explain
+from .runtime.settings import use_backend
 
 __all__ = [
     "AdaLoraConfig",

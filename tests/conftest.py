@@ -9,7 +9,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # These need the interpreter, which is chosen when a process starts: test_triton_interpreted.py starts one.
-collect_ignore = [] if INTERPRETED else ["interpreted"]
+collect_ignore = [] if INTERPRETED else ["backends/triton/interpreted"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +36,6 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The folders of three saved experts of X-LoRA, by name."""
-    from xlora_models import EXPERTS, llama, save_experts
+    from support.xlora_models import EXPERTS, llama, save_experts
 
     return save_experts(llama(), EXPERTS, tmp_path_factory.mktemp("experts"))

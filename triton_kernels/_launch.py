@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .. import _config
+from ..runtime import settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -91,7 +91,7 @@ def unsupported(x: Tensor) -> str | None:
     if _recorder is not None and x.device.type == "meta":
         return None
     if x.device.type == "cpu" and INTERPRETED:
-        if _config.backend() != "triton":
+        if settings.backend() != "triton":
             return "Triton interprets its kernels on the CPU only where it is named"
         if x.dtype is torch.bfloat16 and not repaired_interpreter:
             return "Triton's interpreter computes bfloat16 wrongly; import peftk.testing.triton_interpreter to mend it"

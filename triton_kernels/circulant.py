@@ -1,6 +1,6 @@
 """Circular convolution in Triton: the steps between the spectra, and the dense matrix; products are torch's.
 
-Which way a call takes is decided in `peftk/torch_kernels/_circulant_paths.py`, which also says what a spectrum is.
+Which way a call takes is decided in `peftk/kernels/torch/_circulant_paths.py`, which also says what a spectrum is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_kernels._circulant_paths import Paths, Transforms
+from ..kernels.torch._circulant_paths import Paths, Transforms
 from ._launch import launch, unsupported
 
 MAX_CHUNKS = 32

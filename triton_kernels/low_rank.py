@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .. import _config
+from ..runtime import settings
 from . import _launch, low_rank_gemm
 from .low_rank_gradients import factor_gradient, hidden_gradient, sum_chunks, visit, worth_visiting
 from .low_rank_products import as_rows, expand, shrink
 
 DESIGNS = ("D0", "D0-expand-first", "D1")
-_named_design = _config.Choice("peftk.low_rank.design")
+_named_design = settings.Choice("peftk.low_rank.design")
 
 
 def design(rows: int, features: int, out: int, rank: int, capability: tuple[int, int]) -> str:

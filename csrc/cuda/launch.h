@@ -1,5 +1,5 @@
 // The words that a .cu file of peftk is written in. nvcc turns them into CUDA; every other compiler takes them from
-// tests/cuda/cuda_on_cpu.h and runs the same file on the CPU.
+// tests/backends/cuda/cuda_on_cpu.h and runs the same file on the CPU.
 #pragma once
 #include <cstdint>
 #include <stdexcept>

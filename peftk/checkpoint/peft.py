@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._container import CONFIG_DIGEST_KEY, CheckpointError, capped, config_digest, parse_json, shown
+from .container import CONFIG_DIGEST_KEY, CheckpointError, capped, config_digest, parse_json, shown
 from .reader import REFUSED_PICKLE, open_inside, scan_safetensors
 from .writer import leftovers, replace_together, snapshot, write_safetensors
 

@@ -18,7 +18,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from ._container import (
+from .container import (
     DIGESTS_KEY,
     DTYPES,
     MAX_HEADER_BYTES,

@@ -16,17 +16,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from ._container import (
-    CODES,
-    DIGESTS_KEY,
-    METADATA_KEY,
-    capped,
-    digest,
-    metadata_digest,
-    name_problem,
-    nonfinite,
-    shown,
-)
+from .container import CODES, DIGESTS_KEY, METADATA_KEY, capped, digest, metadata_digest, name_problem, nonfinite, shown
 
 LOCK_SECONDS = 60.0
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import _config, _registry, _tuning
 from .._version import __version__
+from ..runtime import registry, settings, timings
 from ..testing.calls import KINDS, Call, operators, sweep
 from ..testing.timing import Weave
 
@@ -56,10 +56,10 @@ def measure(call: Call, device: str, seconds: float, least: int = 5, most: int =
         most: the largest.
     """
     arguments = call.arguments(device)
-    found = Measurement(call, tuple(_registry.OPERATORS[call.operator].bucket(*arguments)))
+    found = Measurement(call, tuple(registry.OPERATORS[call.operator].bucket(*arguments)))
     arms = {}
     truth = call.truth(arguments)
-    for backend in _config.BACKENDS:
+    for backend in settings.BACKENDS:
         if reason := call.reason(backend, arguments):
             found.reasons[backend] = reason
             continue
@@ -136,7 +136,7 @@ def write_table(path: Path, device_class: str, measurements: Iterable[Measuremen
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(_dump(content))
     os.replace(temporary, path)
-    _tuning.clear()
+    timings.clear()
     return written
 
 
@@ -162,7 +162,7 @@ def show(measurements: Iterable[Measurement], console: Any) -> None:
     for found in measurements:
         by_operator.setdefault(found.call.operator, []).append(found)
     for operator, rows in by_operator.items():
-        backends = [b for b in _config.BACKENDS if any(b in row.errors for row in rows)]
+        backends = [b for b in settings.BACKENDS if any(b in row.errors for row in rows)]
         table = Table(title=operator, title_justify="left")
         table.add_column("call", no_wrap=True, min_width=max(len(_size(row.call)) for row in rows))
         for backend in backends:
@@ -220,7 +220,7 @@ def bench(
         if name not in known:
             raise typer.BadParameter(f"expected one of {', '.join(KINDS)}; got {name!r}", param_hint="--operator")
     wanted = [one for name in names for one in ((name,) if name.endswith("_backward") else operators(name))]
-    device_class = _tuning.device_class(target.type, target.index)
+    device_class = timings.device_class(target.type, target.index)
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     console.print(
         f"peftk {__version__}, torch {torch.__version__}, {device_class}, {torch.get_num_threads()} threads, "
@@ -229,7 +229,7 @@ def bench(
     if load > cores / 2:
         console.print(f"[yellow]The machine is busy (load {load:.1f} on {cores} cores): do not trust these times.[/]")
     calls = list(choose_calls(wanted, quick, device))
-    path = output or _config.cache_dir() / f"{device_class}.json"
+    path = output or settings.cache_dir() / f"{device_class}.json"
     measurements: list[Measurement] = []
     written = first = 0
     for at, call in enumerate(track(calls, "timing", console=console, disable=not console.is_terminal)):

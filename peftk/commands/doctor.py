@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from .. import _config, _registry, _tuning
 from .._version import __version__
-from ..native_kernels import unavailable
+from ..kernels.native import unavailable
+from ..runtime import registry, settings, timings
 from ..testing.calls import KINDS, Call
 from ..testing.compare import LIMITS
 from ..testing.trials import orthogonality, run_trial, trials
@@ -38,7 +38,7 @@ Report = dict[str, Any]
 def explain_operators(device: str = "cpu") -> list[Report]:
     """Ask the registry about a representative call of every operator, forward and backward."""
     rows = []
-    for name, operator in _registry.OPERATORS.items():
+    for name, operator in registry.OPERATORS.items():
         call = Call(name, TOKENS, FEATURES, FEATURES, KINDS[name.removesuffix("_backward")].usual)
         found = operator.explain(call.arguments(device))
         rows.append(
@@ -65,15 +65,15 @@ def tables() -> list[Report]:
     """List the tuned tables of this machine's devices: those of the wheel, and the user's own."""
     rows = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        name = _tuning.device_class(device)
-        for origin, folder in (("shipped", _tuning.SHIPPED), ("user", _config.cache_dir())):
+        name = timings.device_class(device)
+        for origin, folder in (("shipped", timings.SHIPPED), ("user", settings.cache_dir())):
             path = folder / f"{name}.json"
             row: Report = {"device_class": name, "origin": origin, "path": str(path), "cells": None, "reason": None}
             if not path.is_file():
                 row["reason"] = "there is none"
             else:
                 try:
-                    row["cells"] = sum(map(len, _tuning._read(path).values()))
+                    row["cells"] = sum(map(len, timings._read(path).values()))
                 except (OSError, ValueError, KeyError, TypeError) as failure:
                     row["reason"] = f"cannot be read: {type(failure).__name__}: {failure}"
             rows.append(row)
@@ -97,9 +97,9 @@ def _cpu_name() -> str:
 
 def devices() -> list[Report]:
     """List the devices that torch sees."""
-    rows = [{"device": "cpu", "name": _cpu_name(), "device_class": _tuning.device_class("cpu")}]
+    rows = [{"device": "cpu", "name": _cpu_name(), "device_class": timings.device_class("cpu")}]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        name, kind = torch.cuda.get_device_name(index), _tuning.device_class("cuda", index)
+        name, kind = torch.cuda.get_device_name(index), timings.device_class("cuda", index)
         rows.append({"device": f"cuda:{index}", "name": name, "device_class": kind})
     return rows
 
@@ -109,8 +109,8 @@ def examine() -> Report:
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     operators = [row for kind in kinds for row in explain_operators(kind)]
     stuck = [row for row in operators if row["chosen"] is None]
-    tests = [run_trial(t, backend) for kind in kinds for t in trials(kind) for backend in _config.BACKENDS]
-    asked = _config.backend()
+    tests = [run_trial(t, backend) for kind in kinds for t in trials(kind) for backend in settings.BACKENDS]
+    asked = settings.backend()
     # A backend that was named and cannot run leaves nothing to measure.
     turns = [] if any(row["operator"] == "cayley" for row in stuck) else orthogonality()
     return {

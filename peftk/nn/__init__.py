@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
-from ._base import AdapterLayer
-from ._kinds import KINDS, kind_of, why_unsupported
 from .adalora import AdaLoraConfig, AdaLoRALinear
 from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
+from .base.adapter_layer import AdapterLayer
+from .base.config import PeftConfig, PeftType, TaskType
+from .base.kinds import KINDS, kind_of, why_unsupported
 from .boft import BOFTConfig, BOFTConv2d, BOFTLinear
 from .c3a import C3AConfig, C3AConv2d, C3ALinear
-from .config import PeftConfig, PeftType, TaskType
 from .loha import LoHaConfig, LoHaConv2d, LoHaLinear
 from .lokr import LoKrConfig, LoKrConv2d, LoKrLinear
-from .lora import LoraConfig, LoRALinear
-from .lora_conv import LoRAConv2d
-from .lora_embedding import LoRAEmbedding
+from .lora import LoraConfig, LoRAConv2d, LoRAEmbedding, LoRALinear
 from .oft import OFTConfig, OFTConv2d, OFTLinear
-from .xlora_config import XLoraConfig
+from .xlora import XLoraConfig
 
 LAYERS: tuple[type[AdapterLayer], ...] = (
     LoRALinear,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..ops import _seed
-from ._base import Adapter, AdapterLayer
-from ._conv import convolve_with
-from ._kinds import call, features_of, settle_fan_in_fan_out
-from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
+from .base.adapter_layer import Adapter, AdapterLayer
+from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
+from .base.conv import convolve_with
+from .base.kinds import call, features_of, settle_fan_in_fan_out
 
 MAX_BLOCK = 65_536
 MAX_FACTORS = 16

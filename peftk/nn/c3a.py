@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ._base import Adapter, AdapterLayer
-from ._conv import convolution_beside, convolve_with
-from ._kinds import call, features_of
-from .config import PeftConfig, PeftType, check_choice, check_int, check_regex
+from .base.adapter_layer import Adapter, AdapterLayer
+from .base.config import PeftConfig, PeftType, check_choice, check_int, check_regex
+from .base.conv import convolution_beside, convolve_with
+from .base.kinds import call, features_of
 
 MAX_BLOCK = 2**20
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..ops import _seed
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
-from ._base import Adapter, AdapterLayer
-from ._conv import convolve, convolve_with
-from ._kinds import call, weight_shape
-from .config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
-from .lora_config import MAX_ALPHA, MAX_RANK
+from .base.adapter_layer import Adapter, AdapterLayer
+from .base.config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
+from .base.conv import convolve, convolve_with
+from .base.kinds import call, weight_shape
+from .lora.config import MAX_ALPHA, MAX_RANK
 
 
 @dataclass

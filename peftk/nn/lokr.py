@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..ops import _seed
-from ._base import Adapter, AdapterLayer
-from ._conv import convolve_with
-from ._kinds import call, weight_shape
-from .config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns
-from .lora_config import MAX_RANK
+from .base.adapter_layer import Adapter, AdapterLayer
+from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns
+from .base.conv import convolve_with
+from .base.kinds import call, weight_shape
+from .lora.config import MAX_RANK
 
 MAX_FULL_RANK = 2**53
 """Largest rank and alpha. A rank from half of a factor's size on means the whole matrix, whatever it is: LyCORIS' users

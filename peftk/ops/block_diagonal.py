@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _registry
-from .._tuning import power_bucket
+from ..runtime import registry
+from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
 from ._checks import autocast_input, cast, check_frozen, check_shape, check_tensor, ordinary
 
@@ -116,7 +116,7 @@ def _rows(x: Tensor) -> int:
     return x.numel() // max(x.shape[-1], 1)
 
 
-_rotate = _registry.define(
+_rotate = registry.define(
     "block_diagonal",
     "block_rotate(Tensor x, Tensor blocks, bool transpose) -> Tensor",
     fake=lambda x, blocks, transpose: x.new_empty(x.shape),
@@ -125,7 +125,7 @@ _rotate = _registry.define(
     prepare=_prepare_rotate,
 )
 
-_rotate_backward = _registry.define(
+_rotate_backward = registry.define(
     "block_diagonal",
     "block_rotate_backward(Tensor grad, Tensor x, Tensor blocks, bool transpose, bool need_x, bool need_blocks)"
     " -> (Tensor, Tensor)",
@@ -137,7 +137,7 @@ _rotate_backward = _registry.define(
     bucket=lambda grad, x, blocks, *_: power_bucket(_rows(x), x.shape[-1], blocks.shape[-1]),
 )
 
-_rotate_linear = _registry.define(
+_rotate_linear = registry.define(
     "block_diagonal",
     "block_rotate_linear(Tensor x, Tensor weight, Tensor? bias, Tensor blocks) -> Tensor",
     fake=lambda x, weight, bias, blocks: x.new_empty(*x.shape[:-1], weight.shape[0]),
@@ -146,7 +146,7 @@ _rotate_linear = _registry.define(
     prepare=_prepare_linear,
 )
 
-_rotate_linear_backward = _registry.define(
+_rotate_linear_backward = registry.define(
     "block_diagonal",
     "block_rotate_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor blocks, bool need_x,"
     " bool need_blocks, bool need_bias) -> (Tensor, Tensor, Tensor)",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _registry
-from .._tuning import power_bucket
+from ..runtime import registry
+from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
 from ._checks import autocast_input, cast, check_tensor
 
@@ -79,7 +79,7 @@ def _multiply_flops(x: torch.Size, factors: torch.Size, *_args: object, **_kwarg
     return 2 * x.numel() * factors[0] * factors[2]
 
 
-_compose = _registry.define(
+_compose = registry.define(
     "butterfly",
     "butterfly_compose(Tensor factors) -> Tensor",
     fake=lambda factors: factors.new_empty(
@@ -92,7 +92,7 @@ _compose = _registry.define(
     prepare=_prepare_compose,
 )
 
-_compose_backward = _registry.define(
+_compose_backward = registry.define(
     "butterfly",
     "butterfly_compose_backward(Tensor grad, Tensor factors) -> Tensor",
     fake=lambda grad, factors: factors.new_empty(factors.shape),
@@ -100,7 +100,7 @@ _compose_backward = _registry.define(
     bucket=lambda grad, factors: power_bucket(factors.shape[1] * factors.shape[2], *factors.shape[::2]),
 )
 
-_multiply = _registry.define(
+_multiply = registry.define(
     "butterfly",
     "butterfly_multiply(Tensor x, Tensor factors) -> Tensor",
     fake=lambda x, factors: x.new_empty(x.shape),
@@ -109,7 +109,7 @@ _multiply = _registry.define(
     prepare=_prepare_multiply,
 )
 
-_multiply_backward = _registry.define(
+_multiply_backward = registry.define(
     "butterfly",
     "butterfly_multiply_backward(Tensor grad, Tensor x, Tensor factors, bool need_x, bool need_factors)"
     " -> (Tensor, Tensor)",
@@ -123,7 +123,7 @@ _multiply_backward = _registry.define(
     bucket=lambda grad, x, factors, *_: power_bucket(x.numel() // x.shape[-1], x.shape[-1], *factors.shape[::2]),
 )
 
-_scale = _registry.define(
+_scale = registry.define(
     "butterfly",
     "scale_channels(Tensor x, Tensor scale, Tensor? bias, SymInt inner) -> Tensor",
     fake=lambda x, scale, bias, inner: x.new_empty(x.shape),
@@ -132,7 +132,7 @@ _scale = _registry.define(
     prepare=_prepare_scale,
 )
 
-_scale_backward = _registry.define(
+_scale_backward = registry.define(
     "butterfly",
     "scale_channels_backward(Tensor grad, Tensor x, Tensor scale, Tensor? bias, SymInt inner, bool need_x,"
     " bool need_scale, bool need_bias) -> (Tensor, Tensor, Tensor)",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _registry
-from .._tuning import power_bucket
+from ..runtime import registry
+from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
 from ._checks import check_tensor
 
@@ -58,7 +58,7 @@ def _bucket(count: int, size: int, polynomial: list) -> tuple:
     return (*power_bucket(count, size), bool(polynomial))
 
 
-_forward = _registry.define(
+_forward = registry.define(
     "cayley",
     "cayley(Tensor skew, int block_size, float[] polynomial) -> Tensor",
     fake=lambda skew, block_size, polynomial: skew.new_empty(skew.shape[0], block_size, block_size),
@@ -67,7 +67,7 @@ _forward = _registry.define(
     prepare=_prepare,
 )
 
-_backward = _registry.define(
+_backward = registry.define(
     "cayley",
     "cayley_backward(Tensor grad, Tensor skew, Tensor blocks, float[] polynomial) -> Tensor",
     fake=lambda grad, skew, blocks, polynomial: skew.new_empty(skew.shape),

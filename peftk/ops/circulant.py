@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _registry
-from .._tuning import power_bucket
+from ..runtime import registry
+from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
 from ._circulant_arguments import Scale, prepare_add, prepare_conv, prepare_linear, prepare_weight
 
@@ -55,7 +55,7 @@ def _gradients(x: Tensor, kernel: Tensor, need_x: bool, need_kernel: bool) -> tu
     return x.new_empty(x.shape if need_x else 0), kernel.new_empty(kernel.shape if need_kernel else 0)
 
 
-_conv = _registry.define(
+_conv = registry.define(
     "circulant",
     "circular_conv(Tensor x, Tensor kernel, float scale) -> Tensor",
     fake=lambda x, kernel, scale: x.new_empty(_out_shape(x, kernel)),
@@ -64,7 +64,7 @@ _conv = _registry.define(
     prepare=prepare_conv,
 )
 
-_add = _registry.define(
+_add = registry.define(
     "circulant",
     "circular_conv_add(Tensor base, Tensor x, Tensor kernel, float scale) -> Tensor",
     fake=lambda base, x, kernel, scale: base.new_empty(base.shape),
@@ -74,7 +74,7 @@ _add = _registry.define(
 )
 
 _conv_backward, _add_backward = (
-    _registry.define(
+    registry.define(
         "circulant",
         f"{name}_backward(Tensor grad, Tensor x, Tensor kernel, float scale, bool need_x, bool need_kernel)"
         " -> (Tensor, Tensor)",
@@ -85,7 +85,7 @@ _conv_backward, _add_backward = (
     for name in ("circular_conv", "circular_conv_add")
 )
 
-_linear = _registry.define(
+_linear = registry.define(
     "circulant",
     "circulant_linear(Tensor x, Tensor weight, Tensor? bias, Tensor kernel, float scale) -> Tensor",
     fake=lambda x, weight, bias, kernel, scale: x.new_empty(_out_shape(x, kernel)),
@@ -94,7 +94,7 @@ _linear = _registry.define(
     prepare=prepare_linear,
 )
 
-_linear_backward = _registry.define(
+_linear_backward = registry.define(
     "circulant",
     "circulant_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor kernel, float scale, bool need_x,"
     " bool need_kernel, bool need_bias) -> (Tensor, Tensor, Tensor)",
@@ -106,7 +106,7 @@ _linear_backward = _registry.define(
     bucket=lambda grad, x, weight, kernel, *_: _bucket(x, kernel),
 )
 
-_weight = _registry.define(
+_weight = registry.define(
     "circulant",
     "circulant_weight(Tensor weight, Tensor kernel, float scale) -> Tensor",
     fake=lambda weight, kernel, scale: weight.new_empty(weight.shape),
@@ -115,7 +115,7 @@ _weight = _registry.define(
     prepare=prepare_weight,
 )
 
-_weight_backward = _registry.define(
+_weight_backward = registry.define(
     "circulant",
     "circulant_weight_backward(Tensor grad, Tensor kernel, float scale) -> Tensor",
     fake=lambda grad, kernel, scale: kernel.new_empty(kernel.shape),

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _registry
-from .._tuning import power_bucket
+from ..runtime import registry
+from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
 from ._checks import autocast_input, cast, check_scale, check_scale_tensor, check_shape, check_tensor, fold_zero
 from .low_rank import _check_add, _fits_add, _low_rank_flops, _rows, _wanted
@@ -92,7 +92,7 @@ def _rescued(norms: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) 
     return norms
 
 
-_norm = _registry.define(
+_norm = registry.define(
     "dora",
     "dora_norm(Tensor weight, Tensor a, Tensor b, float scale) -> Tensor",
     fake=lambda weight, a, b, scale: b.new_empty(weight.shape[0]),
@@ -104,7 +104,7 @@ _norm = _registry.define(
 
 _ARGUMENTS = "Tensor a, Tensor b, Tensor gain, Tensor? bias, float scale"
 
-_compose = _registry.define(
+_compose = registry.define(
     "dora",
     f"dora_compose(Tensor base, Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)",
     fake=lambda base, x, a, *_: (base.new_empty(base.shape), x.new_empty(*x.shape[:-1], a.shape[0])),
@@ -130,7 +130,7 @@ def _gradients(
     return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True))
 
 
-_compose_backward = _registry.define(
+_compose_backward = registry.define(
     "dora",
     f"dora_compose_backward(Tensor grad, Tensor base, Tensor x, Tensor hidden, {_ARGUMENTS},"
     " bool need_base, bool need_x, bool need_a, bool need_b, bool need_gain, bool need_bias)"

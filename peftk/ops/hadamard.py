@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _registry
-from .._tuning import power_bucket
+from ..runtime import registry
+from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
 from ._checks import FLOATING, check_scale, check_scale_tensor, check_tensor, ordinary
 
@@ -116,7 +116,7 @@ _FACTORS = "Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b"
 _NEEDS = "bool need_w1_a, bool need_w1_b, bool need_w2_a, bool need_w2_b"
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
 
-_khatri_rao = _registry.define(
+_khatri_rao = registry.define(
     "hadamard",
     f"khatri_rao({_FACTORS}, ScalarType? dtype) -> (Tensor, Tensor)",
     fake=_fake_factors,
@@ -125,7 +125,7 @@ _khatri_rao = _registry.define(
     prepare=_prepare_khatri_rao,
 )
 
-_khatri_rao_backward = _registry.define(
+_khatri_rao_backward = registry.define(
     "hadamard",
     f"khatri_rao_backward(Tensor grad_a, Tensor grad_b, {_FACTORS}, {_NEEDS}) -> {_RESULTS}",
     fake=lambda grad_a, grad_b, w1_a, w1_b, w2_a, w2_b, *needs: _gradients(w1_a, w1_b, w2_a, w2_b, needs),
@@ -133,7 +133,7 @@ _khatri_rao_backward = _registry.define(
     bucket=lambda grad_a, grad_b, *args: _bucket(*args),
 )
 
-_weight = _registry.define(
+_weight = registry.define(
     "hadamard",
     f"hadamard_weight(Tensor weight, {_FACTORS}, float scale) -> Tensor",
     fake=lambda weight, *_: weight.new_empty(weight.shape),
@@ -142,7 +142,7 @@ _weight = _registry.define(
     prepare=_prepare_weight,
 )
 
-_weight_backward = _registry.define(
+_weight_backward = registry.define(
     "hadamard",
     f"hadamard_weight_backward(Tensor grad, {_FACTORS}, float scale, {_NEEDS}) -> {_RESULTS}",
     fake=lambda grad, w1_a, w1_b, w2_a, w2_b, scale, *needs: _gradients(w1_a, w1_b, w2_a, w2_b, needs),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _registry
-from .._tuning import power_bucket
+from ..runtime import registry
+from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
 from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, ordinary
 
@@ -140,7 +140,7 @@ def _gradients(x: Tensor, w1: Tensor, w2: Tensor, need_x: bool, need_w1: bool, n
 _FACTORS = "Tensor w1, Tensor w2, float scale"
 _NEEDS = "bool need_x, bool need_w1, bool need_w2"
 
-_add = _registry.define(
+_add = registry.define(
     "kronecker",
     f"kronecker_add(Tensor base, Tensor x, {_FACTORS}) -> Tensor",
     fake=lambda base, x, *_: base.new_empty(base.shape),
@@ -149,7 +149,7 @@ _add = _registry.define(
     prepare=_prepare_add,
 )
 
-_add_backward = _registry.define(
+_add_backward = registry.define(
     "kronecker",
     f"kronecker_add_backward(Tensor grad, Tensor x, {_FACTORS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
     fake=lambda grad, x, w1, w2, scale, *needs: _gradients(x, w1, w2, *needs),
@@ -157,7 +157,7 @@ _add_backward = _registry.define(
     bucket=lambda grad, x, w1, w2, *_: _bucket(x, w1, w2),
 )
 
-_linear = _registry.define(
+_linear = registry.define(
     "kronecker",
     f"kronecker_linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}) -> Tensor",
     fake=lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
@@ -166,7 +166,7 @@ _linear = _registry.define(
     prepare=_prepare_linear,
 )
 
-_linear_backward = _registry.define(
+_linear_backward = registry.define(
     "kronecker",
     f"kronecker_linear_backward(Tensor grad, Tensor x, Tensor weight, {_FACTORS}, {_NEEDS}, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -178,7 +178,7 @@ _linear_backward = _registry.define(
     bucket=lambda grad, x, weight, w1, w2, *_: _bucket(x, w1, w2),
 )
 
-_weight = _registry.define(
+_weight = registry.define(
     "kronecker",
     f"kronecker_weight(Tensor weight, {_FACTORS}) -> Tensor",
     fake=lambda weight, *_: weight.new_empty(weight.shape),
@@ -187,7 +187,7 @@ _weight = _registry.define(
     prepare=_prepare_weight,
 )
 
-_weight_backward = _registry.define(
+_weight_backward = registry.define(
     "kronecker",
     f"kronecker_weight_backward(Tensor grad, {_FACTORS}, bool need_w1, bool need_w2) -> (Tensor, Tensor)",
     fake=lambda grad, w1, w2, scale, *needs: _gradients(grad, w1, w2, False, *needs)[1:],

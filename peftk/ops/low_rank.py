@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _registry
-from .._tuning import power_bucket
+from ..runtime import registry
+from ..runtime.timings import power_bucket
 from . import _seed
 from ._autograd import apply, run_backward
 from ._checks import (
@@ -231,7 +231,7 @@ def _gradients(
 _FACTORS = "Tensor a, Tensor b, Tensor? gate, float scale, float dropout_p, Tensor? seed"
 _NEEDS = "bool need_x, bool need_a, bool need_b, bool need_gate"
 
-_add = _registry.define(
+_add = registry.define(
     "low_rank",
     f"low_rank_add(Tensor base, Tensor x, {_FACTORS}) -> (Tensor, Tensor)",
     fake=lambda base, x, a, *_: (base.new_empty(base.shape), _hidden(x, a)),
@@ -240,7 +240,7 @@ _add = _registry.define(
     prepare=_prepare_add,
 )
 
-_add_backward = _registry.define(
+_add_backward = registry.define(
     "low_rank",
     f"low_rank_add_backward(Tensor grad, Tensor x, Tensor hidden, {_FACTORS}, {_NEEDS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -249,7 +249,7 @@ _add_backward = _registry.define(
     bucket=lambda grad, x, hidden, a, b, *_: power_bucket(_rows(x), b.shape[0], *reversed(a.shape)),
 )
 
-_linear = _registry.define(
+_linear = registry.define(
     "low_rank",
     f"low_rank_linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}) -> (Tensor, Tensor)",
     fake=lambda x, weight, bias, a, *_: (x.new_empty(*x.shape[:-1], weight.shape[0]), _hidden(x, a)),
@@ -258,7 +258,7 @@ _linear = _registry.define(
     prepare=_prepare_linear,
 )
 
-_linear_backward = _registry.define(
+_linear_backward = registry.define(
     "low_rank",
     f"low_rank_linear_backward(Tensor grad, Tensor x, Tensor hidden, Tensor weight, {_FACTORS}, {_NEEDS},"
     " bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

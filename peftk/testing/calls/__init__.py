@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _registry
 from ... import ops as _ops
+from ...runtime import registry
 from ..compare import LIMITS, error
 from ._kind import Kind, kernel
 
@@ -107,7 +107,7 @@ class Call:
 
     def reason(self, backend: str, arguments: tuple) -> str | None:
         """Return None if a backend can run the call, else why it cannot."""
-        return _registry.OPERATORS[self.operator].reason(backend, arguments)
+        return registry.OPERATORS[self.operator].reason(backend, arguments)
 
     def bind(self, backend: str, arguments: tuple) -> Callable[[], Any]:
         """Return a function that runs the call on one backend, without the registry.

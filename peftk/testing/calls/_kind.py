@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ... import _registry
+from ...runtime import registry
 
 
 class Normal(Protocol):
@@ -57,7 +57,7 @@ def kernel(operator: str, backend: str) -> Callable:
     Raises:
         RuntimeError: if the backend has no such kernel.
     """
-    found = _registry.OPERATORS[operator].kernel(backend)
+    found = registry.OPERATORS[operator].kernel(backend)
     if isinstance(found, str):
         raise RuntimeError(f"backend: expected one that can run {operator}; got {backend!r}, which cannot: {found}")
     return found[0]

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import _config, _registry, ops
+from ... import ops
+from ...runtime import registry, settings
 from ..compare import LIMITS, error
 from ._trial import Report, Trial
 from .cayley import orthogonality
@@ -54,13 +55,13 @@ def run_trial(trial: Trial, backend: str) -> Report:
         "limit": limit,
         "reason": None,
     }
-    explained = _registry.explain(trial.operator, **trial.inputs, **trial.options)
+    explained = registry.explain(trial.operator, **trial.inputs, **trial.options)
     reason = next(c.reason for c in explained.candidates if c.backend == backend)
     if reason is not None:
         return found | {"status": "unavailable", "reason": reason}
     truth = _forward_backward(trial.formula, trial.inputs, torch.float64)
     try:
-        with _config.use_backend(backend):
+        with settings.use_backend(backend):
             results = _forward_backward(trial.call, trial.inputs, torch.float32)
     except Exception as failure:  # whatever a broken kernel raises is what the report is for
         return found | {"reason": f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"}

@@ -1,0 +1,1 @@
+"""The backends, one package each; that of Triton is `peftk.triton_kernels`."""

@@ -1,0 +1,102 @@
+"""Block rotation in C++ on the CPU and in CUDA; the product with the frozen weight stays in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ._supports import device_reason, supports_activations
+
+# Looked up once: the look-up of an operator by name costs as much as a small kernel.
+_rotate = torch.ops.peftk_native.block_rotate.default
+_rotate_backward = torch.ops.peftk_native.block_rotate_backward.default
+
+CUDA_SIZES = range(2, 17)
+"""Block sizes of the CUDA kernels: above, matrix instructions are faster, and Triton has them."""
+
+
+def _reason(x: Tensor, blocks: Tensor) -> str | None:
+    if not x.is_cuda:
+        return supports_activations(x)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take float32, bfloat16 and float16; got {x.dtype}"
+    if blocks.shape[-1] not in CUDA_SIZES:
+        return f"the CUDA kernels take blocks of {CUDA_SIZES[0]} to {CUDA_SIZES[-1]}; got {blocks.shape[-1]}"
+    return device_reason(x)
+
+
+def _matrices(blocks: Tensor) -> Tensor:
+    if blocks.dtype is torch.float32 and blocks.is_contiguous():
+        return blocks
+    return blocks.float().contiguous()
+
+
+def block_rotate_supports(x: Tensor, blocks: Tensor, transpose: bool) -> str | None:
+    """Return None, or why C++ cannot rotate x."""
+    return _reason(x, blocks)
+
+
+def block_rotate(x: Tensor, blocks: Tensor, transpose: bool) -> Tensor:
+    """See `peftk.functional.block_rotate`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _rotate(x, _matrices(blocks), transpose, out)
+    return out
+
+
+def _backward(grad: Tensor, x: Tensor, blocks: Tensor, transpose: bool, dx: Tensor, need_blocks: bool) -> Tensor:
+    matrices = _matrices(blocks)
+    dblocks = torch.empty(matrices.shape if need_blocks else 0, dtype=torch.float32, device=grad.device)
+    _rotate_backward(grad, x.contiguous(), matrices, transpose, dx, dblocks)
+    return dblocks.to(blocks.dtype)
+
+
+def block_rotate_backward_supports(grad: Tensor, x: Tensor, blocks: Tensor, *args: object) -> str | None:
+    """Return None, or why C++ cannot run the backward pass."""
+    return _reason(grad, blocks)
+
+
+def block_rotate_backward(
+    grad: Tensor, x: Tensor, blocks: Tensor, transpose: bool, need_x: bool, need_blocks: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `block_rotate` in x and in the blocks; an empty tensor for one not needed."""
+    dx = torch.empty(grad.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
+    return dx, _backward(grad.contiguous(), x, blocks, transpose, dx, need_blocks)
+
+
+def block_rotate_linear_supports(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> str | None:
+    """Return None, or why C++ cannot rotate x."""
+    return _reason(x, blocks)
+
+
+def block_rotate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor:
+    """See `peftk.functional.block_rotate_linear`."""
+    return linear(block_rotate(x, blocks, False), weight, bias)
+
+
+def block_rotate_linear_backward_supports(
+    grad: Tensor, x: Tensor, weight: Tensor, blocks: Tensor, *args: object
+) -> str | None:
+    """Return None, or why C++ cannot run the backward pass."""
+    return _reason(grad, blocks)
+
+
+def block_rotate_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor,
+    need_x: bool,
+    need_blocks: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
+    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
+    if not (need_x or need_blocks):
+        return grad.new_empty(0), blocks.new_empty(0), dbias
+    product = grad @ weight
+    # The gradient of x takes the place of the product: one full-size buffer less.
+    dx = product if need_x else product.new_empty(0)
+    return dx, _backward(product, x, blocks, False, dx, need_blocks), dbias

@@ -1,0 +1,239 @@
+"""The low-rank product on the CPU: large products are torch's own, in place; thin ones and dropout are C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ..torch._philox import dropout_threshold
+from ._supports import supports_activations
+
+# Looked up once: the look-up of an operator by name costs as much as a small kernel.
+_fused = torch.ops.peftk_native.low_rank.default
+_fused_backward = torch.ops.peftk_native.low_rank_backward.default
+_dropout = torch.ops.peftk_native.dropout.default
+
+
+def _reason(x: Tensor, seed: Tensor | None) -> str | None:
+    if not x.is_cpu:
+        return f"the C++ kernels take CPU tensors; got one on {x.device}"
+    return None if seed is None else supports_activations(x)
+
+
+def _dropout_(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor) -> Tensor:
+    _dropout(x, int(seed), dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p), out)
+    return out
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """Undo `_as_rows`: give rows the leading dimensions of x."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
+
+
+def _dropped_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    rows = _as_rows(x)
+    if seed is None:
+        return rows
+    return _dropout_(rows.contiguous(), dropout_p, seed, rows.new_empty(rows.shape))
+
+
+def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return hidden
+    return (hidden * (gate if gate.dim() == 1 else _as_rows(gate))).to(hidden.dtype)
+
+
+def _scaled_(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x.mul_(scale)
+
+
+# The range in which one pass in C++ beats the separate products of torch's libraries.
+_THIN_RANK = 32
+_THIN_ROWS = 64
+
+
+def _thin(rows: Tensor, rank: int) -> bool:
+    return rows.dtype is torch.float32 and rank <= _THIN_RANK and rows.shape[0] >= _THIN_ROWS
+
+
+def _gate_rows(gate: Tensor | None) -> Tensor | None:
+    if gate is None:
+        return None
+    return (gate if gate.dim() == 1 else _as_rows(gate)).contiguous()
+
+
+def shrink(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the rank-sized product alone, ``rows @ a.T``."""
+    if not _thin(rows, a.shape[0]):
+        return linear(rows, a)
+    hidden = rows.new_empty(rows.shape[0], a.shape[0])
+    _fused(rows.contiguous(), a.contiguous(), b.contiguous(), None, 1.0, rows.new_empty(0), hidden)
+    return hidden
+
+
+def _expand_(
+    out: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Add the low-rank product onto a contiguous buffer that nobody else holds; return the rank-sized product."""
+    rows, sums = _dropped_rows(x, dropout_p, seed), _as_rows(out)
+    if _thin(rows, a.shape[0]):
+        hidden = rows.new_empty(rows.shape[0], a.shape[0])
+        _fused(rows.contiguous(), a.contiguous(), b.contiguous(), _gate_rows(gate), scale, sums, hidden)
+    else:
+        hidden = linear(rows, a)
+        sums.addmm_(_gated(hidden, gate), b.mT, alpha=scale)
+    return _like(hidden, x)
+
+
+def low_rank_add_supports(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> str | None:
+    """Return None, or why the call cannot run in place."""
+    if base.dtype is not x.dtype:
+        return f"base and x must share a dtype to be accumulated in place; got {base.dtype} and {x.dtype}"
+    return _reason(x, seed)
+
+
+def low_rank_add(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
+    if _thin(_as_rows(x), a.shape[0]):
+        out = base.clone(memory_format=torch.contiguous_format)
+        return out, _expand_(out, x, a, b, gate, scale, dropout_p, seed)
+    hidden = linear(_dropped_rows(x, dropout_p, seed), a)
+    rows = torch.addmm(_as_rows(base), _gated(hidden, gate), b.mT, alpha=scale)
+    return _like(rows, base), _like(hidden, x)
+
+
+def low_rank_linear_supports(x: Tensor, *args: object) -> str | None:
+    """Return None, or why the call cannot run in place."""
+    return _reason(x, args[-1])
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the rank-sized product; see `peftk.functional.low_rank_linear`."""
+    # Base first: where b is zero, the output keeps every bit of the base layer's.
+    y = linear(x, weight, bias)
+    return y, _expand_(y, x, a, b, gate, scale, dropout_p, seed)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, hidden, dropped = _as_rows(grad), _as_rows(hidden), _as_rows(x)
+    if need_a and seed is not None:
+        dropped = _dropped_rows(x, dropout_p, seed)
+    thin = _thin(rows, a.shape[0])
+    # Without a mask the thin product is added onto the large one: it costs less than a fresh buffer of its own.
+    onto_product = weight is not None and seed is None
+    dx = da = db = dgate = grad.new_empty(0)
+    if need_x:
+        if onto_product:
+            dx = torch.mm(rows, weight)
+        else:
+            dx = rows.new_zeros(dropped.shape)
+    if thin:
+        da, db = a.new_empty(a.shape) if need_a else da, b.new_empty(b.shape) if need_b else db
+        dgate = gate.new_empty(gate.shape) if need_gate else dgate
+        _fused_backward(
+            *(rows.contiguous(), dropped.contiguous(), hidden, a.contiguous(), b.contiguous(), _gate_rows(gate)),
+            *(scale, dx, da, db, dgate),
+        )
+    else:
+        dhidden = _scaled_(torch.mm(rows, b), scale)
+        if need_b:
+            db = _scaled_(torch.mm(rows.mT, _gated(hidden, gate)), scale)
+        if need_gate:
+            dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
+            dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
+        dhidden = _gated(dhidden, gate)
+        if need_a:
+            da = torch.mm(dhidden.mT, dropped)
+        if need_x:
+            dx.addmm_(dhidden, a)
+    if need_x:
+        if seed is not None:
+            _dropout_(dx, dropout_p, seed, dx)
+        if weight is not None and not onto_product:
+            dx.addmm_(rows, weight)
+        dx = _like(dx, x)
+    return dx, da, db, dgate
+
+
+def low_rank_add_backward_supports(grad: Tensor, x: Tensor, hidden: Tensor, *args: object) -> str | None:
+    """Return None, or why the backward pass cannot run in place."""
+    return _reason(x, args[5])
+
+
+def low_rank_add_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, a: Tensor, b: Tensor, *args: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
+    return _gradients(grad, x, hidden, None, a, b, *args)
+
+
+def low_rank_linear_backward_supports(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *args: object
+) -> str | None:
+    """Return None, or why the backward pass cannot run in place."""
+    return _reason(x, args[5])
+
+
+def low_rank_linear_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, a: Tensor, b: Tensor, *args: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b, the gate and the bias; an empty tensor for one not needed."""
+    *args, need_bias = args
+    dbias = _as_rows(grad).sum(0) if need_bias else grad.new_empty(0)
+    return *_gradients(grad, x, hidden, weight, a, b, *args), dbias

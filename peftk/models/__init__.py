@@ -1,0 +1,1 @@
+"""Whole models: which layers are adapted, adding, switching, merging, saving and loading adapters."""

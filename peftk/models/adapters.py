@@ -1,0 +1,420 @@
+"""The adapters of one model: which exist, which are active, and how they are merged and removed."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import AdaLoraConfig, PeftConfig
+from ..nn.adalora.rank_allocator import RankAllocator, orthogonality_loss
+from ..nn.base.adapter_layer import AdapterLayer
+from ..nn.base.config import check_adapter_name, check_int
+from ..nn.base.freezing import set_trainable
+from ..nn.base.merging import check_finite
+from ..nn.base.saved import ModulesToSaveWrapper
+from .plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
+from .targets import candidates, describe_unknown, places
+
+_MISSING = "Hugging Face PEFT has it, peftk lacks it"
+_XLORA = "it belongs to X-LoRA, and this model has no X-LoRA adapter"
+# What PEFT's models answer themselves. A base model asked in their place would do something else, or be blamed.
+ABSENT = {
+    "push_to_hub": f"{_MISSING}; save_pretrained writes the adapter to a folder, for huggingface_hub to upload",
+    "rankallocator": "no adapter of this model is a trainable AdaLoRA adapter",
+    "active_peft_config": "no adapter is active",
+    **dict.fromkeys(
+        (
+            "add_weighted_adapter",
+            "base_model_torch_dtype",
+            "create_or_update_model_card",
+            "get_model_config",
+            "get_prompt",
+            "get_prompt_embedding_to_save",
+            "has_active_enabled_adapter",
+            "inject_adapter",
+            "prepare_model_for_gradient_checkpointing",
+            "resize_modules_by_rank_pattern",
+            "resize_state_dict_by_rank_pattern",
+            "subtract_mutated_init",
+            "supports_lora_conversion",
+            "uses_shared_state",
+        ),
+        _MISSING,
+    ),
+    **dict.fromkeys(
+        (
+            "clear_scalings_log",
+            "disable_scalings_logging",
+            "enable_scalings_logging",
+            "get_bucketed_scalings_log",
+            "get_global_scaling_weight",
+            "get_latest_scalings",
+            "get_scalings_log",
+            "set_global_scaling_weight",
+            "set_scaling_pass_value",
+            "set_topk_lora",
+        ),
+        _XLORA,
+    ),
+}
+
+
+class Tuner(nn.Module):
+    """Holds the adapted model under `model`, which gives parameters the names that PEFT gives them.
+
+    Args:
+        model: The base model; its layers are replaced in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapters: list[str] = []
+        self._allocators: dict[str, RankAllocator] = {}
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted model."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # X-LoRA's `model` is that of its `lora_model`.
+            if name in ("model", "lora_model") or name[:2] == "__":
+                raise
+        # Raised here, because the base model may have a method of this name that does something else.
+        if name in ABSENT:
+            raise AttributeError(f"PeftModel has no {name!r}: {ABSENT[name]}")
+        return getattr(self.model, name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Called before any module inside is loaded: a load that a merged layer refuses changes nothing.
+        for path, layer in self.layers():
+            layer.check_load(state_dict, f"{prefix}model.{path}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or the list of them if there is not exactly one."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+        """Yield the path and the layer of every adapted layer."""
+        for path, module in candidates(self.model).items():
+            if isinstance(module, AdapterLayer):
+                yield path, module
+
+    def wrappers(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+        """Yield the path and the wrapper of every module that is trained in full."""
+        for path, module in candidates(self.model).items():
+            if isinstance(module, ModulesToSaveWrapper):
+                yield path, module
+
+    def known(self, names: str | Sequence[str], argument: str = "adapter_name") -> list[str]:
+        """Return the names as a list, or raise ValueError if one of them does not exist."""
+        names = [names] if isinstance(names, str) else list(names)
+        missing = [name for name in names if name not in self.peft_config]
+        if missing:
+            raise ValueError(f"{argument}: unknown: {describe_unknown(map(str, missing), self.peft_config)}")
+        return names
+
+    # -- adding and choosing ----------------------------------------------------------------------------------
+
+    def check_new(self, name: str, config: PeftConfig) -> None:
+        """Raise unless an adapter of this name and configuration may be added."""
+        check_adapter_name(name)
+        if name in self.peft_config:
+            raise ValueError(f"adapter_name: {name!r} exists already; delete it or choose another name")
+        for other, present in self.peft_config.items():
+            if type(present) is not type(config) and (present._alone or config._alone):
+                raise ValueError(
+                    f"peft_config: {config.peft_type.value} cannot be added to a model with adapter {other!r}, which "
+                    f"is {present.peft_type.value}; one of the two must be the only method of its model"
+                )
+        with_bias = [other for other, c in self.peft_config.items() if c.bias_mode != "none"]
+        if with_bias and config.bias_mode != "none":
+            raise ValueError(
+                f"bias: adapter {with_bias[0]!r} trains biases of the base model already, and only one adapter can; "
+                f"use bias='none', got {config.bias_mode!r}"
+            )
+
+        trained = self._trained_adalora()
+        if trained and isinstance(config, AdaLoraConfig) and not config.inference_mode:
+            raise ValueError(
+                f"inference_mode: adapter {trained[0]!r} is a trainable AdaLoRA adapter already, and only one can be; "
+                "set inference_mode=True for the others"
+            )
+
+    def plan(self, name: str, config: PeftConfig, **options: Any) -> Plan:
+        """Make all tensors of a new adapter without touching the model; see `make_plan`."""
+        return make_plan(self.model, name, config, **options)
+
+    def plan_of(self, name: str) -> Plan:
+        """Describe an adapter that the model has already."""
+        return plan_of(self.model, name, self.peft_config[name])
+
+    def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
+        """Map every key of an adapter's file to its tensor; see `file_tensors`."""
+        return file_tensors(self.model, plan)
+
+    def commit(self, plan: Plan) -> None:
+        """Add a planned adapter. The first one becomes active; a later one waits for `set_adapter`."""
+        first = not self.peft_config
+        if first:
+            self.model.requires_grad_(False)
+        attach(self.model, plan)
+        self.peft_config[plan.name] = plan.config
+        if first:
+            self.set_adapter(plan.name, inference_mode=plan.config.inference_mode)
+        else:
+            for _, layer in self.layers():
+                layer.active_adapters = list(self.active_adapters)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters, and no others, active and (unless `inference_mode`) trainable."""
+        names = self.known(adapter_name)
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.check_set_adapter(names)
+        self._check_unmerge()
+        for _, wrapper in self.wrappers():
+            wrapper.set_adapter(names, inference_mode)
+        for _, layer in self.layers():
+            layer.set_adapter(names, inference_mode)
+        self.active_adapters = names
+        for name in [n for n in self.peft_config if n not in names] + names:
+            for _, bias in biases(self.model, plan_of(self.model, name, self.peft_config[name])):
+                set_trainable(bias, name in names and not inference_mode)
+        # With bias="all" the originals of fully trained modules are listed too; they are never trained.
+        for _, wrapper in self.wrappers():
+            wrapper.original_module.requires_grad_(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters without activating them."""
+        names = self.known(adapter_names, "adapter_names")
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.set_requires_grad(names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the only active one, the first that remains becomes active."""
+        self.known(adapter_name)
+        merged = [path for path, layer in self.layers() if adapter_name in layer.merged_adapters]
+        if merged:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is merged into {merged[0]!r}; unmerge it before deleting it"
+            )
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        self._allocators.pop(adapter_name, None)
+        remaining = [name for name in self.active_adapters if name != adapter_name]
+        if not remaining and self.active_adapters and self.peft_config:
+            remaining = [next(iter(self.peft_config))]
+            warnings.warn(f"delete_adapter: {adapter_name!r} was active; {remaining[0]!r} is active now", stacklevel=3)
+            self.set_adapter(remaining)
+        self.active_adapters = remaining
+
+    # -- AdaLoRA ----------------------------------------------------------------------------------------------
+
+    def _trained_adalora(self) -> list[str]:
+        return [n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        """What chooses the ranks of the trainable AdaLoRA adapter.
+
+        Raises:
+            AttributeError: There is none; any other exception would break `hasattr` and whatever walks over a module.
+        """
+        if not self._trained_adalora():
+            raise AttributeError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
+        return self._allocator()
+
+    def _allocator(self) -> RankAllocator:
+        names = self._trained_adalora()
+        if not names:
+            raise ValueError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
+        if names[0] not in self._allocators:
+            layers = [(path, layer) for path, layer in self.layers() if names[0] in layer.adapter_names]
+            self._allocators[names[0]] = RankAllocator(layers, names[0], self.peft_config[names[0]])
+        return self._allocators[names[0]]
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Prune the trainable AdaLoRA adapter; see `PeftModel.update_and_allocate`."""
+        check_int("global_step", global_step, 0, 2**63)
+        self._allocator().update_and_allocate(global_step)
+
+    def orthogonality_loss(self) -> Tensor:
+        """Return the term that keeps A and B of AdaLoRA orthogonal; see `PeftModel.orthogonality_loss`."""
+        allocator = self._allocator()
+        return allocator.config.orth_reg_weight * orthogonality_loss(allocator.layers, allocator.adapter_name)
+
+    def pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned."""
+        config = self.peft_config[name]
+        if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
+            for path, layer in self.layers():
+                if name in layer.adapter_names:
+                    layer.prune(name, config.kept_triplets(path), tensors, f"{PREFIX}{path}.")
+        return tensors
+
+    # -- switching off ----------------------------------------------------------------------------------------
+
+    def enable_adapter_layers(self) -> None:
+        """Switch all adapters on."""
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off; merged layers are unmerged."""
+        for name in self.active_adapters:
+            mode = self.peft_config[name].bias_mode
+            if mode != "none":
+                warnings.warn(
+                    f"disable_adapter: adapter {name!r} trains biases of the base model (bias={mode!r}), so the output "
+                    "is not that of the original model",
+                    stacklevel=3,
+                )
+        self._check_unmerge()
+        for _, module in (*self.layers(), *self.wrappers()):
+            module.enable_adapters(False)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switch all adapters off for a block, and restore every layer exactly, merged ones too."""
+        modules = [module for _, module in (*self.layers(), *self.wrappers())]
+        was_disabled = [module.disable_adapters for module in modules]
+        was_merged = [(m, *_merge_state(m)) for m in modules if isinstance(m, AdapterLayer) and m.merged]
+        try:
+            self.disable_adapter_layers()
+            yield
+        finally:
+            for module, disabled in zip(modules, was_disabled, strict=True):
+                module.disable_adapters = disabled
+            for layer, names, keep_base in was_merged:
+                if not layer.merged:
+                    layer.merge(adapter_names=names, keep_base=keep_base)
+
+    # -- merging and removing ---------------------------------------------------------------------------------
+
+    def _check_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
+        names = self.known(self.active_adapters if adapter_names is None else adapter_names, "adapter_names")
+        owners: dict[int, list[str]] = {}
+        held = places(self.model)
+        for _, module in self.model.named_modules():
+            for key, parameter in module._parameters.items():
+                owners.setdefault(id(parameter), []).extend(f"{path}.{key}" for path in held.get(id(module), ()))
+        for path, layer in self.layers():
+            try:
+                layer.check_merge(names)
+            except ValueError as error:
+                raise ValueError(f"module {path!r}: {error}") from None
+            if not any(name in layer.adapter_names for name in names):
+                continue
+            sharing = owners[id(layer.base_layer.weight)]
+            if len(sharing) > 1:
+                raise ValueError(
+                    f"merge: the weight of {path!r} is shared by {sharing}, and merging would change all of them; give "
+                    "the layer a copy of the weight first"
+                )
+        return names
+
+    def _check_unmerge(self) -> None:
+        for path, layer in self.layers():
+            try:
+                layer.check_written()
+            except ValueError as error:
+                raise ValueError(f"module {path!r}: {error}") from None
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, keep_base: str = "device"
+    ) -> None:
+        """Merge adapters into the base weights, in every layer or, if one of them fails, in none."""
+        names = self._check_merge(adapter_names)
+        done: list[tuple[AdapterLayer, list[str], str]] = []
+        try:
+            for _, layer in self.layers():
+                done.append((layer, *_merge_state(layer)))
+                layer.merge(safe_merge, names, keep_base=keep_base)
+        except BaseException:
+            for layer, before, where in done:
+                if layer.merged_adapters != before:
+                    layer.unmerge()
+                    layer.merge(adapter_names=before, keep_base=where)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit, or raise ValueError: see `AdapterLayer.unmerge`."""
+        self._check_unmerge()
+        for _, layer in self.layers():
+            if layer.merged:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters and return the base model without any adapter layer; see `PeftModel.merge_and_unload`."""
+        names = self._check_merge(adapter_names)
+        if safe_merge:
+            for path, layer in self.layers():
+                check_finite(layer.merged_tensors(names), names, f"of {path!r} ")
+        for path, layer in _progress(list(self.layers()), progressbar, "Merging"):
+            layer.merge(adapter_names=names)
+            replace_module(self.model, path, layer.unwrap())
+        for path, wrapper in list(self.wrappers()):
+            found = wrapper.check_set_adapter(names)
+            replace_module(self.model, path, wrapper.modules_to_save[found[0]] if found else wrapper.original_module)
+        _note_untied(self.model)
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """Return the base model with its original weights and modules; see `PeftModel.unload`."""
+        self.unmerge_adapter()
+        for path, layer in list(self.layers()):
+            replace_module(self.model, path, layer.unwrap())
+        for path, wrapper in list(self.wrappers()):
+            replace_module(self.model, path, wrapper.original_module)
+        return self.model
+
+
+def _merge_state(layer: AdapterLayer) -> tuple[list[str], str]:
+    kept: Tensor | None = layer._original.get("weight")
+    on_cpu = kept is not None and kept.device != layer.base_layer.weight.device and kept.device == torch.device("cpu")
+    return list(layer.merged_adapters), "cpu" if on_cpu else "device"
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Say in the configuration of a transformers model that its embeddings are tied no longer, if they are not.
+
+    Loading what is saved of it would tie them again, and lose one of the two.
+    """
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    weights = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        method = getattr(model, getter, None)
+        weights.append(getattr(method() if callable(method) else None, "weight", None))
+    if all(isinstance(weight, Tensor) for weight in weights) and weights[0].data_ptr() != weights[1].data_ptr():
+        model.config.tie_word_embeddings = False
+        warnings.warn(
+            "merge_and_unload: the input and output embeddings are no longer tied; tie_word_embeddings is set to False "
+            "in the configuration of the model",
+            stacklevel=4,
+        )
+
+
+def _progress(items: list, show: bool, description: str) -> Any:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description)

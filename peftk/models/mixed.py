@@ -1,0 +1,87 @@
+"""Batches that mix adapters: every sample with the LoRA adapter of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..nn import LoraConfig
+from ..nn.lora.layer import BASE, LoRALayer
+from .adapters import Tuner
+from .targets import describe_unknown
+
+
+class _Names(list):
+    """The adapter of every sample; generation may run several copies of each."""
+
+    def __init__(self, names: Sequence[str], copies: int) -> None:
+        super().__init__(names)
+        self.copies = copies
+
+    def of(self, samples: int) -> list[str]:
+        """Return the names for a batch of this size; an encoder sees it before it is copied."""
+        if self.copies > 1 and samples == len(self) * self.copies:
+            return [name for name in self for _ in range(self.copies)]
+        return list(self)
+
+
+def check(tuner: Tuner, adapter_names: Any) -> list[str]:
+    """Return the adapters of a batch as a list, or raise if they cannot be mixed in one."""
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, (list, tuple)):
+        raise TypeError(f"adapter_names: expected a list with one name for each sample, got {adapter_names!r}")
+    names = list(adapter_names)
+    wrong = [name for name in dict.fromkeys(names) if name != BASE and name not in tuner.peft_config]
+    if wrong:
+        raise ValueError(f"adapter_names: unknown: {describe_unknown(map(str, wrong), tuner.peft_config)}")
+    for name in dict.fromkeys(names):
+        config = tuner.peft_config.get(name)
+        if config is None:
+            continue
+        if type(config) is not LoraConfig or config.use_dora:
+            kind = "DORA" if isinstance(config, LoraConfig) and config.use_dora else config.peft_type.value
+            raise ValueError(f"adapter_names: adapter {name!r} is {kind}; only LoRA adapters can be mixed in a batch")
+        if config.bias != "none":
+            raise ValueError(
+                f"adapter_names: adapter {name!r} trains biases of the base model (bias={config.bias!r}), which all "
+                "samples share; only adapters with bias='none' can be mixed in a batch"
+            )
+        if any(name in wrapper.modules_to_save for _, wrapper in tuner.wrappers()):
+            raise ValueError(
+                f"adapter_names: adapter {name!r} has its own copy of modules in modules_to_save, which cannot be "
+                "mixed in a batch"
+            )
+    if tuner.training:
+        raise ValueError("adapter_names: the model is in training mode; call eval() first")
+    merged = [path for path, layer in tuner.layers() if layer.merged_adapters]
+    if merged:
+        raise ValueError(f"adapter_names: layer {merged[0]!r} is merged; unmerge it first")
+    return names
+
+
+@contextlib.contextmanager
+def mixed_batch(tuner: Tuner, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Take `adapter_names` out of the arguments of a call, and run the call with those adapters."""
+    adapter_names = kwargs.pop("adapter_names", None)
+    if adapter_names is None:
+        yield
+        return
+    copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+    names = _Names(check(tuner, adapter_names), copies)
+    changed = []
+    try:
+        # Everything that is no LoRA layer runs as the base model has it.
+        for _, module in (*tuner.layers(), *tuner.wrappers()):
+            if isinstance(module, LoRALayer):
+                changed.append((module, "batch_adapters", module.batch_adapters))
+                module.batch_adapters = names
+            else:
+                changed.append((module, "disable_adapters", module.disable_adapters))
+                module.disable_adapters = True
+        yield
+    finally:
+        for module, attribute, value in changed:
+            setattr(module, attribute, value)
+
+
+__all__ = ["mixed_batch"]

@@ -1,0 +1,436 @@
+"""`get_peft_model` and `PeftModel`: adapters on a whole model, with PEFT's names, files and methods."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import AdapterLayer, PeftConfig
+from ..nn.base.config import check_bool
+from .adapters import Tuner
+from .loading import read_into_plan
+from .mixed import mixed_batch
+from .plan import Plan, unaliased
+from .signature import restore, with_signature_of
+from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from .xlora import tuner_for, tuner_for_file
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Adapt a model: freeze it, wrap the modules that the configuration names, and return the trainable whole.
+
+    The layers of `model` are replaced in place; `peft_config` is copied. If anything is wrong, both stay as they are.
+
+    Args:
+        model: Any nn.Module.
+        peft_config: The method and its targets, for instance a `LoraConfig`.
+        adapter_name: The name of the adapter.
+        mixed: Must be False: several methods on one layer are not supported. Several methods on different layers need
+            no flag: add another adapter.
+        autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
+        revision: The revision of the base model, kept in the configuration.
+        low_cpu_mem_usage: Must be False: adapters that are about to be trained need their initial values.
+
+    Returns:
+        The adapted model, ready to train.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a targeted module cannot be adapted.
+        ValueError: A target is unknown (the message names the closest), or an argument is out of range.
+
+    Example:
+        >>> import torch, peftk
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = peftk.get_peft_model(base, peftk.LoraConfig(r=1, target_modules=["0"]))
+        >>> model.get_nb_trainable_parameters()
+        (8, 28)
+    """
+    check_bool("mixed", mixed)
+    if mixed:
+        raise ValueError("mixed: expected False; add adapters of other methods to other layers with add_adapter")
+    _check_not_lazy(low_cpu_mem_usage)
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: expected a configuration of peftk, got {type(peft_config).__module__}."
+            f"{type(peft_config).__name__}"
+        )
+    result = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+    config = result.peft_config[adapter_name]
+    config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
+    config.revision = revision or config.revision
+    return result
+
+
+def _check_not_lazy(low_cpu_mem_usage: object) -> None:
+    check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
+    if low_cpu_mem_usage:
+        raise ValueError("low_cpu_mem_usage: expected False for a new adapter, whose initial values are needed")
+
+
+class PeftModel(nn.Module):
+    """A model with named adapters. Attributes that it does not have are those of the base model.
+
+    Parameters are named as by PEFT: `base_model.model.<path>.lora_A.<adapter>.weight` and so on. The class of an object
+    is a subclass made for its base model: its `forward` has the signature of the base model's.
+
+    Args:
+        model: The base model; its layers are replaced in place.
+        peft_config: The configuration of the first adapter.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        _check_base(model)
+        tuner = tuner_for(model, peft_config)
+        tuner.check_new(adapter_name, peft_config)
+        plan = tuner.plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._start(tuner, plan)
+
+    def _start(self, tuner: Tuner, plan: Plan) -> None:
+        super().__init__()
+        tuner.commit(plan)
+        self.base_model = tuner
+        self.peft_type = plan.config.peft_type
+        self.train(tuner.model.training)
+        model = tuner.model
+        self.__class__ = with_signature_of(type(self), type(model))
+        # Checkpointed blocks compute gradients only if one of their inputs asks for them, and with frozen embeddings
+        # none would.
+        renamed = hasattr(type(model), "is_activation_checkpointing")
+        flag = "is_activation_checkpointing" if renamed else "is_gradient_checkpointing"
+        if getattr(model, flag, False) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted model.
+
+        `adapter_names=[...]` gives every sample of the batch a LoRA adapter of its own, or none ("__base__"), instead
+        of the active ones; in evaluation mode only.
+        """
+        if torch.jit.is_tracing():
+            # An autograd.Function is traced as a call into Python: it cannot be saved, and is missing from the trace
+            # without gradients with which torch checks the first. What is traced in its place has gradients too.
+            with torch.no_grad(), mixed_batch(self.base_model, kwargs):
+                return self.base_model(*args, **kwargs)
+        if "adapter_names" not in kwargs:
+            return self.base_model(*args, **kwargs)
+        with mixed_batch(self.base_model, kwargs):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the adapted model; `adapter_names` as in `forward`."""
+        with mixed_batch(self.base_model, kwargs):
+            return self.base_model.generate(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class was made for this base model, and cannot be found by its name.
+        public = getattr(type(self), "_public_class", type(self))
+        return restore, (public, type(self.get_base_model())), self.__dict__
+
+    def _get_name(self) -> str:
+        # transformers.Trainer looks this name up among those of the causal language models, to shift smoothed labels.
+        return self.get_base_model()._get_name()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__()[len(self._get_name()) :]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name[:2] == "__":
+                raise
+        return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        """Return the base model, with the adapter layers in it."""
+        return self.base_model.model
+
+    # -- adapters ---------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configuration of every adapter, by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or the list of them if there is not exactly one."""
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The configuration of the first active adapter."""
+        if not self.active_adapters:
+            raise AttributeError("active_peft_config: no adapter is active")
+        return self.peft_config[self.active_adapters[0]]
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter of any method; `set_adapter` activates it. On failure nothing changes."""
+        _check_not_lazy(low_cpu_mem_usage)
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config: expected a configuration of peftk, got {type(peft_config).__name__}")
+        tuner = self.base_model
+        tuner.check_new(adapter_name, peft_config)
+        plan = tuner.plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        tuner.commit(plan)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make this adapter (or these), and no other, active and (unless `inference_mode`) trainable."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; a merged one must be unmerged first."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run a block with the base model's own outputs; afterwards every layer is exactly as before."""
+        with self.base_model.disabled():
+            yield
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, keep_base: str = "device"
+    ) -> None:
+        """Merge the active (or the named) adapters into the base weights, in every layer or in none.
+
+        The original weights are kept for `unmerge_adapter`, `keep_base` says where: "device" or "cpu". That costs one
+        copy of every adapted weight, and is the only exact way back.
+
+        Raises:
+            ValueError: With `safe_merge`, a merged weight would not be finite.
+        """
+        self.base_model.merge_adapter(adapter_names, safe_merge, keep_base=keep_base)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit.
+
+        Raises:
+            ValueError: A merged weight was written to since, for instance by an optimizer; that would be lost.
+        """
+        self.base_model.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge the active (or the named) adapters for good and return the base model without adapter layers.
+
+        Args:
+            progressbar: Show a progress bar.
+            safe_merge: Check all merged weights first; if one is not finite, nothing is changed.
+            adapter_names: Which adapters, in the order in which they act.
+
+        Returns:
+            The base model, with the trained copies of `modules_to_save` in place. This object must not be used again.
+        """
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was before it was adapted: original weights, original modules, frozen."""
+        return self.base_model.unload()
+
+    # -- AdaLoRA ----------------------------------------------------------------------------------------------
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Take in the gradients of a step and prune the trainable AdaLoRA adapter when its schedule says so.
+
+        Call it in every training step, after `loss.backward()` and before the gradients are cleared.
+
+        Args:
+            global_step: The number of the step, from 0 to `total_step`.
+
+        Raises:
+            ValueError: There is no trainable AdaLoRA adapter, or there are no gradients.
+        """
+        self.base_model.update_and_allocate(global_step)
+
+    def orthogonality_loss(self) -> Tensor:
+        """Return AdaLoRA's regulariser, `orth_reg_weight` included: a scalar to be added to the loss in training.
+
+        ``orth_reg_weight * mean(||A A^T - I||, ||B^T B - I||)`` over all A and B of the trainable AdaLoRA adapter,
+        Frobenius norms. PEFT adds it to `outputs.loss` by itself; here nothing is added that was not asked for.
+
+        Raises:
+            ValueError: There is no trainable AdaLoRA adapter.
+        """
+        return self.base_model.orthogonality_loss()
+
+    # -- numbers ----------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return how many parameters are trainable, and how many there are; packed ones are counted one by one."""
+        return count_parameters(self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trainable, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Return the state of every adapted layer; see `peftk.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Return the state of the adapters as a whole; see `peftk.get_model_status`."""
+        return get_model_status(self)
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+    ) -> None:
+        """Write adapters in PEFT's format: "default" into the folder itself, others into sub-folders of their name.
+
+        Args:
+            save_directory: The folder; it is created.
+            safe_serialization: Must be True: pickles are not written.
+            selected_adapters: Which adapters; None means all.
+            save_embedding_layers: "auto" or False; embeddings are part of no adapter that peftk trains.
+            is_main_process: Write only if True.
+
+        Raises:
+            ValueError: An argument is not one of the above.
+        """
+        if safe_serialization is not True:
+            raise ValueError(f"safe_serialization: expected True (pickles are refused), got {safe_serialization!r}")
+        if save_embedding_layers not in ("auto", False):
+            raise ValueError(f"save_embedding_layers: expected 'auto' or False, got {save_embedding_layers!r}")
+        folder = os.fspath(save_directory)
+        if os.path.isfile(folder):
+            raise ValueError(f"save_directory: expected a folder, got the file {folder!r}")
+        names = self.base_model.known(
+            list(self.peft_config) if selected_adapters is None else selected_adapters, "selected_adapters"
+        )
+        if not is_main_process:
+            return
+        from ..checkpoint import peft as files
+
+        for name in names:
+            target = folder if name == "default" else os.path.join(folder, name)
+            os.makedirs(target, exist_ok=True)
+            tensors = unaliased(self.base_model.file_tensors(self.base_model.plan_of(name)))
+            tensors = self.base_model.pruned(name, tensors)
+            files.write_adapter(target, tensors, self._config_for_file(name))
+
+    def _config_for_file(self, name: str) -> dict[str, Any]:
+        values = self.peft_config[name].file_values(lambda: self.base_model.plan_of(name).adapters)
+        values["inference_mode"] = True
+        if values["task_type"] is None:
+            kind = type(self.get_base_model())
+            values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    ) -> PeftModel:
+        """Load an adapter that peftk or PEFT has saved onto its base model.
+
+        The whole file is read and checked before the model is touched; if anything is wrong, it stays as it is.
+
+        Args:
+            model: The base model; its layers are replaced in place.
+            model_id: The folder of the adapter. Nothing is downloaded.
+            adapter_name: The name that the adapter gets.
+            is_trainable: Whether it can be trained further; if not, the model is put into evaluation mode.
+            autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
+            low_cpu_mem_usage: Accepted for scripts that pass it: what is loaded is never initialised first.
+            adapters: For X-LoRA: names to the folders of the experts; None means the sub-folders 0, 1, ... of
+                `model_id`.
+
+        Raises:
+            ValueError: The file is damaged, or its keys or shapes do not fit the model.
+        """
+        check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
+        check_bool("is_trainable", is_trainable)
+        _check_base(model)
+        tuner = tuner_for_file(model, model_id, adapters)
+        plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        result = cls.__new__(cls)
+        result._start(tuner, plan)
+        commit()
+        if not is_trainable:
+            result.eval()
+        return result
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Load another saved adapter, or new values for one that exists; `set_adapter` activates it.
+
+        On failure nothing changes. Arguments as in `from_pretrained`.
+        """
+        check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
+        tuner = self.base_model
+        plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        if adapter_name not in self.peft_config:
+            tuner.commit(plan)
+            if is_trainable:
+                tuner.set_requires_grad(adapter_name)
+        commit()
+        if not is_trainable:
+            self.eval()
+
+
+def _check_base(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, PeftModel):
+        raise ValueError("model: it is a PeftModel already; use add_adapter or load_adapter, or unload it first")
+    adapted = next((name for name, module in model.named_modules() if isinstance(module, AdapterLayer)), None)
+    if adapted is not None:
+        raise ValueError(f"model: module {adapted!r} is adapted already; call unload on the PeftModel that owns it")
+
+
+__all__ = ["PeftModel", "get_peft_model"]

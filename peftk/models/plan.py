@@ -1,0 +1,257 @@
+"""What an adapter adds to a model, made in full before the model is touched, and the file key of every tensor."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import PeftConfig, check_known, layer_class_for
+from ..nn.base.adapter_layer import Adapter, AdapterLayer
+from ..nn.base.saved import ModulesToSaveWrapper
+from .targets import HEADS, candidates, describe_unknown, places, resolve, resolve_saved
+
+PREFIX = "base_model.model."
+PATTERNS = ("rank_pattern", "alpha_pattern", "block_size_pattern")
+
+
+@dataclass
+class Plan:
+    """Everything that one adapter consists of on one model.
+
+    Attributes:
+        name: The adapter's name.
+        config: Its configuration, with the targets filled in.
+        adapters: Module path to the adapter on that layer.
+        saved: Module path to the adapter's own copy of a module in `modules_to_save`.
+    """
+
+    name: str
+    config: PeftConfig
+    adapters: dict[str, Adapter]
+    saved: dict[str, nn.Module]
+
+
+def make_plan(
+    model: nn.Module,
+    name: str,
+    config: PeftConfig,
+    *,
+    autocast_adapter_dtype: bool = True,
+    initialise: bool = True,
+    strict: bool = True,
+) -> Plan:
+    """Make all tensors of a new adapter without touching the model or `config`."""
+    check_known(config)
+    config = copy.deepcopy(config)
+    asked = list(getattr(config, "modules_to_save", None) or ()) if strict else []
+    if config.task_type in HEADS and hasattr(config, "modules_to_save"):
+        heads = [head for head in HEADS[config.task_type] if head not in (config.modules_to_save or ())]
+        asked = [head for head in asked if head not in HEADS[config.task_type]]
+        config.modules_to_save = [*(config.modules_to_save or ()), *heads]
+    modules, held = candidates(model), places(model)
+    adapters = {}
+    for path in resolve(model, config, strict=strict):
+        module = modules[path]
+        if isinstance(module, AdapterLayer):
+            if module.config_class is not type(config):
+                raise ValueError(
+                    f"target_modules: module {path!r} has a {type(module).__name__} already; two methods cannot share "
+                    "a layer"
+                )
+            if initialise:
+                module.check_add(config)
+            module = module.base_layer
+        elif len(held[id(module)]) > 1:
+            others = [place for place in held[id(module)] if place != path]
+            warnings.warn(
+                f"target_modules: module {path!r} is {others} too; it is adapted where it is {path!r} only, and cannot "
+                "be merged",
+                stacklevel=3,
+            )
+        adapters[path] = layer_class_for(config, module, path).make(
+            module, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
+        )
+    _check_patterns(config, adapters, strict)
+    saved = {}
+    for path in resolve_saved(model, config, asked):
+        module = modules[path]
+        saved[path] = copy.deepcopy(getattr(module, "original_module", module))
+    return Plan(name, config, adapters, saved)
+
+
+def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter], strict: bool) -> None:
+    for field in PATTERNS:
+        patterns = getattr(config, field, None) or {}
+        unused = sorted(p for p in patterns if not any(config.pattern_applies(p, path) for path in adapters))
+        if unused and strict:
+            raise ValueError(f"{field}: these keys match no adapted module: {describe_unknown(unused, adapters)}")
+        if unused:
+            warnings.warn(f"{field}: these keys match no adapted module and have no effect: {unused}", stacklevel=3)
+
+
+def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:
+    """Describe an adapter that the model has already."""
+    adapters, saved = {}, {}
+    for path, module in candidates(model).items():
+        if isinstance(module, AdapterLayer) and name in module.adapter_names:
+            adapters[path] = module.adapter(name)
+        elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            saved[path] = module.modules_to_save[name]
+    return Plan(name, config, adapters, saved)
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Put the tensors of a plan into the model; nothing is active yet."""
+    modules = candidates(model)
+    for path, adapter in plan.adapters.items():
+        layer = modules[path]
+        if not isinstance(layer, AdapterLayer):
+            layer = adapter.layer_class.around(layer)
+            replace_module(model, path, layer)
+        layer.attach(plan.name, adapter)
+    for path, module in plan.saved.items():
+        wrapper = modules[path]
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            wrapper = ModulesToSaveWrapper(wrapper)
+            replace_module(model, path, wrapper)
+        wrapper.attach(plan.name, module)
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` is."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    setattr(parent, name, module)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        _choose_path(parent)
+
+
+def _choose_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Keep torch's fused evaluation path, which reads weights and calls no submodule, off an adapted layer."""
+    adapted = any(isinstance(child, AdapterLayer) for child in layer.children())
+    if adapted:
+        layer.activation_relu_or_gelu = 0
+    elif layer.activation is F.relu or isinstance(layer.activation, nn.ReLU):
+        layer.activation_relu_or_gelu = 1
+    elif layer.activation is F.gelu or isinstance(layer.activation, nn.GELU):
+        layer.activation_relu_or_gelu = 2
+
+
+def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Yield the file key and the tensor of every bias of the base model that the configuration trains."""
+    mode = plan.config.bias_mode
+    if mode == "none":
+        return
+    root = model._parameters.get("bias")
+    if mode == "all" and root is not None:
+        yield "bias", root
+    for path, module in candidates(model).items():
+        # The keys are those that the file has when this is the model's only adapter.
+        if path in plan.adapters:
+            if getattr(module, "bias", None) is not None:
+                yield f"{path}.base_layer.bias", _own_bias(module)
+        elif mode != "all" or any(path.startswith(f"{saved}.") for saved in plan.saved):
+            continue
+        elif isinstance(module, AdapterLayer):
+            if module.bias is not None:
+                yield f"{path}.bias", _own_bias(module)
+        elif isinstance(module, ModulesToSaveWrapper) or path in plan.saved:
+            inner = f"{path}.original_module" if path in plan.saved else path
+            for name, tensor in getattr(module, "original_module", module).state_dict(keep_vars=True).items():
+                if name == "bias" or name.endswith(".bias"):
+                    yield f"{inner}.{name}", tensor
+        else:
+            tensor = module._parameters.get("bias")
+            if tensor is None and "bias" not in module._non_persistent_buffers_set:
+                tensor = module._buffers.get("bias")
+            if tensor is not None:
+                yield f"{path}.bias", tensor
+
+
+def _own_bias(module: nn.Module) -> Tensor:
+    """Return the bias of a layer without what is merged into it."""
+    return getattr(module, "_original", {}).get("bias", module.bias)
+
+
+def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Map every key that PEFT writes for this adapter to the tensor that it stands for.
+
+    The mapping is the same before and after the plan is attached. The adapter's name is in no key.
+    """
+    tensors = {
+        f"{path}.{name}": tensor for path, adapter in plan.adapters.items() for name, tensor in adapter.saved_tensors()
+    }
+    for path, module in plan.saved.items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            tensors[f"{path}.{name}"] = tensor
+            # With bias="all" PEFT writes the biases of these modules a second time, under the wrapper's own name.
+            if plan.config.bias_mode == "all" and (name == "bias" or name.endswith(".bias")):
+                inner = name if name == "bias" else f"{plan.name}.{name}"
+                tensors[f"{path}.modules_to_save.{inner}"] = tensor
+    tensors.update(biases(model, plan))
+    return {PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Detach tensors for a file, and copy those whose memory an earlier one of them uses."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach()
+        storage = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
+
+
+def embedding_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Map the keys under which PEFT adds the embeddings of a model to a file to the tensors of the model.
+
+    PEFT does so for an adapter on `lm_head`, and after the vocabulary was resized.
+    """
+    found = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        method = getattr(model, getter, None)
+        module = method() if callable(method) else None
+        for path, candidate in candidates(model).items():
+            if module is None or candidate is not module:
+                continue
+            base = module.base_layer if isinstance(module, AdapterLayer) else module
+            inner = f"{path}.base_layer" if isinstance(module, AdapterLayer) or path in plan.adapters else path
+            for name, tensor in base.state_dict(keep_vars=True).items():
+                found[f"{PREFIX}{inner}.{name}"] = tensor
+    return found
+
+
+@torch.no_grad()
+def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy values that were read, and checked to fit, into the tensors of the model."""
+    for key, value in values.items():
+        targets[key].copy_(value)
+
+
+def same_meaning(ours: PeftConfig, theirs: PeftConfig, paths: Iterable[str]) -> None:
+    """Raise ValueError if tensors trained under `theirs` on the modules `paths` mean something else under `ours`."""
+    if type(ours) is not type(theirs):
+        raise ValueError(
+            f"adapter: the file is a {theirs.peft_type.value}, the loaded adapter a {ours.peft_type.value}"
+        )
+    for field in dataclasses.fields(ours):
+        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name == "modules_to_save":
+            a, b = set(a or ()), set(b or ()) | set(HEADS.get(theirs.task_type, ()))
+        if field.name not in ours._meaning:
+            continue
+        differ = a != b
+        if field.name in PATTERNS:
+            # What counts is what each module gets; that depends on the order of the keys too.
+            differ = any(a.get(ours.pattern_key(a, path)) != b.get(theirs.pattern_key(b, path)) for path in paths)
+        if differ:
+            raise ValueError(f"{field.name}: the file has {b!r}, the adapter in memory {a!r}; load it under a new name")

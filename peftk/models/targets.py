@@ -1,0 +1,280 @@
+"""Which modules of a model a configuration names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..nn import layer_class_for
+from ..nn.base.adapter_layer import AdapterLayer
+from ..nn.base.config import PeftConfig, TaskType
+from ..nn.base.kinds import QUANTISERS, kind_of, quantised_by
+from ..nn.base.saved import ModulesToSaveWrapper
+
+_QV = ("q_proj", "v_proj")
+_FUSED = ("query_key_value",)
+
+DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
+    # Renamed in transformers 5; names that a model does not have are left out.
+    **dict.fromkeys(("vit", "dinov2"), ("query", "value", *_QV)),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _QV),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
+    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", *_QV),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "mpt": ("Wqkv",),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "phi": (*_QV, "fc1", "fc2"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+"""What is adapted when a configuration names no target, by the `model_type` of a transformers model."""
+
+_MORE = ("k_proj", "out_proj", "fc1", "fc2")
+DEFAULT_TARGETS_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "ADALORA": {
+        "t5": ("q", "k", "v", "o", "wi", "wo"),
+        "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+        "bart": (*_QV, *_MORE),
+        "opt": (*_QV, *_MORE),
+        "roberta": ("query", "key", "value", "dense"),
+        "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+    },
+    "C3A": {"gpt2": ("mlp.c_proj",), "gpt_bigcode": ("mlp.c_proj",)},
+}
+"""Where a method's defaults are others, by `peft_type`."""
+
+ALL_LINEAR = "all-linear"
+# The output projection of nn.MultiheadAttention, which reads its weight and never calls it.
+_NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
+HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""The task heads that are trained and saved in full, by task."""
+
+
+def closest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """Return the candidates nearest to `name`: whole names, and the endings that a configuration may use."""
+    endings = {ending for candidate in candidates for ending in _endings(candidate)}
+    return difflib.get_close_matches(name, sorted(endings), n=count, cutoff=0.5)
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts)) if not parts[i].isdigit()]
+
+
+def _named(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.endswith(f".{name}") for name in names)
+
+
+def _selected(key: str, spec: Iterable[str] | str) -> bool:
+    return re.fullmatch(spec, key) is not None if isinstance(spec, str) else _named(key, spec)
+
+
+def _excluded(config: PeftConfig, key: str) -> bool:
+    if config.exclude_modules and _selected(key, config.exclude_modules):
+        return True
+    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", key) for m in config.modules_to_save or ())
+
+
+def _in_layers(config: PeftConfig, key: str) -> bool:
+    indices = config.layers_to_transform
+    if indices is None or (isinstance(indices, (list, tuple)) and not indices):
+        return True
+    patterns = config.layers_pattern
+    if not patterns:
+        # PEFT's rule, which needs something before the list; a list at the top of the model is found second.
+        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", key) or re.match(r"[^.]*\.(?P<index>\d+)\.", key)
+    else:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        matches = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", key) for p in patterns)
+        found = next((m for m in matches if m), None)
+    if found is None:
+        return False
+    return int(found["index"]) in (indices if isinstance(indices, (list, tuple)) else [indices])
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that may be targeted: every named module but the insides of adapted layers."""
+    result: dict[str, nn.Module] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
+            inside.append(f"{name}.")
+        result[name] = module
+    return result
+
+
+def places(model: nn.Module) -> dict[int, list[str]]:
+    """Map the id of every module to where other modules hold it: more than one path if several hold the same object."""
+    result: dict[int, list[str]] = {}
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                result.setdefault(id(child), []).append(f"{path}.{name}" if path else name)
+    return result
+
+
+def model_type(model: nn.Module) -> str | None:
+    """Return the `model_type` of a transformers model, or None."""
+    config = getattr(model, "config", None)
+    kind = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return kind if isinstance(kind, str) else None
+
+
+def fill_default_targets(model: nn.Module, config: PeftConfig) -> None:
+    """Set `config.target_modules` if it is None or "all-linear".
+
+    Raises:
+        ValueError: The model's type has no default.
+    """
+    spec = config.target_modules
+    if spec is None:
+        kind = model_type(model)
+        spec = {**DEFAULT_TARGETS, **DEFAULT_TARGETS_OF.get(config.peft_type, {})}.get(kind) if kind else None
+        if spec is None:
+            raise ValueError(
+                f"target_modules: None, and there is no default for model type {kind!r}; name the modules to adapt "
+                f'or pass "{ALL_LINEAR}"'
+            )
+        present = candidates(model)
+        config.target_modules = (
+            spec if isinstance(spec, str) else {n for n in spec if any(_named(k, [n]) for k in present)}
+        )
+        if not config.target_modules:
+            raise ValueError(f"target_modules: the default {sorted(spec)} of model type {kind!r} is not in this model")
+    elif isinstance(spec, str) and spec.lower() == ALL_LINEAR:
+        config.target_modules = _all_linear(model, config)
+
+
+def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
+    heads = []
+    if callable(getattr(model, "get_output_embeddings", None)):
+        heads.append(model.get_output_embeddings())
+    if all(head is None for head in heads) and config.task_type == TaskType.SEQ_CLS:
+        heads = [getattr(model, name, None) for name in HEADS[TaskType.SEQ_CLS]]
+    names = {
+        name
+        for name, module in candidates(model).items()
+        if kind_of(module.base_layer if isinstance(module, AdapterLayer) else module) in ("Linear", "Conv1D")
+        and not isinstance(module, _NEVER_CALLED)
+        if not any(module is head for head in heads)
+    }
+    if not names:
+        raise ValueError(f'target_modules: "{ALL_LINEAR}", but the model has no linear layer besides its head')
+    return names
+
+
+def resolve(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> list[str]:
+    """Return the names of the modules that `config` adapts, in the order of the model.
+
+    Fills in `config.target_modules` where it is None or "all-linear".
+
+    Args:
+        model: The model, adapted or not.
+        config: The configuration.
+        strict: Refuse a target name that matches no module even if another one does. A configuration file may
+            name modules that only other models of its family have.
+
+    Raises:
+        ValueError: Nothing is matched, or with `strict` one of the names matches nothing; the message names the
+            closest modules.
+        TypeError: A matched module is of a kind that cannot be adapted.
+    """
+    modules = candidates(model)
+    if hasattr(config, "find_targets"):
+        kept = config.find_targets(model_type(model), modules)
+    else:
+        kept = _named_targets(model, config, modules, strict)
+    for key in kept:
+        if not isinstance(modules[key], AdapterLayer):
+            layer_class_for(config, modules[key], key)
+    return kept
+
+
+def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module], strict: bool) -> list[str]:
+    fill_default_targets(model, config)
+    spec = config.target_modules
+    by_name = [key for key in modules if _selected(key, spec)]
+    unknown = [] if isinstance(spec, str) else sorted(n for n in spec if not any(_named(k, [n]) for k in modules))
+    if unknown and (strict or not by_name):
+        for paths in places(model).values():
+            other = next((path for path in paths if path not in modules and _named(path, unknown)), None)
+            if other is not None and paths[0] in modules:
+                raise ValueError(
+                    f"target_modules: {other!r} is the same module as {paths[0]!r}, under which name it is adapted"
+                )
+        raise ValueError(f"target_modules: not in the model: {describe_unknown(unknown, modules)}")
+    if not by_name:
+        raise ValueError(f"target_modules: the pattern {spec!r} matches no module name")
+    # A whole name says which layer it means; endings leave that to `layers_to_transform`.
+    whole = () if isinstance(spec, str) else spec
+    kept = [key for key in by_name if not _excluded(config, key) and (key in whole or _in_layers(config, key))]
+    if not kept:
+        raise ValueError(
+            f"target_modules: all {len(by_name)} matched modules are left out by exclude_modules="
+            f"{config.exclude_modules}, modules_to_save={config.modules_to_save}, layers_to_transform="
+            f"{config.layers_to_transform} or layers_pattern={config.layers_pattern}"
+        )
+    return kept
+
+
+def describe_unknown(names: Iterable[str], modules: Iterable[str]) -> str:
+    """Return "'qurey' (closest: query)" for each name."""
+    modules = list(modules)
+    parts = []
+    for name in names:
+        near = closest(name, modules)
+        parts.append(f"{name!r} (closest: {', '.join(near) if near else 'none'})")
+    return "; ".join(parts)
+
+
+def resolve_saved(model: nn.Module, config: PeftConfig, asked: Iterable[str]) -> list[str]:
+    """Return the names of the modules that `config.modules_to_save` means, by PEFT's rule: any name ending.
+
+    Args:
+        model: The model, adapted or not.
+        config: The configuration.
+        asked: The names that must match something; task heads that a model may or may not have are not among them.
+
+    Raises:
+        ValueError: One of `asked` matches nothing.
+        TypeError: A matched module is a container or an adapted layer.
+    """
+    modules = candidates(model)
+    unknown = sorted(name for name in asked if not any(key.endswith(name) for key in modules))
+    if unknown:
+        raise ValueError(f"modules_to_save: not in the model: {describe_unknown(unknown, modules)}")
+    names = getattr(config, "modules_to_save", None) or ()
+    found = [key for key in modules if any(key.endswith(name) for name in names)]
+    # A module inside one that is saved already is saved with it.
+    found = [key for key in found if not any(key.startswith(f"{other}.") for other in found)]
+    for key in found:
+        module = modules[key]
+        containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterLayer)
+        if isinstance(module, containers):
+            raise TypeError(
+                f"modules_to_save: module {key!r} is a {type(module).__name__}, which cannot be saved whole"
+            )
+        for name, part in module.named_modules():
+            if quantised_by(part) in QUANTISERS:
+                raise TypeError(
+                    f"modules_to_save: the weight of {'.'.join(filter(None, (key, name)))!r} is quantised "
+                    f"({quantised_by(part)}), so it cannot be trained; keep that module in full precision"
+                )
+    return found

@@ -1,0 +1,72 @@
+"""What transformers.Trainer needs to keep adapters, instead of whole models, in its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from .peft_model import PeftModel
+
+
+class AdapterTrainerMixin:
+    """Make a Trainer save, resume from and choose among adapter files; put it before the Trainer in the bases.
+
+    Without it, a Trainer writes a checkpoint of the whole model, frozen weights included, and fails where weights are
+    tied. Training and evaluation are the same with and without it. A model that is no `PeftModel` is saved as ever.
+
+    Raises:
+        NotImplementedError: The model is sharded by FSDP or DeepSpeed.
+
+    Example:
+        >>> from transformers import Trainer  # doctest: +SKIP
+        >>> class AdapterTrainer(AdapterTrainerMixin, Trainer): ...  # doctest: +SKIP
+        >>> trainer = AdapterTrainer(model, arguments, train_dataset=data)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> trainer.save_model("adapter")  # doctest: +SKIP
+    """
+
+    def _adapted(self: Any) -> PeftModel | None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PeftModel):
+            return None
+        for kind in ("fsdp", "deepspeed"):
+            if getattr(self, f"is_{kind}_enabled", False):
+                raise NotImplementedError(f"{kind}: expected whole parameters; sharded adapters cannot be saved yet")
+        return model
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self._adapted()
+        if model is None:
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        adapted = self._adapted()
+        if adapted is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            _load(adapted, resume_from_checkpoint)
+
+    def _load_best_model(self: Any) -> None:
+        adapted = self._adapted()
+        if adapted is None:
+            super()._load_best_model()
+        else:
+            _load(adapted, self.state.best_model_checkpoint)
+
+
+def _load(model: PeftModel, folder: str) -> None:
+    for name in model.peft_config:
+        model.load_adapter(folder if name == "default" else os.path.join(folder, name), name, is_trainable=True)
+
+
+__all__ = ["AdapterTrainerMixin"]

@@ -1,0 +1,369 @@
+"""The adapters of an X-LoRA model: its experts, its classifier, and the two passes of a forward."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import LoraConfig, PeftConfig, XLoraConfig
+from ..nn.base.config import check_int, check_number
+from ..nn.xlora.layer import GATED, Gates, XLoraClassifier
+from .adapters import Tuner
+from .loading import config_values, read_config, read_into_plan
+from .plan import Plan, attach
+
+PREFIX = "base_model.internal_xlora_classifier."
+
+
+@dataclass
+class XLoraPlan(Plan):
+    """An X-LoRA adapter before it is attached.
+
+    Attributes:
+        classifier: Its classifier.
+        experts: The plan of every expert, and the function that copies its values in.
+    """
+
+    classifier: XLoraClassifier | None = None
+    experts: list[tuple[Plan, Callable[[], None]]] = field(default_factory=list)
+
+
+def tuner_for(model: nn.Module, config: PeftConfig) -> Tuner:
+    """Return an empty tuner for a model whose first adapter has this configuration."""
+    return XLoraTuner(model) if isinstance(config, XLoraConfig) else Tuner(model)
+
+
+def tuner_for_file(
+    model: nn.Module, folder: str | os.PathLike[str], adapters: Mapping[str, str | os.PathLike[str]] | None
+) -> Tuner:
+    """Return an empty tuner for an adapter that is about to be read.
+
+    The experts of X-LoRA are read from `adapters` or from the sub-folders 0, 1, ...; the folders that the file names
+    are not followed: a file does not choose what is opened.
+    """
+    config = read_config(folder)
+    if not isinstance(config, XLoraConfig):
+        if adapters is not None:
+            raise ValueError(f"adapters: only for X-LoRA, and {os.fspath(folder)!r} holds {config.peft_type.value}")
+        return Tuner(model)
+    if adapters is not None:
+        if not isinstance(adapters, Mapping):
+            raise TypeError(f"adapters: expected a dict of names to folders, got {adapters!r}")
+        if len(adapters) != len(config.adapters):
+            raise ValueError(
+                f"adapters: expected the folders of {len(config.adapters)} experts, {list(config.adapters)}, got "
+                f"{len(adapters)}"
+            )
+        return XLoraTuner(model, [os.fspath(path) for path in adapters.values()])
+    inside = [os.path.join(folder, str(index)) for index in range(len(config.adapters))]
+    missing = [path for path in inside if not os.path.isdir(path)]
+    if missing:
+        raise ValueError(
+            f"model_id: the experts are expected in the sub-folders {inside}, and {missing} are missing; or name the "
+            f"folders with adapters={config.adapters}, if these are they"
+        )
+    return XLoraTuner(model, inside)
+
+
+class XLoraTuner(Tuner):
+    """Holds a model with LoRA experts and the classifier that weights them.
+
+    A forward pass runs the base model twice: first without experts (or all with `scaling_pass_value`) and without
+    gradients, for the hidden states that the classifier reads; then with the experts.
+
+    Args:
+        model: The base model; its layers are replaced in place.
+        experts: The folders of the experts; None means those that the configuration names.
+    """
+
+    def __init__(self, model: nn.Module, experts: Sequence[str] | None = None) -> None:
+        nn.Module.__init__(self)
+        self.lora_model = Tuner(model)
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapters: list[str] = []
+        self._folders = experts
+        self._allocators = {}
+        self._gates: Gates | None = None
+        self.train(model.training)
+
+    @property
+    def model(self) -> nn.Module:
+        """The base model."""
+        return self.lora_model.model
+
+    # -- making -----------------------------------------------------------------------------------------------
+
+    def check_new(self, name: str, config: PeftConfig) -> None:
+        """Raise unless this is the first adapter."""
+        if self.peft_config:
+            raise ValueError(
+                "adapter_name: an X-LoRA model takes no further adapters; its experts are those of its configuration"
+            )
+        super().check_new(name, config)
+
+    def plan(self, name: str, config: PeftConfig, *, autocast_adapter_dtype: bool = True, **_: Any) -> Plan:
+        """Read the experts and make the classifier, without touching the model."""
+        if not isinstance(config, XLoraConfig):
+            raise TypeError(f"peft_config: expected an XLoraConfig, got {type(config).__name__}")
+        # One object for the classifier, the gates and `peft_config`, so that what is changed later counts everywhere.
+        config = copy.deepcopy(config)
+        settings = getattr(self.model, "config", None)
+        if getattr(settings, "use_cache", False):
+            raise ValueError("use_cache: expected False in the configuration of the model, which X-LoRA runs twice")
+        hidden = getattr(settings, "hidden_size", config.hidden_size)
+        if hidden != config.hidden_size:
+            raise ValueError(f"hidden_size: expected {hidden}, that of the model, got {config.hidden_size}")
+        folders = list(config.adapters.values()) if self._folders is None else list(self._folders)
+        if not folders:
+            raise ValueError("adapters: expected at least one expert, got none")
+        if name in map(str, range(len(folders))):
+            raise ValueError(f"adapter_name: {name!r} is the name of an expert; choose another one")
+        if config.top_k_lora is not None:
+            check_int("top_k_lora", config.top_k_lora, 1, len(folders))
+        experts = [self._expert(str(index), folder, autocast_adapter_dtype) for index, folder in enumerate(folders)]
+        adapted = {path for plan, _ in experts for path in plan.adapters}
+        first = next(self.model.parameters())
+        classifier = XLoraClassifier(config, len(experts), len(adapted)).to(device=first.device, dtype=first.dtype)
+        return XLoraPlan(name, config, {}, {}, classifier, experts)
+
+    def _expert(self, name: str, folder: str, autocast: bool) -> tuple[Plan, Callable[[], None]]:
+        where = f"adapters: expert {folder!r}"
+        saved = config_values(folder)
+        config = PeftConfig.from_dict(saved)
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"{where} is {config.peft_type.value}; only LoRA adapters can be experts")
+        for field_name, wanted in (("bias", "none"), ("lora_bias", False), ("use_dora", False)):
+            if getattr(config, field_name) != wanted:
+                raise NotImplementedError(f"{where} has {field_name}={getattr(config, field_name)!r}")
+        plan, fill = read_into_plan(Tuner(self.model), folder, name, True, autocast, saved)
+        if plan.saved:
+            raise NotImplementedError(f"{where} has modules_to_save: {sorted(plan.saved)}")
+        for path, adapter in plan.adapters.items():
+            if adapter.layer_class not in GATED:
+                raise NotImplementedError(f"{where}: X-LoRA has no {adapter.layer_class.__name__}, as on {path!r}")
+            adapter.layer_class = GATED[adapter.layer_class]
+        return plan, fill
+
+    def commit(self, plan: Plan) -> None:
+        """Attach the experts and the classifier."""
+        self.model.requires_grad_(False)
+        self.peft_config[plan.name] = plan.config
+        for expert, fill in plan.experts:
+            attach(self.model, expert)
+            fill()
+            self.peft_config[expert.name] = expert.config
+        self.internal_xlora_classifier = plan.classifier
+        self.internal_xlora_classifier.train(self.training)
+        names = [expert.name for expert, _ in plan.experts]
+        self._gates = Gates(plan.config, names)
+        for number, (path, layer) in enumerate(self.layers()):
+            layer.gates, layer.number, layer.module_name = self._gates, number, path
+            layer.set_adapter(names)
+        self.set_adapter(plan.name, inference_mode=plan.config.inference_mode)
+
+    def plan_of(self, name: str) -> Plan:
+        """Describe the X-LoRA adapter, or one of its experts."""
+        if name in self.active_adapters:
+            return XLoraPlan(name, self.peft_config[name], {}, {}, self.internal_xlora_classifier)
+        return super().plan_of(name)
+
+    def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
+        """Map file keys to tensors; the file of the X-LoRA adapter itself holds the classifier."""
+        if isinstance(plan, XLoraPlan):
+            tensors = plan.classifier.state_dict(keep_vars=True)
+            return {PREFIX + name: tensor for name, tensor in tensors.items()}
+        return super().file_tensors(plan)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make the X-LoRA adapter (unless `inference_mode`) trainable; it is always the active one."""
+        names = self.known(adapter_name)
+        if len(names) != 1 or not isinstance(self.peft_config[names[0]], XLoraConfig):
+            raise ValueError(f"adapter_name: the experts of X-LoRA act together under its own name, got {names}")
+        self.active_adapters = names
+        self.set_requires_grad(names, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze the classifier and, with `use_trainable_adapters`, the experts."""
+        names = self.known(adapter_names, "adapter_names")
+        if self.active_adapters[0] in names:
+            self.internal_xlora_classifier.requires_grad_(requires_grad)
+            for _, layer in self.layers():
+                config = self.peft_config[self.active_adapters[0]]
+                layer.set_requires_grad(self._gates.experts, requires_grad and config.use_trainable_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Raise ValueError: classifier and experts belong together."""
+        self.known(adapter_name)
+        raise ValueError("adapter_name: the adapters of an X-LoRA model cannot be deleted; use unload to remove all")
+
+    def _check_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        for _, layer in self.layers():
+            layer.check_merge(adapter_names)
+        return []
+
+    # -- running ----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict the weights of the experts, then run the model with them."""
+        if self._off():
+            return self.model(*args, **kwargs)
+        with self._gates.using(self._predict(args, kwargs)), self._checkpointing():
+            return self.model(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Let what is computed again in the backward pass have the weights that it had."""
+        modules = [m for m in self.model.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
+        if not modules or not torch.is_grad_enabled():
+            yield
+            return
+        before = [module._gradient_checkpointing_func for module in modules]
+        if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in before):
+            raise NotImplementedError(
+                "gradient checkpointing: X-LoRA needs use_reentrant=False; pass it to gradient_checkpointing_enable"
+            )
+        state = self._gates.state
+        # Gates that one layer makes for several would be made in other places the second time.
+        for _, layer in self.layers():
+            self._gates.of(layer)
+
+        def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+            def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                def resumed(*inner_args: Any, **inner_kwargs: Any) -> Any:
+                    with self._gates.resuming(state):
+                        return function(*inner_args, **inner_kwargs)
+
+                return checkpoint(resumed, *args, **kwargs)
+
+            return checkpointed
+
+        try:
+            for module, function in zip(modules, before, strict=True):
+                module._gradient_checkpointing_func = remembering(function)
+            yield
+        finally:
+            for module, function in zip(modules, before, strict=True):
+                module._gradient_checkpointing_func = function
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate without a cache: every step runs the model twice."""
+        if kwargs.get("use_cache"):
+            raise ValueError("use_cache: expected False; X-LoRA runs the model twice at every step")
+        kwargs["use_cache"] = False
+        if self._off():
+            return self.model.generate(*args, **kwargs)
+        forward = self.model.forward
+
+        @functools.wraps(forward)
+        def two_passes(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with self._gates.using(self._predict(inner_args, inner_kwargs, forward)):
+                return forward(*inner_args, **inner_kwargs)
+
+        replaced = self.model.__dict__.get("forward")
+        self.model.forward = two_passes
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            del self.model.forward
+            if replaced is not None:
+                self.model.forward = replaced
+
+    def _off(self) -> bool:
+        return all(layer.disable_adapters for _, layer in self.layers())
+
+    def _predict(self, args: tuple, kwargs: dict[str, Any], forward: Callable[..., Any] | None = None) -> Tensor:
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            raise ValueError("use_cache: expected False and no past_key_values; X-LoRA runs the model twice")
+        forward = forward or self.model.forward
+        config = self._gates.config
+        kwargs = kwargs | {"output_hidden_states": True, "return_dict": True}
+        # Only the hidden states are read: neither a loss nor the logits of every token.
+        kwargs.pop("labels", None)
+        if "logits_to_keep" in inspect.signature(forward).parameters:
+            kwargs["logits_to_keep"] = 1
+        value = config.scaling_pass_value
+        first = self.internal_xlora_classifier.layers[-1].weight
+        weights = first.new_full((len(self._gates.experts),), value) if value else None
+        with torch.no_grad(), self._gates.using(weights):
+            output = forward(*args, **kwargs)
+        hidden = output.get("hidden_states") if isinstance(output, Mapping) else getattr(output, "hidden_states", None)
+        if not hidden:
+            raise TypeError(
+                f"X-LoRA: expected a base model that returns hidden_states, got {type(output).__name__} from "
+                f"{type(self.model).__name__}"
+            )
+        last = hidden[-1]
+        if last.dim() != 3 or last.shape[-1] != config.hidden_size:
+            raise ValueError(
+                f"X-LoRA: expected hidden states (batch, tokens, hidden_size = {config.hidden_size}), got "
+                f"{tuple(last.shape)}"
+            )
+        self._gates.latest = self.internal_xlora_classifier(last)
+        if self._gates.logging:
+            self._gates.log.append(self._gates.latest)
+        return self._gates.latest
+
+    # -- PEFT's methods ---------------------------------------------------------------------------------------
+
+    def set_topk_lora(self, value: int | None) -> None:
+        """Let only the `value` experts with the largest weights act on a token; None means all."""
+        if value is not None:
+            check_int("value", value, 1, len(self._gates.experts))
+        self._gates.config.top_k_lora = value
+
+    def set_global_scaling_weight(self, weight: float) -> None:
+        """Set the factor of every expert's output."""
+        check_number("weight", weight, -1e6, 1e6)
+        self._gates.config.global_scaling_weight = weight
+
+    def get_global_scaling_weight(self) -> float:
+        """Return the factor of every expert's output."""
+        return self._gates.config.global_scaling_weight
+
+    def set_scaling_pass_value(self, value: float | None) -> None:
+        """Set the weight of every expert in the first pass; None means one over their number."""
+        if value is None:
+            value = 1 / len(self._gates.experts)
+        check_number("value", value, -1e6, 1e6)
+        self._gates.config.scaling_pass_value = value
+
+    def get_latest_scalings(self) -> Tensor | None:
+        """Return the weights of the last forward pass, (batch, tokens, layers, experts), or None."""
+        return self._gates.latest
+
+    def enable_scalings_logging(self) -> None:
+        """Keep the weights of every forward pass from now on."""
+        self._gates.logging = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stop keeping weights; the log stays."""
+        self._gates.logging = False
+
+    def get_scalings_log(self) -> list[Tensor]:
+        """Return the weights that were kept, oldest first."""
+        return list(self._gates.log)
+
+    def clear_scalings_log(self) -> None:
+        """Forget the weights that were kept."""
+        self._gates.log.clear()
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
+        """Return the log by number of tokens: the positions in the log, and the weights."""
+        buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
+        for position, weights in enumerate(self._gates.log):
+            positions, found = buckets.setdefault(weights.shape[1], ([], []))
+            positions.append(position)
+            found.append(weights)
+        return buckets
+
+
+__all__ = ["XLoraPlan", "XLoraTuner", "tuner_for", "tuner_for_file"]

@@ -1,0 +1,90 @@
+"""AdaLoRA: a low-rank update in the form of a singular value decomposition, whose rank is chosen in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..base.adapter_layer import Adapter
+from ..base.kinds import features_of, settle_fan_in_fan_out
+from ..lora.low_rank import LowRankLinear
+from .config import AdaLoraConfig
+
+
+class AdaLoRALinear(LowRankLinear):
+    """An nn.Linear, or GPT-2's Conv1D, with AdaLoRA adapters: ``y = x W^T + bias + c * ((dropout(x) A^T) * E) B^T``.
+
+    ``c = s / (ranknum + 1e-5)``. Parameters per adapter: `lora_A.<name>` (r, in), `lora_B.<name>` (out, r),
+    `lora_E.<name>` (r, 1) and the constant `ranknum.<name>` (1,), the initial rank, which is never trained nor saved.
+    The layer itself never changes its rank: `peftk.PeftModel.update_and_allocate` zeroes entries of E.
+
+    Args:
+        base_layer: The layer to adapt; it is frozen.
+        config: An AdaLoraConfig; a `rank_pattern` in it makes the layer as small as a saved file is.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is of another kind.
+
+    Source: Zhang et al., arXiv 2303.10512.
+
+    Example:
+        >>> import torch, peftk
+        >>> config = peftk.AdaLoraConfig(init_r=4, target_r=2, total_step=9)
+        >>> layer = peftk.nn.AdaLoRALinear(torch.nn.Linear(8, 8), config)
+        >>> layer(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_E", "ranknum")
+    parameter_names = frozenset(adapter_layer_names)
+    constant_names = frozenset({"ranknum"})
+    # triplets: which of the initial rank's triplets the rows of A are; not all of them in an adapter that was pruned
+    # when it was saved.
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "init_r", "triplets")
+    config_class = AdaLoraConfig
+
+    @classmethod
+    def _create(cls, base_layer: nn.Module, config: AdaLoraConfig, module_name: str, initialise: bool) -> Adapter:
+        settle_fan_in_fan_out(config, base_layer)
+        features, outputs = features_of(base_layer)
+        triplets = config.kept_triplets(module_name)
+        rank = len(triplets)
+        # In the order of PEFT, whose random numbers these are.
+        make = torch.randn if initialise else torch.empty
+        a, e, b, _ = make(rank, features), make(rank, 1), make(outputs, rank), make(1)
+        if initialise and config.init_lora_weights:
+            nn.init.zeros_(e)
+            nn.init.normal_(a, std=0.02)
+            nn.init.normal_(b, std=0.02)
+        tensors = {"lora_A": a, "lora_B": b, "lora_E": e, "ranknum": torch.tensor([float(config.init_r)])}
+        return Adapter(
+            {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()},
+            {
+                "r": rank,
+                "lora_alpha": config.lora_alpha,
+                "scaling": config.lora_alpha if config.lora_alpha > 0 else float(config.init_r),
+                "lora_dropout": float(config.lora_dropout),
+                "init_r": config.init_r,
+                "triplets": triplets,
+            },
+        )
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, float | Tensor, Tensor]:
+        # The constant is on the device; its value is known without waiting for it.
+        scale = self.scaling[name] / (self.init_r[name] + 1e-5)
+        return self.lora_A[name], self.lora_B[name], scale, self.lora_E[name].view(-1)
+
+    def prune(self, name: str, kept: list[int], tensors: dict[str, Tensor], prefix: str) -> None:
+        """Take the triplets that are not among `kept` out of an adapter's tensors, whose keys begin with `prefix`."""
+        rows = [row for row, triplet in enumerate(self.triplets[name]) if triplet in set(kept)]
+        if len(rows) == self.r[name]:
+            return
+        for container in ("lora_A", "lora_E", "lora_B"):
+            key = prefix + container
+            tensors[key] = tensors[key][:, rows].contiguous() if container == "lora_B" else tensors[key][rows]
+
+
+__all__ = ["AdaLoRALinear", "AdaLoraConfig"]

@@ -1,0 +1,335 @@
+"""The one wrapper round a frozen layer; a method adds its parameters, its forward and its merged weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .config import PeftConfig, check_adapter_name
+from .freezing import note_rerun, set_trainable
+from .kinds import HALF, dtype_of, features_of, kind_of, why_unsupported
+from .merging import Mergeable
+
+
+@dataclass
+class Adapter:
+    """The parameters and settings of one adapter on one layer, before they are attached to it.
+
+    Attributes:
+        parts: Container name (`lora_A`, `oft_R`, ...) to the parameter, or to the module that holds the parameters.
+        settings: Attribute name (`r`, `scaling`, ...) to this adapter's value.
+        layer_class: The class of the layer that it belongs to.
+    """
+
+    parts: dict[str, nn.Module | nn.Parameter]
+    settings: dict[str, Any] = field(default_factory=dict)
+    layer_class: type[AdapterLayer] | None = None
+
+    def saved_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the file key, after the path of the layer, and the tensor of everything that a file holds."""
+        for container, part in self.parts.items():
+            if container in self.layer_class.constant_names:
+                continue
+            if isinstance(part, nn.Parameter):
+                yield container, part
+                continue
+            for name, parameter in part.named_parameters():
+                key = f"{container}.{name}"
+                yield self.layer_class.file_names.get(key, key), parameter
+
+
+class AdapterLayer(Mergeable):
+    """A frozen layer with any number of named adapters, of which some are active.
+
+    Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
+    Everything else (activation, disabling, deletion, dtype and device here, merging in `Mergeable`) is written once.
+
+    Attributes:
+        base_kinds: Which of `KINDS` the class wraps.
+        adapter_layer_names: The containers of parameters, in PEFT's order. An adapter need not have all of them.
+        parameter_names: Those that hold bare parameters (`hada_w1_a.<adapter>`); the others hold modules
+            (`lora_A.<adapter>.weight`).
+        constant_names: Those that are never trained and never saved.
+        file_names: File keys where they differ from `<container>.<parameter>`.
+        other_param_names: Dicts of settings; every adapter has an entry in the first.
+
+    Args:
+        base_layer: The layer to adapt; it is frozen (its bias is trained if the configuration says so).
+        config: The method's configuration.
+        adapter_name: The name of the first adapter.
+        module_name: The path of the layer in its model, for patterns and messages.
+        autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
+
+    Raises:
+        TypeError: `base_layer` is not supported.
+        ValueError: `config` does not fit the layer.
+    """
+
+    base_kinds: ClassVar[tuple[str, ...]] = ("Linear",)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    parameter_names: ClassVar[frozenset[str]] = frozenset()
+    constant_names: ClassVar[frozenset[str]] = frozenset()
+    file_names: ClassVar[dict[str, str]] = {}
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    config_class: ClassVar[type[PeftConfig]] = PeftConfig
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        config: PeftConfig,
+        adapter_name: str = "default",
+        *,
+        module_name: str = "",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        adapter = self.make(base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._wrap(base_layer)
+        base_layer.requires_grad_(False)
+        if config.bias_mode != "none" and self.bias is not None:
+            self.bias.requires_grad_(True)
+        self.attach(adapter_name, adapter)
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    @classmethod
+    def around(cls, base_layer: nn.Module) -> AdapterLayer:
+        """Wrap `base_layer` without any adapter and without touching its parameters."""
+        layer = cls.__new__(cls)
+        layer._wrap(base_layer)
+        return layer
+
+    def _wrap(self, base_layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.train(base_layer.training)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict() if name in self.parameter_names else nn.ModuleDict())
+        for name in self.other_param_names:
+            setattr(self, name, {})
+        self.kind: str = kind_of(base_layer)
+        self.in_features, self.out_features = features_of(base_layer)
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self._switched = False
+        # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
+        self._original: dict[str, Tensor] = {}
+        # The versions that autograd counted for the merged ones: a higher one was written to.
+        self._versions: dict[str, int] = {}
+
+    @classmethod
+    def make(
+        cls,
+        base_layer: nn.Module,
+        config: PeftConfig,
+        module_name: str = "",
+        *,
+        autocast_adapter_dtype: bool = True,
+        initialise: bool = True,
+    ) -> Adapter:
+        """Create the parameters of one adapter for `base_layer`, in its dtype and on its device.
+
+        They are initialised in float32 on the CPU and rounded to the base dtype, as PEFT does; with
+        `autocast_adapter_dtype` they are then kept in float32 on a half-precision base. On a quantised base they are
+        float32, unless the layer says what it computes in.
+        """
+        where = f"module {module_name!r}: " if module_name else ""
+        if not isinstance(config, cls.config_class):
+            raise TypeError(
+                f"{where}config: {cls.__name__} expects a {cls.config_class.__name__}, got {type(config).__name__}"
+            )
+        reason = cls.refusal(base_layer)
+        if reason is not None:
+            raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
+        adapter = cls._create(base_layer, config, module_name, initialise)
+        adapter.layer_class = cls
+        device, dtype = base_layer.weight.device, dtype_of(base_layer)
+        for part in adapter.parts.values():
+            for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                value = parameter.data.to(device=device, dtype=dtype)
+                parameter.data = value.float() if autocast_adapter_dtype and dtype in HALF else value
+        return adapter
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        """Say why this class cannot wrap `layer`, or return None if it can."""
+        return why_unsupported(layer, cls.base_kinds)
+
+    @classmethod
+    def _create(cls, base_layer: nn.Module, config: PeftConfig, module_name: str, initialise: bool) -> Adapter:
+        raise NotImplementedError
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output with the adapters `names` applied."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer with the active adapters; extra arguments go to the base layer."""
+        if self._switched and not torch.compiler.is_compiling():
+            note_rerun()
+        if self.disable_adapters or self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        # Straight from the dictionary: every look-up through nn.Module runs Python of its own.
+        attached = self.__dict__[self.other_param_names[0]]
+        names = [name for name in self.active_adapters if name in attached]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(x, names, *args, **kwargs)
+
+    def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
+        """Whether the base layer is a plain dense nn.Linear or nn.Conv2d whose call nobody observes or replaces.
+
+        Anything else is reached by calling it, so that hooks, sharding, quantisation and nested wrappers keep
+        working. Under autocast torch caches the cast of the weight, which only the call profits from.
+        """
+        base = self._modules["base_layer"]
+        linear = type(base) is nn.Linear
+        if not (linear or type(base) is nn.Conv2d) or args or kwargs:
+            return False
+        # A parametrized weight is not among the parameters.
+        weight = base._parameters.get("weight")
+        return (
+            type(weight) is nn.Parameter
+            and not weight.requires_grad
+            and weight.dtype is x.dtype
+            and (weight.shape == (self.out_features, self.in_features) if linear else weight.dim() == 4)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and not base._backward_pre_hooks
+            and not _has_any_global_hook()
+            and "forward" not in base.__dict__
+            and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
+        )
+
+    def _base_weight(self) -> Tensor:
+        """The frozen weight as (out, in), or as it is stored for a convolution or an embedding."""
+        weight = self.base_layer.weight
+        return weight.mT if self.kind == "Conv1D" else weight
+
+    # -- adapters ---------------------------------------------------------------------------------------------
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of all adapters on this layer."""
+        return list(getattr(self, self.other_param_names[0]))
+
+    def adapter(self, adapter_name: str) -> Adapter:
+        """Return the parameters of an adapter of this layer."""
+        containers = {name: getattr(self, name) for name in self.adapter_layer_names}
+        parts = {name: container[adapter_name] for name, container in containers.items() if adapter_name in container}
+        return Adapter(parts, layer_class=type(self))
+
+    def attach(self, adapter_name: str, adapter: Adapter) -> None:
+        """Add a made adapter under a new name; it is neither active nor trainable yet."""
+        check_adapter_name(adapter_name)
+        if adapter_name in self.adapter_names:
+            raise ValueError(f"adapter_name: {adapter_name!r} exists already on this layer")
+        for container, part in adapter.parts.items():
+            part.requires_grad_(False)
+            if isinstance(part, nn.Module):
+                part.train(self.training)
+            getattr(self, container)[adapter_name] = part
+        for name, value in adapter.settings.items():
+            getattr(self, name)[adapter_name] = value
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: PeftConfig,
+        *,
+        module_name: str = "",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Make and attach another adapter; `set_adapter` activates it."""
+        self.check_add(config)
+        adapter = self.make(self.base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        self.attach(adapter_name, adapter)
+
+    def check_add(self, config: PeftConfig) -> None:
+        """Raise ValueError if an adapter of this configuration cannot be initialised in the state of the layer."""
+
+    def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError if these adapters cannot be active together on this layer."""
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters, and no others, active and (unless `inference_mode`) trainable.
+
+        Names that this layer does not have are ignored here: an adapter need not cover every layer of a model.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self.merged_adapters:
+            warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
+            self.unmerge()
+        for name, part in self._trainable():
+            set_trainable(part, name in names and not inference_mode)
+        # A first choice changes nothing for passes before it: none had an adapter.
+        self._switched = self._switched or (bool(self.active_adapters) and names != self.active_adapters)
+        self.active_adapters = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters without activating them."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, part in self._trainable():
+            if name in names:
+                part.requires_grad_(requires_grad)
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        for container in self.adapter_layer_names:
+            if container not in self.constant_names:
+                yield from getattr(self, container).items()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; a merged layer is unmerged before it is switched off.
+
+        `requires_grad` stays as it is, so that switching off and on restores the layer exactly.
+        """
+        if not enabled and self.merged_adapters:
+            self.unmerge()
+        self.disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; a merged one must be unmerged first."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter_name: {adapter_name!r} is merged; unmerge it before deleting it")
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, name)
+            if adapter_name in container:
+                del container[adapter_name]
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+
+    # -- what other code reads off a layer --------------------------------------------------------------------
+
+    def unwrap(self) -> nn.Module:
+        """Return the wrapped layer, which is about to take this one's place."""
+        return self.base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the wrapped layer."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the base layer, if it has one."""
+        return getattr(self.base_layer, "bias", None)
+
+    def extra_repr(self) -> str:
+        """Name the active and merged adapters and their settings."""
+        parts = [f"active_adapters={self.active_adapters}"]
+        if self.merged_adapters:
+            parts.append(f"merged_adapters={self.merged_adapters}")
+        if self.disable_adapters:
+            parts.append("disabled")
+        for name in self.adapter_names:
+            settings = {key: getattr(self, key) for key in self.other_param_names}
+            values = ", ".join(f"{key}={values[name]}" for key, values in settings.items() if name in values)
+            parts.append(f"{name}=({values})")
+        return ", ".join(parts)

@@ -1,0 +1,10 @@
+"""LoRA on linear layers, convolutions and embeddings, with DoRA, mixed batches and quantised bases."""
+
+from __future__ import annotations
+
+from .config import LoraConfig, LoraRuntimeConfig
+from .conv import LoRAConv2d
+from .embedding import LoRAEmbedding
+from .linear import LoRALinear
+
+__all__ = ["LoRAConv2d", "LoRAEmbedding", "LoRALinear", "LoraConfig", "LoraRuntimeConfig"]

@@ -1,0 +1,1 @@
+"""What stands between operators and backends: who runs a call, what the user asked for, and what was measured."""

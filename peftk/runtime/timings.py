@@ -1,0 +1,111 @@
+"""Tuned tables: which backend was measured to be fastest, by device class, operator and shape bucket.
+
+The tables that ship in ``peftk/tuned/<device class>.json`` were written by ``python -m peftk bench --tune``; a
+table of the same name in the user's cache folder wins over them cell by cell. Nothing is ever timed while a
+model runs: a cell that nobody has measured is "untuned".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import settings
+
+logger = logging.getLogger("peftk")
+
+SHIPPED = Path(__file__).parent / "tuned"
+
+Table = dict[str, dict[tuple, dict[str, float]]]
+
+TIE = 1.1
+"""Times this close are the same: what differs is the noise. The backend that untuned calls prefer then comes first."""
+
+
+@functools.cache
+def device_class(device_type: str, index: int | None = None) -> str:
+    """Name the class of devices that share a tuned table, such as ``cpu-avx2`` or ``cuda-sm90``."""
+    if device_type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability().lower()
+        amx = torch.cpu._is_amx_tile_supported()
+        return "cpu-amx" if amx else f"cpu-{capability}"
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"cuda-sm{major}{minor}"
+    return device_type
+
+
+def power_bucket(*sizes: int) -> tuple[int, ...]:
+    """Round every size up to a power of two, and return the exponents."""
+    return tuple([(int(size) - 1).bit_length() if size > 0 else -1 for size in sizes])
+
+
+def cell(args: tuple, bucket: Callable[..., tuple]) -> tuple:
+    """Return the key of a call in a table: the first argument's dtype and the operator's own bucket."""
+    return (_dtype_name(args[0].dtype), *bucket(*args))
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _read(path: Path) -> Table:
+    content = json.loads(path.read_text())
+    return {
+        operator: {(row["dtype"], *row["bucket"]): row["microseconds"] for row in rows}
+        for operator, rows in content["operators"].items()
+    }
+
+
+@functools.cache
+def table(name: str) -> Table:
+    """Return the table of a device class: the shipped one, with the user's cells over it.
+
+    A user's table that cannot be read is reported once and left out.
+    """
+    merged: Table = {}
+    for folder in (SHIPPED, settings.cache_dir()):
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            continue
+        try:
+            found = _read(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("tuned table %s is left out: it cannot be read (%s: %s)", path, type(error).__name__, error)
+            continue
+        for operator, cells in found.items():
+            merged.setdefault(operator, {}).update(cells)
+    return {operator: {key: _ranked(times) for key, times in cells.items()} for operator, cells in merged.items()}
+
+
+@functools.cache
+def _cells(operator: str, device: torch.device) -> dict[tuple, dict[str, float]] | None:
+    return table(device_class(device.type, device.index)).get(operator)
+
+
+def clear() -> None:
+    """Forget the tables, so that the next look-up reads them again."""
+    table.cache_clear()
+    _cells.cache_clear()
+
+
+def _ranked(times: dict[str, float]) -> dict[str, float]:
+    """Put the backends into the order in which a look-up walks over them: ties by preference, then by time."""
+    tie = TIE * min(times.values(), default=0.0)
+    return dict(sorted(times.items(), key=lambda item: (0, _order(item[0])) if item[1] <= tie else (1, item[1])))
+
+
+def _order(backend: str) -> int:
+    return settings.BACKENDS.index(backend) if backend in settings.BACKENDS else len(settings.BACKENDS)
+
+
+def lookup(operator: str, args: tuple, bucket: Callable[..., tuple]) -> dict[str, float] | None:
+    """Return the measured microseconds of each backend for a call, best first, or None if untuned."""
+    cells = _cells(operator, args[0].device)
+    return None if cells is None else cells.get(cell(args, bucket))

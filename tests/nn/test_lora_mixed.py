@@ -1,0 +1,141 @@
+"""Batches in which every sample has a LoRA adapter of its own, beside Hugging Face PEFT's."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from support.layer_cases import CASES, I, example, make
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+import peftk
+from peftk.nn import LoraConfig, OFTConfig
+from peftk.nn.lora import layer as lora_layer
+from peftk.testing.compare import assert_close
+
+NAMES = ["b", "__base__", "default", "b", "missing"]
+
+
+@pytest.mark.parametrize("limit", [1, 256])
+@pytest.mark.parametrize("name", ["lora", "lora_bias", "lora_conv1d", "lora_conv", "lora_pointwise", "lora_embedding"])
+def test_every_sample_gets_its_own_adapter(name, limit, monkeypatch):
+    monkeypatch.setattr(lora_layer, "_MIXED_RANK", limit)
+    case = CASES[name]
+    layer = make(case, bias=case.base != "embedding").eval()
+    torch.manual_seed(5)
+    layer.add_adapter("b", LoraConfig(r=2, lora_alpha=7, init_lora_weights=False, fan_in_fan_out=name == "lora_conv1d"))
+    for shape in case.shapes():
+        unbatched = {"linear": 1, "conv": 3}.get(case.base)
+        if shape[0] == 0 or len(shape) == unbatched:
+            continue
+        x = example(case, (5, *shape[1:]))
+        y = layer(x, adapter_names=NAMES)
+        for sample, adapter in enumerate(NAMES):
+            layer.set_adapter([adapter])
+            assert_close(y[sample], layer(x)[sample].double(), torch.float32)
+        assert torch.equal(y[1], layer.base_layer(x)[1])
+        assert torch.equal(y[4], layer.base_layer(x)[4])
+
+
+def test_convolutions_with_groups():
+    base = nn.Conv2d(8, 6, 3, groups=2)
+    layer = peftk.nn.LoRAConv2d(base, LoraConfig(r=4, init_lora_weights=False)).eval()
+    layer.add_adapter("b", LoraConfig(r=2, init_lora_weights=False))
+    x = torch.randn(3, 8, 5, 4)
+    y = layer(x, adapter_names=["b", "default", "__base__"])
+    for sample, adapter in enumerate(["b", "default", "__base__"]):
+        layer.set_adapter([adapter])
+        assert_close(y[sample], layer(x)[sample].double(), torch.float32)
+    theirs = peft.get_peft_model(
+        nn.Sequential(copy.deepcopy(base)), peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    )
+    layer.set_adapter("default")
+    twin = theirs.get_base_model()[0]
+    assert twin.lora_B["default"].weight.shape == layer.lora_B["default"].weight.shape
+    for container in ("lora_A", "lora_B"):
+        getattr(twin, container).load_state_dict(getattr(layer, container).state_dict(), strict=False)
+    assert_close(layer(x), twin(x).double(), torch.float32)
+    with pytest.raises(ValueError, match="groups=2"):
+        layer.merge()
+    with pytest.raises(ValueError, match=r"^r: .*groups=2"):
+        layer.add_adapter("c", LoraConfig(r=3))
+    with pytest.raises(ValueError, match="use_dora"):
+        layer.add_adapter("c", LoraConfig(r=2, use_dora=True))
+
+
+def models(base, targets, **values):
+    pair = []
+    for library in (peftk, peft):
+        torch.manual_seed(1)
+        config = {"r": 3, "target_modules": targets, "init_lora_weights": False} | values
+        model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(**config))
+        model.add_adapter("b", library.LoraConfig(**(config | {"r": 2})))
+        pair.append(model.eval())
+    pair[0].load_state_dict(pair[1].state_dict())
+    return pair
+
+
+GPT2_SIZES = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 20}
+
+
+def test_outputs_and_generation_are_those_of_peft():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(**GPT2_SIZES, bos_token_id=1, eos_token_id=2))
+    ours, theirs = models(base, ["c_attn", "wte"], fan_in_fan_out=True)
+    tokens = torch.arange(12).reshape(3, 4)
+    names = ["b", "__base__", "default"]
+    y = ours(input_ids=tokens, adapter_names=names).logits
+    assert_close(y, theirs(input_ids=tokens, adapter_names=names).logits.double(), torch.float32)
+    assert_close(y[1], base.eval()(input_ids=tokens).logits[1].double(), torch.float32)
+    for options in ({}, {"num_beams": 2}):
+        options |= {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "adapter_names": names}
+        assert torch.equal(ours.generate(input_ids=tokens, **options), theirs.generate(input_ids=tokens, **options))
+    assert_close(ours(input_ids=tokens).logits, theirs(input_ids=tokens).logits.double(), torch.float32)
+
+
+def test_beams_of_an_encoder_and_decoder():
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    ours, theirs = models(base, ["q", "v"])
+    tokens = torch.arange(2, 10).reshape(2, 4)
+    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "adapter_names": ["b", "default"]}
+    assert torch.equal(ours.generate(input_ids=tokens, **options), theirs.generate(input_ids=tokens, **options))
+
+
+def test_what_cannot_be_mixed_is_refused():
+    model = peftk.get_peft_model(
+        nn.Sequential(nn.Linear(I, I), nn.Linear(I, I)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    model.add_adapter("dora", LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    model.add_adapter("turned", OFTConfig(oft_block_size=4, target_modules=["1"], init_weights=False))
+    x = torch.randn(2, I)
+    with pytest.raises(ValueError, match="training mode"):
+        model(x, adapter_names=["default", "__base__"])
+    model.eval()
+    for names, text in (
+        (["default"], "2 samples"),
+        (["default", "nothing"], "nothing"),
+        (["default", "dora"], "'dora' is DORA"),
+        (["default", "turned"], "'turned' is OFT"),
+    ):
+        with pytest.raises(ValueError, match=f"adapter_names.*{text}"):
+            model(x, adapter_names=names)
+    with pytest.raises(TypeError, match="adapter_names"):
+        model(x, adapter_names="default")
+    layer = model.get_base_model()[0]
+    for names, text in (("ab", "list"), (["dora"] * 2, "DoRA")):
+        with pytest.raises(ValueError, match=text):
+            layer(x, adapter_names=names)
+    # Layers of other methods run as the base model has them.
+    expected = model.get_base_model()[1].base_layer(layer.base_layer(x))
+    model.set_adapter(["default", "turned"])
+    assert torch.equal(model(x, adapter_names=["__base__"] * 2), expected)
+    assert layer.batch_adapters is None
+    assert not torch.equal(model(x), expected)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        model(x, adapter_names=["default", "__base__"])

@@ -1,0 +1,208 @@
+"""The rules of the house that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import peftk
+from peftk import ops
+from peftk.runtime import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "peftk"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")])
+CSRC = sorted((ROOT / "csrc").rglob("*.[ch]*"))
+FAMILIES = sorted(m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_"))
+
+# From the bottom up; a module may import what stands in its own line or below. Backends are imported by name, when an
+# operator first asks for one.
+STOREYS = (
+    ("_version", "_C"),
+    ("runtime",),
+    ("kernels", "triton_kernels"),
+    ("ops",),
+    ("functional", "checkpoint"),
+    ("nn",),
+    ("models",),
+    ("testing", "__init__"),
+    ("commands",),
+    ("__main__",),
+)
+RANKS = {name: rank for rank, names in enumerate(STOREYS) for name in names}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def top(path: Path) -> str:
+    """Return the name below peftk of the module or package that a file belongs to."""
+    first = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Return the names below peftk that a file imports, anywhere in it."""
+    inside = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(a.name.split(".")[0] == "peftk" for a in node.names), f"{relative(path)}: absolute import"
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if not node.level:
+            assert (node.module or "").split(".")[0] != "peftk", f"{relative(path)}: absolute import of peftk"
+            continue
+        parts = [*inside[: len(inside) - node.level + 1], *(node.module or "").split(".")]
+        names = [p for p in parts if p][:1] or [a.name for a in node.names]
+        found |= {name if name in RANKS else "__init__" for name in names}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_imports_point_down(path):
+    own = top(path)
+    assert own in RANKS, f"{own}: give it a place in STOREYS"
+    for name in imports(path) - {own}:
+        assert RANKS[name] <= RANKS[own], f"{relative(path)} imports {name} from above"
+
+
+def test_checkpoints_know_no_model():
+    used = set().union(*(imports(p) for p in (PACKAGE / "checkpoint").rglob("*.py")))
+    assert not used & {"nn", "models", "ops", "functional"}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *CSRC], ids=relative)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize("path", CSRC, ids=relative)
+def test_kernels_know_no_torch(path):
+    text = path.read_text()
+    assert "torch/extension.h" not in text and "<ATen/" not in text and "<c10/" not in text
+    family_header = path.suffix == ".h" and path.stem in FAMILIES
+    if path.parent.name in ("cpu", "cuda") or family_header:
+        assert not re.search(r"#include\s*[<\"]torch/", text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_name_is_the_file_name(family):
+    for place in ("peftk/kernels/torch/{}.py", "peftk/testing/cases/{}.py", "docs/{}.md"):
+        assert (ROOT / place.format(family)).is_file(), place.format(family)
+    if (PACKAGE / "kernels" / "native" / f"{family}.py").is_file():
+        for place in ("csrc/{}.h", "csrc/{}.cpp", "csrc/cpu/{}.cpp"):
+            assert (ROOT / place.format(family)).is_file(), place.format(family)
+
+
+@pytest.mark.parametrize("name", peftk.functional.__all__)
+def test_operator_is_whole(name):
+    """Forward, and backward if there is one, with a torch kernel, a FLOP formula and one signature on every backend."""
+    from torch.utils.flop_counter import flop_registry
+
+    from peftk.testing.calls import operators
+
+    for operator in operators(name):
+        assert operator in registry.OPERATORS
+        packet = getattr(importlib.import_module("torch").ops.peftk, operator)
+        assert packet in flop_registry
+        expected = [a.name for a in packet.default._schema.arguments]
+        kernel = registry.OPERATORS[operator].kernel("torch")
+        assert not isinstance(kernel, str), kernel
+        names = list(inspect.signature(kernel[0]).parameters)
+        # *args at the end passes the rest on.
+        assert names[-1] == "args" or names == expected
+        assert names[: len(names) - (names[-1] == "args")] == expected[: len(names) - (names[-1] == "args")]
+
+
+def test_every_operator_has_a_public_function():
+    assert {n.removesuffix("_backward") for n in registry.OPERATORS} == set(peftk.functional.__all__)
+
+
+@pytest.mark.parametrize("name", peftk.functional.__all__)
+def test_docstring_is_whole(name):
+    function = getattr(peftk.functional, name)
+    text = inspect.getdoc(function)
+    for heading in ("Args:", "Returns:", "Raises:", "Saved for backward:", "Source:", "Example:"):
+        assert f"\n{heading}" in text, f"{name}: {heading}"
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"^\s+{parameter}: ", text, re.MULTILINE), f"{name}: {parameter}"
+
+
+@pytest.mark.parametrize("name", [n for n in peftk.__all__ if callable(getattr(peftk, n))])
+def test_public_name_is_documented(name):
+    assert len((inspect.getdoc(getattr(peftk, name)) or "").split()) >= 5
+
+
+def modules() -> list[str]:
+    found = ["peftk", *(m.name for m in pkgutil.walk_packages(peftk.__path__, "peftk."))]
+    skipped = ("peftk._C", "peftk.__main__", "peftk.commands")
+    native = importlib.import_module("peftk.kernels.native").unavailable() is not None
+    return [m for m in found if not m.startswith(skipped) and not (native and m.startswith("peftk.kernels.native."))]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_run(name):
+    module = importlib.import_module(name)
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    assert doctest.testmod(module, optionflags=flags).failed == 0
+
+
+def test_public_functions_have_examples_that_run():
+    for name in peftk.functional.__all__:
+        function = getattr(peftk.functional, name)
+        examples = doctest.DocTestFinder(recurse=False).find(function, globs={})[0].examples
+        assert any(not e.options.get(doctest.SKIP) for e in examples), name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_settings_are_read_in_one_file(path):
+    if relative(path) == "peftk/runtime/settings.py":
+        return
+    text = path.read_text()
+    assert not re.search(r"\bos\.(environ|getenv|putenv)\b|from os import", text)
+
+
+def test_settings_are_documented():
+    table = (ROOT / "docs" / "backends.md").read_text()
+    read = set()
+    for path in [*SOURCES, ROOT / "setup.py"]:
+        read |= set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", path.read_text()))
+    assert "PEFTK_BACKEND" in read
+    for name in read:
+        assert f"`{name}`" in table, name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_library_neither_prints_nor_promises(path):
+    text = path.read_text()
+    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
+    # The command line and print_trainable_parameters are there to print.
+    if top(path) in ("commands", "__main__") or path.name == "peft_model.py":
+        return
+    calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
+    assert not any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls)
+
+
+def test_no_machine_is_named():
+    """No file says where it was made, or from which host packages came."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout, so there is no list of what is committed")
+    hosts = ("py" + "pi.org", "python" + "hosted", "/ro" + "ot/", "/wo" + "rk/", "/opt/" + "wheels")
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in (".png", ".safetensors") or not path.is_file():
+            continue
+        text = path.read_text(errors="replace")
+        for host in hosts:
+            assert host not in text, f"{name} names {host}"

@@ -1,0 +1,43 @@
+"""C3A."""
+
+from __future__ import annotations
+
+import torch
+
+from peftk.nn import C3AConfig
+from support.layer_cases import Case
+
+
+def _config(block_size=2, init_weights="gaussian", **values):
+    return C3AConfig(block_size=block_size, init_weights=init_weights, **values)
+
+
+CASES = {
+    "c3a": Case(_config(), together="c3a_one"),
+    "c3a_one": Case(_config(1)),
+    "c3a_xavier": Case(_config(2, "xavier_uniform")),
+    "c3a_gpt2": Case(_config(), "conv1d"),
+    "c3a_pointwise": Case(_config(), "pointwise", together="c3a_pointwise_kaiming"),
+    "c3a_pointwise_kaiming": Case(_config(1, "kaiming_uniform"), "pointwise"),
+    "c3a_pointwise_strided": Case(_config(), "pointwise_strided"),
+}
+
+IDENTITIES = {
+    "c3a": Case(_config(init_weights=True)),
+    "c3a_gpt2": Case(_config(init_weights=True), "conv1d"),
+    "c3a_pointwise": Case(_config(init_weights=True), "pointwise"),
+    "c3a_pointwise_strided": Case(_config(1, True), "pointwise_strided"),
+}
+
+
+def dense(layer, name, weight, bias):
+    return weight + circulant(layer.c3a_kernel[name]).view(weight.shape) / weight.shape[1], bias
+
+
+def circulant(kernel):
+    """The matrix of circulant blocks: every row of a block is the one above, rolled to the right."""
+    rows = []
+    for line in kernel.double():
+        for p in range(kernel.shape[-1]):
+            rows.append(torch.cat([first.roll(p) for first in line]))
+    return torch.stack(rows)

@@ -1,0 +1,49 @@
+"""LoHa."""
+
+from __future__ import annotations
+
+import torch
+
+from peftk.nn import LoHaConfig
+from support.layer_cases import Case
+
+
+def _config(r=2, **values):
+    return LoHaConfig(r=r, init_weights=False, **values)
+
+
+# Of the sizes of these layers, rank 2 runs as a low-rank product and rank 7 is written into the weight.
+CASES = {
+    "loha": Case(_config(alpha=3), together="loha_written"),
+    "loha_written": Case(_config(7), together="loha"),
+    "loha_conv": Case(_config(1, alpha=2), "conv", together="loha_tucker"),
+    "loha_conv_written": Case(_config(5), "conv_uneven"),
+    "loha_tucker": Case(_config(3, use_effective_conv2d=True), "conv", together="loha_conv"),
+    "loha_tucker_groups": Case(_config(use_effective_conv2d=True), "conv_groups"),
+    "loha_tucker_same": Case(_config(1, use_effective_conv2d=True), "conv_same"),
+    "loha_pointwise": Case(_config(1, use_effective_conv2d=True), "pointwise_strided"),
+}
+
+IDENTITIES = {
+    "loha": Case(LoHaConfig(r=2)),
+    "loha_written": Case(LoHaConfig(r=7)),
+    "loha_conv": Case(LoHaConfig(r=1), "conv"),
+    "loha_conv_written": Case(LoHaConfig(r=4), "conv_uneven"),
+    "loha_tucker": Case(LoHaConfig(r=3, use_effective_conv2d=True), "conv"),
+    "loha_pointwise": Case(LoHaConfig(r=1), "pointwise"),
+}
+
+
+def dense(layer, name, weight, bias):
+    w1_a, w1_b, w2_a, w2_b = (getattr(layer, f"hada_{n}")[name].double() for n in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    if name in layer.hada_t1:
+        t1, t2 = layer.hada_t1[name].double(), layer.hada_t2[name].double()
+        first = sum(
+            torch.einsum("p,q,kl->pqkl", w1_a[i], w1_b[j], t1[i, j]) for i in range(len(t1)) for j in range(len(t1))
+        )
+        second = sum(
+            torch.einsum("p,q,kl->pqkl", w2_a[i], w2_b[j], t2[i, j]) for i in range(len(t2)) for j in range(len(t2))
+        )
+    else:
+        first, second = (w1_a @ w1_b).view(weight.shape), (w2_a @ w2_b).view(weight.shape)
+    return weight + layer.scaling[name] * first * second, bias

@@ -1,0 +1,55 @@
+"""LoKr."""
+
+from __future__ import annotations
+
+import torch
+
+from peftk.nn import LoKrConfig
+from support.layer_cases import Case
+
+
+def _config(**values):
+    return LoKrConfig(init_weights=False, **values)
+
+
+# The linear layer is 12 x 10, the convolutions 4 x 6 (8 / 2 x 6 with groups).
+CASES = {
+    "lokr": Case(_config(r=1, alpha=3), together="lokr_full"),
+    "lokr_full": Case(_config(r=8, alpha=5, decompose_factor=2)),
+    "lokr_both": Case(_config(r=1, decompose_both=True, decompose_factor=5), together="lokr"),
+    "lokr_thin": Case(_config(r=1, decompose_factor=1)),
+    "lokr_conv": Case(_config(r=1, alpha=2), "conv", together="lokr_conv_full"),
+    "lokr_conv_full": Case(_config(r=8, decompose_factor=2), "conv"),
+    "lokr_conv_tucker": Case(_config(r=1, alpha=3, use_effective_conv2d=True, decompose_factor=1), "conv_uneven"),
+    "lokr_conv_both": Case(_config(r=1, decompose_both=True, use_effective_conv2d=True), "conv_same"),
+    "lokr_conv_groups": Case(_config(r=1, decompose_factor=2), "conv_groups"),
+    "lokr_pointwise": Case(_config(r=1, use_effective_conv2d=True), "pointwise_strided"),
+}
+
+IDENTITIES = {
+    "lokr": Case(LoKrConfig(r=1)),
+    "lokr_full": Case(LoKrConfig(r=8)),
+    "lokr_both": Case(LoKrConfig(r=1, decompose_both=True, decompose_factor=5)),
+    "lokr_thin": Case(LoKrConfig(r=1, decompose_factor=1)),
+    "lokr_lycoris": Case(LoKrConfig(r=1, init_weights="lycoris")),
+    "lokr_lycoris_full": Case(LoKrConfig(r=8, init_weights="lycoris")),
+    "lokr_conv": Case(LoKrConfig(r=1), "conv"),
+    "lokr_conv_tucker": Case(LoKrConfig(r=1, use_effective_conv2d=True), "conv_uneven"),
+    "lokr_conv_groups": Case(LoKrConfig(r=1, init_weights="lycoris"), "conv_groups"),
+    "lokr_pointwise": Case(LoKrConfig(r=8), "pointwise"),
+}
+
+
+def dense(layer, name, weight, bias):
+    held = {c: getattr(layer, c)[name].double() for c in layer.adapter_layer_names if name in getattr(layer, c)}
+    w1 = held["lokr_w1"] if "lokr_w1" in held else held["lokr_w1_a"] @ held["lokr_w1_b"]
+    kernel = weight.shape[2:]
+    if "lokr_w2" in held:
+        w2 = held["lokr_w2"]
+    elif "lokr_t2" in held:
+        w2 = torch.einsum("ijhw,ik,jn->knhw", held["lokr_t2"], held["lokr_w2_a"], held["lokr_w2_b"])
+    else:
+        w2 = (held["lokr_w2_a"] @ held["lokr_w2_b"]).reshape(held["lokr_w2_a"].shape[0], -1, *kernel)
+    # Every entry of w1 is one block of the weight.
+    blocks = [torch.cat([entry * w2 for entry in row], dim=1) for row in w1]
+    return weight + layer.alpha[name] / layer.r[name] * torch.cat(blocks, dim=0), bias

@@ -1,0 +1,63 @@
+"""OFT."""
+
+from __future__ import annotations
+
+import torch
+
+from peftk.nn import OFTConfig
+from support.layer_cases import Case
+
+
+def _config(block_size=4, **values):
+    return OFTConfig(oft_block_size=block_size, init_weights=False, **values)
+
+
+CASES = {
+    "oft": Case(_config(), together="oft_exact"),
+    "oft_blocks": Case(OFTConfig(r=2, oft_block_size=0, init_weights=False, num_cayley_neumann_terms=3)),
+    "oft_exact": Case(_config(3, use_cayley_neumann=False)),
+    "oft_shared": Case(_config(6, block_share=True)),
+    "coft": Case(_config(coft=True, eps=0.5)),
+    "oft_gpt2": Case(_config(), "conv1d"),
+    "oft_conv": Case(_config(6), "conv", together="oft_conv_exact"),
+    "oft_conv_exact": Case(_config(use_cayley_neumann=False), "conv"),
+    "oft_conv_uneven": Case(_config(), "conv_uneven"),
+    "oft_conv_same": Case(_config(use_cayley_neumann=False), "conv_same"),
+    "oft_pointwise": Case(_config(block_share=True), "pointwise_strided"),
+}
+
+IDENTITIES = {
+    "oft": Case(OFTConfig(oft_block_size=4)),
+    "oft_exact": Case(OFTConfig(oft_block_size=4, use_cayley_neumann=False)),
+    "oft_shared": Case(OFTConfig(oft_block_size=4, block_share=True)),
+    "coft": Case(OFTConfig(oft_block_size=4, coft=True)),
+    "oft_gpt2": Case(OFTConfig(oft_block_size=4), "conv1d"),
+    "oft_conv": Case(OFTConfig(oft_block_size=4), "conv"),
+    "oft_conv_uneven": Case(OFTConfig(oft_block_size=4), "conv_uneven"),
+    "oft_pointwise": Case(OFTConfig(oft_block_size=4, use_cayley_neumann=False), "pointwise"),
+}
+
+
+def dense(layer, name, weight, bias):
+    rotated = weight.flatten(1) @ rotation(layer.oft_R[name]).T
+    return rotated.view(weight.shape), bias
+
+
+def rotation(parameters):
+    """The dense matrix R of ``y = (x R) W^T``."""
+    size = parameters.block_size
+    rows, columns = torch.triu_indices(size, size, 1)
+    eye = torch.eye(size, dtype=torch.float64)
+    blocks = []
+    for packed in parameters.weight.double():
+        s = torch.zeros(size, size, dtype=torch.float64).index_put((rows, columns), packed)
+        s = s - s.T
+        terms = parameters.neumann_terms
+        if terms is None:
+            blocks.append((eye - s) @ torch.linalg.inv(eye + s))
+        elif terms == 3:
+            blocks.append(eye + 2 * s + 2 * s @ s + s @ s @ s)
+        else:
+            assert terms == 5
+            blocks.append(eye + 2 * (s + s @ s + s @ s @ s) + s @ s @ s @ s)
+    return torch.block_diag(*(blocks * parameters.block_count if parameters.block_share else blocks))
