@@ -102,7 +102,7 @@ class traced_backends:
 
         def traced(operator: registry.Operator, args: tuple) -> Callable:
             kernel = select(operator, args)
-            found[operator.name] = next(name for name in settings.BACKENDS if kernel in operator.kernel(name))
+            found[operator.name] = next(b for b in settings.BACKENDS if kernel is operator.kernel(b)[0])
             return kernel
 
         registry.Operator.select = traced
