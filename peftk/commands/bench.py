@@ -120,7 +120,8 @@ def write_table(path: Path, device_class: str, measurements: Iterable[Measuremen
         dtype = str(found.call.dtype).removeprefix("torch.")
         times = {backend: round(us, 2) for backend, us in found.microseconds.items()}
         row = {"dtype": dtype, "bucket": list(found.bucket), "microseconds": times}
-        operators.setdefault(found.call.operator, {})[(dtype, *found.bucket)] = row
+        cell = (dtype, *found.bucket)
+        operators.setdefault(found.call.operator, {})[cell] = row
         written += 1
     content = {
         "device": device_class,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,7 +134,7 @@ def examine() -> Report:
     }
 
 
-def _table(console: Console, title: str, rows: list[tuple[str, ...]], heads: tuple[str, ...]) -> None:
+def _table(console: Console, title: str, rows: Sequence[tuple[str, ...]], heads: tuple[str, ...]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -158,7 +159,7 @@ def _extension_line(found: Report) -> str:
     return f"{facts}, {cuda}; uses {found['capability']}"
 
 
-def _operator_rows(report: Report) -> list[tuple[str, ...]]:
+def _operator_rows(report: Report) -> list[tuple[str, str, str]]:
     several = len({row["device"] for row in report["operators"]}) > 1
     rows = []
     for row in report["operators"]:

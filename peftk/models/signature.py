@@ -40,7 +40,7 @@ def _make(cls: type[T], base: type[nn.Module]) -> type[T]:
     twin = types.FunctionType(forward.__code__, forward.__globals__, "forward", None, forward.__closure__)
     twin.__doc__, twin.__module__ = forward.__doc__, forward.__module__
     twin.__qualname__ = forward.__qualname__
-    twin.__signature__ = signature
+    twin.__dict__["__signature__"] = signature
     name = f"{cls.__name__}[{base.__name__}]"
     # A saved trace names the class in a grammar without brackets.
     scripted = f"__torch__.{cls.__module__}.{cls.__name__}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from ..nn import AdapterLayer
+from ..nn import AdapterLayer, PeftType
 from ..nn.base.kinds import quantised_by
 from ..nn.base.saved import ModulesToSaveWrapper
 from .adapters import Tuner
@@ -83,7 +83,7 @@ def count_parameters(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
     """Return how many parameters are trained, and how many there are; bitsandbytes packs several into an element."""
     trained, total = 0, 0
     for p in parameters:
-        packed = type(p).__name__ == "Params4bit" and p.bnb_quantized
+        packed = type(p).__name__ == "Params4bit" and getattr(p, "bnb_quantized", False)
         count = p.numel() * (2 * p.element_size() if packed else 1)
         trained, total = trained + count * p.requires_grad, total + count
     return trained, total
@@ -108,7 +108,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    found = model.base_model if _is_peft_model(model) else model
+    tuner = _tuner_of(model)
+    found = model if tuner is None else tuner
     layers = [
         _layer_status(name, module)
         for name, module in found.named_modules()
@@ -119,12 +120,15 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     return layers
 
 
-def _is_peft_model(model: nn.Module) -> bool:
-    return isinstance(model._modules.get("base_model"), Tuner)
+def _tuner_of(model: nn.Module) -> Tuner | None:
+    """Return what holds the adapters of a PeftModel; no property of the model is asked."""
+    found = model._modules.get("base_model")
+    return found if isinstance(found, Tuner) else None
 
 
 def _layer_status(name: str, module: AdapterLayer | ModulesToSaveWrapper) -> TunerLayerStatus:
     if isinstance(module, ModulesToSaveWrapper):
+        parts: dict[str, list[nn.Module | nn.Parameter]]
         parts = {adapter: [copy] for adapter, copy in module.modules_to_save.items()}
         merged, quantised = [], None
     else:
@@ -151,7 +155,7 @@ def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
     return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 
 
-def _agreed(values: Iterable, default: object = False) -> object:
+def _agreed(values: Iterable, default: object = False) -> Any:
     """Return the value that all have, or "irregular"."""
     first, *others = [*values] or [default]
     return first if all(other == first for other in others) else "irregular"
@@ -177,7 +181,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers = get_layer_status(model)
     adapters = sorted({adapter for layer in layers for adapter in layer.available_adapters})
     trained, total = count_parameters(model.parameters())
-    is_peft = _is_peft_model(model)
+    tuner = _tuner_of(model)
 
     def of_adapter(values: Callable[[TunerLayerStatus], dict]) -> dict:
         return {a: [values(layer)[a] for layer in layers if a in layer.available_adapters] for a in adapters}
@@ -190,9 +194,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     ]
     states = {a: _agreed(state[a] for state in merged if a in state) for a in adapters}
     return TunerModelStatus(
-        base_model_type=type(model.get_base_model()).__name__ if is_peft else "other",
-        adapter_model_type=type(model.base_model).__name__ if is_peft else "None",
-        peft_types={a: c.peft_type.value for a, c in model.peft_config.items()} if is_peft else {},
+        base_model_type="other" if tuner is None else type(tuner.model).__name__,
+        adapter_model_type="None" if tuner is None else type(tuner).__name__,
+        peft_types={} if tuner is None else {a: PeftType(c.peft_type).value for a, c in tuner.peft_config.items()},
         trainable_params=trained,
         total_params=total,
         num_adapter_layers=len(layers),

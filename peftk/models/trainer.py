@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .peft_model import PeftModel
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    # It stands before the Trainer in the bases; importing peftk must not import transformers.
+    _Trainer = object
 
-class AdapterTrainerMixin:
+
+class AdapterTrainerMixin(_Trainer):
     """Make a Trainer save, resume from and choose among adapter files; put it before the Trainer in the bases.
 
     Without it, a Trainer writes a checkpoint of the whole model, frozen weights included, and fails where weights are

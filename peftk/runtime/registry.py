@@ -106,6 +106,12 @@ class Operator:
             self._kernels[backend] = found
         return found
 
+    def function(self, backend: str) -> Callable:
+        """Return a backend's function, which must be there."""
+        kernel = self.kernel(backend)
+        assert not isinstance(kernel, str), kernel
+        return kernel[0]
+
     def reason(self, backend: str, args: tuple) -> str | None:
         """Return None if a backend can run the call, else why it cannot."""
         kernel = self.kernel(backend)
@@ -122,7 +128,7 @@ class Operator:
         asked = settings.backend()
         if asked != "auto":
             if (reason := self.reason(asked, args)) is None:
-                return self._kernels[asked][0]
+                return self.function(asked)
             raise RuntimeError(
                 f"backend: expected one that can run {self.name}; got {asked!r}, which cannot: {reason}\n"
                 + str(self.explain(args))
@@ -131,11 +137,11 @@ class Operator:
         for backend in measured or settings.BACKENDS:
             reason = self.reason(backend, args)
             if reason is None:
-                return self._kernels[backend][0]
+                return self.function(backend)
             if measured is None and reason not in self._stepped_down:
                 self._stepped_down.add(reason)
                 logger.info("%s: %s is not used: %s", self.name, backend, reason)
-        return self.kernel("torch")[0]
+        return self.function("torch")
 
     def explain(self, args: tuple) -> Explanation:
         """Say what `select` does for these arguments, and why."""

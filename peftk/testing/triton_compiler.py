@@ -231,13 +231,19 @@ def _run(*command: str) -> str:
     return result.stdout
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern} in what the tool says"
+    return int(found[1])
+
+
 def _read_cuda(asm: dict[str, Any]) -> tuple[int, int, dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(asm["cubin"])
         usage = _run(_tool("cuobjdump"), "-res-usage", str(path))
         counts = _count(_run(_tool("nvdisasm"), "-c", str(path)), _CUDA)
-    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
+    registers, stack = (_number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK"))
     # A spill needs stack; a stack without LDL or STL is only the frame of a call.
     return registers, stack if counts["local"] else 0, counts
 
@@ -246,7 +252,7 @@ def _read_hip(asm: dict[str, Any]) -> tuple[int, int, dict[str, int]]:
     text = asm["amdgcn"]
 
     def value(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+        return _number(rf"\.{name}:\s+(\d+)", text)
 
     # Scalar registers spill into lanes of vector registers, which costs no memory access.
     spills = value("vgpr_spill_count") + value("private_segment_fixed_size")

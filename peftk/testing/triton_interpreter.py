@@ -55,7 +55,7 @@ class _Storage:
         return self.copy.data_ptr() + self.start
 
     def touched(self) -> tuple[np.ndarray, np.ndarray]:
-        if self.writers is None:
+        if self.writers is None or self.readers is None:
             self.writers = np.full(self.original.nbytes(), _NOBODY, np.int32)
             self.readers = self.writers.copy()
         return self.writers, self.readers
@@ -186,7 +186,7 @@ class Guard:
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 _guard: Guard | None = None

@@ -104,12 +104,13 @@ def _side_by_side(
     if images:
         from . import images as pictures
 
-        chosen = {m.name: m for m in chosen if pictures.applies(m)}
-        if method is not None and method not in chosen:
+        chosen = [m for m in chosen if pictures.applies(m)]
+        names = [m.name for m in chosen]
+        if method is not None and method not in names:
             raise typer.BadParameter(
-                f"expected a method for the ConvNet, one of {', '.join(chosen)}; got {method!r}", param_hint="--method"
+                f"expected a method for the ConvNet, one of {', '.join(names)}; got {method!r}", param_hint="--method"
             )
-        chosen = list(chosen.values()) if method is None else [chosen[method]]
+        chosen = [m for m in chosen if method in (None, m.name)]
         task = pictures.make_task(seed)
     else:
         from . import text

@@ -146,7 +146,7 @@ def _times(arms: dict[str, Arm]) -> dict[str, Any]:
 
 def _round_trip(
     task: Task,
-    adapted: nn.Module,
+    adapted: Any,
     unmerged: torch.Tensor,
     folder: Path,
     compared: int,

@@ -24,7 +24,7 @@ class Classifier(nn.Module):
     Arguments, `config`, `model` and `hidden_states` are named as in a transformers model, which X-LoRA relies on.
     """
 
-    def __init__(self, encoder: nn.Module, classes: int) -> None:
+    def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
         self.config = encoder.config
         self.model = encoder

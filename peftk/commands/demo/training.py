@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +51,7 @@ class Task:
     name: str
     question: str
     number: int
-    model: nn.Module
+    model: Any
     targets: list[str]
     data: Batches
     held_out: Batches
@@ -170,9 +171,9 @@ def make_arm(name: str, model: nn.Module, rate: float, steps: int, limit: int | 
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.01)
     warm_up = min(WARM_UP, max(1, steps // 2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / warm_up) * (1 - s / steps))
-    allocate = None
+    allocate: Any = None
     if getattr(model, "peft_type", None) == "ADALORA":
-        allocate = model.base_model.update_and_allocate
+        allocate = model.get_submodule("base_model").update_and_allocate
     return Arm(name, model.train(), optimizer, schedule, steps if limit is None else limit, allocate=allocate)
 
 
@@ -213,7 +214,7 @@ def train(
     part = data.take(next(source))
     for arm in arms:
         owned = [*arm.model.parameters(), *arm.model.buffers()]
-        arm.peak_bytes = peak_bytes(lambda arm=arm: backpropagate(arm, part), owned)
+        arm.peak_bytes = peak_bytes(functools.partial(backpropagate, arm, part), owned)
         arm.optimizer.zero_grad(set_to_none=True)
     for number in track(range(steps)):
         part = data.take(next(source))

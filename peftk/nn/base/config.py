@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -169,6 +169,10 @@ class PeftConfig:
     _alone: ClassVar[bool] = False
     # How PEFT's code for the method tries a key of a field like `rank_pattern` on the path of a module.
     _pattern: ClassVar[str] = r"(.*\.)?({})$"
+
+    if TYPE_CHECKING:
+        # Code for all methods reads fields that only some of them have.
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init_subclass__(cls, method: PeftType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

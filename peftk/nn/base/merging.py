@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class Mergeable(nn.Module):
     """The half of `AdapterLayer` that merges; a method says in `_merge_into` what the merged weight is."""
 
     adapter_layer_names: ClassVar[tuple[str, ...]]
-    base_layer: nn.Module
+    # Any class of layer, whose attributes differ.
+    base_layer: Any
     bias: Tensor | None
     kind: str
     in_features: int
@@ -38,6 +39,10 @@ class Mergeable(nn.Module):
     adapter_names: list[str]
     active_adapters: list[str]
     merged_adapters: list[str]
+    if TYPE_CHECKING:
+        # Containers are dictionaries of modules or of parameters, which the checker cannot tell apart.
+        def __getattr__(self, name: str) -> Any: ...
+
     _original: dict[str, Tensor]
     _versions: dict[str, int]
 

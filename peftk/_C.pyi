@@ -1,0 +1,6 @@
+"""What the compiled extension says of itself; its operators are registered when it is imported."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def cpu_capability() -> str: ...
