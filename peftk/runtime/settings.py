@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -14,6 +16,17 @@ import torch
 
 BACKENDS = ("native", "triton", "torch")
 """Every backend, in the order in which an untuned operator prefers them."""
+
+
+def _keep_for_threads(key: str, value: tuple) -> None:
+    """Keep a new object in what torch hands to the threads that it starts for a backward pass.
+
+    Releases of torch before 2.12 take a reference that they never counted, and drop it when the object is replaced.
+    """
+    before = sys.getrefcount(value)
+    torch._C._stash_obj_in_tls(key, value)
+    if sys.getrefcount(value) == before:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 class _Block:
@@ -68,7 +81,7 @@ class Choice:
         self._entered.set(own)
         thread, blocks = self._handed_over()
         outer = (b for b in blocks if b in self._open and b not in own)
-        torch._C._stash_obj_in_tls(self._key, (thread, (*outer, *own)))
+        _keep_for_threads(self._key, (thread, (*outer, *own)))
 
     @contextlib.contextmanager
     def named(self, name: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import subprocess
 import sys
 import threading
@@ -174,3 +175,28 @@ def test_an_open_block_does_not_disturb_the_end_of_the_process() -> None:
     script = "import peftk; block = peftk.use_backend('torch'); block.__enter__(); print('ready')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
+
+
+def test_what_torch_keeps_is_counted_also_where_torch_does_not_count(monkeypatch) -> None:
+    """Releases of torch before 2.12 take over a reference; using one that is gone ends the process."""
+    keep = torch._C._stash_obj_in_tls
+    counted = object()
+    before = sys.getrefcount(counted)
+    keep("peftk.test", counted)
+    if sys.getrefcount(counted) == before:
+        # It is a release that does not count, so what it took over here is given to it.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(counted))
+    else:
+
+        def steals(key: str, value: object) -> None:
+            keep(key, value)
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
+
+        monkeypatch.setattr(torch._C, "_stash_obj_in_tls", steals)
+    for value in (("first",), ("second",), ("third",)):
+        value = (*value, object())
+        settings._keep_for_threads("peftk.test", value)
+        # One reference is of this frame, one of the call, and one torch's.
+        assert sys.getrefcount(value) == 3
+        assert torch._C._get_obj_in_tls("peftk.test") is value
+    assert sys.getrefcount(counted) == before
