@@ -109,10 +109,10 @@ def read_cells(log: str, status: int) -> tuple[dict[str, int], str | None]:
 
 
 def report(work: Path, folder: Path, device: dict[str, Any], outcomes: list[parts.Outcome]) -> None:
-    """Write what there is so far: JSON, CSV, Markdown, HTML and plots."""
+    """Write what there is so far: JSON, CSV, Markdown, HTML and plots; what an earlier run measured stays."""
     parts.write_record(folder / "bench.json", device, outcomes)
     from .report import write
-    from .results import read
+    from .results import joined, read, read_written
 
     files = sorted(work.glob("cells/*/*.json"), key=lambda path: (path.name == "missing.json", path.stat().st_mtime))
     try:
@@ -120,7 +120,8 @@ def report(work: Path, folder: Path, device: dict[str, Any], outcomes: list[part
     except ValueError as error:
         print(f"no report yet: {error}", flush=True)
         return
-    write(results, folder)
+    earlier = folder / "results.json"
+    write(joined(read_written(earlier), results) if earlier.is_file() else results, folder)
 
 
 def all_parts(chosen: list[str] | None) -> list[Part]:

@@ -41,6 +41,8 @@ SANITIZERS = {
     "racecheck": "races in shared memory",
     "initcheck": "reads of memory that nothing wrote",
 }
+# Why is said in the driver.
+CHECKS = {"initcheck": ("--without-transforms",)}
 ERROR_STATUS = 66
 # cuBLAS gives equal bits on every stream only with workspaces of its own; it reads this when it starts.
 REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -109,7 +111,7 @@ def all_parts() -> list[Part]:
             Part(
                 tool,
                 f"compute-sanitizer {tool} on the CUDA C++ kernels: {says}",
-                (*call, sys.executable, str(TESTS / "backends" / "gpu" / "sanitize.py")),
+                (*call, sys.executable, str(TESTS / "backends" / "gpu" / "sanitize.py"), *CHECKS.get(tool, ())),
                 90.0,
                 functools.partial(read_sanitizer, tool),
                 # One allocation for each tensor, or an overrun would land inside torch's own pool.

@@ -264,13 +264,18 @@ def describe_gpu() -> dict[str, Any]:
 
 
 def write_record(path: Path, device: dict[str, Any], outcomes: list[Outcome]) -> None:
-    """Write the outcomes so far, with device, versions and date; the file is replaced as a whole."""
-    content = {
-        "device": device,
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "parts": [{**asdict(outcome), "seconds": round(outcome.seconds, 1)} for outcome in outcomes],
-    }
+    """Write the outcomes so far, with device, versions and dates; the file is replaced as a whole.
+
+    Parts that an earlier run on the same device and versions did, and this one did not, stay with their own dates.
+    """
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    content = {"device": device, "versions": versions()}
+    found = {o.name: {**asdict(o), "seconds": round(o.seconds, 1), "date": today} for o in outcomes}
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        if all(earlier.get(key) == value for key, value in content.items()):
+            found = {part["name"]: part for part in earlier["parts"]} | found
+    content["parts"] = list(found.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1) + "\n")

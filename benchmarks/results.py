@@ -177,6 +177,28 @@ def read(paths: Iterable[Path]) -> Results:
     return Results(list(found.values()), not_measured)
 
 
+def read_written(path: Path) -> Results:
+    """Read what `write_json` wrote."""
+    content = json.loads(path.read_text())
+    return Results([Comparison(info) for info in content["comparisons"]], content["not_measured"])
+
+
+def joined(older: Results, newer: Results) -> Results:
+    """Return the comparisons of two runs on one device; of equal ones the newer counts."""
+    found = {c.key: c for c in (*older.comparisons, *newer.comparisons)}
+    # What an earlier run missed may have been measured since, and the other way round.
+    measured = tuple(cell for _, cell in found)
+    missing = (older.not_measured | newer.not_measured).items()
+    return Results(
+        list(found.values()),
+        {
+            name: reason
+            for name, reason in missing
+            if name in newer.not_measured or not any(cell.startswith(name.rpartition("::")[2]) for cell in measured)
+        },
+    )
+
+
 def csv_rows(comparisons: Iterable[Comparison]) -> Iterator[dict[str, Any]]:
     """Yield one dictionary with the keys `COLUMNS` for each arm."""
     for comparison in comparisons:

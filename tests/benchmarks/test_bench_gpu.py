@@ -150,6 +150,12 @@ def test_part_writes_every_comparison_and_the_report_shows_it(
     assert (tmp_path / "report" / "overhead.png").is_file()
     kept = json.loads((tmp_path / "report" / "results.json").read_text())
     assert all("wall_samples_us" in row for c in kept["comparisons"] for row in c["arms"].values() if "ratio" in row)
+    # A second run that measures less, and something of its own, loses nothing.
+    for path in (tmp_path / "cells" / "kernels").glob("*.json"):
+        path.unlink()
+    gpu.report(tmp_path, tmp_path / "report", {"name": "none"}, [])
+    again = results.read_written(tmp_path / "report" / "results.json")
+    assert {c.key for c in again.comparisons} == {c.key for c in found.comparisons}
 
 
 class Event:

@@ -79,7 +79,7 @@ def test_no_part_loses_the_results_of_another(
         os.kill(child, signal.SIGKILL)
         pytest.fail("a part that ran out of time left a process behind")
     kept = json.loads(target.read_text())
-    assert set(kept) == {"device", "versions", "date", "parts"}
+    assert set(kept) == {"device", "versions", "parts"}
     assert kept["versions"]["torch"]
     assert [part["status"] for part in kept["parts"]] == [o.status for o in outcomes]
     assert parts.exit_status(outcomes) == 1
@@ -199,3 +199,17 @@ def test_job_says_what_it_would_do_without_a_gpu(module: str) -> None:
     at_once = int((re.search(r"(\d+) side by side", found.stdout) or [0, 1])[1])
     longest = max(each) if at_once > 1 else 0.0
     assert longest + sum(each) / at_once <= limit, "a part that hangs may not take the time of another one"
+
+
+def test_parts_of_an_earlier_run_stay_unless_versions_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcome(name: str, status: str = "passed") -> parts.Outcome:
+        return parts.Outcome(name, status, 1.0, {}, "")
+
+    target = tmp_path / "bench.json"
+    parts.write_record(target, {"name": "a device"}, [outcome("one"), outcome("two")])
+    parts.write_record(target, {"name": "a device"}, [outcome("two", "failed")])
+    found = {part["name"]: part["status"] for part in json.loads(target.read_text())["parts"]}
+    assert found == {"one": "passed", "two": "failed"}
+    monkeypatch.setattr(parts, "versions", lambda: {"torch": "another"})
+    parts.write_record(target, {"name": "a device"}, [outcome("two")])
+    assert [part["name"] for part in json.loads(target.read_text())["parts"]] == ["two"]
