@@ -82,6 +82,7 @@ class Operator:
         prepare: maps the public function's arguments to the operator's; checks and casts them.
         finish: takes a backend's result and the arguments and returns the operator's result: what no backend is left to
             decide by itself.
+        on_gpus: the order in which an untuned call on a GPU prefers backends.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Operator:
     bucket: Callable[..., tuple]
     prepare: Callable[..., tuple] | None = None
     finish: Callable[..., Any] | None = None
+    on_gpus: tuple[str, ...] = settings.BACKENDS
     _kernels: dict[str, tuple[Callable, Callable | None] | str] = field(default_factory=dict)
     _stepped_down: set[str] = field(default_factory=set)
 
@@ -119,6 +121,9 @@ class Operator:
             return kernel
         return None if kernel[1] is None else kernel[1](*args)
 
+    def _order(self, args: tuple) -> tuple[str, ...]:
+        return self.on_gpus if args[0].is_cuda else settings.BACKENDS
+
     def select(self, args: tuple) -> Callable:
         """Return the function that runs a call.
 
@@ -134,7 +139,7 @@ class Operator:
                 + str(self.explain(args))
             )
         measured = timings.lookup(self.name, args, self.bucket)
-        for backend in measured or settings.BACKENDS:
+        for backend in measured or self._order(args):
             reason = self.reason(backend, args)
             if reason is None:
                 return self.function(backend)
@@ -146,7 +151,7 @@ class Operator:
     def explain(self, args: tuple) -> Explanation:
         """Say what `select` does for these arguments, and why."""
         measured = timings.lookup(self.name, args, self.bucket)
-        candidates = tuple(Candidate(b, self.reason(b, args), (measured or {}).get(b)) for b in settings.BACKENDS)
+        candidates = tuple(Candidate(b, self.reason(b, args), (measured or {}).get(b)) for b in self._order(args))
         able = [c.backend for c in candidates if c.reason is None]
         asked = settings.backend()
         if asked != "auto":
@@ -194,6 +199,7 @@ def define(
     bucket: Callable[..., tuple],
     prepare: Callable[..., tuple] | None = None,
     finish: Callable[..., Any] | None = None,
+    on_gpus: tuple[str, ...] = settings.BACKENDS,
 ) -> Any:
     """Define an operator and return the function that calls it.
 
@@ -205,9 +211,10 @@ def define(
         bucket: see `Operator`.
         prepare: see `Operator`.
         finish: see `Operator`.
+        on_gpus: see `Operator`.
     """
     name = schema.partition("(")[0]
-    operator = OPERATORS[name] = Operator(name, family, bucket, prepare, finish)
+    operator = OPERATORS[name] = Operator(name, family, bucket, prepare, finish, on_gpus)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, operator, "CompositeExplicitAutograd")
     overload = getattr(torch.ops.peftk, name).default
