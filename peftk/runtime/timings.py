@@ -1,6 +1,6 @@
 """Tuned tables: which backend was measured to be fastest, by device class, operator and shape bucket.
 
-The tables that ship in ``peftk/tuned/<device class>.json`` were written by ``python -m peftk bench --tune``; a
+The tables that ship in ``tuned/<device class>.json`` were written by ``python -m peftk bench --tune``; a
 table of the same name in the user's cache folder wins over them cell by cell. Nothing is ever timed while a
 model runs: a cell that nobody has measured is "untuned".
 """
