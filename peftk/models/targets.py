@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..methods._base_layer import kind_of
 from ..nn import layer_class_for
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import PeftConfig, TaskType
-from ..nn.base.kinds import QUANTISERS, kind_of, quantised_by
+from ..nn.base.kinds import QUANTISERS, quantised_by
 from ..nn.base.saved import ModulesToSaveWrapper
 
 _QV = ("q_proj", "v_proj")

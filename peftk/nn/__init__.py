@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..methods._base_layer import kind_of
 from .adalora import AdaLoraConfig, AdaLoRALinear
 from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
 from .base.adapter_layer import AdapterLayer
 from .base.config import PeftConfig, PeftType, TaskType
-from .base.kinds import KINDS, kind_of, why_unsupported
+from .base.kinds import KINDS, why_unsupported
 from .boft import BOFTConfig, BOFTConv2d, BOFTLinear
 from .c3a import C3AConfig, C3AConv2d, C3ALinear
 from .loha import LoHaConfig, LoHaConv2d, LoHaLinear

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
+from ..methods import boft
+from ..methods._base_layer import features_of
+from ..methods.boft import Butterfly
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
-from .base.conv import convolve_with
-from .base.kinds import call, features_of, settle_fan_in_fan_out
+from .base.kinds import settle_fan_in_fan_out
+from .base.merging import Merged
 
 MAX_BLOCK = 65_536
 MAX_FACTORS = 16
-COMPOSED_GROUP = 256
-"""Largest group of features that is rotated by composed blocks; beyond, x passes the factors in turn."""
 SIZES_SHOWN = 8
 
 
@@ -195,59 +195,38 @@ class BOFTLinear(AdapterLayer):
     def _scale_shape(out: int) -> tuple[int, int]:
         return out, 1
 
-    def _factors(self, name: str) -> Tensor:
-        """Return the orthogonal blocks of every factor, with dropout in training."""
-        factors = orthogonal(self.boft_R[name])
-        count, blocks, size, _ = factors.shape
+    def butterfly(self, name: str) -> Butterfly:
+        """Return the tensors of one adapter, as its arithmetic takes them, with dropout in training."""
+        square = self.boft_R[name]
+        return Butterfly(boft.rotations(square, self._draw(name, square)), self.boft_s[name])
+
+    def _draw(self, name: str, square: Tensor) -> Tensor | None:
+        """Draw which blocks rotate in this pass: None for all of them."""
+        count, blocks = square.shape[:2]
         dropped = int(self.boft_dropout[name] * blocks) if self.training else 0
-        if dropped:
-            _seed.refuse_capture(factors.device)
-            # Drawn on the CPU's default generator, so that activation checkpointing replays it.
-            chosen = torch.randperm(blocks, device="cpu")[:dropped] + torch.randint(count, (1,), device="cpu") * blocks
-            keep = torch.ones(count * blocks, dtype=torch.bool, device="cpu").index_fill(0, chosen, False)
-            keep = keep.to(factors.device).view(count, blocks, 1, 1)
-            factors = torch.where(keep, factors, torch.eye(size, device=factors.device, dtype=factors.dtype))
-        return factors
-
-    def _group(self, name: str) -> int:
-        return self.boft_block_size[name] << (len(self.boft_R[name]) - 1)
-
-    def _scale(self, names: list[str]) -> Tensor:
-        scale = self.boft_s[names[0]]
-        for name in names[1:]:
-            scale = scale * self.boft_s[name]
-        return scale.view(-1)
+        if not dropped:
+            return None
+        _seed.refuse_capture(square.device)
+        # Drawn on the CPU's default generator, so that activation checkpointing replays it.
+        chosen = torch.randperm(blocks, device="cpu")[:dropped] + torch.randint(count, (1,), device="cpu") * blocks
+        return torch.ones(count * blocks, dtype=torch.bool, device="cpu").index_fill(0, chosen, False)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        bias = self.bias
-        if len(names) == 1 and self._group(names[0]) <= COMPOSED_GROUP and self._can_fuse(x, args, kwargs):
-            weight = self._modules["base_layer"]._parameters["weight"]
-            y = F.block_rotate_linear(x, weight, bias, composed(self._factors(names[0])))
-        else:
-            for name in reversed(names):
-                factors = self._factors(name)
-                if self._group(name) <= COMPOSED_GROUP:
-                    x = F.block_rotate(x, composed(factors))
-                else:
-                    x = F.butterfly_multiply(x, factors)
-            y = call(self.base_layer, x, *args, **kwargs)
-        return F.scale_channels(y, self._scale(names), bias)
+        return boft.linear(self.base_layer, x, [self.butterfly(name) for name in names], args, kwargs)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return the dense rotation R (in, in) and the scale s (out, 1) of one adapter, without dropout."""
-        rotation = self.boft_R[adapter]
-        blocks = composed(orthogonal(rotation))
-        return torch.block_diag(*blocks).to(rotation.dtype), self.boft_s[adapter].detach()
+        square, scale = self.boft_R[adapter], self.boft_s[adapter].detach()
+        return boft.rotation(Butterfly(boft.rotations(square), scale)).to(square.dtype), scale
 
     def _merge_order(self, names: list[str]) -> list[str]:
         return names
 
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
+    def _merge_into(self, tensors: Merged, name: str) -> None:
         weight = tensors["weight"]
-        blocks = composed(orthogonal(self.boft_R[name].to(weight.dtype)))
-        scale = self.boft_s[name].to(weight.dtype).view(-1)
-        tensors["weight"] = _written(weight, blocks, scale)
+        factors = boft.rotations(self.boft_R[name].to(weight.dtype))
+        tensors["weight"] = boft.merged(weight, Butterfly(factors, self.boft_s[name]))
 
 
 class BOFTConv2d(BOFTLinear):
@@ -295,27 +274,7 @@ class BOFTConv2d(BOFTLinear):
         return 1, out
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        values = [*(composed(self._factors(name)) for name in names), self._scale(names)]
-        return convolve_with(_written, self, x, *values, args=args, kwargs=kwargs)
-
-
-def orthogonal(square: Tensor) -> Tensor:
-    """Turn square matrices Q (m, blocks, b, b) into ``(I - S)(I + S)^-1`` with ``S = (Q - Q^T) / 2``."""
-    return F.cayley(square.flatten(0, 1), square.shape[-1]).view(square.shape)
-
-
-def composed(factors: Tensor) -> Tensor:
-    """Return the blocks of the product of all factors."""
-    return factors[0] if len(factors) == 1 else F.butterfly_compose(factors)
-
-
-def _written(weight: Tensor, *values: Tensor) -> Tensor:
-    """Rotate the rows of a weight by the blocks of every adapter, the first one first, and scale them."""
-    *rotations, scale = values
-    rows = weight.flatten(1)
-    for blocks in rotations:
-        rows = F.block_rotate(rows, blocks, transpose=True)
-    return F.scale_channels(rows, scale, dim=0).view(weight.shape)
+        return boft.conv2d(self.base_layer, x, [self.butterfly(name) for name in names], args, kwargs)
 
 
 __all__ = ["BOFTConfig", "BOFTConv2d", "BOFTLinear"]

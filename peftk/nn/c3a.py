@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
+from ..methods import c3a
+from ..methods._base_layer import features_of
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import PeftConfig, PeftType, check_choice, check_int, check_regex
-from .base.conv import convolution_beside, convolve_with
-from .base.kinds import call, features_of
+from .base.merging import Merged
 
 MAX_BLOCK = 2**20
 
@@ -146,40 +146,15 @@ class C3ALinear(AdapterLayer):
             _initialise(kernel, config.init_weights, inputs, outputs)
         return Adapter({"c3a_kernel": nn.Parameter(kernel)}, {"block_size": size})
 
-    def _kernels(self, names: list[str]) -> list[Tensor]:
-        """Return the kernels of these adapters; those of equal block sizes are one, their sum."""
-        kernels: dict[int, Tensor] = {}
-        for name in names:
-            kernel = self.c3a_kernel[name]
-            size = kernel.shape[-1]
-            kernels[size] = kernels[size] + kernel if size in kernels else kernel
-        return list(kernels.values())
-
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        scale = 1.0 / self.in_features
-        kernels = self._kernels(names)
-        if self._can_fuse(x, args, kwargs):
-            frozen = self._modules["base_layer"]._parameters
-            result = F.circulant_linear(x, frozen["weight"], frozen["bias"], kernels[0], scale)
-            kernels = kernels[1:]
-        else:
-            result = call(self.base_layer, x, *args, **kwargs)
-            if x.dtype != result.dtype:
-                x = x.to(result.dtype)
-        for kernel in kernels:
-            result = F.circular_conv_add(result, x, kernel, scale)
-        return result
+        return c3a.linear(self.base_layer, x, [self.c3a_kernel[name] for name in names], args, kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense update of one adapter, (out, in), in the adapter's dtype."""
-        kernel = self.c3a_kernel[adapter]
-        zero = kernel.new_zeros(self.out_features, self.in_features)
-        return F.circulant_weight(zero, kernel, 1.0 / self.in_features)
+        return c3a.update(self.c3a_kernel[adapter])
 
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
-        weight = tensors["weight"]
-        merged = F.circulant_weight(weight.flatten(1), self.c3a_kernel[name], 1.0 / self.in_features)
-        tensors["weight"] = merged.view(weight.shape)
+    def _merge_into(self, tensors: Merged, name: str) -> None:
+        tensors["weight"] = c3a.merged(tensors["weight"], self.c3a_kernel[name])
 
 
 class C3AConv2d(C3ALinear):
@@ -220,23 +195,7 @@ class C3AConv2d(C3ALinear):
         return super()._create(base_layer, config, module_name, initialise)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        kernels = self._kernels(names)
-        if self.base_layer.weight.dtype in (torch.float32, torch.float64):
-            return convolve_with(_merged_filters, self, x, *kernels, args=args, kwargs=kwargs)
-        # A young adapter would be lost in the rounding of the merged weight.
-        result = self.base_layer(x, *args, **kwargs)
-        return result + convolution_beside(_circulant_filters, self, x, *kernels).to(result.dtype)
-
-
-def _merged_filters(weight: Tensor, *kernels: Tensor) -> Tensor:
-    filters = weight.flatten(1)
-    for kernel in kernels:
-        filters = F.circulant_weight(filters, kernel, 1.0 / filters.shape[1])
-    return filters.view(weight.shape)
-
-
-def _circulant_filters(weight: Tensor, *kernels: Tensor) -> Tensor:
-    return _merged_filters(torch.zeros_like(weight), *kernels)
+        return c3a.conv2d(self.base_layer, x, [self.c3a_kernel[name] for name in names], args, kwargs)
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
+from ..methods import loha
+from ..methods.loha import Hadamard
 from ..ops import _seed
-from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
-from .base.conv import convolve, convolve_with
-from .base.kinds import call, weight_shape
+from .base.kinds import weight_shape
+from .base.merging import Merged
 from .lora.config import MAX_ALPHA, MAX_RANK
 
 
@@ -135,50 +135,36 @@ class LoHaLinear(AdapterLayer):
         left, right = (outputs, r), (r, math.prod(inputs))
         return dict(zip(_PAIRS, (left, right, left, right), strict=True))
 
-    def _parts(self, containers: tuple[str, ...], name: str, dtype: torch.dtype | None) -> Factors:
-        parts = (getattr(self, container)[name] for container in containers)
-        return tuple(part if dtype is None else part.to(dtype) for part in parts)
+    def hadamard(self, name: str, drop: bool = True) -> Hadamard:
+        """Return the tensors and settings of one adapter, as its arithmetic takes them, with dropout in training."""
+        four = (getattr(self, container)[name] for container in _PAIRS)
+        cores = (getattr(self, core).get(name) for core in _CORES)
+        return Hadamard(*four, self.scaling[name], *cores, self._draw(name) if drop else None)
 
-    def _factors(self, name: str, dtype: torch.dtype | None = None) -> Factors:
-        """Return w1_a (out, r), w1_b (r, in), w2_a and w2_b of one adapter, without dropout, in `dtype` if given."""
-        return self._parts(_PAIRS, name, dtype)
-
-    def _dropped_factors(self, name: str) -> Factors:
-        """Return the factors, in training with dropout: rows of the update are rows of w1_a."""
-        w1_a, *rest = self._factors(name)
+    def _draw(self, name: str) -> Tensor | None:
+        """Draw a factor for every row of the update in this pass: None for no dropout."""
         p, module_p = self.rank_dropout[name], self.module_dropout[name]
-        if self.training and (p or module_p):
-            _seed.refuse_capture(w1_a.device)
-            # Drawn as PEFT draws them, on the CPU's default generator, so that activation checkpointing replays them.
-            rows = (torch.rand(1, device="cpu") > module_p).float().expand(w1_a.shape[0])
-            if p:
-                kept = (torch.rand(w1_a.shape[0], device="cpu") > p).float()
-                # Where nothing is kept, the update is zero and not 0 / 0.
-                rows = rows * kept / kept.mean().clamp_min(1e-12)
-            w1_a = w1_a * rows.to(w1_a.device, w1_a.dtype)[:, None]
-        return w1_a, *rest
+        if not (self.training and (p or module_p)):
+            return None
+        _seed.refuse_capture(self.hada_w1_a[name].device)
+        # Drawn as PEFT draws them, on the CPU's default generator, so that activation checkpointing replays them.
+        rows = (torch.rand(1, device="cpu") > module_p).float().expand(self.out_features)
+        if p:
+            kept = (torch.rand(self.out_features, device="cpu") > p).float()
+            # Where nothing is kept, the update is zero and not 0 / 0.
+            rows = rows * kept / kept.mean().clamp_min(1e-12)
+        return rows
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        factors = [self._dropped_factors(name) for name in names]
-        scales = [self.scaling[name] for name in names]
-        if self._can_fuse(x, args, kwargs):
-            frozen = self._modules["base_layer"]._parameters
-            return hadamard_linear(x, frozen["weight"], frozen["bias"], scales, factors)
-        y = call(self.base_layer, x, *args, **kwargs)
-        for scale, four in zip(scales, factors, strict=True):
-            y = add_hadamard(y, x, scale, four)
-        return y
+        return loha.linear(self.base_layer, x, [self.hadamard(name) for name in names], args, kwargs)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of one adapter, like the weight, without dropout."""
-        factors = self._factors(adapter)
-        zeros = torch.zeros(weight_shape(self.base_layer), dtype=factors[0].dtype, device=factors[0].device)
-        return F.hadamard_weight(zeros, *factors, self.scaling[adapter])
+        return loha.update(self.hadamard(adapter, drop=False), weight_shape(self.base_layer))
 
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
-        weight = tensors["weight"]
-        tensors["weight"] = F.hadamard_weight(weight, *self._factors(name, weight.dtype), self.scaling[name])
+    def _merge_into(self, tensors: Merged, name: str) -> None:
+        tensors["weight"] = loha.merged(tensors["weight"], self.hadamard(name, drop=False))
 
 
 class LoHaConv2d(LoHaLinear):
@@ -221,49 +207,5 @@ class LoHaConv2d(LoHaLinear):
         sizes = ((r, out), (r, channels)) * 2 + ((r, r, *kernel),) * 2
         return dict(zip((*_PAIRS, *_CORES), sizes, strict=True))
 
-    def _factors(self, name: str, dtype: torch.dtype | None = None) -> Factors:
-        factors = super()._factors(name, dtype)
-        if name not in self.hada_t1:
-            return factors
-        (w1_a, w1_b, w2_a, w2_b), (t1, t2) = factors, self._parts(_CORES, name, dtype)
-        return w1_a.mT, _tucker(t1, w1_b), w2_a.mT, _tucker(t2, w2_b)
-
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        factors = {name: self._dropped_factors(name) for name in names}
-        added = [name for name in names if self._low_rank_pays(factors[name])]
-        written = [name for name in names if name not in added]
-        if written:
-            scales = [self.scaling[name] for name in written]
-
-            def write(weight: Tensor, *values: Tensor) -> Tensor:
-                for i, scale in enumerate(scales):
-                    weight = F.hadamard_weight(weight, *values[4 * i : 4 * i + 4], scale)
-                return weight
-
-            values = (factor for name in written for factor in factors[name])
-            y = convolve_with(write, self, x, *values, args=args, kwargs=kwargs)
-        else:
-            y = self.base_layer(x, *args, **kwargs)
-        for name in added:
-            y = self._add_low_rank(y, x, self.scaling[name], factors[name])
-        return y
-
-    def _low_rank_pays(self, factors: Factors) -> bool:
-        w1_a, w1_b, w2_a, _ = factors
-        # Convolutions have many positions: what writing the weight costs does not count beside them.
-        sizes = w1_a.shape[0], w1_b.shape[1], w1_a.shape[1], w2_a.shape[1]
-        return self.base_layer.groups == 1 and low_rank_pays(1 << 20, *sizes)
-
-    def _add_low_rank(self, y: Tensor, x: Tensor, scale: float, factors: Factors) -> Tensor:
-        base = self.base_layer
-        a, b = F.khatri_rao(*factors, dtype=x.dtype)
-        hidden = convolve(base, x, a.view(len(a), base.in_channels, *base.kernel_size)).to(y.dtype)
-        # (batch, r * r, positions): one product adds the update onto a copy of the base output.
-        flat = (hidden if hidden.dim() == 4 else hidden[None]).flatten(2)
-        rows = y.reshape(len(flat), len(b), flat.shape[2])
-        return torch.baddbmm(rows, b.to(y.dtype).expand(len(flat), -1, -1), flat, alpha=scale).view(y.shape)
-
-
-def _tucker(core: Tensor, w_b: Tensor) -> Tensor:
-    """Return the (r, in * height * width) factor that a core and the factor of the channels make."""
-    return torch.einsum("ijkl,jq->iqkl", core, w_b).flatten(1)
+        return loha.conv2d(self.base_layer, x, [self.hadamard(name) for name in names], args, kwargs)

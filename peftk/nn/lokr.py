@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import warnings
@@ -14,12 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
+from ..methods import lokr
+from ..methods.lokr import Kronecker
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns
-from .base.conv import convolve_with
-from .base.kinds import call, weight_shape
+from .base.kinds import weight_shape
+from .base.merging import Merged
 from .lora.config import MAX_RANK
 
 MAX_FULL_RANK = 2**53
@@ -225,23 +225,14 @@ class LoKrLinear(AdapterLayer):
         dropout = {name: getattr(config, name) for name in ("rank_dropout", "module_dropout", "rank_dropout_scale")}
         return Adapter(parts, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
 
-    def _w1(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return w1 (l, m) of one adapter, computed in a dtype if one is given."""
-        if name in self.lokr_w1:
-            return _cast(self.lokr_w1[name], dtype)
-        return _product(self.lokr_w1_a[name], self.lokr_w1_b[name], dtype)
-
-    def _w2(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return w2 as a matrix, (k, n * height * width of the kernel), computed in a dtype if one is given."""
-        if name in self.lokr_w2:
-            return _cast(self.lokr_w2[name], dtype).flatten(1)
-        a, b = self.lokr_w2_a[name], self.lokr_w2_b[name]
-        if name not in self.lokr_t2:
-            return _product(a, b, dtype)
-        core = self.lokr_t2[name]  # (r, r, height, width), a (r, k), b (r, n)
-        taps = _product(b.mT, core.transpose(0, 1).flatten(1), dtype)  # (n, r * height * width)
-        taps = taps.view(b.shape[1], core.shape[0], -1).transpose(0, 1).flatten(1)
-        return _product(a.mT, taps, dtype)
+    def kronecker(self, name: str, drop: bool = True) -> Kronecker:
+        """Return the tensors and settings of one adapter, as its arithmetic takes them, with dropout in training."""
+        w1, w2 = (
+            tuple(getattr(self, container)[name] for container in containers if name in getattr(self, container))
+            for containers in (_W1, _W2)
+        )
+        kept = self._draw(name) if drop else None
+        return Kronecker(w1, w2, self._scale(name, kept), kept)
 
     def _draw(self, name: str) -> Tensor | None:
         """Draw which rows of the update stay in this pass: None for all of them."""
@@ -264,50 +255,15 @@ class LoKrLinear(AdapterLayer):
         return scale / kept.double().mean().clamp_min(1e-12)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        kept = [self._draw(name) for name in names]
-        if kept[0] is None and not self._thin(names[0]) and self._can_fuse(x, args, kwargs):
-            frozen, name = self._modules["base_layer"]._parameters, names[0]
-            w1, w2 = self._w1(name), self._w2(name)
-            y = F.kronecker_linear(x, frozen["weight"], frozen["bias"], w1, w2, self.scaling[name])
-            names, kept = names[1:], kept[1:]
-        else:
-            y = call(self.base_layer, x, *args, **kwargs)
-        for name, rows in zip(names, kept, strict=True):
-            y = self._added(y, x, name, rows)
-        return y
-
-    def _thin(self, name: str) -> bool:
-        """Whether the two factors of w2 one after the other take far fewer operations than their product."""
-        if name in self.lokr_w2:
-            return False
-        (k, r), n = self.lokr_w2_a[name].shape, self.lokr_w2_b[name].shape[1]
-        return 2 * r * (k + n) <= k * n
-
-    def _added(self, y: Tensor, x: Tensor, name: str, kept: Tensor | None) -> Tensor:
-        w1, scale = self._w1(name), self._scale(name, kept)
-        if isinstance(scale, Tensor):
-            w1, scale = w1 * scale.to(w1.dtype), 1.0
-        if self._thin(name):
-            b = self.lokr_w2_b[name]
-            # (..., m * n) to (..., m * r)
-            x = nn.functional.linear(x.unflatten(-1, (w1.shape[1], b.shape[1])), b.to(x.dtype)).flatten(-2)
-            w2 = self.lokr_w2_a[name]
-        else:
-            w2 = self._w2(name)
-        adapted = F.kronecker_add(y, x, w1, w2, scale)
-        return adapted if kept is None else torch.where(kept, adapted, y)
+        return lokr.linear(self.base_layer, x, [self.kronecker(name) for name in names], args, kwargs)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of one adapter, like the weight, without dropout."""
-        w1, w2 = self._w1(adapter), self._w2(adapter)
-        zeros = torch.zeros(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], dtype=w1.dtype, device=w1.device)
-        return F.kronecker_weight(zeros, w1, w2, self.scaling[adapter]).view(weight_shape(self.base_layer))
+        return lokr.update(self.kronecker(adapter, drop=False)).view(weight_shape(self.base_layer))
 
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
-        weight = tensors["weight"]
-        w1, w2 = self._w1(name, weight.dtype), self._w2(name, weight.dtype)
-        tensors["weight"] = F.kronecker_weight(weight.flatten(1), w1, w2, self.scaling[name]).view(weight.shape)
+    def _merge_into(self, tensors: Merged, name: str) -> None:
+        tensors["weight"] = lokr.merged(tensors["weight"], self.kronecker(name, drop=False))
 
 
 class LoKrConv2d(LoKrLinear):
@@ -341,26 +297,7 @@ class LoKrConv2d(LoKrLinear):
     base_kinds = ("Conv2d",)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        values, masked, scales = [], [], []
-        for name in names:
-            kept = self._draw(name)
-            w1, scale = self._w1(name), self._scale(name, kept)
-            if isinstance(scale, Tensor):
-                w1, scale = w1 * scale.to(w1.dtype), 1.0
-            values += [w1, self._w2(name), *([] if kept is None else [kept])]
-            masked.append(kept is not None)
-            scales.append(scale)
-        write = functools.partial(_written, scales, masked)
-        return convolve_with(write, self, x, *values, args=args, kwargs=kwargs)
-
-
-def _written(scales: list[float], masked: list[bool], weight: Tensor, *values: Tensor) -> Tensor:
-    """Add each adapter's product to a weight, only in the rows that stay where there is a mask among its values."""
-    filters, rest = weight.flatten(1), iter(values)
-    for scale, has_mask in zip(scales, masked, strict=True):
-        changed = F.kronecker_weight(filters, next(rest), next(rest), scale)
-        filters = torch.where(next(rest)[:, None], changed, filters) if has_mask else changed
-    return filters.view(weight.shape)
+        return lokr.conv2d(self.base_layer, x, [self.kronecker(name) for name in names], args, kwargs)
 
 
 def _tell_factors(sizes: tuple[int, ...], factor: int, module_name: str) -> None:
@@ -405,18 +342,6 @@ def _shapes(weight: tuple[int, ...], config: LoKrConfig, r: int, module_name: st
     if config.use_effective_conv2d and kernel not in ([], [1, 1]):
         return {**shapes, "lokr_w2_a": (r, rows), "lokr_w2_b": (r, columns), "lokr_t2": (r, r, *kernel)}
     return {**shapes, "lokr_w2_a": (rows, r), "lokr_w2_b": (r, columns * math.prod(kernel))}
-
-
-def _cast(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return parameter if dtype is None else parameter.to(dtype)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Multiply two small factors, in float32 at least, also under autocast."""
-    if dtype is None:
-        dtype = torch.promote_types(a.dtype, torch.float32)
-    with torch.autocast(a.device.type, enabled=False):
-        return a.to(dtype) @ b.to(dtype)
 
 
 __all__ = ["LoKrConfig", "LoKrConv2d", "LoKrLinear"]

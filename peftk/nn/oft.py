@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
+from ..methods import oft
+from ..methods._base_layer import features_of
+from ..methods.oft import orthogonality_error
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
-from .base.conv import convolve_with
-from .base.kinds import call, features_of, settle_fan_in_fan_out
+from .base.kinds import settle_fan_in_fan_out
 from .base.merging import Merged
 
 MAX_NEUMANN_TERMS = 64
@@ -181,32 +181,27 @@ class Rotation(nn.Module):
         stored = 1 if config.block_share else self.block_count
         self.weight = nn.Parameter(torch.zeros(stored, block_size * (block_size - 1) // 2))
 
-    def project(self, packed: Tensor) -> Tensor:
-        """Scale each packed skew matrix that lies outside the COFT ball back onto it."""
-        radius = self.eps / math.sqrt(packed.shape[0])
-        # A skew matrix holds every packed entry twice.
-        norm = math.sqrt(2) * torch.linalg.vector_norm(packed, dim=1, keepdim=True)
-        # The slack makes projecting a projected matrix a no-op in spite of rounding.
-        return torch.where(norm > radius * (1 + 1e-6), packed * (radius / norm), packed)
-
     def blocks(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the orthogonal blocks, (blocks, b, b), or (1, b, b) if shared; computed in `dtype` if given."""
         if self.coft:
             with torch.no_grad():
                 # Not through autograd's version counter: a layer that is used twice in one pass projects twice, the
                 # second time without changing anything.
-                self.weight.data.copy_(self.project(self.weight))
-        packed = self.weight if dtype is None else self.weight.to(dtype)
-        blocks = F.cayley(packed, self.block_size, neumann_terms=self.neumann_terms)
+                self.weight.data.copy_(oft.project(self.weight, self.eps))
+        kept = self._draw()
+        blocks = oft.rotations(self.weight, self.block_size, self.neumann_terms, kept, dtype)
         # A dtype is given where somebody else looks: at merging.
         if dtype is None and self.neumann_terms is not None and not torch.compiler.is_compiling():
             self._look(blocks)
-        if self.training and self.dropout > 0:
-            _seed.refuse_capture(blocks.device)
-            # Drawn on the CPU's default generator, so that activation checkpointing replays it.
-            keep = (torch.rand(self.block_count, device="cpu") >= self.dropout).to(blocks.device).view(-1, 1, 1)
-            blocks = torch.where(keep, blocks, torch.eye(self.block_size, device=blocks.device, dtype=blocks.dtype))
         return blocks
+
+    def _draw(self) -> Tensor | None:
+        """Draw which blocks rotate in this pass: None for all of them."""
+        if not (self.training and self.dropout > 0):
+            return None
+        _seed.refuse_capture(self.weight.device)
+        # Drawn on the CPU's default generator, so that activation checkpointing replays it.
+        return torch.rand(self.block_count, device="cpu") >= self.dropout
 
     def _look(self, blocks: Tensor) -> None:
         """Warn, now and then, if a series left its radius.
@@ -320,24 +315,17 @@ class OFTLinear(AdapterLayer):
         return features_of(base_layer)[0]
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if len(names) == 1 and self._can_fuse(x, args, kwargs):
-            frozen = self._modules["base_layer"]._parameters
-            blocks = self.oft_R[names[0]].blocks()
-            return F.block_rotate_linear(x, frozen["weight"], frozen["bias"], blocks)
-        for name in names:
-            x = F.block_rotate(x, self.oft_R[name].blocks())
-        return call(self.base_layer, x, *args, **kwargs)
+        return oft.linear(self._modules["base_layer"], x, [self.oft_R[name].blocks() for name in names], args, kwargs)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense rotation R of one adapter, (in, in), without dropout."""
         rotation = self.oft_R[adapter]
         blocks = _resting(rotation, rotation.weight.dtype)
-        return torch.block_diag(*blocks.expand(rotation.block_count, -1, -1)).to(rotation.weight.dtype)
+        return oft.rotation(blocks, rotation.block_count).to(rotation.weight.dtype)
 
     def _merge_into(self, tensors: Merged, name: str) -> None:
-        weight = tensors["weight"]
-        tensors["weight"] = F.block_rotate(weight, self._blocks_to_merge(tensors, name), transpose=True)
+        tensors["weight"] = oft.merged(tensors["weight"], self._blocks_to_merge(tensors, name))
 
     def _blocks_to_merge(self, tensors: Merged, name: str) -> Tensor:
         """Return the blocks in the dtype of the merge, and note in `tensors` if they are no rotations."""
@@ -397,31 +385,7 @@ class OFTConv2d(OFTLinear):
         return base_layer.weight[0].numel()
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        blocks = [self.oft_R[name].blocks() for name in names]
-        return convolve_with(_rotated_filters, self, x, *blocks, args=args, kwargs=kwargs)
-
-    def _merge_into(self, tensors: Merged, name: str) -> None:
-        weight = tensors["weight"]
-        tensors["weight"] = _rotated_filters(weight, self._blocks_to_merge(tensors, name))
-
-
-def _rotated_filters(weight: Tensor, *blocks: Tensor) -> Tensor:
-    filters = weight.flatten(1)
-    for block in reversed(blocks):
-        filters = F.block_rotate(filters, block, transpose=True)
-    return filters.view(weight.shape)
-
-
-@torch.no_grad()
-def orthogonality_error(blocks: Tensor) -> float:
-    """Return max |R R^T - I| over all blocks; infinity if it is not finite."""
-    if blocks.numel() == 0:
-        return 0.0
-    with torch.autocast(blocks.device.type, enabled=False):
-        product = blocks.detach() @ blocks.detach().mT
-    product.diagonal(dim1=-2, dim2=-1).sub_(1)
-    error = product.abs_().amax().item()
-    return error if math.isfinite(error) else math.inf
+        return oft.conv2d(self._modules["base_layer"], x, [self.oft_R[name].blocks() for name in names], args, kwargs)
 
 
 def _observed(device: str) -> bool:

@@ -9,6 +9,11 @@ import torch
 from torch.autograd import forward_ad
 
 
+def transformed() -> bool:
+    """Whether a compiler or a function transform runs: both differentiate plain formulas better than Functions."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call ``function.apply`` without the cost of binding default arguments, where nothing needs it.
 
@@ -16,7 +21,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     function transforms get the ordinary call, which they recognise; everything else goes to the C++ base, or
     straight to ``forward`` when nothing is recorded.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if transformed():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(*args)
@@ -41,17 +46,15 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Any) -> tuple:
-        raise RuntimeError(
-            f"peftk.functional.{ctx.name}: double backward is not supported; got a gradient for its backward pass"
-        )
+        raise RuntimeError(f"{ctx.name}: double backward is not supported; got a gradient for its backward pass")
 
 
 def run_backward(name: str, operator: Callable, *args: Any) -> Any:
-    """Run the backward operator of the public function ``name``.
+    """Run the backward operator of the public function ``name``, or of what a name with a blank describes.
 
     Raises:
         RuntimeError: later, if the result is differentiated again.
     """
     if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-        return _OnceDifferentiable.apply(operator, name, *args)
+        return _OnceDifferentiable.apply(operator, name if " " in name else f"peftk.functional.{name}", *args)
     return operator(*args)

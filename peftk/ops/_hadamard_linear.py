@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._autograd import apply
+from ._autograd import apply, run_backward, transformed
 from .hadamard import _khatri_rao, _khatri_rao_backward, _weight, _weight_backward, hadamard_weight, khatri_rao
 from .low_rank import _linear, _linear_backward, low_rank_add, low_rank_linear
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+_NAME = "a LoHa layer"
 
 
 def low_rank_pays(tokens: int, out: int, features: int, r1: int, r2: int) -> bool:
@@ -24,16 +26,6 @@ def low_rank_pays(tokens: int, out: int, features: int, r1: int, r2: int) -> boo
     return 6 * tokens * r1 * r2 * (out + features) <= out * features * (2 * tokens + 10 * (r1 + r2))
 
 
-def _transformed() -> bool:
-    # Compilers and function transforms differentiate the plain formula; a compiler decides itself what it keeps.
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _refuse_double_backward(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise RuntimeError("double backward is not supported through a LoHa layer")
-
-
 class _LowRank(torch.autograd.Function):
     """The low-rank product of rank r1 * r2, whose factors are computed again for the backward pass."""
 
@@ -43,30 +35,35 @@ class _LowRank(torch.autograd.Function):
         return _linear(x, weight, bias, a, b, None, scale, 0.0, None)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         x, weight, _bias, *factors, ctx.scale = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, output[1], weight, *factors)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         if grad is None:
             return (None,) * 8
-        x, hidden, weight, *factors = ctx.saved_tensors
-        _refuse_double_backward(grad, x, *factors)
-        need_x, _, need_bias, *needs = ctx.needs_input_grad[:7]
-        need_a, need_b = needs[1] or needs[3], needs[0] or needs[2]
-        a, b = _khatri_rao(*factors, x.dtype)
-        wanted = need_x, need_a, need_b, False, need_bias
-        args = grad, x, hidden, weight, a, b, None, ctx.scale, 0.0, None
-        dx, da, db, _, dbias = _linear_backward(*args, *wanted)
-        found = (None,) * 4
-        if any(needs):
-            da, db = da if need_a else torch.zeros_like(a), db if need_b else torch.zeros_like(b)
-            found = _khatri_rao_backward(da, db, *factors, *needs)
-        found = (g if need else None for g, need in zip(found, needs, strict=True))
-        return dx if need_x else None, None, dbias if need_bias else None, *found, None
+        needs = ctx.needs_input_grad
+        dx, dbias, *found = run_backward(_NAME, _low_rank_gradients, needs, ctx.scale, grad, *ctx.saved_tensors)
+        return dx, None, dbias, *found, None
+
+
+def _low_rank_gradients(
+    needs: Sequence[bool], scale: float, grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *factors: Tensor
+) -> tuple:
+    need_x, _, need_bias, *four = needs[:7]
+    need_a, need_b = four[1] or four[3], four[0] or four[2]
+    a, b = _khatri_rao(*factors, x.dtype)
+    wanted = need_x, need_a, need_b, False, need_bias
+    dx, da, db, _, dbias = _linear_backward(grad, x, hidden, weight, a, b, None, scale, 0.0, None, *wanted)
+    found = (None,) * 4
+    if any(four):
+        da, db = da if need_a else torch.zeros_like(a), db if need_b else torch.zeros_like(b)
+        found = _khatri_rao_backward(da, db, *factors, *four)
+    found = (g if need else None for g, need in zip(found, four, strict=True))
+    return dx if need_x else None, dbias if need_bias else None, *found
 
 
 class _Written(torch.autograd.Function):
@@ -77,19 +74,24 @@ class _Written(torch.autograd.Function):
         return linear(x, _write(weight, scales, factors), bias)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, _bias, ctx.scales, *factors = inputs
         ctx.save_for_backward(x, weight, *factors)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        x, weight, *factors = ctx.saved_tensors
-        _refuse_double_backward(grad, x, *factors)
-        need_x, _, need_bias, _, *needs = ctx.needs_input_grad
-        dx = grad @ _write(weight, ctx.scales, factors) if need_x else None
-        rows, inputs = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-        dbias = rows.sum(0) if need_bias else None
-        return dx, None, dbias, None, *_contract(rows, inputs, ctx.scales, factors, needs)
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        needs = ctx.needs_input_grad
+        dx, dbias, *found = run_backward(_NAME, _written_gradients, needs, ctx.scales, grad, *ctx.saved_tensors)
+        return dx, None, dbias, None, *found
+
+
+def _written_gradients(
+    needs: Sequence[bool], scales: Sequence[float], grad: Tensor, x: Tensor, weight: Tensor, *factors: Tensor
+) -> tuple:
+    need_x, _, need_bias, _, *four = needs
+    dx = grad @ _write(weight, scales, factors) if need_x else None
+    rows, inputs = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+    return dx, rows.sum(0) if need_bias else None, *_contract(rows, inputs, scales, factors, four)
 
 
 def _write(weight: Tensor, scales: Sequence[float], factors: Sequence[Tensor]) -> Tensor:
@@ -155,13 +157,13 @@ def hadamard_linear(
 
 
 def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, four: Factors) -> Tensor:
-    if _transformed():
+    if transformed():
         return low_rank_linear(x, weight, bias, *khatri_rao(*four, dtype=x.dtype), scale)
     return apply(_LowRank, x, weight, bias, *four, float(scale))[0]
 
 
 def _written_linear(x: Tensor, weight: Tensor, bias: Tensor | None, written: list) -> Tensor:
-    if _transformed():
+    if transformed():
         for scale, four in written:
             weight = hadamard_weight(weight, *four, scale)
         return linear(x, weight, bias)

@@ -118,9 +118,9 @@ def test_dropout_makes_blocks_of_one_factor_the_identity_and_replays():
     adapted = layer((64, 24), size=4, factors=2, boft_dropout=0.5)
     eye = torch.eye(4)
     torch.manual_seed(3)
-    untouched = [int((f == eye).all((1, 2)).sum()) for f in adapted._factors("default")]
+    untouched = [int((f == eye).all((1, 2)).sum()) for f in adapted.butterfly("default").factors]
     assert sorted(untouched) == [0, 8]
-    chosen = {int((adapted._factors("default")[0] == eye).all((1, 2)).any()) for _ in range(20)}
+    chosen = {int((adapted.butterfly("default").factors[0] == eye).all((1, 2)).any()) for _ in range(20)}
     assert chosen == {0, 1}
     x = torch.randn(3, 64, requires_grad=True)
     torch.manual_seed(5)

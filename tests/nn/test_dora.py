@@ -125,7 +125,7 @@ def test_dropout_reaches_both_products():
     assert torch.equal(layer(x), y)
     # The same mask, found from the product of a base layer that shows it.
     torch.manual_seed(3)
-    from peftk.nn.base.dropout import Dropout
+    from peftk.ops.dropout import Dropout
 
     seen = Dropout(x.detach(), 0.5).dropped().double()
     base, plain = layer.base_layer, (x.detach().double() @ layer.base_layer.weight.double().T)

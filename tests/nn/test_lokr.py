@@ -17,6 +17,7 @@ from torch import nn
 import peftk
 from peftk.checkpoint import CheckpointError
 from peftk.checkpoint.peft import WEIGHTS_NAME
+from peftk.methods import lokr
 from peftk.nn import LoKrConfig, LoKrLinear, layer_class_for
 from peftk.nn.lokr import factorization
 from peftk.testing.compare import assert_close, assert_same_bits
@@ -101,8 +102,9 @@ def test_only_x_and_what_is_smaller_is_saved(name):
     owned = [x, *layer.parameters()]
     for variant in (layer, with_hook(copy.deepcopy(layer))):
         owned = [x, *variant.parameters()]
-        small = 8 * 2 * sum(t.numel() for t in (variant._w1("default"), variant._w2("default")))
-        thin = 4 * 128 * 64 // 8 if variant._thin("default") else 0
+        adapter = variant.kronecker("default")
+        small = 8 * 2 * sum(t.numel() for t in (lokr.first(adapter), lokr.second(adapter)))
+        thin = 4 * 128 * 64 // 8 if lokr.thin(adapter) else 0
         assert saved_bytes(lambda variant=variant: variant(x), owned) <= small + thin
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import peftk
+from peftk.methods import lora
 from peftk.nn import LoraConfig, OFTConfig
-from peftk.nn.lora import layer as lora_layer
 from peftk.testing.compare import assert_close
 
 NAMES = ["b", "__base__", "default", "b", "missing"]
@@ -22,7 +22,7 @@ NAMES = ["b", "__base__", "default", "b", "missing"]
 @pytest.mark.parametrize("limit", [1, 256])
 @pytest.mark.parametrize("name", ["lora", "lora_bias", "lora_conv1d", "lora_conv", "lora_pointwise", "lora_embedding"])
 def test_every_sample_gets_its_own_adapter(name, limit, monkeypatch):
-    monkeypatch.setattr(lora_layer, "_MIXED_RANK", limit)
+    monkeypatch.setattr(lora, "MIXED_RANK", limit)
     case = CASES[name]
     layer = make(case, bias=case.base != "embedding").eval()
     torch.manual_seed(5)

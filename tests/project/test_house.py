@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peftk"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")])
 CSRC = sorted((ROOT / "csrc").rglob("*.[ch]*"))
-FAMILIES = sorted(m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_"))
+FAMILIES = sorted(ops.__all__)
 
 # From the bottom up; a module may import what stands in its own line or below. Backends are imported by name, when an
 # operator first asks for one.
@@ -31,6 +31,7 @@ STOREYS = (
     ("kernels", "triton_kernels"),
     ("ops",),
     ("functional", "checkpoint"),
+    ("methods",),
     ("nn",),
     ("models",),
     ("testing", "__init__"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..base.adapter_layer import Adapter
-from ..base.kinds import features_of, settle_fan_in_fan_out
-from ..lora.low_rank import LowRankLinear
+from ...methods import adalora
+from ...methods._base_layer import features_of
+from ...methods.lora import LowRank
+from ..base.adapter_layer import Adapter, AdapterLayer
+from ..base.kinds import settle_fan_in_fan_out
+from ..base.merging import Merged
 from .config import AdaLoraConfig
 
 
-class AdaLoRALinear(LowRankLinear):
+class AdaLoRALinear(AdapterLayer):
     """An nn.Linear, or GPT-2's Conv1D, with AdaLoRA adapters: ``y = x W^T + bias + c * ((dropout(x) A^T) * E) B^T``.
 
     ``c = s / (ranknum + 1e-5)``. Parameters per adapter: `lora_A.<name>` (r, in), `lora_B.<name>` (out, r),
@@ -38,6 +43,7 @@ class AdaLoRALinear(LowRankLinear):
         torch.Size([2, 8])
     """
 
+    base_kinds = ("Linear", "Conv1D")
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "ranknum")
     parameter_names = frozenset(adapter_layer_names)
     constant_names = frozenset({"ranknum"})
@@ -72,10 +78,21 @@ class AdaLoRALinear(LowRankLinear):
             },
         )
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor, float | Tensor, Tensor]:
-        # The constant is on the device; its value is known without waiting for it.
-        scale = self.scaling[name] / (self.init_r[name] + 1e-5)
-        return self.lora_A[name], self.lora_B[name], scale, self.lora_E[name].view(-1)
+    def low_rank(self, name: str) -> LowRank:
+        """Return the tensors and settings of one adapter, as its arithmetic takes them."""
+        p = self.lora_dropout[name] if self.training else 0.0
+        factors = self.lora_A[name], self.lora_B[name], self.lora_E[name]
+        return adalora.low_rank(adalora.Triplets(*factors, self.scaling[name], self.init_r[name], p))
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        return adalora.linear(self._modules["base_layer"], x, [self.low_rank(name) for name in names], args, kwargs)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the dense update of one adapter, (out, in), in the adapter's dtype."""
+        return adalora.update(self.low_rank(adapter))
+
+    def _merge_into(self, tensors: Merged, name: str) -> None:
+        tensors["weight"], _ = adalora.merged(tensors["weight"], None, self.low_rank(name))
 
     def prune(self, name: str, kept: list[int], tensors: dict[str, Tensor], prefix: str) -> None:
         """Take the triplets that are not among `kept` out of an adapter's tensors, whose keys begin with `prefix`."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as TF
 from torch import Tensor, nn
 
+from ...methods import adaption_prompt
 from ..base.adapter_layer import Adapter, AdapterLayer
 from ..base.config import PeftConfig, check_adapter_name
 from ..base.freezing import note_rerun, set_trainable
@@ -186,27 +186,14 @@ class AdaptedAttention(AdapterLayer):
 
     def _share(self, projected: Tensor) -> Tensor:
         """Return what the prompts add to the heads' output: (batch, tokens, heads * head_dim)."""
-        size = self.model.head_dim
-        prompt, gate = self.adaption_prompt, self.adaption_gate
+        prompt = self.adaption_prompt
         if len(self.attention.keys) == 1:
             query, *_ = projected.chunk(3, -1)
             _, key, value = getattr(self.model, self.attention.keys[0])(prompt).chunk(3, -1)
         else:
             query = projected
             key, value = (getattr(self.model, name)(prompt) for name in self.attention.keys)
-        query = query.unflatten(-1, (-1, size)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
-        if self._rotary is not None:
-            query = _rotate(query, *self._rotary)
-        # The gate scales a few values instead of every score, and a zero gate adds zeros.
-        value = (value * gate).to(value.dtype)
-        batch, heads = query.shape[:2]
-        key, value = (
-            t.unflatten(-1, (-1, size)).transpose(1, 2).repeat_interleave(heads * size // t.shape[-1], 1)
-            for t in (key, value)
-        )
-        key, value = (t.to(query.dtype).expand(batch, -1, -1, -1) for t in (key, value))
-        share = TF.scaled_dot_product_attention(query, key, value, scale=size**-0.5)
-        return share.transpose(1, 2).flatten(2)
+        return adaption_prompt.share(query, key, value, self.adaption_gate, self.model.head_dim, self._rotary)
 
     # -- adapters ---------------------------------------------------------------------------------------------
 
@@ -315,12 +302,6 @@ class AdaptedAttention(AdapterLayer):
         lengths = {name: self.adapter(name).parts["adaption_prompt"].shape[1] for name in self._names}
         disabled = ", disabled" if self.disable_adapters else ""
         return f"active_adapters={self.active_adapters}{disabled}, adapter_len={lengths}"
-
-
-def _rotate(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the query, (batch, heads, tokens, head_dim), by the rotary embedding's (batch, tokens, head_dim)."""
-    first, second = query.chunk(2, -1)
-    return query * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
 
 
 __all__ = ["AdaptedAttention", "AdaptionPromptConfig"]

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from ...methods._base_layer import features_of, kind_of
 from .config import PeftConfig, check_adapter_name
 from .freezing import note_rerun, set_trainable
-from .kinds import HALF, dtype_of, features_of, kind_of, why_unsupported
+from .kinds import HALF, dtype_of, why_unsupported
 from .merging import Mergeable
 
 
@@ -180,35 +180,6 @@ class AdapterLayer(Mergeable):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
-
-    def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
-        """Whether the base layer is a plain dense nn.Linear or nn.Conv2d whose call nobody observes or replaces.
-
-        Anything else is reached by calling it, so that hooks, sharding, quantisation and nested wrappers keep
-        working. Under autocast torch caches the cast of the weight, which only the call profits from.
-        """
-        base = self._modules["base_layer"]
-        linear = type(base) is nn.Linear
-        if not (linear or type(base) is nn.Conv2d) or args or kwargs:
-            return False
-        # A parametrized weight is not among the parameters.
-        weight = base._parameters.get("weight")
-        return (
-            type(weight) is nn.Parameter
-            and not weight.requires_grad
-            and weight.dtype is x.dtype
-            and (weight.shape == (self.out_features, self.in_features) if linear else weight.dim() == 4)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-            and not base._backward_pre_hooks
-            and not _has_any_global_hook()
-            and "forward" not in base.__dict__
-            and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
-        )
-
-    def _base_weight(self) -> Tensor:
-        """The frozen weight as (out, in), or as it is stored for a convolution or an embedding."""
-        weight = self.base_layer.weight
-        return weight.mT if self.kind == "Conv1D" else weight
 
     # -- adapters ---------------------------------------------------------------------------------------------
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ...methods._base_layer import DENSE, features_of, kind_of, opaque_weight
 from .config import PeftConfig
 
 KINDS = {
@@ -23,33 +23,8 @@ KINDS = {
 QUANTISERS = ("torchao", "bnb 4bit", "bnb 8bit")
 """What PEFT calls the libraries whose quantised layers are told apart by name."""
 
-_NAMES = ("float64", "float32", "bfloat16", "float16")
 HALF = (torch.float16, torch.bfloat16)
-_DENSE = tuple(getattr(torch, name) for name in _NAMES)
-
-
-def kind_of(layer: nn.Module) -> str | None:
-    """Return which of `KINDS` a layer is, or None.
-
-    Conv1D is the linear layer of GPT-2, which stores its weight as (in, out).
-    """
-    for kind in ("Linear", "Conv2d", "Embedding"):
-        if isinstance(layer, getattr(nn, kind)):
-            return kind
-    # Without importing transformers; a parametrized layer is of a class of its own.
-    found = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
-    return "Conv1D" if found else None
-
-
-def features_of(layer: nn.Module) -> tuple[int, int]:
-    """Return the input and output size of a layer: its features or channels."""
-    names = {
-        "Linear": ("in_features", "out_features"),
-        "Conv1D": ("nx", "nf"),
-        "Conv2d": ("in_channels", "out_channels"),
-        "Embedding": ("num_embeddings", "embedding_dim"),
-    }[kind_of(layer)]
-    return getattr(layer, names[0]), getattr(layer, names[1])
+_NAMES = [str(dtype).removeprefix("torch.") for dtype in DENSE]
 
 
 def settle_fan_in_fan_out(config: PeftConfig, layer: nn.Module) -> None:
@@ -64,14 +39,6 @@ def settle_fan_in_fan_out(config: PeftConfig, layer: nn.Module) -> None:
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """Return the shape that the weight of a linear layer or a convolution has when it is dense; it may be packed."""
     return features_of(layer)[::-1] if kind_of(layer) == "Linear" else tuple(layer.weight.shape)
-
-
-def opaque_weight(layer: nn.Module) -> str | None:
-    """Name the type of a weight that is not dense and floating-point, as a quantised one, or return None if it is."""
-    weight = layer.weight
-    if type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor" and type(weight) is not Tensor:
-        return type(weight).__name__
-    return None if weight.dtype in _DENSE else str(weight.dtype)
 
 
 def quantised_by(layer: nn.Module) -> str | None:
@@ -92,23 +59,7 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
     dtype = layer.weight.dtype
     if hasattr(layer, "compute_dtype") and opaque_weight(layer) is not None:
         dtype = layer.compute_dtype
-    return dtype if dtype in _DENSE else torch.float32
-
-
-def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Call a linear base layer.
-
-    Raises:
-        RuntimeError: The layer is quantised, and x needs a gradient that its backward pass does not give.
-    """
-    result = layer(x, *args, **kwargs)
-    if x.requires_grad and not result.requires_grad and torch.is_grad_enabled() and opaque_weight(layer) is not None:
-        raise RuntimeError(
-            f"base_layer: this {type(layer).__name__}, whose weight is {opaque_weight(layer)}, passes no gradient to "
-            "its input, so what comes before it would be trained wrongly; quantise weights alone and not activations, "
-            "or run it under torch.no_grad()"
-        )
-    return result
+    return dtype if dtype in DENSE else torch.float32
 
 
 def why_unsupported(layer: nn.Module, kinds: Sequence[str] = tuple(KINDS)) -> str | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .kinds import HALF, opaque_weight
+from ...methods._base_layer import opaque_weight
+from .kinds import HALF
 
 
 class Merged(dict[str, Tensor]):

@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as tf
 
-from ... import functional as F
-from ...ops._autograd import apply
+from ...methods import lora_conv
+from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter
-from ..base.conv import convolve, convolve_frozen
-from ..base.dropout import Dropout
 from .config import LoraConfig
-from .dora import Magnitude
 from .layer import LoRALayer
 from .linear import initialise_factors
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-class _Expand(torch.autograd.Function):
-    """``base + scale * B h`` pixel by pixel; `base` is overwritten where `in_place`."""
-
-    @staticmethod
-    def forward(base: Tensor, h: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
-        if _channels_last(base):
-            rows, hidden = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (base, h))
-            add = rows.addmm_ if in_place else rows.addmm
-            out = add(hidden, b.mT, alpha=scale).view(len(base), *base.shape[2:], -1).permute(0, 3, 1, 2)
-        else:
-            in_place = in_place and base.is_contiguous()
-            planes = base.flatten(2)
-            add = planes.baddbmm_ if in_place else planes.baddbmm
-            out = add(b.expand(len(base), -1, -1), h.flatten(2), alpha=scale).view(base.shape)
-        return base if in_place else out
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        base, h, b, ctx.scale, _ = inputs
-        if output is base:
-            ctx.mark_dirty(base)
-        ctx.save_for_backward(h, b)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        h, b = ctx.saved_tensors
-        need_base, need_h, need_b = ctx.needs_input_grad[:3]
-        planes = grad.flatten(2)
-        dh = (b.mT @ planes * ctx.scale).view(h.shape) if need_h else None
-        db = (planes @ h.flatten(2).mT).sum(0) * ctx.scale if need_b else None
-        return grad if need_base else None, dh, db, None, None
+from .magnitude import Magnitude
 
 
 class LoRAConv2d(LoRALayer):
@@ -117,59 +75,12 @@ class LoRAConv2d(LoRALayer):
         return Adapter(parts, settings)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        # What the base layer has just made and nobody has seen may be written to.
-        fresh = self._can_fuse(x, args, kwargs) and not torch.compiler.is_compiling()
-        result = self.base_layer(x, *args, **kwargs)
-        x = x.to(result.dtype)
-        for name in names:
-            p = self.lora_dropout[name] if self.training else 0.0
-            a, b = (t.to(x.dtype) for t in self._pair(name))
-            seen = Dropout(x, p)
-            if self.use_dora[name]:
-                g = self._gain(name)
-                result = self._rescaled(result, seen, g, p)
-                b = b * g.view(-1, 1, 1, 1).to(b.dtype)
-                fresh = False
-            hidden = seen.product(functools.partial(convolve, self.lora_A[name]), a)
-            result = self._expanded(result, hidden, b, self.scaling[name], fresh)
-            bias = self._extra_bias(name)
-            if bias is not None:
-                result = result + bias.to(result.dtype).view(-1, 1, 1)
-        return result
+        return lora_conv.conv2d(self.base_layer, x, [self.low_rank(name) for name in names], args, kwargs)
 
-    def _rescaled(self, result: Tensor, seen: Dropout, g: Tensor, p: float) -> Tensor:
-        if p > 0:
-            x = seen.dropped()
-            second = convolve_frozen(self.base_layer, x, self.base_layer.weight.to(x.dtype))
-            return torch.addcmul(result, second, (g - 1).to(result.dtype).view(-1, 1, 1))
-        if _channels_last(result):
-            return F.scale_channels(result.permute(0, 2, 3, 1), g, self.bias).permute(0, 3, 1, 2)
-        return F.scale_channels(result, g, self.bias, dim=-3)
-
-    def _expanded(self, result: Tensor, h: Tensor, b: Tensor, scale: float | Tensor, fresh: bool = False) -> Tensor:
-        """Add ``scale * B h`` to a result, onto it where it is `fresh`."""
-        if self.base_layer.groups > 1 or result.dim() == 3 or isinstance(scale, Tensor):
-            return result + tf.conv2d(h, b, groups=self.base_layer.groups) * scale
-        transformed = torch._C._are_functorch_transforms_active()
-        return apply(_Expand, result, h, b.flatten(1), float(scale), fresh and not transformed)
-
-    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        x = x.to(result.dtype)
-        groups = self._mixed_groups(names)
-        if self.base_layer.groups > 1:
-            groups = [[name] for group in groups for name in group]
-        for group in groups:
-            a = torch.cat([self.lora_A[name].weight for name in group]).to(x.dtype)
-            b = torch.cat([self.lora_B[name].weight for name in group], dim=1).to(x.dtype)
-            gate = self._table(group, names, {name: self.r[name] for name in group}, x)
-            hidden = convolve(self.lora_A[group[0]], x, a) * gate.view(*gate.shape, 1, 1)
-            result = self._expanded(result, hidden, b, 1.0)
-            biases = {name: self._extra_bias(name) for name in group}
-            if any(bias is not None for bias in biases.values()):
-                rows = {n: x.new_zeros(self.out_features) if bias is None else bias for n, bias in biases.items()}
-                result = result + self._table(group, names, rows, result).view(len(x), -1, 1, 1)
-        return result
+    def _with_mixed(
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
+        return lora_conv.conv2d_mixed(self.base_layer, x, adapters, choice, args, kwargs)
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Raise ValueError if the base layer has groups, through which A sees all channels, or lacks a bias."""

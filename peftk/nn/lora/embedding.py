@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as tf
 
-from ... import functional as F
+from ...methods import lora, lora_embedding
+from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter
 from .config import LoraConfig
-from .dora import Magnitude
 from .layer import LoRALayer
+from .magnitude import Magnitude
 
 
 class LoRAEmbedding(LoRALayer):
@@ -74,57 +73,20 @@ class LoRAEmbedding(LoRALayer):
     def _factors_of(parts: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return parts["lora_embedding_A"], parts["lora_embedding_B"]
 
-    @staticmethod
-    def _rows_of(weight: Tensor, base_layer: nn.Module) -> Tensor:
-        return weight.mT
-
     def _extra_bias(self, name: str) -> None:
         return None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense update of one adapter, (num, dim), without DoRA's scaling."""
-        a, _ = self._pair(adapter)
-        return self._delta(adapter, a.dtype).mT
-
-    def _look_up(self, x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the columns of A (r, num) that x names, (..., r)."""
-        base = self.base_layer
-        hidden = tf.embedding(x, a.mT, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq).to(
-            dtype
-        )
-        # Some embeddings, such as Gemma's, scale what they have looked up.
-        scale = getattr(base, "embed_scale", None)
-        return hidden if scale is None else hidden * torch.as_tensor(scale, dtype=dtype, device=hidden.device)
-
-    def _added(self, result: Tensor, hidden: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-        rows = result.reshape(-1, result.shape[-1])
-        if isinstance(scale, Tensor):
-            b, scale = b * scale, 1.0
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        # An embedding keeps its dtype under autocast, which would round the base output here.
-        with torch.autocast(rows.device.type, enabled=False):
-            return torch.addmm(rows, hidden, b.to(hidden.dtype).mT, alpha=scale).view(result.shape)
+        return lora.update(self.low_rank(adapter)).mT
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            a, b = self._pair(name)
-            if self.use_dora[name]:
-                g = self._gain(name)
-                result = F.scale_channels(result, g)
-                b = b * g.unsqueeze(1)
-            result = self._added(result, self._look_up(x, a, result.dtype), b, self.scaling[name])
-        return result
+        return lora_embedding.embedding(self.base_layer, x, [self.low_rank(name) for name in names], args, kwargs)
 
-    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for group in self._mixed_groups(names):
-            a = torch.cat([self.lora_embedding_A[name] for name in group])
-            b = torch.cat([self.lora_embedding_B[name] for name in group], dim=1)
-            gate = self._table(group, names, {name: self.r[name] for name in group}, result)
-            hidden = self._look_up(x, a, result.dtype) * gate.view(len(gate), *[1] * (x.dim() - 1), -1)
-            result = self._added(result, hidden, b, 1.0)
-        return result
+    def _with_mixed(
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
+        return lora_embedding.embedding_mixed(self.base_layer, x, adapters, choice, args, kwargs)
 
 
 __all__ = ["LoRAEmbedding"]

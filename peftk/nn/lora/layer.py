@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import functional as F
+from ...methods import dora, lora
+from ...methods._base_layer import rows_of
+from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter, AdapterLayer
+from ..base.merging import Merged
 from .config import LoraConfig
-from .dora import gain
 
-# Adapters of one batch share a product as long as their ranks together stay at or below this.
-_MIXED_RANK = 256
 BASE = "__base__"
 
 
@@ -55,7 +55,9 @@ class LoRALayer(AdapterLayer):
         if config.use_dora and initialise:
             magnitude = adapter.parts["lora_magnitude_vector"].weight
             with torch.no_grad():
-                magnitude.copy_(cls._first_norms(base_layer, adapter).view_as(magnitude))
+                # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
+                norms = dora.norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
+                magnitude.copy_(norms.view_as(magnitude))
         return adapter
 
     def check_add(self, config: LoraConfig) -> None:
@@ -65,20 +67,6 @@ class LoRALayer(AdapterLayer):
                 f"use_dora: a new DoRA adapter starts at the norms of the base weight, and {self.merged_adapters} are "
                 "merged into it; unmerge first"
             )
-
-    @classmethod
-    def _first_norms(cls, base_layer: nn.Module, adapter: Adapter) -> Tensor:
-        # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
-        return cls._norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
-
-    @classmethod
-    def _norms(cls, base_layer: nn.Module, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the norms of the rows of the adapted weight, (out,)."""
-        weight = cls._rows_of(base_layer.weight, base_layer)
-        if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-            # The order of the columns changes no norm, and this one copies no weight.
-            weight, a = weight.permute(0, 2, 3, 1), a.permute(0, 2, 3, 1)
-        return F.dora_norm(weight.flatten(1), a.flatten(1), b.flatten(1), scale)
 
     @classmethod
     def _settings(cls, config: LoraConfig, module_name: str) -> dict[str, Any]:
@@ -106,20 +94,18 @@ class LoRALayer(AdapterLayer):
         """Return A and B among the parts of an adapter."""
         return parts["lora_A"].weight, parts["lora_B"].weight
 
-    @staticmethod
-    def _rows_of(weight: Tensor, base_layer: nn.Module) -> Tensor:
-        """Return a weight of the base layer so that its rows are the outputs."""
-        return weight
-
-    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _with_mixed(
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Return the output for samples that choose among adapters, by index, or -1 for none."""
         raise NotImplementedError
 
-    # -- DoRA -------------------------------------------------------------------------------------------------
-
-    def _gain(self, name: str) -> Tensor:
-        """Return DoRA's factor of every output, (out,)."""
-        norms = self._norms(self.base_layer, *self._pair(name), self.scaling[name])
-        return gain(self.lora_magnitude_vector[name].weight, norms)
+    def low_rank(self, name: str) -> LowRank:
+        """Return the tensors and settings of one adapter, as its arithmetic takes them."""
+        a, b = self._pair(name)
+        p = self.lora_dropout[name] if self.training else 0.0
+        magnitude = self.lora_magnitude_vector[name].weight if self.use_dora[name] else None
+        return LowRank(a, b, self.scaling[name], None, self._extra_bias(name), p, magnitude)
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         containers = (self.adapter_layer_names[0], self.adapter_layer_names[1])
@@ -145,35 +131,19 @@ class LoRALayer(AdapterLayer):
                     f"merge: adapter {name!r} has a bias (lora_bias=True) but the base layer has none to merge it into"
                 )
 
-    def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return the dense update with the outputs as rows."""
-        a, b = (t.to(dtype).flatten(1) for t in self._pair(name))
-        return (b @ a) * self.scaling[name]
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense update of one adapter, (out, in) or as a convolution's weight, without DoRA's scaling."""
-        a, _ = self._pair(adapter)
-        shape = (self.out_features, *a.shape[1:])
-        return self._delta(adapter, a.dtype).view(shape)
+        return lora.update(self.low_rank(adapter))
 
-    def _merge_into(self, tensors: dict[str, Tensor], name: str) -> None:
-        weight = self._rows_of(tensors["weight"], self.base_layer) if self.kind == "Embedding" else tensors["weight"]
-        delta = self._delta(name, weight.dtype).view(weight.shape)
-        merged = weight + delta
-        if self.use_dora[name]:
-            original = self._rows_of(self._original.get("weight", self.base_layer.weight), self.base_layer)
-            adapted = original.to(device=weight.device, dtype=weight.dtype) + delta
-            g = gain(self.lora_magnitude_vector[name].weight.to(weight.dtype), adapted.flatten(1).norm(dim=1))
-            merged = merged * g.view(-1, *[1] * (weight.dim() - 1))
-            if "bias" in tensors:
-                # As in the forward pass, the bias of the layer is not scaled, but what adapters have added to it is.
-                own = self._original.get("bias", self.base_layer.bias).to(tensors["bias"])
-                added = tensors["bias"] - own
-                tensors["bias"] = own + g * added if added.any() else tensors["bias"]
+    def _merge_into(self, tensors: Merged, name: str) -> None:
+        weight, bias = tensors["weight"], tensors.get("bias")
+        own = rows_of(self.base_layer, self._original.get("weight", self.base_layer.weight))
+        own_bias = self._original.get("bias", getattr(self.base_layer, "bias", None))
+        rows = weight.mT if self.kind == "Embedding" else weight
+        merged, bias = lora.merged(rows, bias, self.low_rank(name), own, own_bias)
         tensors["weight"] = merged.mT if self.kind == "Embedding" else merged
-        bias = self._extra_bias(name)
         if bias is not None:
-            tensors["bias"] = tensors["bias"] + bias.to(weight.dtype)
+            tensors["bias"] = bias
 
     # -- batches that mix adapters ----------------------------------------------------------------------------
 
@@ -195,7 +165,10 @@ class LoRALayer(AdapterLayer):
             return super().forward(x, *args, **kwargs)
         names = names.of(len(x)) if hasattr(names, "of") else names
         self._check_mixed(x, names)
-        return self._mixed(x, names, *args, **kwargs)
+        found = [name for name in dict.fromkeys(names) if name in self.r]
+        index = {name: i for i, name in enumerate(found)}
+        choice = [index.get(name, -1) for name in names]
+        return self._with_mixed(x, [self.low_rank(name) for name in found], choice, args, kwargs)
 
     def _check_mixed(self, x: Tensor, names: Sequence[str]) -> None:
         if isinstance(names, str) or len(names) != len(x):
@@ -209,37 +182,3 @@ class LoRALayer(AdapterLayer):
         for name in set(names):
             if self.use_dora.get(name):
                 raise ValueError(f"adapter_names: adapter {name!r} is a DoRA adapter, which cannot be mixed in a batch")
-
-    def _mixed_groups(self, names: Sequence[str]) -> list[list[str]]:
-        """Return the adapters of a batch in groups whose ranks together are small."""
-        groups: list[list[str]] = []
-        total = _MIXED_RANK
-        for name in dict.fromkeys(names):
-            if name in self.r:
-                total += self.r[name]
-                if total > _MIXED_RANK:
-                    groups.append([])
-                    total = self.r[name]
-                groups[-1].append(name)
-        return groups
-
-    def _table(self, group: list[str], names: Sequence[str], rows: dict[str, Tensor | int], like: Tensor) -> Tensor:
-        """Return one row for each sample: that of its adapter, or zeros.
-
-        Args:
-            group: The adapters.
-            names: The adapter of every sample.
-            rows: For every adapter a vector, or the size of its part of the row, which its scale fills.
-            like: The dtype and device of the result.
-        """
-        if isinstance(next(iter(rows.values())), Tensor):
-            table = torch.stack([rows[name].to(like) for name in group])
-        else:
-            table = like.new_zeros(len(group), sum(rows.values()))
-            start = 0
-            for index, name in enumerate(group):
-                table[index, start : start + rows[name]] = self.scaling[name]
-                start += rows[name]
-        table = torch.cat([table, table.new_zeros(1, table.shape[1])])
-        index = {name: i for i, name in enumerate(group)}
-        return table[torch.tensor([index.get(name, len(group)) for name in names], device=like.device)]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as tf
 
-from ... import functional as F
+from ...methods import lora
+from ...methods._base_layer import features_of, opaque_weight
+from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter
-from ..base.dropout import Dropout
-from ..base.kinds import call, features_of, opaque_weight, settle_fan_in_fan_out
+from ..base.kinds import settle_fan_in_fan_out
 from .config import LoraConfig, LoraRuntimeConfig
-from .dora import Magnitude
 from .layer import LoRALayer
-from .low_rank import LowRankLinear
+from .magnitude import Magnitude
 
 
-class LoRALinear(LoRALayer, LowRankLinear):
+class LoRALinear(LoRALayer):
     """An nn.Linear, or GPT-2's Conv1D, with LoRA adapters: ``y = x W^T + bias + s * (dropout(x) A^T) B^T``.
 
     With `use_dora`: ``y = g * (x W^T + s * (dropout(x) A^T) B^T) + bias``, ``g = m / ||W + s B A||``, row by row; the
@@ -48,6 +46,8 @@ class LoRALinear(LoRALayer, LowRankLinear):
         torch.Size([2, 8])
     """
 
+    base_kinds = ("Linear", "Conv1D")
+
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
         settle_fan_in_fan_out(config, base_layer)
@@ -70,53 +70,22 @@ class LoRALinear(LoRALayer, LowRankLinear):
             parts["lora_magnitude_vector"] = Magnitude(outputs)
         return Adapter(parts, settings)
 
-    @staticmethod
-    def _rows_of(weight: Tensor, base_layer: nn.Module) -> Tensor:
-        return weight if isinstance(base_layer, nn.Linear) else weight.mT
-
-    def _factors(self, name: str) -> tuple[Tensor, Tensor, float | Tensor, None]:
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], None
+    def low_rank(self, name: str) -> LowRank:
+        """Return the tensors and settings of one adapter, as its arithmetic takes them."""
+        second = self.lora_B._modules[name]
+        p = self.lora_dropout[name] if self.training else 0.0
+        scale, bias = self.scaling[name], second._parameters["bias"]
+        magnitude = self.lora_magnitude_vector[name].weight if self.use_dora[name] else None
+        a = self.lora_A._modules[name].weight
+        return LowRank(a, second.weight, scale, None, None if bias is None else bias * scale, p, magnitude)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if not any(self.use_dora[name] for name in names):
-            return LowRankLinear._adapted(self, x, names, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        x = x.to(result.dtype)
-        for name in names:
-            result = self._decomposed(result, x, name) if self.use_dora[name] else self._add(result, x, name)
-        return result
+        return lora.linear(self._modules["base_layer"], x, [self.low_rank(name) for name in names], args, kwargs)
 
-    def _decomposed(self, result: Tensor, x: Tensor, name: str) -> Tensor:
-        """Apply a DoRA adapter to a result."""
-        g = self._gain(name)
-        a, b, scale, _ = self._factors(name)
-        p = self.lora_dropout[name] if self.training else 0.0
-        if p == 0:
-            return F.dora_compose(result, x, a, b, g, self.bias, scale)
-        # The base product that g scales is that of the dropped input too, as in PEFT.
-        seen = Dropout(x, p)
-        second = tf.linear(seen.dropped(), self._base_weight().to(x.dtype))
-        result = torch.addcmul(result, second, (g - 1).to(result.dtype))
-        hidden = seen.product(tf.linear, a.to(x.dtype))
-        b = (b * (g.unsqueeze(1) * scale)).to(x.dtype)
-        rows, hidden = (t.reshape(-1, t.shape[-1]) for t in (result, hidden))
-        return torch.addmm(rows, hidden, b.mT).view(result.shape)
-
-    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        result = call(self.base_layer, x, *args, **kwargs)
-        x = x.to(result.dtype)
-        middle = [1] * (x.dim() - 2)
-        for group in self._mixed_groups(names):
-            a = torch.cat([self.lora_A[name].weight for name in group])
-            b = torch.cat([self.lora_B[name].weight for name in group], dim=1)
-            gate = self._table(group, names, {name: self.r[name] for name in group}, b)
-            gate = gate.view(len(gate), *middle, -1).expand(*x.shape[:-1], -1)
-            result = F.low_rank_add(result, x, a, b, gate=gate)
-            biases = {name: self._extra_bias(name) for name in group}
-            if any(bias is not None for bias in biases.values()):
-                rows = {n: b.new_zeros(self.out_features) if bias is None else bias for n, bias in biases.items()}
-                result = result + self._table(group, names, rows, result).view(len(x), *middle, -1)
-        return result
+    def _with_mixed(
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
+        return lora.linear_mixed(self.base_layer, x, adapters, choice, args, kwargs)
 
 
 def _uninitialised_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import functional as F
+from ...methods import xlora
+from ...methods.lora import LowRank
 from ..base.adapter_layer import AdapterLayer
-from ..base.conv import convolve
-from ..base.dropout import Dropout
-from ..base.kinds import call
 from ..lora.conv import LoRAConv2d
 from ..lora.embedding import LoRAEmbedding
 from ..lora.linear import LoRALinear
@@ -153,27 +150,13 @@ class XLoraLayer(AdapterLayer):
         """The names of the experts that this layer has, in their order."""
         return [name for name in self.gates.experts if name in self.scaling]
 
-    def _mixed(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _with_mixed(
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
         raise ValueError("adapter_names: the experts of an X-LoRA model act together and cannot be mixed in a batch")
 
-    def _groups(self, apart: bool = False) -> list[tuple[float, list[str], slice]]:
-        """Return the experts that run together, their dropout probability, and where their ranks stand in the gate."""
-        names = self.expert_names()
-        p = {name: self.lora_dropout[name] if self.training else 0.0 for name in names}
-        if not apart and len(set(p.values())) == 1:
-            return [(p[names[0]], names, slice(None))]
-        groups, start = [], 0
-        for name in names:
-            groups.append((p[name], [name], slice(start, start + self.r[name])))
-            start += self.r[name]
-        return groups
-
-    def _factors_together(self, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Return A and B of some experts, one behind the other along the rank."""
-        if len(names) == 1:
-            return self._pair(names[0])
-        factors = [self._pair(name) for name in names]
-        return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1)
+    def _experts(self) -> list[LowRank]:
+        return [self.low_rank(name) for name in self.expert_names()]
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Raise ValueError: the weights of the experts depend on the input."""
@@ -194,24 +177,9 @@ class XLoraLinear(XLoraLayer, LoRALinear):
         gate = self.gates.of(self)
         if gate is None:
             return self.base_layer(x, *args, **kwargs)
-        result = None
-        if not self._can_fuse(x, args, kwargs):
-            result = call(self.base_layer, x, *args, **kwargs)
-            if x.dtype != result.dtype:
-                x = x.to(result.dtype)
         if gate.dim() > 1:
             gate = _fit(gate, x, self.module_name)
-        for p, part, columns in self._groups():
-            a, b = self._factors_together(part)
-            options = {"gate": gate[..., columns].contiguous()}
-            if p > 0:
-                options["dropout_p"] = p
-            if result is None:
-                frozen = self._modules["base_layer"]._parameters
-                result = F.low_rank_linear(x, frozen["weight"], frozen["bias"], a, b, **options)
-            else:
-                result = F.low_rank_add(result, x, a, b, **options)
-        return result
+        return xlora.linear(self.base_layer, x, self._experts(), gate, args, kwargs)
 
 
 def _fit(gate: Tensor, x: Tensor, where: str) -> Tensor:
@@ -239,13 +207,10 @@ class XLoraConv2d(XLoraLayer, LoRAConv2d):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         gate = self.gates.of(self)
-        result = self.base_layer(x, *args, **kwargs)
         if gate is None:
-            return result
-        x = x.to(result.dtype)
-        base = self.base_layer
-        pixels = gate.dim() > 1 and gate.shape[1] > 1
+            return self.base_layer(x, *args, **kwargs)
         if gate.dim() > 1:
+            pixels = gate.shape[1] > 1
             tokens = x.shape[-2] * x.shape[-1] if pixels else 1
             if x.dim() != 4 or gate.shape[:2] != (x.shape[0], tokens):
                 raise ValueError(
@@ -255,22 +220,7 @@ class XLoraConv2d(XLoraLayer, LoRAConv2d):
                 )
             rows, columns = x.shape[-2:] if pixels else (1, 1)
             gate = gate.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-        else:
-            gate = gate.view(1, -1, 1, 1)
-        plain = base.kernel_size == (1, 1) and base.stride == (1, 1) and base.padding in ((0, 0), "same", "valid")
-        before = pixels and not plain
-        for p, part, columns in self._groups(before or base.groups > 1):
-            a, b = (t.to(x.dtype) for t in self._factors_together(part))
-            own, seen = gate[:, columns], Dropout(x, p)
-            read = functools.partial(convolve, self.lora_A[part[0]])
-            if before:
-                # A reads several pixels, so that the weight goes on each of them.
-                hidden = read((seen.dropped() * own[:, :1]).to(x.dtype), a)
-            else:
-                hidden = seen.product(read, a)
-                hidden = (hidden * own).to(hidden.dtype)
-            result = self._expanded(result, hidden, b, 1.0)
-        return result
+        return xlora.conv2d(self.base_layer, x, self._experts(), gate, args, kwargs)
 
 
 class XLoraEmbedding(XLoraLayer, LoRAEmbedding):
@@ -278,14 +228,11 @@ class XLoraEmbedding(XLoraLayer, LoRAEmbedding):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         gate = self.gates.of(self)
-        result = self.base_layer(x, *args, **kwargs)
         if gate is None:
-            return result
+            return self.base_layer(x, *args, **kwargs)
         if gate.dim() > 1:
             gate = _fit(gate, x.unsqueeze(-1), self.module_name)
-        a, b = self._factors_together(self.expert_names())
-        hidden = self._look_up(x, a, result.dtype)
-        return self._added(result, (hidden * gate).to(hidden.dtype), b, 1.0)
+        return xlora.embedding(self.base_layer, x, self._experts(), gate, args, kwargs)
 
 
 GATED: dict[type[AdapterLayer], type[XLoraLayer]] = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as tf
 
-from ...ops import _seed
-from ...ops._autograd import apply
+from . import _seed
+from ._autograd import apply, run_backward
 
 
 class _Dropped(torch.autograd.Function):
@@ -22,11 +23,11 @@ class _Dropped(torch.autograd.Function):
         return torch.where(keep, x / (1 - p), 0.0)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _x, ctx.p, ctx.seed = inputs
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         return _Dropped.forward(grad, ctx.p, ctx.seed), None, None
 
 
@@ -38,23 +39,28 @@ class _Product(torch.autograd.Function):
         return product(_Dropped.forward(x, p, seed), weight)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.product, x, weight, ctx.p, ctx.seed = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (grad, x, weight)):
-            raise RuntimeError("double backward is not supported through dropout")
-        needed = ctx.needs_input_grad[1:3]
-        factors = _Dropped.forward(x, ctx.p, ctx.seed), weight.detach()
-        factors = [factor.requires_grad_(need) for factor, need in zip(factors, needed, strict=True)]
-        with torch.enable_grad():
-            y = ctx.product(*factors)
-        found = iter(torch.autograd.grad(y, [factor for factor in factors if factor.requires_grad], grad))
-        dx, dweight = (next(found) if need else None for need in needed)
-        return None, None if dx is None else _Dropped.forward(dx, ctx.p, ctx.seed), dweight, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        needs = ctx.needs_input_grad[1:3]
+        found = run_backward(
+            "the dropout of an adapter", _gradients, ctx.product, ctx.p, ctx.seed, needs, grad, *ctx.saved_tensors
+        )
+        return None, *found, None, None
+
+
+def _gradients(product: Callable, p: float, seed: int, needs: tuple, grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
+    factors = [
+        t.detach().requires_grad_(need) for t, need in zip((_Dropped.forward(x, p, seed), weight), needs, strict=True)
+    ]
+    with torch.enable_grad():
+        y = product(*factors)
+    found = iter(torch.autograd.grad(y, [factor for factor in factors if factor.requires_grad], grad))
+    dx, dweight = (next(found) if need else None for need in needs)
+    return None if dx is None else _Dropped.forward(dx, p, seed), dweight
 
 
 class Dropout:

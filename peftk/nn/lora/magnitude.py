@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Magnitude(nn.Module):
@@ -12,10 +12,3 @@ class Magnitude(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
-
-
-def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """Return ``magnitude / norms``, (out,), through which no gradient reaches the norms; a zero row is left alone."""
-    magnitude = magnitude.view(-1)
-    norms = norms.detach().to(magnitude.dtype)
-    return magnitude / torch.where(norms == 0, torch.ones_like(norms), norms)

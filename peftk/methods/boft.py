@@ -1,0 +1,132 @@
+"""BOFT: a butterfly of block rotations, and a factor for every output (Liu et al., arXiv 2311.06243)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..ops.conv import convolve_with
+from ._base_layer import NONE, call, plain_tensors
+
+COMPOSED_GROUP = 256
+"""Largest group of features that is rotated by composed blocks; beyond, x passes the factors in turn."""
+
+
+class Butterfly(NamedTuple):
+    """The tensors of one adapter on one layer.
+
+    Attributes:
+        factors: (m, blocks, b, b), orthogonal blocks as `rotations` makes them.
+        scale: The factor of every output, of `out` elements.
+    """
+
+    factors: Tensor
+    scale: Tensor
+
+    @property
+    def group(self) -> int:
+        """How many features one block of the product of all factors mixes."""
+        return self.factors.shape[-1] << (len(self.factors) - 1)
+
+
+def rotations(square: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Turn square matrices Q, (m, blocks, b, b), into ``(I - S)(I + S)^-1`` with ``S = (Q - Q^T) / 2``.
+
+    Args:
+        square: The parameters.
+        kept: (m * blocks,), which blocks rotate in this pass; the others are the identity. None for all of them.
+    """
+    count, blocks, size, _ = square.shape
+    factors = F.cayley(square.flatten(0, 1), size).view(square.shape)
+    if kept is None:
+        return factors
+    eye = torch.eye(size, device=factors.device, dtype=factors.dtype)
+    return torch.where(kept.to(factors.device).view(count, blocks, 1, 1), factors, eye)
+
+
+def composed(factors: Tensor) -> Tensor:
+    """Return the blocks of the product of all factors, (blocks, group, group)."""
+    return factors[0] if len(factors) == 1 else F.butterfly_compose(factors)
+
+
+def linear(
+    base: nn.Module,
+    x: Tensor,
+    adapters: Sequence[Butterfly],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = NONE,
+) -> Tensor:
+    """Return the output of a linear layer with adapters: ``y = s * (x R W^T) + bias``.
+
+    Args:
+        base: An nn.Linear, GPT-2's Conv1D, or a layer that is derived from nn.Linear and quantised; frozen.
+        x: (..., in).
+        adapters: The last one rotates first.
+        args: Further arguments of the base layer.
+        kwargs: Its keyword arguments.
+    """
+    bias = base.bias
+    plain = None
+    if len(adapters) == 1 and adapters[0].group <= COMPOSED_GROUP:
+        plain = plain_tensors(base, x, args, kwargs)
+    if plain is not None:
+        y = F.block_rotate_linear(x, *plain, composed(adapters[0].factors))
+    else:
+        for adapter in reversed(adapters):
+            if adapter.group <= COMPOSED_GROUP:
+                x = F.block_rotate(x, composed(adapter.factors))
+            else:
+                x = F.butterfly_multiply(x, adapter.factors)
+        y = call(base, x, *args, **kwargs)
+    return F.scale_channels(y, _scale(adapters), bias)
+
+
+def conv2d(
+    base: nn.Conv2d,
+    x: Tensor,
+    adapters: Sequence[Butterfly],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = NONE,
+) -> Tensor:
+    """Return the output of a convolution without groups with rotated filters: ``W'[o] = s[o] * R W[o]``.
+
+    Args:
+        base: An nn.Conv2d; frozen.
+        x: (batch, in, height, width) or (in, height, width).
+        adapters: The first one rotates first, over in * height * width of the kernel.
+        args: Further arguments of the base layer.
+        kwargs: Its keyword arguments.
+    """
+    values = [*(composed(adapter.factors) for adapter in adapters), _scale(adapters)]
+    plain = plain_tensors(base, x, args, kwargs)
+    return convolve_with(_written, base, x, *values, plain=plain, args=args, kwargs=kwargs)
+
+
+def rotation(adapter: Butterfly) -> Tensor:
+    """Return the dense rotation, (in, in)."""
+    return torch.block_diag(*composed(adapter.factors))
+
+
+def merged(weight: Tensor, adapter: Butterfly) -> Tensor:
+    """Return a weight, (out, in) or (out, in, height, width), with one adapter in it; a bias stays as it is."""
+    return _written(weight, composed(adapter.factors), adapter.scale.to(weight.dtype).view(-1))
+
+
+def _scale(adapters: Sequence[Butterfly]) -> Tensor:
+    scale = adapters[0].scale
+    for adapter in adapters[1:]:
+        scale = scale * adapter.scale
+    return scale.view(-1)
+
+
+def _written(weight: Tensor, *values: Tensor) -> Tensor:
+    """Rotate the rows of a weight by the blocks of every adapter, the first one first, and scale them."""
+    *rotated, scale = values
+    rows = weight.flatten(1)
+    for blocks in rotated:
+        rows = F.block_rotate(rows, blocks, transpose=True)
+    return F.scale_channels(rows, scale, dim=0).view(weight.shape)

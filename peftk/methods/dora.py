@@ -1,0 +1,53 @@
+"""DoRA: the magnitude of every output of a layer with LoRA is a parameter (Liu et al., arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as tf
+
+from .. import functional as F
+from ..ops.dropout import Dropout
+from ._base_layer import rows_of
+
+if TYPE_CHECKING:
+    from .lora import LowRank
+
+
+def norms(base: nn.Module, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """Return the norms of the rows of ``W + scale * B A``, (out,), through which no gradient passes."""
+    weight = rows_of(base, base.weight)
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        # The order of the columns changes no norm, and this one copies no weight.
+        weight, a = weight.permute(0, 2, 3, 1), a.permute(0, 2, 3, 1)
+    return F.dora_norm(weight.flatten(1), a.flatten(1), b.flatten(1), scale)
+
+
+def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Return ``magnitude / norms``, (out,), through which no gradient reaches the norms; a zero row is left alone."""
+    magnitude = magnitude.view(-1)
+    norms = norms.detach().to(magnitude.dtype)
+    return magnitude / torch.where(norms == 0, torch.ones_like(norms), norms)
+
+
+def gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
+    """Return DoRA's factor of every output of a layer with an adapter, (out,)."""
+    return gain(adapter.magnitude, norms(base, adapter.a, adapter.b, adapter.scale))
+
+
+def rescale_linear(base: nn.Module, result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
+    """Apply an adapter with magnitudes to the output of a linear layer, (..., out), whose input was x, (..., in)."""
+    a, b, scale, p = adapter.a, adapter.b, adapter.scale, adapter.dropout_p
+    g = gain_of(base, adapter)
+    if p == 0:
+        return F.dora_compose(result, x, a, b, g, base.bias, scale)
+    # The base product that g scales is that of the dropped input too, as in Hugging Face PEFT.
+    seen = Dropout(x, p)
+    second = tf.linear(seen.dropped(), rows_of(base, base.weight).to(x.dtype))
+    result = torch.addcmul(result, second, (g - 1).to(result.dtype))
+    hidden = seen.product(tf.linear, a.to(x.dtype))
+    b = (b * (g.unsqueeze(1) * scale)).to(x.dtype)
+    rows, hidden = (t.reshape(-1, t.shape[-1]) for t in (result, hidden))
+    return torch.addmm(rows, hidden, b.mT).view(result.shape)

@@ -1,0 +1,151 @@
+"""LoHa: the Hadamard product of two low-rank updates (Hyeon-Woo et al., arXiv 2108.06098; Yeh et al., arXiv
+2309.14859).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
+from ..ops.conv import convolve, convolve_with
+from ._base_layer import NONE, call, plain_tensors
+
+
+class Hadamard(NamedTuple):
+    """The tensors and settings of one adapter on one layer: ``scale * (w1_a w1_b) * (w2_a w2_b)``.
+
+    Attributes:
+        w1_a: (out, r), or (r, out) beside a core.
+        w1_b: (r, in), or (r, in * height * width); (r, in) beside a core.
+        w2_a: As `w1_a`.
+        w2_b: As `w1_b`.
+        scale: A number.
+        t1: The core of the first matrix in Tucker form, (r, r, height, width), or None.
+        t2: That of the second one.
+        rows: (out,), a factor for every row of the update, which dropout makes; or None.
+    """
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    scale: float
+    t1: Tensor | None = None
+    t2: Tensor | None = None
+    rows: Tensor | None = None
+
+
+def factors(adapter: Hadamard, dtype: torch.dtype | None = None) -> Factors:
+    """Return w1_a (out, r), w1_b (r, in), w2_a and w2_b, whatever the form, in `dtype` if given."""
+    w1_a, w1_b, w2_a, w2_b = (f if dtype is None else f.to(dtype) for f in adapter[:4])
+    if adapter.t1 is not None and adapter.t2 is not None:
+        t1, t2 = (core if dtype is None else core.to(dtype) for core in (adapter.t1, adapter.t2))
+        w1_a, w1_b, w2_a, w2_b = w1_a.mT, _tucker(t1, w1_b), w2_a.mT, _tucker(t2, w2_b)
+    if adapter.rows is not None:
+        w1_a = w1_a * adapter.rows.to(w1_a.device, w1_a.dtype)[:, None]
+    return w1_a, w1_b, w2_a, w2_b
+
+
+def _tucker(core: Tensor, w_b: Tensor) -> Tensor:
+    """Return the (r, in * height * width) factor that a core and the factor of the channels make."""
+    return torch.einsum("ijkl,jq->iqkl", core, w_b).flatten(1)
+
+
+def linear(
+    base: nn.Module, x: Tensor, adapters: Sequence[Hadamard], args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
+) -> Tensor:
+    """Return the output of a linear layer with adapters.
+
+    Args:
+        base: An nn.Linear, or a layer that is derived from it and quantised; frozen.
+        x: (..., in).
+        adapters: What is added, in this order.
+        args: Further arguments of the base layer.
+        kwargs: Its keyword arguments.
+    """
+    fours = [factors(adapter) for adapter in adapters]
+    scales = [adapter.scale for adapter in adapters]
+    plain = plain_tensors(base, x, args, kwargs)
+    if plain is not None:
+        return hadamard_linear(x, *plain, scales, fours)
+    y = call(base, x, *args, **kwargs)
+    for scale, four in zip(scales, fours, strict=True):
+        y = add_hadamard(y, x, scale, four)
+    return y
+
+
+def add(result: Tensor, x: Tensor, adapter: Hadamard) -> Tensor:
+    """Add an adapter to the output of a linear layer, (..., out), whose input was x, (..., in)."""
+    return add_hadamard(result, x, adapter.scale, factors(adapter))
+
+
+def conv2d(
+    base: nn.Conv2d, x: Tensor, adapters: Sequence[Hadamard], args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
+) -> Tensor:
+    """Return the output of a convolution with adapters on its flattened filters.
+
+    Small ranks run as a convolution to ``r * r`` channels and a product with (out, r * r); larger ones, and groups, as
+    one convolution with the written weight.
+
+    Args:
+        base: An nn.Conv2d; frozen.
+        x: (batch, in, height, width) or (in, height, width).
+        adapters: What is added, in this order.
+        args: Further arguments of the base layer.
+        kwargs: Its keyword arguments.
+    """
+    written: list[tuple[float, Factors]] = []
+    added: list[tuple[float, Factors]] = []
+    for adapter in adapters:
+        four = factors(adapter)
+        (added if _low_rank_pays(base, four) else written).append((adapter.scale, four))
+    if written:
+        scales = [scale for scale, _ in written]
+
+        def write(weight: Tensor, *values: Tensor) -> Tensor:
+            for i, scale in enumerate(scales):
+                weight = F.hadamard_weight(weight, *values[4 * i : 4 * i + 4], scale)
+            return weight
+
+        plain = plain_tensors(base, x, args, kwargs)
+        values = (factor for _, four in written for factor in four)
+        y = convolve_with(write, base, x, *values, plain=plain, args=args, kwargs=kwargs)
+    else:
+        y = base(x, *args, **kwargs)
+    for scale, four in added:
+        y = _add_low_rank(base, y, x, scale, four)
+    return y
+
+
+def _low_rank_pays(base: nn.Conv2d, four: Factors) -> bool:
+    w1_a, w1_b, w2_a, _ = four
+    # Convolutions have many positions: what writing the weight costs does not count beside them.
+    sizes = w1_a.shape[0], w1_b.shape[1], w1_a.shape[1], w2_a.shape[1]
+    return base.groups == 1 and low_rank_pays(1 << 20, *sizes)
+
+
+def _add_low_rank(base: nn.Conv2d, y: Tensor, x: Tensor, scale: float, four: Factors) -> Tensor:
+    a, b = F.khatri_rao(*four, dtype=x.dtype)
+    hidden = convolve(base, x, a.view(len(a), base.in_channels, *base.kernel_size)).to(y.dtype)
+    # (batch, r * r, positions): one product adds the update onto a copy of the base output.
+    flat = (hidden if hidden.dim() == 4 else hidden[None]).flatten(2)
+    rows = y.reshape(len(flat), len(b), flat.shape[2])
+    return torch.baddbmm(rows, b.to(y.dtype).expand(len(flat), -1, -1), flat, alpha=scale).view(y.shape)
+
+
+@torch.no_grad()
+def update(adapter: Hadamard, shape: Sequence[int]) -> Tensor:
+    """Return the dense update in the shape of the weight, in the dtype of the factors."""
+    four = factors(adapter)
+    zeros = torch.zeros(*shape, dtype=four[0].dtype, device=four[0].device)
+    return F.hadamard_weight(zeros, *four, adapter.scale)
+
+
+def merged(weight: Tensor, adapter: Hadamard) -> Tensor:
+    """Return a weight, (out, in) or (out, in, height, width), with one adapter in it."""
+    return F.hadamard_weight(weight, *factors(adapter, weight.dtype), adapter.scale)

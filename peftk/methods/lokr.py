@@ -1,0 +1,171 @@
+"""LoKr: a Kronecker product as the update (Yeh et al., arXiv 2309.14859)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as tf
+
+from .. import functional as F
+from ..ops.conv import convolve_with
+from ._base_layer import NONE, call, plain_tensors
+
+
+class Kronecker(NamedTuple):
+    """The tensors and settings of one adapter on one layer: ``scale * kron(w1, w2)``.
+
+    Attributes:
+        w1: (l, m), or its two factors (l, r) and (r, m).
+        w2: (k, n) or (k, n, height, width); or its two factors (k, r) and (r, n * height * width); or, in Tucker form,
+            (r, k), (r, n) and the core (r, r, height, width).
+        scale: A number, or a tensor of one number.
+        kept: (out,), which rows of the update stay in this pass; None for all of them.
+    """
+
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
+    scale: float | Tensor
+    kept: Tensor | None = None
+
+
+def first(adapter: Kronecker, dtype: torch.dtype | None = None) -> Tensor:
+    """Return w1, (l, m), computed in a dtype if one is given."""
+    parts = adapter.w1
+    return _cast(parts[0], dtype) if len(parts) == 1 else _product(*parts, dtype)
+
+
+def second(adapter: Kronecker, dtype: torch.dtype | None = None) -> Tensor:
+    """Return w2 as a matrix, (k, n * height * width of the kernel), computed in a dtype if one is given."""
+    parts = adapter.w2
+    if len(parts) == 1:
+        return _cast(parts[0], dtype).flatten(1)
+    if len(parts) == 2:
+        return _product(*parts, dtype)
+    a, b, core = parts
+    taps = _product(b.mT, core.transpose(0, 1).flatten(1), dtype)  # (n, r * height * width)
+    taps = taps.view(b.shape[1], core.shape[0], -1).transpose(0, 1).flatten(1)
+    return _product(a.mT, taps, dtype)
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return parameter if dtype is None else parameter.to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Multiply two small factors, in float32 at least, also under autocast."""
+    if dtype is None:
+        dtype = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
+
+
+def linear(
+    base: nn.Module,
+    x: Tensor,
+    adapters: Sequence[Kronecker],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = NONE,
+) -> Tensor:
+    """Return the output of a linear layer with adapters, without the dense products.
+
+    Args:
+        base: An nn.Linear, or a layer that is derived from it and quantised; frozen.
+        x: (..., in).
+        adapters: What is added, in this order.
+        args: Further arguments of the base layer.
+        kwargs: Its keyword arguments.
+    """
+    head = adapters[0]
+    plain = None
+    if head.kept is None and not thin(head) and not isinstance(head.scale, Tensor):
+        plain = plain_tensors(base, x, args, kwargs)
+    if plain is None:
+        y = call(base, x, *args, **kwargs)
+    else:
+        y = F.kronecker_linear(x, *plain, first(head), second(head), head.scale)
+        adapters = adapters[1:]
+    for adapter in adapters:
+        y = add(y, x, adapter)
+    return y
+
+
+def thin(adapter: Kronecker) -> bool:
+    """Whether the two factors of w2 one after the other take far fewer operations than their product."""
+    if len(adapter.w2) == 1:
+        return False
+    (k, r), n = adapter.w2[0].shape, adapter.w2[1].shape[1]
+    return 2 * r * (k + n) <= k * n
+
+
+def _scaled(adapter: Kronecker) -> tuple[Tensor, float]:
+    """Return w1, with the scale in it if that is a tensor, and the scale that is left."""
+    w1, scale = first(adapter), adapter.scale
+    return (w1 * scale.to(w1.dtype), 1.0) if isinstance(scale, Tensor) else (w1, scale)
+
+
+def add(result: Tensor, x: Tensor, adapter: Kronecker) -> Tensor:
+    """Add an adapter to the output of a linear layer, (..., out), whose input was x, (..., in)."""
+    w1, scale = _scaled(adapter)
+    if thin(adapter):
+        w2, b = adapter.w2
+        # (..., m * n) to (..., m * r)
+        x = tf.linear(x.unflatten(-1, (w1.shape[1], b.shape[1])), b.to(x.dtype)).flatten(-2)
+    else:
+        w2 = second(adapter)
+    adapted = F.kronecker_add(result, x, w1, w2, scale)
+    return adapted if adapter.kept is None else torch.where(adapter.kept, adapted, result)
+
+
+def conv2d(
+    base: nn.Conv2d,
+    x: Tensor,
+    adapters: Sequence[Kronecker],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = NONE,
+) -> Tensor:
+    """Return the output of a convolution with adapters on its filters, as one convolution with the written weight.
+
+    Args:
+        base: An nn.Conv2d; frozen.
+        x: (batch, in, height, width) or (in, height, width).
+        adapters: What is added, in this order.
+        args: Further arguments of the base layer.
+        kwargs: Its keyword arguments.
+    """
+    values: list[Tensor] = []
+    masked, scales = [], []
+    for adapter in adapters:
+        w1, scale = _scaled(adapter)
+        values += [w1, second(adapter), *([] if adapter.kept is None else [adapter.kept])]
+        masked.append(adapter.kept is not None)
+        scales.append(scale)
+    write = functools.partial(_written, scales, masked)
+    plain = plain_tensors(base, x, args, kwargs)
+    return convolve_with(write, base, x, *values, plain=plain, args=args, kwargs=kwargs)
+
+
+def _written(scales: list[float], masked: list[bool], weight: Tensor, *values: Tensor) -> Tensor:
+    """Add each adapter's product to a weight, only in the rows that stay where there is a mask among its values."""
+    filters, rest = weight.flatten(1), iter(values)
+    for scale, has_mask in zip(scales, masked, strict=True):
+        changed = F.kronecker_weight(filters, next(rest), next(rest), scale)
+        filters = torch.where(next(rest)[:, None], changed, filters) if has_mask else changed
+    return filters.view(weight.shape)
+
+
+@torch.no_grad()
+def update(adapter: Kronecker) -> Tensor:
+    """Return the dense update, (out, in * height * width of the kernel), in the dtype of the factors."""
+    w1, w2 = first(adapter), second(adapter)
+    zeros = torch.zeros(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], dtype=w1.dtype, device=w1.device)
+    return F.kronecker_weight(zeros, w1, w2, adapter.scale)
+
+
+def merged(weight: Tensor, adapter: Kronecker) -> Tensor:
+    """Return a weight, (out, in) or (out, in, height, width), with one adapter in it."""
+    w1, w2 = first(adapter, weight.dtype), second(adapter, weight.dtype)
+    return F.kronecker_weight(weight.flatten(1), w1, w2, adapter.scale).view(weight.shape)

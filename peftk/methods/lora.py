@@ -1,0 +1,209 @@
+"""LoRA: a low-rank update beside a frozen layer (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from . import dora
+from ._base_layer import NONE, call, plain_tensors
+
+MIXED_RANK = 256
+"""Adapters of one batch share a product as long as their ranks together stay at or below this."""
+
+
+class LowRank(NamedTuple):
+    """The tensors and settings of one adapter on one layer: the update ``scale * (B * gate) A``.
+
+    Attributes:
+        a: (r, in), (r, in, height, width) for a convolution, or (r, num) for an embedding; any floating dtype.
+        b: (out, r), (out, r / groups, 1, 1) for a convolution, or (dim, r) for an embedding.
+        scale: A number, or a tensor of one number.
+        gate: (r,), or with one entry for each row of the input, (..., r); or None.
+        bias: What is added to the output, (out,), the scale in it; or None.
+        dropout_p: The probability with which an element of the input is dropped; drawn from torch's generator.
+        magnitude: DoRA's magnitudes, of `out` elements; or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float | Tensor = 1.0
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+    magnitude: Tensor | None = None
+
+
+def linear(
+    base: nn.Module, x: Tensor, adapters: Sequence[LowRank], args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
+) -> Tensor:
+    """Return the output of a linear layer with adapters.
+
+    Args:
+        base: An nn.Linear, GPT-2's Conv1D, or a layer that is derived from nn.Linear and quantised; frozen.
+        x: (..., in).
+        adapters: What is added, in this order; one with magnitudes rescales what is there before it.
+        args: Further arguments of the base layer.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        (..., out) in the dtype of the base layer's output.
+
+    Raises:
+        RuntimeError: The base layer is quantised and passes no gradient to an input that needs one.
+    """
+    for adapter in adapters:
+        if adapter.magnitude is not None:
+            return _with_magnitudes(base, x, adapters, args, kwargs)
+    plain = plain_tensors(base, x, args, kwargs)
+    result = None
+    if plain is None:
+        result = call(base, x, *args, **kwargs)
+        if x.dtype != result.dtype:
+            x = x.to(result.dtype)
+    for a, b, scale, gate, bias, p, _ in adapters:
+        if a.shape[0] == 0:
+            continue
+        options = {} if gate is None and p == 0 else {"gate": gate, "dropout_p": p}
+        if result is None and plain is not None:
+            result = F.low_rank_linear(x, *plain, a, b, scale, **options)
+        else:
+            result = F.low_rank_add(result, x, a, b, scale, **options)
+        if bias is not None:
+            result = result + bias.to(result.dtype)
+    # No adapter has a rank.
+    return base(x) if result is None else result
+
+
+def add(result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
+    """Add an adapter without magnitudes to the output of a linear layer, (..., out), whose input was x, (..., in)."""
+    a, b, scale, gate, bias, p, _ = adapter
+    if a.shape[0] > 0:
+        result = F.low_rank_add(result, x.to(result.dtype), a, b, scale, gate=gate, dropout_p=p)
+    return result if bias is None else result + bias.to(result.dtype)
+
+
+def _with_magnitudes(
+    base: nn.Module, x: Tensor, adapters: Sequence[LowRank], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    result = base(x, *args, **kwargs)
+    x = x.to(result.dtype)
+    for adapter in adapters:
+        apart = adapter.magnitude is None
+        result = add(result, x, adapter) if apart else dora.rescale_linear(base, result, x, adapter)
+    return result
+
+
+def linear_mixed(
+    base: nn.Module,
+    x: Tensor,
+    adapters: Sequence[LowRank],
+    choice: Sequence[int],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = NONE,
+) -> Tensor:
+    """Return the output of a linear layer on a batch whose samples have different adapters.
+
+    Args:
+        base: As in `linear`.
+        x: (batch, ..., in).
+        adapters: Those that occur in the batch; their gates, dropout and magnitudes have no meaning here.
+        choice: For every sample the index of its adapter, or -1 for none.
+        args: Further arguments of the base layer.
+        kwargs: Its keyword arguments.
+    """
+    result = call(base, x, *args, **kwargs)
+    x = x.to(result.dtype)
+    middle = [1] * (x.dim() - 2)
+    for group in mixed_groups(adapters):
+        a = torch.cat([adapters[i].a for i in group])
+        b = torch.cat([adapters[i].b for i in group], dim=1)
+        gate = mixed_gate(adapters, group, choice, b)
+        gate = gate.view(len(gate), *middle, -1).expand(*x.shape[:-1], -1)
+        result = F.low_rank_add(result, x, a, b, gate=gate)
+        bias = mixed_bias(adapters, group, choice, result, result.shape[-1])
+        if bias is not None:
+            result = result + bias.view(len(x), *middle, -1)
+    return result
+
+
+def mixed_groups(adapters: Sequence[LowRank]) -> list[list[int]]:
+    """Return the indices of adapters in groups whose ranks together are small."""
+    groups: list[list[int]] = []
+    total = MIXED_RANK
+    for index, adapter in enumerate(adapters):
+        rank = adapter.a.shape[0]
+        total += rank
+        if total > MIXED_RANK:
+            groups.append([])
+            total = rank
+        groups[-1].append(index)
+    return groups
+
+
+def mixed_gate(adapters: Sequence[LowRank], group: Sequence[int], choice: Sequence[int], like: Tensor) -> Tensor:
+    """Return one row for each sample, (batch, total rank): its adapter's scale where that adapter's rank stands."""
+    ranks = [adapters[i].a.shape[0] for i in group]
+    table = like.new_zeros(len(group) + 1, sum(ranks))
+    start = 0
+    for row, (index, rank) in enumerate(zip(group, ranks, strict=True)):
+        table[row, start : start + rank] = adapters[index].scale
+        start += rank
+    return table[_row_of_each(group, choice, table)]
+
+
+def mixed_bias(
+    adapters: Sequence[LowRank], group: Sequence[int], choice: Sequence[int], like: Tensor, out: int
+) -> Tensor | None:
+    """Return what the adapters of a group add to the output of every sample, (batch, out), or None if nothing."""
+    biases = [adapters[i].bias for i in group]
+    if all(bias is None for bias in biases):
+        return None
+    rows = [like.new_zeros(out) if bias is None else bias.to(like) for bias in (*biases, None)]
+    return torch.stack(rows)[_row_of_each(group, choice, like)]
+
+
+def _row_of_each(group: Sequence[int], choice: Sequence[int], like: Tensor) -> Tensor:
+    # The last row is that of samples whose adapter is none or in another group.
+    row = {index: i for i, index in enumerate(group)}
+    return torch.tensor([row.get(index, len(group)) for index in choice], device=like.device)
+
+
+def update(adapter: LowRank, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the dense update with the outputs as rows, (out, in ...), without magnitudes, in the factors' dtype."""
+    a, b, scale, gate = adapter[:4]
+    shape = b.shape[0], *a.shape[1:]
+    a, b = (t.flatten(1) if dtype is None else t.flatten(1).to(dtype) for t in (a, b))
+    return (((b if gate is None else b * gate.to(b.dtype)) @ a) * scale).view(shape)
+
+
+def merged(
+    weight: Tensor, bias: Tensor | None, adapter: LowRank, own: Tensor | None = None, own_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias with an adapter in them.
+
+    Args:
+        weight: (out, in) or (out, in, height, width); in it may be what adapters before this one have made.
+        bias: (out,) or None.
+        adapter: The adapter.
+        own: The weight of the layer itself, of which magnitudes are the norms; that in `weight` if it is None.
+        own_bias: Its bias, likewise.
+    """
+    delta = update(adapter, weight.dtype)
+    result = weight + delta
+    if adapter.magnitude is not None:
+        adapted = (weight if own is None else own.to(weight)) + delta
+        g = dora.gain(adapter.magnitude.to(weight.dtype), adapted.flatten(1).norm(dim=1))
+        result = result * g.view(-1, *[1] * (weight.dim() - 1))
+        if bias is not None:
+            # As in the forward pass, the bias of the layer is not scaled, but what adapters have added to it is.
+            kept = bias if own_bias is None else own_bias.to(bias)
+            added = bias - kept
+            bias = kept + g * added if added.any() else bias
+    if adapter.bias is not None and bias is not None:
+        bias = bias + adapter.bias.to(bias.dtype)
+    return result, bias

@@ -1,0 +1,231 @@
+"""Convolutions of a frozen nn.Conv2d's geometry with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as tf
+
+from ._autograd import apply, run_backward, transformed
+
+_NAME = "an adapted convolution"
+
+
+def convolve(base: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """Convolve with another weight, with the stride, padding, padding mode and dilation of `base`.
+
+    Args:
+        base: The layer whose geometry is used; its own weight, bias and groups are not.
+        x: (batch, in, height, width) or (in, height, width).
+        weight: (any, in / groups, kernel height, kernel width).
+        bias: (any,) or None.
+        groups: The number of groups.
+    """
+    x, padding = _padded(base, x)
+    return tf.conv2d(x, weight, bias, base.stride, padding, base.dilation, groups)
+
+
+def convolve_with(
+    derive: Callable[..., Tensor],
+    base: nn.Conv2d,
+    x: Tensor,
+    *values: Tensor,
+    plain: tuple[Tensor, Tensor | None] | None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Run a convolution with the weight ``derive(weight, *values)``.
+
+    A plain base layer is not called, and the derived weight is not kept for the backward pass but computed again. Any
+    other is called with the derived weight in place of its own, so that hooks and subclasses keep working.
+
+    Args:
+        derive: A deterministic function, differentiable in `values`, that does not change its arguments.
+        base: The layer.
+        x: Its input.
+        *values: The tensors that the weight is derived with.
+        plain: The layer's weight and bias, if its call may be left out.
+        args: Further arguments of the layer.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        TypeError: The base weight is computed from other parameters, and the call is observed or replaced.
+        RuntimeError: Later, if the result is differentiated twice.
+    """
+    # A compiler decides itself what it keeps.
+    if plain is not None and not transformed() and x.dim() == 4:
+        x, padding = _padded(base, x)
+        return apply(_ConvolveWith, derive, (base.stride, padding, base.dilation, base.groups), x, *plain, *values)
+    return _called_with(base, derive(base.weight, *values), x, *args, **(kwargs or {}))
+
+
+def _called_with(base: nn.Conv2d, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a layer with another weight in place of its own."""
+    own = base.__dict__
+    if "weight" in own:
+        # FSDP keeps a view there, which hides the parameter.
+        kept, own["weight"] = own["weight"], weight
+        try:
+            return base(x, *args, **kwargs)
+        finally:
+            own["weight"] = kept
+    if "weight" in base._parameters:
+        return torch.func.functional_call(base, {"weight": weight}, (x, *args), kwargs)
+    if type(base).forward is not nn.Conv2d.forward or base._forward_hooks or base._forward_pre_hooks:
+        raise TypeError(
+            "base_layer: its weight is computed from other parameters, and its call is observed or replaced; remove "
+            "the parametrization, or the hooks"
+        )
+    return convolve(base, x, weight, base.bias, base.groups)
+
+
+def convolution_beside(derive: Callable[..., Tensor], base: nn.Conv2d, x: Tensor, *values: Tensor) -> Tensor:
+    """Convolve with the weight ``derive(weight, *values)`` alone, without bias, beside the base layer's own call.
+
+    The derived weight is not kept for the backward pass but computed again. The arguments are those of `convolve_with`;
+    `derive` must not depend on what is in the weight.
+
+    Raises:
+        RuntimeError: Later, if the result is differentiated twice.
+    """
+    weight = base.weight.detach()
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    if transformed() or autocast or x.dim() != 4 or x.dtype is not weight.dtype:
+        return convolve(base, x, derive(weight, *values), None, base.groups)
+    x, padding = _padded(base, x)
+    return apply(_ConvolveWith, derive, (base.stride, padding, base.dilation, base.groups), x, weight, None, *values)
+
+
+def convolve_frozen(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with a weight that is not trained, without bias and without keeping x; the geometry is that of `base`.
+
+    Raises:
+        RuntimeError: Later, if the result is differentiated twice.
+    """
+    if transformed() or weight.requires_grad or x.dim() != 4:
+        return convolve(base, x, weight, None, base.groups)
+    x, padding = _padded(base, x)
+    return apply(_Frozen, (base.stride, padding, base.dilation, base.groups), x, weight)
+
+
+def expand(base: Tensor, hidden: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
+    """Return ``base + scale * B h`` pixel by pixel.
+
+    Args:
+        base: (batch, out, height, width); overwritten where `in_place`.
+        hidden: (batch, rank, height, width).
+        b: (out, rank).
+        scale: The factor.
+        in_place: Whether nobody else reads `base`.
+    """
+    return apply(_Expand, base, hidden, b, scale, in_place and not torch._C._are_functorch_transforms_active())
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of images stand next to each other in memory, and not the pixels."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _padded(base: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the input, padded if the operator cannot, and the padding that is left to it."""
+    left_and_right = base._reversed_padding_repeated_twice
+    if base.padding_mode != "zeros":
+        return tf.pad(x, left_and_right, mode=base.padding_mode), (0, 0)
+    if not isinstance(base.padding, str):
+        return x, base.padding
+    left, right, top, bottom = left_and_right
+    return (x, (top, left)) if (left, top) == (right, bottom) else (tf.pad(x, left_and_right), (0, 0))
+
+
+class _Frozen(torch.autograd.Function):
+    """A convolution that saves its weight alone."""
+
+    @staticmethod
+    def forward(geometry: tuple, x: Tensor, weight: Tensor) -> Tensor:
+        return tf.conv2d(x, weight, None, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.geometry, x, weight = inputs
+        ctx.shape = x.shape
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (weight,) = ctx.saved_tensors
+        dx = run_backward(_NAME, torch.nn.grad.conv2d_input, ctx.shape, weight, grad, *ctx.geometry)
+        return None, dx, None
+
+
+class _ConvolveWith(torch.autograd.Function):
+    """A convolution whose weight is derived again for the backward pass."""
+
+    @staticmethod
+    def forward(
+        derive: Callable, geometry: tuple, x: Tensor, weight: Tensor, bias: Tensor | None, *values: Tensor
+    ) -> Tensor:
+        return tf.conv2d(x, derive(weight, *values), bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.derive, ctx.geometry, x, weight, _bias, *values = inputs
+        ctx.save_for_backward(x, weight, *values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        needs = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
+        dx, dbias, *found = run_backward(_NAME, _gradients, ctx.derive, ctx.geometry, needs, grad, *ctx.saved_tensors)
+        return None, None, dx, None, dbias, *found
+
+
+def _gradients(
+    derive: Callable, geometry: tuple, needs: tuple, grad: Tensor, x: Tensor, weight: Tensor, *values: Tensor
+) -> tuple:
+    need_x, need_bias, need_values = needs
+    leaves = [value.detach().requires_grad_(need) for value, need in zip(values, need_values, strict=True)]
+    with torch.enable_grad():
+        derived = derive(weight, *leaves)
+    stride, padding, dilation, groups = geometry
+    wanted = need_x, any(need_values), need_bias
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad, x, derived.detach(), [len(derived)], stride, padding, dilation, False, [0, 0], groups, wanted
+    )
+    wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(torch.autograd.grad(derived, wanted_leaves, dweight) if wanted_leaves else ())
+    return dx, dbias, *(next(found) if need else None for need in need_values)
+
+
+class _Expand(torch.autograd.Function):
+    """``base + scale * B h`` pixel by pixel; `base` is overwritten where `in_place`."""
+
+    @staticmethod
+    def forward(base: Tensor, h: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
+        if channels_last(base):
+            rows, hidden = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (base, h))
+            add = rows.addmm_ if in_place else rows.addmm
+            out = add(hidden, b.mT, alpha=scale).view(len(base), *base.shape[2:], -1).permute(0, 3, 1, 2)
+        else:
+            in_place = in_place and base.is_contiguous()
+            planes = base.flatten(2)
+            add = planes.baddbmm_ if in_place else planes.baddbmm
+            out = add(b.expand(len(base), -1, -1), h.flatten(2), alpha=scale).view(base.shape)
+        return base if in_place else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        base, h, b, ctx.scale, _ = inputs
+        if output is base:
+            ctx.mark_dirty(base)
+        ctx.save_for_backward(h, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        h, b = ctx.saved_tensors
+        need_base, need_h, need_b = ctx.needs_input_grad[:3]
+        planes = grad.flatten(2)
+        dh = (b.mT @ planes * ctx.scale).view(h.shape) if need_h else None
+        db = (planes @ h.flatten(2).mT).sum(0) * ctx.scale if need_b else None
+        return grad if need_base else None, dh, db, None, None
