@@ -368,6 +368,7 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
     ) -> PeftModel:
         """Load an adapter that peftk or PEFT has saved onto its base model.
 
@@ -382,6 +383,9 @@ class PeftModel(nn.Module):
             low_cpu_mem_usage: Accepted for scripts that pass it: what is loaded is never initialised first.
             adapters: For X-LoRA: names to the folders of the experts; None means the sub-folders 0, 1, ... of
                 `model_id`.
+            key_mapping: Regular expressions to replacements for the keys of the file, where its modules have other
+                names; of a key without `base_model.model.`, what the first one finds is replaced. None means the
+                `_checkpoint_conversion_mapping` of the model, if it has one and the keys do not fit without.
 
         Raises:
             ValueError: The file is damaged, or its keys or shapes do not fit the model.
@@ -389,8 +393,10 @@ class PeftModel(nn.Module):
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         check_bool("is_trainable", is_trainable)
         _check_base(model)
-        tuner = tuner_for_file(model, model_id, adapters)
-        plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        tuner = tuner_for_file(model, model_id, adapters, key_mapping)
+        plan, commit = read_into_plan(
+            tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
+        )
         result = cls.__new__(cls)
         result._start(tuner, plan)
         commit()
@@ -406,6 +412,7 @@ class PeftModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
     ) -> None:
         """Load another saved adapter, or new values for one that exists; `set_adapter` activates it.
 
@@ -413,7 +420,9 @@ class PeftModel(nn.Module):
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         tuner = self.base_model
-        plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        plan, commit = read_into_plan(
+            tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
+        )
         if adapter_name not in self.peft_config:
             tuner.commit(plan)
             if is_trainable:

@@ -37,6 +37,11 @@ class Plan:
     adapters: dict[str, Adapter]
     saved: dict[str, nn.Module]
 
+    def materialise(self) -> None:
+        """Give memory, with any values, to what was planned without."""
+        for adapter in self.adapters.values():
+            adapter.materialise()
+
 
 def make_plan(
     model: nn.Module,
@@ -47,7 +52,10 @@ def make_plan(
     initialise: bool = True,
     strict: bool = True,
 ) -> Plan:
-    """Make all tensors of a new adapter without touching the model or `config`."""
+    """Make all tensors of a new adapter without touching the model or `config`.
+
+    Without `initialise` they have shapes and no memory; see `Plan.materialise`.
+    """
     check_known(config)
     config = copy.deepcopy(config)
     asked = list(getattr(config, "modules_to_save", None) or ()) if strict else []

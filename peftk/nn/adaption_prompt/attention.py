@@ -122,12 +122,13 @@ class AdaptedAttention(AdapterLayer):
             raise ValueError(f"{where}adapter_len: expected at most {context}, the context of the model, got {length}")
         weight = getattr(base_layer, ATTENTIONS[base_layer.config.model_type].query).weight
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        prompt = torch.empty(1, length, base_layer.config.hidden_size, device=weight.device, dtype=dtype)
+        device = weight.device if initialise else "meta"
+        prompt = torch.empty(1, length, base_layer.config.hidden_size, device=device, dtype=dtype)
         if initialise:
             prompt.normal_()
-        gate = torch.zeros(1, device=weight.device, dtype=dtype)
+        gate = torch.zeros(1, device=device, dtype=dtype)
         parts = {"adaption_prompt": nn.Parameter(prompt), "adaption_gate": nn.Parameter(gate)}
-        return Adapter(parts, layer_class=cls)
+        return Adapter(parts, layer_class=cls, device=weight.device)
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:

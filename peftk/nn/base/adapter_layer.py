@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,21 @@ class Adapter:
         parts: Container name (`lora_A`, `oft_R`, ...) to the parameter, or to the module that holds the parameters.
         settings: Attribute name (`r`, `scaling`, ...) to this adapter's value.
         layer_class: The class of the layer that it belongs to.
+        device: Where its parameters belong, if they have no memory yet.
     """
 
     parts: dict[str, nn.Module | nn.Parameter]
     settings: dict[str, Any] = field(default_factory=dict)
     layer_class: type[AdapterLayer] | None = None
+    device: torch.device | None = None
+
+    def materialise(self) -> None:
+        """Give memory, with any values, to parameters that were made without."""
+        for container, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                part.to_empty(device=self.device)
+            elif part.is_meta:
+                self.parts[container] = nn.Parameter(torch.empty_like(part, device=self.device), part.requires_grad)
 
     def saved_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the file key, after the path of the layer, and the tensor of everything that a file holds."""
@@ -136,7 +147,8 @@ class AdapterLayer(Mergeable):
 
         They are initialised in float32 on the CPU and rounded to the base dtype, as PEFT does; with
         `autocast_adapter_dtype` they are then kept in float32 on a half-precision base. On a quantised base they are
-        float32, unless the layer says what it computes in.
+        float32, unless the layer says what it computes in. Without `initialise` they have no memory yet; see
+        `Adapter.materialise`.
         """
         where = f"module {module_name!r}: " if module_name else ""
         if not isinstance(config, cls.config_class):
@@ -146,11 +158,13 @@ class AdapterLayer(Mergeable):
         reason = cls.refusal(base_layer)
         if reason is not None:
             raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
-        adapter = cls._create(base_layer, config, module_name, initialise)
-        adapter.layer_class = cls
-        device, dtype = base_layer.weight.device, dtype_of(base_layer)
+        with contextlib.nullcontext() if initialise else torch.device("meta"):
+            adapter = cls._create(base_layer, config, module_name, initialise)
+        adapter.layer_class, adapter.device = cls, base_layer.weight.device
+        dtype = dtype_of(base_layer)
         for part in adapter.parts.values():
             for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                device = parameter.device if parameter.is_meta else adapter.device
                 value = parameter.data.to(device=device, dtype=dtype)
                 parameter.data = value.float() if autocast_adapter_dtype and dtype in HALF else value
         return adapter
