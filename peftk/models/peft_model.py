@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import AdapterLayer, PeftConfig
 from ..nn.base.config import check_bool
+from ..nn.base.scaling import note_attention_scale
 from .adapters import Tuner
 from .loading import read_into_plan
 from .mixed import mixed_batch
@@ -127,6 +128,8 @@ class PeftModel(nn.Module):
         `adapter_names=[...]` gives every sample of the batch a LoRA adapter of its own, or none ("__base__"), instead
         of the active ones; in evaluation mode only.
         """
+        if not torch.compiler.is_compiling():
+            note_attention_scale(kwargs)
         if torch.jit.is_tracing():
             # An autograd.Function is traced as a call into Python: it cannot be saved, and is missing from the trace
             # without gradients with which torch checks the first. What is traced in its place has gradients too.

@@ -70,6 +70,7 @@ class AdaptedAttention(AdapterLayer):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self._original: dict[str, Tensor] = {}
+        self._start_scaling()
         self.attention = ATTENTIONS[base_layer.config.model_type]
         # What the hooks of one forward pass hand on. They fire only while `_listening`: prompts pass through the same
         # projections, and so does everything while the adapter is off.
@@ -199,7 +200,7 @@ class AdaptedAttention(AdapterLayer):
         if self._rotary is not None:
             query = _rotate(query, *self._rotary)
         # The gate scales a few values instead of every score, and a zero gate adds zeros.
-        value = (value * gate).to(value.dtype)
+        value = (value * (gate * self._strengths.get(self._current, 1.0))).to(value.dtype)
         batch, heads = query.shape[:2]
         key, value = (
             t.unflatten(-1, (-1, size)).transpose(1, 2).repeat_interleave(heads * size // t.shape[-1], 1)
@@ -280,6 +281,7 @@ class AdaptedAttention(AdapterLayer):
         if adapter_name in self._names:
             self._names.remove(adapter_name)
             del self.inactive[adapter_name]
+            self._strengths.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     # -- merging ----------------------------------------------------------------------------------------------

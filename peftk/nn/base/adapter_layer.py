@@ -16,6 +16,7 @@ from .config import PeftConfig, check_adapter_name
 from .freezing import note_rerun, set_trainable
 from .kinds import HALF, dtype_of, features_of, kind_of, why_unsupported
 from .merging import Mergeable
+from .scaling import Scalable
 
 
 @dataclass
@@ -55,11 +56,12 @@ class Adapter:
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
-class AdapterLayer(Mergeable):
+class AdapterLayer(Mergeable, Scalable):
     """A frozen layer with any number of named adapters, of which some are active.
 
     Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
-    Everything else (activation, disabling, deletion, dtype and device here, merging in `Mergeable`) is written once.
+    Everything else (activation, disabling, deletion, dtype and device here, merging in `Mergeable`, strengths in
+    `Scalable`) is written once.
 
     Attributes:
         base_kinds: Which of `KINDS` the class wraps.
@@ -128,6 +130,7 @@ class AdapterLayer(Mergeable):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self._switched = False
+        self._start_scaling()
         # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
         self._original: dict[str, Tensor] = {}
         # The versions that autograd counted for the merged ones: a higher one was written to.
@@ -193,6 +196,8 @@ class AdapterLayer(Mergeable):
         names = [name for name in self.active_adapters if name in attached]
         if not names:
             return self.base_layer(x, *args, **kwargs)
+        if self.__dict__["_strengths"]:
+            return self._at_strength(x, names, args, kwargs)
         return self._adapted(x, names, *args, **kwargs)
 
     def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
@@ -249,6 +254,8 @@ class AdapterLayer(Mergeable):
             getattr(self, container)[adapter_name] = part
         for name, value in adapter.settings.items():
             getattr(self, name)[adapter_name] = value
+        if "scaling" in adapter.settings:
+            self._first_scaling[adapter_name] = adapter.settings["scaling"]
 
     def add_adapter(
         self,
@@ -313,9 +320,16 @@ class AdapterLayer(Mergeable):
             container = getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
+        for values in (self._first_scaling, self._strengths):
+            values.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     # -- what other code reads off a layer --------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The active adapters, under PEFT's other name for them."""
+        return self.active_adapters
 
     def unwrap(self) -> nn.Module:
         """Return the wrapped layer, which is about to take this one's place."""
