@@ -211,7 +211,7 @@ def _renamed(path: Path, tensors: Mapping[str, Tensor], rename: Rename) -> dict[
         new = rename(name)
         if new in result:
             raise CheckpointError(
-                path, f"key_mapping makes one key, {shown(new)}, of two: {shown(sources[new])} and {shown(name)}"
+                path, f"two keys, {shown(sources[new])} and {shown(name)}, become one, {shown(new)}, by key_mapping"
             )
         result[new], sources[new] = tensor, name
     return result

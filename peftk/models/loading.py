@@ -14,6 +14,7 @@ from ..checkpoint.key_mapping import Rename, check_key_mapping, renamer
 from ..nn import PeftConfig
 from ..nn.base.config import check_bool
 from .adapters import Tuner
+from .names import unwrapped, without_wrappers
 from .plan import Plan, copy_into, embedding_tensors, same_meaning
 from .targets import resolve
 
@@ -110,18 +111,23 @@ def _check_load_over(tuner: Tuner, plan: Plan, config: PeftConfig) -> None:
 
 def _rename(
     model: nn.Module, folder: str | os.PathLike[str], expected: Mapping[str, Tensor], mapping: Mapping[str, str] | None
-) -> Rename | None:
-    """Return what the keys of the file go through: `mapping` or, where they do not fit, the model's own."""
+) -> Rename:
+    """Return what the keys of the file go through: `mapping` or, where they do not fit, the model's own.
+
+    Parts of keys that only wrappers add, as PEFT leaves them in its files, are taken out either way.
+    """
     from ..checkpoint import peft as files
 
     if mapping is not None:
-        return renamer(mapping)
+        rename = renamer(mapping)
+        return lambda key: rename(without_wrappers(key))
     # What transformers renames in the base model's own files.
-    own = getattr(model, "_checkpoint_conversion_mapping", None)
+    own = getattr(unwrapped(model), "_checkpoint_conversion_mapping", None)
     if not own or expected.keys() <= files.read_shapes(folder).keys():
-        return None
+        return without_wrappers
     check_key_mapping(own)
-    return renamer(own)
+    rename = renamer(own)
+    return lambda key: rename(without_wrappers(key))
 
 
 def _values(
@@ -129,7 +135,7 @@ def _values(
     folder: str | os.PathLike[str],
     plan: Plan,
     saved: Mapping[str, Any],
-    rename: Rename | None,
+    rename: Rename,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read the values of a plan; return them, and those tensors of the base model that the file holds beside them."""
     from ..checkpoint import CheckpointError
@@ -143,7 +149,7 @@ def _values(
         embeddings = embedding_tensors(tuner.model, plan)
         if not embeddings:
             raise
-        present = {key if rename is None else rename(key) for key in files.read_shapes(folder)}
+        present = {rename(key) for key in files.read_shapes(folder)}
         found = {key: tensor for key, tensor in embeddings.items() if key in present}
         if not found:
             raise

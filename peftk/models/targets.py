@@ -15,6 +15,7 @@ from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import PeftConfig, TaskType
 from ..nn.base.kinds import QUANTISERS, kind_of, quantised_by
 from ..nn.base.saved import ModulesToSaveWrapper
+from .names import named_modules, unwrapped, without_wrappers
 
 _QV = ("q_proj", "v_proj")
 _FUSED = ("query_key_value",)
@@ -114,10 +115,13 @@ def _in_layers(config: PeftConfig, key: str) -> bool:
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that may be targeted: every named module but the insides of adapted layers."""
+    """Return the modules that may be targeted: every named module but the insides of adapted layers.
+
+    Names are those of the model without wrappers, such as activation checkpointing puts around its blocks.
+    """
     result: dict[str, nn.Module] = {}
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not name or any(name.startswith(prefix) for prefix in inside):
             continue
         if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
@@ -129,16 +133,16 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
 def places(model: nn.Module) -> dict[int, list[str]]:
     """Map the id of every module to where other modules hold it: more than one path if several hold the same object."""
     result: dict[int, list[str]] = {}
-    for path, parent in model.named_modules():
+    for path, parent in named_modules(model):
         for name, child in parent._modules.items():
             if child is not None:
-                result.setdefault(id(child), []).append(f"{path}.{name}" if path else name)
+                result.setdefault(id(unwrapped(child)), []).append(f"{path}.{name}" if path else name)
     return result
 
 
 def model_type(model: nn.Module) -> str | None:
     """Return the `model_type` of a transformers model, or None."""
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     kind = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     return kind if isinstance(kind, str) else None
 
@@ -169,7 +173,7 @@ def fill_default_targets(model: nn.Module, config: PeftConfig) -> None:
 
 
 def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
-    heads = []
+    model, heads = unwrapped(model), []
     if callable(getattr(model, "get_output_embeddings", None)):
         heads.append(model.get_output_embeddings())
     if all(head is None for head in heads) and config.task_type == TaskType.SEQ_CLS:
@@ -215,6 +219,8 @@ def resolve(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> lis
 
 def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module], strict: bool) -> list[str]:
     fill_default_targets(model, config)
+    if not isinstance(config.target_modules, str):
+        config.target_modules = {without_wrappers(name) for name in config.target_modules}
     spec = config.target_modules
     by_name = [key for key in modules if _selected(key, spec)]
     unknown = [] if isinstance(spec, str) else sorted(n for n in spec if not any(_named(k, [n]) for k in modules))

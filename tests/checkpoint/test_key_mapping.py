@@ -136,7 +136,7 @@ def test_mappings_that_cannot_be(tmp_path):
         PeftModel.from_pretrained(Model(), tmp_path, key_mapping={"(a": "b"})
     with pytest.raises(ValueError, match="key_mapping: expected a regular expression and its replacement"):
         PeftModel.from_pretrained(Model(), tmp_path, key_mapping={"(a)": r"\2"})
-    assert "makes one key" in message(tmp_path, key_mapping={r"\.[01]\.": ".0."})
+    assert "become one" in message(tmp_path, key_mapping={r"\.[01]\.": ".0."})
 
 
 def test_a_rename_that_explains_only_a_part_is_not_proposed(tmp_path):

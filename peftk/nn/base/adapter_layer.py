@@ -52,7 +52,8 @@ class Adapter:
                 yield container, part
                 continue
             for name, parameter in part.named_parameters():
-                key = f"{container}.{name}"
+                # FSDP may have wrapped the part.
+                key = f"{container}.{name.replace('_fsdp_wrapped_module.', '')}"
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
