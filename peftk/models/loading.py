@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.container import shown
 from ..checkpoint.key_mapping import Rename, check_key_mapping, renamer
 from ..nn import PeftConfig
 from ..nn.base.config import check_bool
 from .adapters import Tuner
+from .embeddings import embedding_tensors, tell_missing
 from .names import unwrapped, without_wrappers
-from .plan import Plan, copy_into, embedding_tensors, same_meaning
+from .plan import Plan, copy_into, same_meaning
 from .targets import resolve
 
 
@@ -91,6 +93,8 @@ def read_into_plan(
     rename = _rename(model, folder, tuner.file_tensors(plan), key_mapping)
     values, embeddings = _values(tuner, folder, plan, saved, rename)
     if name not in tuner.peft_config:
+        if plan.adapters:
+            tell_missing(model, plan, os.path.join(folder, files.WEIGHTS_NAME), {*values})
         plan.materialise()
     targets = {**tuner.file_tensors(plan), **embeddings}
     _check_not_merged(tuner, targets)
@@ -145,15 +149,28 @@ def _values(
     try:
         return files.read_adapter(folder, *_expected(targets), saved, rename), {}
     except CheckpointError:
-        # PEFT adds whole embeddings to the file of an adapter on the output layer, or where the vocabulary was resized.
-        embeddings = embedding_tensors(tuner.model, plan)
-        if not embeddings:
-            raise
-        present = {rename(key) for key in files.read_shapes(folder)}
-        found = {key: tensor for key, tensor in embeddings.items() if key in present}
+        # Whole embeddings stand in the file where the vocabulary was resized, and PEFT adds those of adapted ones.
+        embeddings = embedding_tensors(tuner.model, plan, copies=True)
+        shapes = {rename(key): shape for key, shape in files.read_shapes(folder).items()}
+        found = {key: tensor for key, tensor in embeddings.items() if key in shapes}
         if not found:
             raise
+    _check_vocabulary(os.path.join(folder, files.WEIGHTS_NAME), found, shapes)
     return files.read_adapter(folder, *_expected({**targets, **found}), saved, rename), found
+
+
+def _check_vocabulary(file: str, embeddings: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Say what to do where a file holds the embeddings of another vocabulary than the model has."""
+    from ..checkpoint import CheckpointError
+
+    for key, tensor in embeddings.items():
+        shape = shapes[key]
+        if shape != tensor.shape and shape[1:] == tensor.shape[1:]:
+            raise CheckpointError(
+                file,
+                f"key {shown(key)}: these are embeddings of {shape[0]} entries, and the model has {len(tensor)}; call "
+                f"resize_token_embeddings({shape[0]}) of the base model before loading",
+            )
 
 
 def _check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import AdapterLayer, PeftConfig
-from ..nn.base.config import check_bool
+from ..nn.base.config import check_bool, check_choice
 from ..nn.base.scaling import note_attention_scale
 from .adapters import Tuner
 from .loading import read_into_plan
 from .mixed import mixed_batch
-from .plan import Plan, unaliased
+from .plan import Plan
+from .saving import save_adapter
 from .signature import restore, with_signature_of
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .xlora import tuner_for, tuner_for_file
@@ -325,7 +326,8 @@ class PeftModel(nn.Module):
             save_directory: The folder; it is created.
             safe_serialization: Must be True: pickles are not written.
             selected_adapters: Which adapters; None means all.
-            save_embedding_layers: "auto" or False; embeddings are part of no adapter that peftk trains.
+            save_embedding_layers: Whether to write the embeddings of the base model too; "auto" does so, with a
+                warning, where its vocabulary was resized, because nobody else has the new rows.
             is_main_process: Write only if True.
 
         Raises:
@@ -333,8 +335,7 @@ class PeftModel(nn.Module):
         """
         if safe_serialization is not True:
             raise ValueError(f"safe_serialization: expected True (pickles are refused), got {safe_serialization!r}")
-        if save_embedding_layers not in ("auto", False):
-            raise ValueError(f"save_embedding_layers: expected 'auto' or False, got {save_embedding_layers!r}")
+        check_choice("save_embedding_layers", save_embedding_layers, ("auto", True, False))
         folder = os.fspath(save_directory)
         if os.path.isfile(folder):
             raise ValueError(f"save_directory: expected a folder, got the file {folder!r}")
@@ -343,22 +344,9 @@ class PeftModel(nn.Module):
         )
         if not is_main_process:
             return
-        from ..checkpoint import peft as files
-
         for name in names:
             target = folder if name == "default" else os.path.join(folder, name)
-            os.makedirs(target, exist_ok=True)
-            tensors = unaliased(self.base_model.file_tensors(self.base_model.plan_of(name)))
-            tensors = self.base_model.pruned(name, tensors)
-            files.write_adapter(target, tensors, self._config_for_file(name))
-
-    def _config_for_file(self, name: str) -> dict[str, Any]:
-        values = self.peft_config[name].file_values(lambda: self.base_model.plan_of(name).adapters)
-        values["inference_mode"] = True
-        if values["task_type"] is None:
-            kind = type(self.get_base_model())
-            values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-        return values
+            save_adapter(self.base_model, name, target, save_embedding_layers)
 
     @classmethod
     def from_pretrained(

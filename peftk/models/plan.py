@@ -175,7 +175,7 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.bias", _own_bias(module)
         elif isinstance(module, ModulesToSaveWrapper) or path in plan.saved:
             inner = f"{path}.original_module" if path in plan.saved else path
-            for name, tensor in _state(getattr(module, "original_module", module)):
+            for name, tensor in state_of(getattr(module, "original_module", module)):
                 if name == "bias" or name.endswith(".bias"):
                     yield f"{inner}.{name}", tensor
         else:
@@ -191,7 +191,7 @@ def _own_bias(module: nn.Module) -> Tensor:
     return getattr(module, "_original", {}).get("bias", module.bias)
 
 
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield what a state dict of the module holds, under names without wrappers."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         yield clean_state(module, name), tensor
@@ -206,7 +206,7 @@ def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         f"{path}.{name}": tensor for path, adapter in plan.adapters.items() for name, tensor in adapter.saved_tensors()
     }
     for path, module in plan.saved.items():
-        for name, tensor in _state(module):
+        for name, tensor in state_of(module):
             tensors[f"{path}.{name}"] = tensor
             # With bias="all" PEFT writes the biases of these modules a second time, under the wrapper's own name.
             if plan.config.bias_mode == "all" and (name == "bias" or name.endswith(".bias")):
@@ -226,25 +226,6 @@ def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         result[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return result
-
-
-def embedding_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Map the keys under which PEFT adds the embeddings of a model to a file to the tensors of the model.
-
-    PEFT does so for an adapter on `lm_head`, and after the vocabulary was resized.
-    """
-    found = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        method = getattr(unwrapped(model), getter, None)
-        module = unwrapped(method()) if callable(method) and method() is not None else None
-        for path, candidate in candidates(model).items():
-            if module is None or candidate is not module:
-                continue
-            base = module.base_layer if isinstance(module, AdapterLayer) else module
-            inner = f"{path}.base_layer" if isinstance(module, AdapterLayer) or path in plan.adapters else path
-            for name, tensor in _state(base):
-                found[f"{PREFIX}{inner}.{name}"] = tensor
-    return found
 
 
 @torch.no_grad()

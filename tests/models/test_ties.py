@@ -1,4 +1,4 @@
-"""Weights that a transformers model ties: merging for good turns off the ties that it broke, and what it saves loads."""
+"""Weights that a transformers model ties: merging for good turns off the ties it broke, and what it saves loads."""
 
 from __future__ import annotations
 
