@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .container import CONFIG_DIGEST_KEY, CheckpointError, capped, config_digest, parse_json, shown
-from .reader import REFUSED_PICKLE, open_inside, scan_safetensors
+from .key_mapping import Rename, describe_rename
+from .reader import REFUSED_PICKLE, header_shapes, open_inside, scan_safetensors
 from .writer import leftovers, replace_together, snapshot, write_safetensors
 
 __all__ = ["read_adapter", "read_config", "write_adapter"]
@@ -61,19 +63,19 @@ def _existing(folder: str | os.PathLike[str], name: str) -> Path:
 def _check_json(value: Any, where: str, depth: int = 0) -> None:
     """Refuse what `json` would write in a form that reads back as something else."""
     if depth >= MAX_CONFIG_DEPTH:
-        raise ValueError(f"config: {where} is nested deeper than {MAX_CONFIG_DEPTH} levels")
+        raise ValueError(f"{where}: nested deeper than {MAX_CONFIG_DEPTH} levels")
     if isinstance(value, Mapping):
         for name, child in value.items():
             if not isinstance(name, str):
-                raise TypeError(f"config: {where} expected keys that are strings, got {shown(name)}")
+                raise TypeError(f"{where}: expected keys that are strings, got {shown(name)}")
             _check_json(child, f"{where}[{shown(name)}]", depth + 1)
     elif isinstance(value, (list, tuple)):
         for index, child in enumerate(value):
             _check_json(child, f"{where}[{index}]", depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"config: {where} expected a finite number, got {value}")
+        raise ValueError(f"{where}: expected a finite number, got {value}")
     elif value is not None and not isinstance(value, (str, bool, int, float)):
-        raise TypeError(f"config: {where} expected JSON (dict, list, string, number), got {type(value).__name__}")
+        raise TypeError(f"{where}: expected JSON (dict, list, string, number), got {type(value).__name__}")
 
 
 def _config_bytes(config: Mapping[str, Any]) -> bytes:
@@ -158,6 +160,16 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(path / CONFIG_NAME, str(error)) from None
 
 
+def read_shapes(folder: str | os.PathLike[str]) -> dict[str, torch.Size]:
+    """The shapes that the header of adapter_model.safetensors claims, by key; none where it cannot be read.
+
+    What is wrong with it is said by `read_adapter`, which reads the values too and decides.
+    """
+    with contextlib.suppress(CheckpointError):
+        return header_shapes(_existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME)
+    return {}
+
+
 def _unexpected(names: list[str], expected: Mapping[str, Any], missing: list[str]) -> Iterable[str]:
     # Most often a name that is not expected is one of those that are missing, misspelt.
     absent = set(missing)
@@ -192,11 +204,25 @@ def _check_pair(folder: Path, config: Mapping[str, Any], expected: str | None) -
         )
 
 
+def _renamed(path: Path, tensors: Mapping[str, Tensor], rename: Rename) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        new = rename(name)
+        if new in result:
+            raise CheckpointError(
+                path, f"two keys, {shown(sources[new])} and {shown(name)}, become one, {shown(new)}, by key_mapping"
+            )
+        result[new], sources[new] = tensor, name
+    return result
+
+
 def read_adapter(
     folder: str | os.PathLike[str],
     expected: Mapping[str, torch.Size | tuple[int, ...]],
     integers: Mapping[str, torch.dtype] | None = None,
     config: Mapping[str, Any] | None = None,
+    rename: Rename | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of an adapter that fits `expected` exactly; nothing is applied to any model.
 
@@ -205,6 +231,7 @@ def read_adapter(
         expected: key in the file to shape, for every tensor that the model wants.
         integers: key to dtype for those that are not floating, such as the step counter of a batch norm.
         config: what `read_config` gave for this folder; the tensors must be those that were saved with it.
+        rename: turns a key of the file into the one that is expected (`key_mapping.renamer`).
 
     Returns:
         Key to CPU tensor in the dtype of the file, in the order of `expected`.
@@ -220,16 +247,20 @@ def read_adapter(
         >>> read_adapter("adapter", {"base_model.model.fc.lora_A.weight": torch.Size([4, 8])})  # doctest: +SKIP
     """
     if not isinstance(expected, Mapping) or not all(isinstance(shape, (tuple, list)) for shape in expected.values()):
-        raise TypeError("expected: expected a dict from key to shape")
+        raise TypeError("expected: wanted a dict from key to shape")
     integers = integers or {}
     path = _existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME
     file, problems = scan_safetensors(path)
     if config is not None and not problems:
         # Before keys and shapes, which a wrong configuration makes wrong too.
         _check_pair(path.parent, config, file.metadata.get(CONFIG_DIGEST_KEY))
-    missing = [name for name in expected if name not in file]
-    unknown = [name for name in file if name not in expected]
-    both = [name for name in expected if name in file]
+    tensors = _renamed(path, file.tensors, rename) if rename is not None else file.tensors
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected]
+    both = [name for name in expected if name in tensors]
+    hint = describe_rename(tensors, expected) if missing and unknown else None
+    if hint is not None:
+        raise CheckpointError(path, *problems, hint)
     problems += capped(
         (f"missing key {shown(name)}, expected shape {tuple(expected[name])}" for name in missing),
         "missing keys",
@@ -237,17 +268,19 @@ def read_adapter(
     problems += capped(_unexpected(unknown, expected, missing), "unexpected keys")
     problems += capped(
         (
-            f"key {shown(name)}: shape expected {tuple(expected[name])}, got {tuple(file[name].shape)}"
+            f"key {shown(name)}: shape expected {tuple(expected[name])}, got {tuple(tensors[name].shape)}"
             for name in both
-            if tuple(file[name].shape) != tuple(expected[name])
+            if tuple(tensors[name].shape) != tuple(expected[name])
         ),
         "keys of wrong shape",
     )
     problems += capped(
         (
-            f"key {shown(name)}: dtype expected {integers.get(name, 'floating')}, got {file[name].dtype}"
+            f"key {shown(name)}: dtype expected {integers.get(name, 'floating')}, got {tensors[name].dtype}"
             for name in both
-            if not (file[name].dtype == integers[name] if name in integers else file[name].dtype.is_floating_point)
+            if not (
+                tensors[name].dtype == integers[name] if name in integers else tensors[name].dtype.is_floating_point
+            )
         ),
         "keys of wrong dtype",
     )
@@ -257,4 +290,4 @@ def read_adapter(
         logger.info("%s: unverified: the file carries no sha256 of its tensors (not saved by peftk)", path)
     elif config is not None and CONFIG_DIGEST_KEY not in file.metadata:
         logger.info("%s: %s is unverified: no sha256 of it (saved by an early peftk)", path, CONFIG_NAME)
-    return {name: file[name] for name in expected}
+    return {name: tensors[name] for name in expected}

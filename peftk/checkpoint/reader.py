@@ -157,6 +157,13 @@ def _header(stream: IO[bytes], size: int, file: Path) -> tuple[list[Entry], dict
         raise CheckpointError(file, f"not a valid safetensors file: {error}") from None
 
 
+def header_shapes(path: Path) -> dict[str, torch.Size]:
+    """The shapes of the tensors of a safetensors file by its header, which is checked as by `read_safetensors`."""
+    with open_inside(path.parent, path.name) as (stream, size):
+        entries, _ = _header(stream, size, path)
+    return {entry.name: torch.Size(entry.shape) for entry in entries}
+
+
 def _tensor(stream: IO[bytes], entry: Entry, file: Path) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.code], device="cpu")
     if tensor.numel():

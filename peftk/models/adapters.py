@@ -19,6 +19,7 @@ from ..nn.base.merging import check_finite
 from ..nn.base.saved import ModulesToSaveWrapper
 from .plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
 from .targets import candidates, describe_unknown, places
+from .ties import note_untied
 
 _MISSING = "Hugging Face PEFT has it, peftk lacks it"
 _XLORA = "it belongs to X-LoRA, and this model has no X-LoRA adapter"
@@ -373,7 +374,7 @@ class Tuner(nn.Module):
         for path, wrapper in list(self.wrappers()):
             found = wrapper.check_set_adapter(names)
             replace_module(self.model, path, wrapper.modules_to_save[found[0]] if found else wrapper.original_module)
-        _note_untied(self.model)
+        note_untied(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -390,26 +391,6 @@ def _merge_state(layer: AdapterLayer) -> tuple[list[str], str]:
     kept: Tensor | None = layer._original.get("weight")
     on_cpu = kept is not None and kept.device != layer.base_layer.weight.device and kept.device == torch.device("cpu")
     return list(layer.merged_adapters), "cpu" if on_cpu else "device"
-
-
-def _note_untied(model: nn.Module) -> None:
-    """Say in the configuration of a transformers model that its embeddings are tied no longer, if they are not.
-
-    Loading what is saved of it would tie them again, and lose one of the two.
-    """
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return
-    weights = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        method = getattr(model, getter, None)
-        weights.append(getattr(method() if callable(method) else None, "weight", None))
-    if all(isinstance(weight, Tensor) for weight in weights) and weights[0].data_ptr() != weights[1].data_ptr():
-        model.config.tie_word_embeddings = False
-        warnings.warn(
-            "merge_and_unload: the input and output embeddings are no longer tied; tie_word_embeddings is set to False "
-            "in the configuration of the model",
-            stacklevel=4,
-        )
 
 
 def _progress(items: list, show: bool, description: str) -> Any:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..checkpoint.container import shown
+from ..checkpoint.key_mapping import Rename, check_key_mapping, renamer
 from ..nn import PeftConfig
 from ..nn.base.config import check_bool
 from .adapters import Tuner
-from .plan import Plan, copy_into, embedding_tensors, same_meaning
+from .embeddings import embedding_tensors, tell_missing
+from .names import unwrapped, without_wrappers
+from .plan import Plan, copy_into, same_meaning
 from .targets import resolve
 
 
 def read_config(folder: str | os.PathLike[str]) -> PeftConfig:
     """Read the configuration of a saved adapter."""
-    return PeftConfig.from_dict(config_values(folder))
+    return _config(folder, config_values(folder))
 
 
 def config_values(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -31,6 +36,28 @@ def config_values(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return files.read_config(folder)
 
 
+def _config(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> PeftConfig:
+    with naming_the_file(folder):
+        return PeftConfig.from_dict(values)
+
+
+@contextlib.contextmanager
+def naming_the_file(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the configuration file in front of every error about what it says."""
+    from ..checkpoint import CheckpointError
+    from ..checkpoint.peft import CONFIG_NAME
+
+    file = os.path.join(folder, CONFIG_NAME)
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(file, str(error)) from error
+    except (TypeError, NotImplementedError) as error:
+        raise type(error)(f"{file}: {error}") from error
+
+
 def read_into_plan(
     tuner: Tuner,
     folder: str | os.PathLike[str],
@@ -38,51 +65,112 @@ def read_into_plan(
     is_trainable: bool,
     autocast: bool,
     saved: Mapping[str, Any] | None = None,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> tuple[Plan, Callable[[], None]]:
     """Read and check a saved adapter; return its plan and the function that copies the values in, which cannot fail.
 
     `saved` is the content of the configuration file, if the caller has read it: what it has checked there must be what
-    is loaded.
+    is loaded. A new adapter is planned without memory, and gets it once the shapes in the file are those of the plan:
+    a configuration alone costs nothing.
     """
-    from ..checkpoint import CheckpointError
     from ..checkpoint import peft as files
 
     check_bool("is_trainable", is_trainable)
+    check_key_mapping(key_mapping)
     saved = config_values(folder) if saved is None else saved
-    config = PeftConfig.from_dict(saved)
-    config.settle_with_file(lambda: _shapes_in(folder))
+    config = _config(folder, saved)
+    with naming_the_file(folder):
+        config.settle_with_file(lambda: files.read_shapes(folder))
     config.inference_mode = not is_trainable
     model = tuner.model
     if name in tuner.peft_config:
         plan = tuner.plan_of(name)
-        same_meaning(tuner.peft_config[name], config, plan.adapters)
-        merged = [path for path, layer in tuner.layers() if name in layer.merged_adapters]
-        if merged:
-            raise ValueError(f"adapter_name: {name!r} is merged into {merged[0]!r}; unmerge it before loading over it")
-        if plan.adapters and set(resolve(model, config, strict=False)) != set(plan.adapters):
-            raise ValueError(
-                f"target_modules: the file names {config.target_modules}, which are not the modules that adapter "
-                f"{name!r} has in memory; load it under a new name"
-            )
+        _check_load_over(tuner, plan, config)
     else:
         tuner.check_new(name, config)
-        plan = tuner.plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
-    targets = tuner.file_tensors(plan)
-    try:
-        values = files.read_adapter(folder, *_expected(targets), saved)
-    except CheckpointError:
-        # PEFT adds whole embeddings to the file of an adapter on the output layer.
-        embeddings = embedding_tensors(model, plan)
-        if not embeddings:
-            raise
-        present = _names_in(folder)
-        found = {key: tensor for key, tensor in embeddings.items() if key in present}
-        if not found:
-            raise
-        targets.update(found)
-        values = files.read_adapter(folder, *_expected(targets), saved)
+        with naming_the_file(folder):
+            plan = tuner.plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
+    rename = _rename(model, folder, tuner.file_tensors(plan), key_mapping)
+    values, embeddings = _values(tuner, folder, plan, saved, rename)
+    if name not in tuner.peft_config:
+        if plan.adapters:
+            tell_missing(model, plan, os.path.join(folder, files.WEIGHTS_NAME), {*values})
+        plan.materialise()
+    targets = {**tuner.file_tensors(plan), **embeddings}
     _check_not_merged(tuner, targets)
     return plan, lambda: copy_into(targets, values)
+
+
+def _check_load_over(tuner: Tuner, plan: Plan, config: PeftConfig) -> None:
+    same_meaning(tuner.peft_config[plan.name], config, plan.adapters)
+    merged = [path for path, layer in tuner.layers() if plan.name in layer.merged_adapters]
+    if merged:
+        raise ValueError(f"adapter_name: {plan.name!r} is merged into {merged[0]!r}; unmerge it before loading over it")
+    if plan.adapters and set(resolve(tuner.model, config, strict=False)) != set(plan.adapters):
+        raise ValueError(
+            f"target_modules: the file names {config.target_modules}, which are not the modules that adapter "
+            f"{plan.name!r} has in memory; load it under a new name"
+        )
+
+
+def _rename(
+    model: nn.Module, folder: str | os.PathLike[str], expected: Mapping[str, Tensor], mapping: Mapping[str, str] | None
+) -> Rename:
+    """Return what the keys of the file go through: `mapping` or, where they do not fit, the model's own.
+
+    Parts of keys that only wrappers add, as PEFT leaves them in its files, are taken out either way.
+    """
+    from ..checkpoint import peft as files
+
+    if mapping is not None:
+        rename = renamer(mapping)
+        return lambda key: rename(without_wrappers(key))
+    # What transformers renames in the base model's own files.
+    own = getattr(unwrapped(model), "_checkpoint_conversion_mapping", None)
+    if not own or expected.keys() <= files.read_shapes(folder).keys():
+        return without_wrappers
+    check_key_mapping(own)
+    rename = renamer(own)
+    return lambda key: rename(without_wrappers(key))
+
+
+def _values(
+    tuner: Tuner,
+    folder: str | os.PathLike[str],
+    plan: Plan,
+    saved: Mapping[str, Any],
+    rename: Rename,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read the values of a plan; return them, and those tensors of the base model that the file holds beside them."""
+    from ..checkpoint import CheckpointError
+    from ..checkpoint import peft as files
+
+    targets = tuner.file_tensors(plan)
+    try:
+        return files.read_adapter(folder, *_expected(targets), saved, rename), {}
+    except CheckpointError:
+        # Whole embeddings stand in the file where the vocabulary was resized, and PEFT adds those of adapted ones.
+        embeddings = embedding_tensors(tuner.model, plan, copies=True)
+        shapes = {rename(key): shape for key, shape in files.read_shapes(folder).items()}
+        found = {key: tensor for key, tensor in embeddings.items() if key in shapes}
+        if not found:
+            raise
+    _check_vocabulary(os.path.join(folder, files.WEIGHTS_NAME), found, shapes)
+    return files.read_adapter(folder, *_expected({**targets, **found}), saved, rename), found
+
+
+def _check_vocabulary(file: str, embeddings: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Say what to do where a file holds the embeddings of another vocabulary than the model has."""
+    from ..checkpoint import CheckpointError
+
+    for key, tensor in embeddings.items():
+        shape = shapes[key]
+        if shape != tensor.shape and shape[1:] == tensor.shape[1:]:
+            raise CheckpointError(
+                file,
+                f"key {shown(key)}: these are embeddings of {shape[0]} entries, and the model has {len(tensor)}; call "
+                f"resize_token_embeddings({shape[0]}) of the base model before loading",
+            )
 
 
 def _check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
@@ -104,19 +192,3 @@ def _check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
 def _expected(targets: dict[str, Tensor]) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
     shapes = {key: tensor.shape for key, tensor in targets.items()}
     return shapes, {key: tensor.dtype for key, tensor in targets.items() if not tensor.is_floating_point()}
-
-
-def _names_in(folder: str) -> set[str]:
-    return set(_shapes_in(folder))
-
-
-def _shapes_in(folder: str) -> dict[str, torch.Size]:
-    from ..checkpoint import CheckpointError, read_safetensors
-    from ..checkpoint.peft import WEIGHTS_NAME
-
-    try:
-        tensors = read_safetensors(os.path.join(folder, WEIGHTS_NAME))
-    except CheckpointError:
-        # What is wrong with it is said by `read_adapter`.
-        return {}
-    return {key: tensor.shape for key, tensor in tensors.items()}

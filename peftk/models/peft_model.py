@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import AdapterLayer, PeftConfig
-from ..nn.base.config import check_bool
+from ..nn.base.config import check_bool, check_choice
+from ..nn.base.scaling import note_attention_scale
 from .adapters import Tuner
 from .loading import read_into_plan
 from .mixed import mixed_batch
-from .plan import Plan, unaliased
+from .plan import Plan
+from .saving import save_adapter
 from .signature import restore, with_signature_of
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .xlora import tuner_for, tuner_for_file
@@ -127,6 +129,8 @@ class PeftModel(nn.Module):
         `adapter_names=[...]` gives every sample of the batch a LoRA adapter of its own, or none ("__base__"), instead
         of the active ones; in evaluation mode only.
         """
+        if not torch.compiler.is_compiling():
+            note_attention_scale(kwargs)
         if torch.jit.is_tracing():
             # An autograd.Function is traced as a call into Python: it cannot be saved, and is missing from the trace
             # without gradients with which torch checks the first. What is traced in its place has gradients too.
@@ -322,7 +326,8 @@ class PeftModel(nn.Module):
             save_directory: The folder; it is created.
             safe_serialization: Must be True: pickles are not written.
             selected_adapters: Which adapters; None means all.
-            save_embedding_layers: "auto" or False; embeddings are part of no adapter that peftk trains.
+            save_embedding_layers: Whether to write the embeddings of the base model too; "auto" does so, with a
+                warning, where its vocabulary was resized, because nobody else has the new rows.
             is_main_process: Write only if True.
 
         Raises:
@@ -330,8 +335,7 @@ class PeftModel(nn.Module):
         """
         if safe_serialization is not True:
             raise ValueError(f"safe_serialization: expected True (pickles are refused), got {safe_serialization!r}")
-        if save_embedding_layers not in ("auto", False):
-            raise ValueError(f"save_embedding_layers: expected 'auto' or False, got {save_embedding_layers!r}")
+        check_choice("save_embedding_layers", save_embedding_layers, ("auto", True, False))
         folder = os.fspath(save_directory)
         if os.path.isfile(folder):
             raise ValueError(f"save_directory: expected a folder, got the file {folder!r}")
@@ -340,22 +344,9 @@ class PeftModel(nn.Module):
         )
         if not is_main_process:
             return
-        from ..checkpoint import peft as files
-
         for name in names:
             target = folder if name == "default" else os.path.join(folder, name)
-            os.makedirs(target, exist_ok=True)
-            tensors = unaliased(self.base_model.file_tensors(self.base_model.plan_of(name)))
-            tensors = self.base_model.pruned(name, tensors)
-            files.write_adapter(target, tensors, self._config_for_file(name))
-
-    def _config_for_file(self, name: str) -> dict[str, Any]:
-        values = self.peft_config[name].file_values(lambda: self.base_model.plan_of(name).adapters)
-        values["inference_mode"] = True
-        if values["task_type"] is None:
-            kind = type(self.get_base_model())
-            values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-        return values
+            save_adapter(self.base_model, name, target, save_embedding_layers)
 
     @classmethod
     def from_pretrained(
@@ -368,6 +359,7 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
     ) -> PeftModel:
         """Load an adapter that peftk or PEFT has saved onto its base model.
 
@@ -382,6 +374,9 @@ class PeftModel(nn.Module):
             low_cpu_mem_usage: Accepted for scripts that pass it: what is loaded is never initialised first.
             adapters: For X-LoRA: names to the folders of the experts; None means the sub-folders 0, 1, ... of
                 `model_id`.
+            key_mapping: Regular expressions to replacements for the keys of the file, where its modules have other
+                names; of a key without `base_model.model.`, what the first one finds is replaced. None means the
+                `_checkpoint_conversion_mapping` of the model, if it has one and the keys do not fit without.
 
         Raises:
             ValueError: The file is damaged, or its keys or shapes do not fit the model.
@@ -389,8 +384,10 @@ class PeftModel(nn.Module):
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         check_bool("is_trainable", is_trainable)
         _check_base(model)
-        tuner = tuner_for_file(model, model_id, adapters)
-        plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        tuner = tuner_for_file(model, model_id, adapters, key_mapping)
+        plan, commit = read_into_plan(
+            tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
+        )
         result = cls.__new__(cls)
         result._start(tuner, plan)
         commit()
@@ -406,6 +403,7 @@ class PeftModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
     ) -> None:
         """Load another saved adapter, or new values for one that exists; `set_adapter` activates it.
 
@@ -413,7 +411,9 @@ class PeftModel(nn.Module):
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         tuner = self.base_model
-        plan, commit = read_into_plan(tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        plan, commit = read_into_plan(
+            tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
+        )
         if adapter_name not in self.peft_config:
             tuner.commit(plan)
             if is_trainable:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..nn import PeftConfig, check_known, layer_class_for
 from ..nn.base.adapter_layer import Adapter, AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
+from .names import clean_state, place_of, unwrapped
 from .targets import HEADS, candidates, describe_unknown, places, resolve, resolve_saved
 
 PREFIX = "base_model.model."
@@ -37,6 +38,11 @@ class Plan:
     adapters: dict[str, Adapter]
     saved: dict[str, nn.Module]
 
+    def materialise(self) -> None:
+        """Give memory, with any values, to what was planned without."""
+        for adapter in self.adapters.values():
+            adapter.materialise()
+
 
 def make_plan(
     model: nn.Module,
@@ -47,7 +53,10 @@ def make_plan(
     initialise: bool = True,
     strict: bool = True,
 ) -> Plan:
-    """Make all tensors of a new adapter without touching the model or `config`."""
+    """Make all tensors of a new adapter without touching the model or `config`.
+
+    Without `initialise` they have shapes and no memory; see `Plan.materialise`.
+    """
     check_known(config)
     config = copy.deepcopy(config)
     asked = list(getattr(config, "modules_to_save", None) or ()) if strict else []
@@ -126,9 +135,11 @@ def attach(model: nn.Module, plan: Plan) -> None:
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` is."""
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
+    parent, name = place_of(model, path)
     setattr(parent, name, module)
+    if hasattr(parent, "_torchdynamo_orig_callable"):
+        # A compiled module remembers what it calls.
+        parent._initialize()
     if isinstance(parent, nn.TransformerEncoderLayer):
         _choose_path(parent)
 
@@ -149,7 +160,7 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     mode = plan.config.bias_mode
     if mode == "none":
         return
-    root = model._parameters.get("bias")
+    root = unwrapped(model)._parameters.get("bias")
     if mode == "all" and root is not None:
         yield "bias", root
     for path, module in candidates(model).items():
@@ -164,7 +175,7 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.bias", _own_bias(module)
         elif isinstance(module, ModulesToSaveWrapper) or path in plan.saved:
             inner = f"{path}.original_module" if path in plan.saved else path
-            for name, tensor in getattr(module, "original_module", module).state_dict(keep_vars=True).items():
+            for name, tensor in state_of(getattr(module, "original_module", module)):
                 if name == "bias" or name.endswith(".bias"):
                     yield f"{inner}.{name}", tensor
         else:
@@ -180,6 +191,12 @@ def _own_bias(module: nn.Module) -> Tensor:
     return getattr(module, "_original", {}).get("bias", module.bias)
 
 
+def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a state dict of the module holds, under names without wrappers."""
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        yield clean_state(module, name), tensor
+
+
 def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Map every key that PEFT writes for this adapter to the tensor that it stands for.
 
@@ -189,7 +206,7 @@ def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         f"{path}.{name}": tensor for path, adapter in plan.adapters.items() for name, tensor in adapter.saved_tensors()
     }
     for path, module in plan.saved.items():
-        for name, tensor in module.state_dict(keep_vars=True).items():
+        for name, tensor in state_of(module):
             tensors[f"{path}.{name}"] = tensor
             # With bias="all" PEFT writes the biases of these modules a second time, under the wrapper's own name.
             if plan.config.bias_mode == "all" and (name == "bias" or name.endswith(".bias")):
@@ -209,25 +226,6 @@ def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         result[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return result
-
-
-def embedding_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Map the keys under which PEFT adds the embeddings of a model to a file to the tensors of the model.
-
-    PEFT does so for an adapter on `lm_head`, and after the vocabulary was resized.
-    """
-    found = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        method = getattr(model, getter, None)
-        module = method() if callable(method) else None
-        for path, candidate in candidates(model).items():
-            if module is None or candidate is not module:
-                continue
-            base = module.base_layer if isinstance(module, AdapterLayer) else module
-            inner = f"{path}.base_layer" if isinstance(module, AdapterLayer) or path in plan.adapters else path
-            for name, tensor in base.state_dict(keep_vars=True).items():
-                found[f"{PREFIX}{inner}.{name}"] = tensor
-    return found
 
 
 @torch.no_grad()

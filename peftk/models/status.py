@@ -12,6 +12,7 @@ from ..nn import AdapterLayer, PeftType
 from ..nn.base.kinds import quantised_by
 from ..nn.base.saved import ModulesToSaveWrapper
 from .adapters import Tuner
+from .names import named_modules
 
 Irregular = Literal["irregular"]
 
@@ -112,7 +113,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     found = model if tuner is None else tuner
     layers = [
         _layer_status(name, module)
-        for name, module in found.named_modules()
+        for name, module in named_modules(found)
         if isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
     ]
     if not layers:

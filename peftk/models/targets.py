@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
+from ..checkpoint.container import LISTED, shown
 from ..methods._base_layer import kind_of
 from ..nn import layer_class_for
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import PeftConfig, TaskType
 from ..nn.base.kinds import QUANTISERS, quantised_by
 from ..nn.base.saved import ModulesToSaveWrapper
+from .names import named_modules, unwrapped, without_wrappers
 
 _QV = ("q_proj", "v_proj")
 _FUSED = ("query_key_value",)
@@ -56,6 +59,9 @@ DEFAULT_TARGETS_OF: dict[str, dict[str, tuple[str, ...]]] = {
 """Where a method's defaults are others, by `peft_type`."""
 
 ALL_LINEAR = "all-linear"
+MOST_ENDINGS = 20
+# Finding the nearest of very many names is not worth the time.
+MOST_COMPARED, MOST_LETTERS = 2_000, 200
 # The output projection of nn.MultiheadAttention, which reads its weight and never calls it.
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 HEADS: dict[TaskType, tuple[str, ...]] = {
@@ -69,7 +75,8 @@ HEADS: dict[TaskType, tuple[str, ...]] = {
 def closest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """Return the candidates nearest to `name`: whole names, and the endings that a configuration may use."""
     endings = {ending for candidate in candidates for ending in _endings(candidate)}
-    return difflib.get_close_matches(name, sorted(endings), n=count, cutoff=0.5)
+    compared = sorted(endings, key=lambda ending: (len(ending), ending))[:MOST_COMPARED]
+    return difflib.get_close_matches(name[:MOST_LETTERS], sorted(compared), n=count, cutoff=0.5)
 
 
 def _endings(name: str) -> list[str]:
@@ -109,10 +116,13 @@ def _in_layers(config: PeftConfig, key: str) -> bool:
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that may be targeted: every named module but the insides of adapted layers."""
+    """Return the modules that may be targeted: every named module but the insides of adapted layers.
+
+    Names are those of the model without wrappers, such as activation checkpointing puts around its blocks.
+    """
     result: dict[str, nn.Module] = {}
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not name or any(name.startswith(prefix) for prefix in inside):
             continue
         if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
@@ -124,16 +134,16 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
 def places(model: nn.Module) -> dict[int, list[str]]:
     """Map the id of every module to where other modules hold it: more than one path if several hold the same object."""
     result: dict[int, list[str]] = {}
-    for path, parent in model.named_modules():
+    for path, parent in named_modules(model):
         for name, child in parent._modules.items():
             if child is not None:
-                result.setdefault(id(child), []).append(f"{path}.{name}" if path else name)
+                result.setdefault(id(unwrapped(child)), []).append(f"{path}.{name}" if path else name)
     return result
 
 
 def model_type(model: nn.Module) -> str | None:
     """Return the `model_type` of a transformers model, or None."""
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     kind = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     return kind if isinstance(kind, str) else None
 
@@ -164,7 +174,7 @@ def fill_default_targets(model: nn.Module, config: PeftConfig) -> None:
 
 
 def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
-    heads = []
+    model, heads = unwrapped(model), []
     if callable(getattr(model, "get_output_embeddings", None)):
         heads.append(model.get_output_embeddings())
     if all(head is None for head in heads) and config.task_type == TaskType.SEQ_CLS:
@@ -210,6 +220,8 @@ def resolve(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> lis
 
 def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module], strict: bool) -> list[str]:
     fill_default_targets(model, config)
+    if not isinstance(config.target_modules, str):
+        config.target_modules = {without_wrappers(name) for name in config.target_modules}
     spec = config.target_modules
     by_name = [key for key in modules if _selected(key, spec)]
     unknown = [] if isinstance(spec, str) else sorted(n for n in spec if not any(_named(k, [n]) for k in modules))
@@ -222,27 +234,81 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
                 )
         raise ValueError(f"target_modules: not in the model: {describe_unknown(unknown, modules)}")
     if not by_name:
-        raise ValueError(f"target_modules: the pattern {spec!r} matches no module name")
+        raise ValueError(f"target_modules: {_unmatched(spec, modules)}")
+    if config.exclude_modules and not any(_selected(key, config.exclude_modules) for key in by_name):
+        warnings.warn(
+            f"exclude_modules: {shown(config.exclude_modules)} matches none of the {len(by_name)} targeted modules, so "
+            "nothing is left out; a string is one pattern for the whole name, a list holds names or their endings",
+            stacklevel=2,
+        )
     # A whole name says which layer it means; endings leave that to `layers_to_transform`.
     whole = () if isinstance(spec, str) else spec
     kept = [key for key in by_name if not _excluded(config, key) and (key in whole or _in_layers(config, key))]
     if not kept:
         raise ValueError(
             f"target_modules: all {len(by_name)} matched modules are left out by exclude_modules="
-            f"{config.exclude_modules}, modules_to_save={config.modules_to_save}, layers_to_transform="
-            f"{config.layers_to_transform} or layers_pattern={config.layers_pattern}"
+            f"{shown(config.exclude_modules)}, modules_to_save={shown(config.modules_to_save)}, layers_to_transform="
+            f"{shown(config.layers_to_transform)} or layers_pattern={shown(config.layers_pattern)}"
         )
     return kept
 
 
-def describe_unknown(names: Iterable[str], modules: Iterable[str]) -> str:
-    """Return "'qurey' (closest: query)" for each name."""
-    modules = list(modules)
-    parts = []
-    for name in names:
-        near = closest(name, modules)
-        parts.append(f"{name!r} (closest: {', '.join(near) if near else 'none'})")
-    return "; ".join(parts)
+def _unmatched(pattern: str, modules: dict[str, nn.Module]) -> str:
+    """Say that a pattern matches no module, and what to write if it was meant as a name."""
+    said = f"a string is one pattern for a whole name, and {shown(pattern)} matches no module"
+    names = [name for name in re.split(r"[,|\s]+", pattern) if name]
+    if names and all(any(_named(key, [name]) for key in modules) for name in names):
+        return (
+            f"{said}; for the modules with {'this name' if len(names) == 1 else 'these names'} pass the list {names!r}"
+        )
+    if re.fullmatch(r"[\w.]+", pattern):
+        return f"{said}; pass a list of names: {describe_unknown([pattern], modules)}"
+    return f"{said}; {_inventory(modules)}"
+
+
+def describe_unknown(names: Iterable[str], known: Iterable[str]) -> str:
+    """Return "'qurey' (closest: query)" for each name; where nothing is like it, say what there is.
+
+    Args:
+        names: What is not among `known`.
+        known: The names that exist. If they come with their modules, only the layers among them are listed.
+    """
+    names = list(names)
+    parts, alien = [], False
+    for name in names[:LISTED]:
+        near = closest(name, known)
+        alien = alien or not near
+        parts.append(f"{name!r} (closest: {', '.join(near)})" if near else f"{shown(name)} (nothing is named like it)")
+    if len(names) > LISTED:
+        parts.append(f"and {len(names) - LISTED} more")
+    return "; ".join(parts) + (f"; {_inventory(known)}" if alien else "")
+
+
+def _inventory(known: Iterable[str]) -> str:
+    """Say which names there are; of modules, by the last part of their names, which layers."""
+    if not isinstance(known, Mapping) or not all(isinstance(value, nn.Module) for value in known.values()):
+        names = [str(name) for name in known]
+        return f"there {'is' if len(names) == 1 else 'are'} {_some(names)}" if names else "there is none"
+    kinds: dict[str, dict[str, int]] = {}
+    for path, module in known.items():
+        kind = kind_of(module.base_layer if isinstance(module, AdapterLayer) else module)
+        if kind is not None:
+            last = path.rpartition(".")[2]
+            kinds.setdefault(kind, {}).setdefault(last, 0)
+            kinds[kind][last] += 1
+    found = kinds.pop("Linear", {}) | kinds.pop("Conv1D", {})
+    if found:
+        return f"the linear layers of the model end in {_some(found)}"
+    if not kinds:
+        return "the model has no linear layer"
+    return "the model has no linear layer; " + "; ".join(f"its {k} layers end in {_some(v)}" for k, v in kinds.items())
+
+
+def _some(names: Collection[str]) -> str:
+    """Return the first names, and how many are left out."""
+    listed = list(names)[:MOST_ENDINGS]
+    left = len(names) - len(listed)
+    return ", ".join(listed) + (f" and {left} more" if left else "")
 
 
 def resolve_saved(model: nn.Module, config: PeftConfig, asked: Iterable[str]) -> list[str]:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.container import shown
 from ..nn import LoraConfig, PeftConfig, XLoraConfig
 from ..nn.base.config import check_int, check_number
 from ..nn.xlora.layer import GATED, Gates, XLoraClassifier
 from .adapters import Tuner
-from .loading import config_values, read_config, read_into_plan
+from .loading import config_values, naming_the_file, read_config, read_into_plan
 from .plan import Plan, attach
 
 PREFIX = "base_model.internal_xlora_classifier."
@@ -30,11 +31,17 @@ class XLoraPlan(Plan):
 
     Attributes:
         classifier: Its classifier.
+        device: Where the classifier belongs, if it has no memory yet.
         experts: The plan of every expert, and the function that copies its values in.
     """
 
     classifier: XLoraClassifier | None = None
     experts: list[tuple[Plan, Callable[[], None]]] = field(default_factory=list)
+    device: torch.device | None = None
+
+    def materialise(self) -> None:
+        """See `Plan.materialise`; the experts have memory already."""
+        self.classifier.to_empty(device=self.device)
 
 
 def tuner_for(model: nn.Module, config: PeftConfig) -> Tuner:
@@ -43,7 +50,10 @@ def tuner_for(model: nn.Module, config: PeftConfig) -> Tuner:
 
 
 def tuner_for_file(
-    model: nn.Module, folder: str | os.PathLike[str], adapters: Mapping[str, str | os.PathLike[str]] | None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapters: Mapping[str, str | os.PathLike[str]] | None,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> Tuner:
     """Return an empty tuner for an adapter that is about to be read.
 
@@ -63,15 +73,15 @@ def tuner_for_file(
                 f"adapters: expected the folders of {len(config.adapters)} experts, {list(config.adapters)}, got "
                 f"{len(adapters)}"
             )
-        return XLoraTuner(model, [os.fspath(path) for path in adapters.values()])
+        return XLoraTuner(model, [os.fspath(path) for path in adapters.values()], key_mapping)
     inside = [os.path.join(folder, str(index)) for index in range(len(config.adapters))]
     missing = [path for path in inside if not os.path.isdir(path)]
     if missing:
         raise ValueError(
-            f"model_id: the experts are expected in the sub-folders {inside}, and {missing} are missing; or name the "
-            f"folders with adapters={config.adapters}, if these are they"
+            f"model_id: the experts are expected in the sub-folders {shown(inside)}, and {shown(missing)} are missing; "
+            f"or name the folders with adapters={shown(config.adapters)}, if these are they"
         )
-    return XLoraTuner(model, inside)
+    return XLoraTuner(model, inside, key_mapping)
 
 
 class XLoraTuner(Tuner):
@@ -83,14 +93,20 @@ class XLoraTuner(Tuner):
     Args:
         model: The base model; its layers are replaced in place.
         experts: The folders of the experts; None means those that the configuration names.
+        key_mapping: What the keys of their files go through; see `PeftModel.from_pretrained`.
     """
 
-    def __init__(self, model: nn.Module, experts: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        experts: Sequence[str] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.lora_model = Tuner(model)
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
-        self._folders = experts
+        self._folders, self._key_mapping = experts, key_mapping
         self._allocators = {}
         self._gates: Gates | None = None
         self.train(model.training)
@@ -110,7 +126,9 @@ class XLoraTuner(Tuner):
             )
         super().check_new(name, config)
 
-    def plan(self, name: str, config: PeftConfig, *, autocast_adapter_dtype: bool = True, **_: Any) -> Plan:
+    def plan(
+        self, name: str, config: PeftConfig, *, autocast_adapter_dtype: bool = True, initialise: bool = True, **_: Any
+    ) -> Plan:
         """Read the experts and make the classifier, without touching the model."""
         if not isinstance(config, XLoraConfig):
             raise TypeError(f"peft_config: expected an XLoraConfig, got {type(config).__name__}")
@@ -132,19 +150,22 @@ class XLoraTuner(Tuner):
         experts = [self._expert(str(index), folder, autocast_adapter_dtype) for index, folder in enumerate(folders)]
         adapted = {path for plan, _ in experts for path in plan.adapters}
         first = next(self.model.parameters())
-        classifier = XLoraClassifier(config, len(experts), len(adapted)).to(device=first.device, dtype=first.dtype)
-        return XLoraPlan(name, config, {}, {}, classifier, experts)
+        device = first.device if initialise else torch.device("meta")
+        with contextlib.nullcontext() if initialise else device:
+            classifier = XLoraClassifier(config, len(experts), len(adapted)).to(device=device, dtype=first.dtype)
+        return XLoraPlan(name, config, {}, {}, classifier, experts, first.device)
 
     def _expert(self, name: str, folder: str, autocast: bool) -> tuple[Plan, Callable[[], None]]:
         where = f"adapters: expert {folder!r}"
         saved = config_values(folder)
-        config = PeftConfig.from_dict(saved)
+        with naming_the_file(folder):
+            config = PeftConfig.from_dict(saved)
         if not isinstance(config, LoraConfig):
             raise ValueError(f"{where} is {config.peft_type.value}; only LoRA adapters can be experts")
         for field_name, wanted in (("bias", "none"), ("lora_bias", False), ("use_dora", False)):
             if getattr(config, field_name) != wanted:
                 raise NotImplementedError(f"{where} has {field_name}={getattr(config, field_name)!r}")
-        plan, fill = read_into_plan(Tuner(self.model), folder, name, True, autocast, saved)
+        plan, fill = read_into_plan(Tuner(self.model), folder, name, True, autocast, saved, self._key_mapping)
         if plan.saved:
             raise NotImplementedError(f"{where} has modules_to_save: {sorted(plan.saved)}")
         for path, adapter in plan.adapters.items():

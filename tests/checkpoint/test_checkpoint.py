@@ -182,7 +182,7 @@ def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
 def test_expected_must_be_shapes(tmp_path: Path) -> None:
     write_adapter(tmp_path, adapter(), {})
     for expected in ([], {"a": 3}, {"a": None}):
-        with pytest.raises(TypeError, match="expected: expected a dict from key to shape"):
+        with pytest.raises(TypeError, match="expected: wanted a dict from key to shape"):
             read_adapter(tmp_path, expected)  # type: ignore[arg-type]
 
 

@@ -182,7 +182,7 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
     calls = {
         "safe_serialization": lambda: model.save_pretrained(tmp_path, safe_serialization=False),
-        "save_embedding_layers": lambda: model.save_pretrained(tmp_path, save_embedding_layers=True),
+        "save_embedding_layers": lambda: model.save_pretrained(tmp_path, save_embedding_layers="all"),
         "save_directory": lambda: model.save_pretrained(tmp_path / "file"),
         "selected_adapters": lambda: model.save_pretrained(tmp_path, selected_adapters=["nobody"]),
         "model_id": lambda: PeftModel.from_pretrained(toy(), tmp_path / "nowhere"),

@@ -122,6 +122,46 @@ def test_the_configuration_of_the_caller_is_not_changed():
     }
 
 
+def refusal(**options):
+    model = toy()
+    before = snapshot(model)
+    with pytest.raises(ValueError) as caught:
+        get_peft_model(model, lora(**options))
+    assert_unchanged(model, before)
+    return str(caught.value)
+
+
+def test_a_string_that_was_meant_as_a_name():
+    said = refusal(target_modules="query")
+    assert "a string is one pattern for a whole name" in said and said.endswith("pass the list ['query']")
+    for spec in ("query,value", "query|value", "query value"):
+        assert refusal(target_modules=spec).endswith("pass the list ['query', 'value']")
+    said = refusal(target_modules="qurey")
+    assert "pass a list of names" in said and "closest: query" in said
+    assert refusal(target_modules=r"layers\.\d+\.k.*").endswith("end in query, value, classifier")
+    with pytest.raises(TypeError, match=r"modules_to_save: .* write \['classifier'\]"):
+        lora(modules_to_save="classifier")
+    with pytest.warns(UserWarning, match="exclude_modules: 'query' matches none of the 6 targeted modules"):
+        get_peft_model(toy(), lora(target_modules=["query", "value"], exclude_modules="query"))
+
+
+def test_a_name_that_nothing_is_like():
+    said = refusal(target_modules=["zzz", "query"])
+    assert "'zzz' (nothing is named like it); the linear layers of the model end in query, value, classifier" in said
+    with pytest.raises(ValueError, match="no linear layer; its Conv2d layers end in 0"):
+        get_peft_model(nn.Sequential(nn.Conv2d(1, 1, 1)), lora(target_modules=["zzz"]))
+    with pytest.raises(ValueError, match=r"the model has no linear layer$"):
+        get_peft_model(nn.Sequential(nn.ReLU()), lora(target_modules=["zzz"]))
+    model = get_peft_model(toy(), lora())
+    with pytest.raises(ValueError, match=r"'zzz' \(nothing is named like it\); there is default$"):
+        model.set_adapter("zzz")
+
+
+def test_thousands_of_wrong_names_are_counted():
+    said = refusal(target_modules=[f"name{i}" for i in range(20_000)])
+    assert len(said) < 2000 and "and 19992 more" in said
+
+
 def test_conv1d_of_gpt2_is_a_linear_layer():
     model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
     for spec, names in (

@@ -184,6 +184,23 @@ def test_settings_are_documented():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_messages_neither_stutter_nor_quote_twice(path):
+    def text(node: ast.JoinedStr) -> str:
+        return "".join(
+            str(v.value) if isinstance(v, ast.Constant) else "{repr}" if v.conversion == ord("r") else "{}"
+            for v in node.values
+        )
+
+    for call in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Raise)):
+        for node in ast.walk(call):
+            said = text(node) if isinstance(node, ast.JoinedStr) else getattr(node, "value", None)
+            if isinstance(said, str):
+                assert not re.search(r"\b([a-z_]{2,})\b:? \1\b", said), said
+                assert not re.search(r"['\"]\{repr\}['\"]", said), said
+                assert "{sorted(map(repr" not in ast.unparse(node), said
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_library_neither_prints_nor_promises(path):
     text = path.read_text()
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)

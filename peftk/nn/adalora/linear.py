@@ -65,7 +65,9 @@ class AdaLoRALinear(AdapterLayer):
             nn.init.zeros_(e)
             nn.init.normal_(a, std=0.02)
             nn.init.normal_(b, std=0.02)
-        tensors = {"lora_A": a, "lora_B": b, "lora_E": e, "ranknum": torch.tensor([float(config.init_r)])}
+        # A constant has its value also where the others have no memory yet.
+        constant = torch.tensor([float(config.init_r)], device="cpu")
+        tensors = {"lora_A": a, "lora_B": b, "lora_E": e, "ranknum": constant}
         return Adapter(
             {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()},
             {

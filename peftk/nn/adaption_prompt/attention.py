@@ -70,6 +70,7 @@ class AdaptedAttention(AdapterLayer):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self._original: dict[str, Tensor] = {}
+        self._start_scaling()
         self.attention = ATTENTIONS[base_layer.config.model_type]
         # What the hooks of one forward pass hand on. They fire only while `_listening`: prompts pass through the same
         # projections, and so does everything while the adapter is off.
@@ -122,12 +123,13 @@ class AdaptedAttention(AdapterLayer):
             raise ValueError(f"{where}adapter_len: expected at most {context}, the context of the model, got {length}")
         weight = getattr(base_layer, ATTENTIONS[base_layer.config.model_type].query).weight
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        prompt = torch.empty(1, length, base_layer.config.hidden_size, device=weight.device, dtype=dtype)
+        device = weight.device if initialise else "meta"
+        prompt = torch.empty(1, length, base_layer.config.hidden_size, device=device, dtype=dtype)
         if initialise:
             prompt.normal_()
-        gate = torch.zeros(1, device=weight.device, dtype=dtype)
+        gate = torch.zeros(1, device=device, dtype=dtype)
         parts = {"adaption_prompt": nn.Parameter(prompt), "adaption_gate": nn.Parameter(gate)}
-        return Adapter(parts, layer_class=cls)
+        return Adapter(parts, layer_class=cls, device=weight.device)
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:
@@ -193,7 +195,8 @@ class AdaptedAttention(AdapterLayer):
         else:
             query = projected
             key, value = (getattr(self.model, name)(prompt) for name in self.attention.keys)
-        return adaption_prompt.share(query, key, value, self.adaption_gate, self.model.head_dim, self._rotary)
+        gate = self.adaption_gate * self._strengths.get(self._current, 1.0)
+        return adaption_prompt.share(query, key, value, gate, self.model.head_dim, self._rotary)
 
     # -- adapters ---------------------------------------------------------------------------------------------
 
@@ -266,6 +269,7 @@ class AdaptedAttention(AdapterLayer):
         if adapter_name in self._names:
             self._names.remove(adapter_name)
             del self.inactive[adapter_name]
+            self._strengths.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     # -- merging ----------------------------------------------------------------------------------------------

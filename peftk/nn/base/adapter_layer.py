@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from .config import PeftConfig, check_adapter_name
 from .freezing import note_rerun, set_trainable
 from .kinds import HALF, dtype_of, why_unsupported
 from .merging import Mergeable
+from .scaling import Scalable
 
 
 @dataclass
@@ -25,11 +27,21 @@ class Adapter:
         parts: Container name (`lora_A`, `oft_R`, ...) to the parameter, or to the module that holds the parameters.
         settings: Attribute name (`r`, `scaling`, ...) to this adapter's value.
         layer_class: The class of the layer that it belongs to.
+        device: Where its parameters belong, if they have no memory yet.
     """
 
     parts: dict[str, nn.Module | nn.Parameter]
     settings: dict[str, Any] = field(default_factory=dict)
     layer_class: type[AdapterLayer] | None = None
+    device: torch.device | None = None
+
+    def materialise(self) -> None:
+        """Give memory, with any values, to parameters that were made without."""
+        for container, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                part.to_empty(device=self.device)
+            elif part.is_meta:
+                self.parts[container] = nn.Parameter(torch.empty_like(part, device=self.device), part.requires_grad)
 
     def saved_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the file key, after the path of the layer, and the tensor of everything that a file holds."""
@@ -40,15 +52,17 @@ class Adapter:
                 yield container, part
                 continue
             for name, parameter in part.named_parameters():
-                key = f"{container}.{name}"
+                # FSDP may have wrapped the part.
+                key = f"{container}.{name.replace('_fsdp_wrapped_module.', '')}"
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
-class AdapterLayer(Mergeable):
+class AdapterLayer(Mergeable, Scalable):
     """A frozen layer with any number of named adapters, of which some are active.
 
     Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
-    Everything else (activation, disabling, deletion, dtype and device here, merging in `Mergeable`) is written once.
+    Everything else (activation, disabling, deletion, dtype and device here, merging in `Mergeable`, strengths in
+    `Scalable`) is written once.
 
     Attributes:
         base_kinds: Which of `KINDS` the class wraps.
@@ -117,6 +131,7 @@ class AdapterLayer(Mergeable):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self._switched = False
+        self._start_scaling()
         # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
         self._original: dict[str, Tensor] = {}
         # The versions that autograd counted for the merged ones: a higher one was written to.
@@ -136,7 +151,8 @@ class AdapterLayer(Mergeable):
 
         They are initialised in float32 on the CPU and rounded to the base dtype, as PEFT does; with
         `autocast_adapter_dtype` they are then kept in float32 on a half-precision base. On a quantised base they are
-        float32, unless the layer says what it computes in.
+        float32, unless the layer says what it computes in. Without `initialise` they have no memory yet; see
+        `Adapter.materialise`.
         """
         where = f"module {module_name!r}: " if module_name else ""
         if not isinstance(config, cls.config_class):
@@ -146,11 +162,13 @@ class AdapterLayer(Mergeable):
         reason = cls.refusal(base_layer)
         if reason is not None:
             raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
-        adapter = cls._create(base_layer, config, module_name, initialise)
-        adapter.layer_class = cls
-        device, dtype = base_layer.weight.device, dtype_of(base_layer)
+        with contextlib.nullcontext() if initialise else torch.device("meta"):
+            adapter = cls._create(base_layer, config, module_name, initialise)
+        adapter.layer_class, adapter.device = cls, base_layer.weight.device
+        dtype = dtype_of(base_layer)
         for part in adapter.parts.values():
             for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                device = parameter.device if parameter.is_meta else adapter.device
                 value = parameter.data.to(device=device, dtype=dtype)
                 parameter.data = value.float() if autocast_adapter_dtype and dtype in HALF else value
         return adapter
@@ -179,6 +197,8 @@ class AdapterLayer(Mergeable):
         names = [name for name in self.active_adapters if name in attached]
         if not names:
             return self.base_layer(x, *args, **kwargs)
+        if self.__dict__["_strengths"]:
+            return self._at_strength(x, names, args, kwargs)
         return self._adapted(x, names, *args, **kwargs)
 
     # -- adapters ---------------------------------------------------------------------------------------------
@@ -206,6 +226,8 @@ class AdapterLayer(Mergeable):
             getattr(self, container)[adapter_name] = part
         for name, value in adapter.settings.items():
             getattr(self, name)[adapter_name] = value
+        if "scaling" in adapter.settings:
+            self._first_scaling[adapter_name] = adapter.settings["scaling"]
 
     def add_adapter(
         self,
@@ -270,9 +292,16 @@ class AdapterLayer(Mergeable):
             container = getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
+        for values in (self._first_scaling, self._strengths):
+            values.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     # -- what other code reads off a layer --------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The active adapters, under PEFT's other name for them."""
+        return self.active_adapters
 
     def unwrap(self) -> nn.Module:
         """Return the wrapped layer, which is about to take this one's place."""

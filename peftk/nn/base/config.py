@@ -71,7 +71,7 @@ def check_number(name: str, value: object, low: float, high: float, *, above: bo
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`, compared with its type."""
     if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
-        raise ValueError(f"{name}: expected one of {sorted(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(sorted(map(repr, choices)))}, got {value!r}")
 
 
 def check_optional_str(name: str, value: object) -> None:
@@ -109,7 +109,8 @@ def check_adapter_name(name: object) -> str:
 def check_names(name: str, value: object) -> None:
     """Raise unless `value` is a non-empty list, tuple or set of non-empty strings."""
     if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"{name}: expected a list of module names, got {value!r}")
+        way_out = f"; write [{value!r}]" if isinstance(value, str) else ""
+        raise TypeError(f"{name}: expected a list of module names, got {value!r}{way_out}")
     for item in value:
         if not isinstance(item, str) or not item:
             raise TypeError(f"{name}: expected non-empty strings, got {item!r}")

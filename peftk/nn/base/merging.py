@@ -112,7 +112,7 @@ class Mergeable(nn.Module):
             source["weight"] = source["weight"].mT
         tensors = Merged(source)
         for name in self._merge_order(names):
-            self._merge_into(tensors, name)
+            self._merge_at_strength(tensors, name)
         changed = {key: tensor for key, tensor in tensors.items() if tensor is not source[key]}
         for key in changed:
             self._check_own(key)

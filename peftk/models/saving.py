@@ -1,0 +1,33 @@
+"""Writing one adapter of a model to a folder."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .adapters import Tuner
+from .embeddings import embeddings_to_save
+from .plan import unaliased
+
+
+def save_adapter(tuner: Tuner, name: str, folder: str, save_embedding_layers: str | bool) -> None:
+    """Write the files of an adapter, by the arguments of `PeftModel.save_pretrained`."""
+    from ..checkpoint import peft as files
+
+    plan = tuner.plan_of(name)
+    embeddings = embeddings_to_save(tuner.model, plan, save_embedding_layers)
+    tensors = tuner.pruned(name, unaliased({**tuner.file_tensors(plan), **embeddings}))
+    os.makedirs(folder, exist_ok=True)
+    files.write_adapter(folder, tensors, _config_values(tuner, name))
+
+
+def _config_values(tuner: Tuner, name: str) -> dict[str, Any]:
+    values = tuner.peft_config[name].file_values(lambda: tuner.plan_of(name).adapters)
+    values["inference_mode"] = True
+    if values["task_type"] is None:
+        kind = type(tuner.model)
+        values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return values
+
+
+__all__ = ["save_adapter"]

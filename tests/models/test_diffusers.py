@@ -1,0 +1,144 @@
+"""diffusers sets the strength of our adapters by its own functions and arguments, which look for PEFT's layers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils.peft_utils import set_adapter_layers, set_weights_and_activate_adapters
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from peftk import BOFTConfig, C3AConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
+from peftk.nn import AdapterLayer
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+CONFIGS = {
+    "lora": LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False),
+    "loha": LoHaConfig(r=4, target_modules=TARGETS, init_weights=False),
+    "lokr": LoKrConfig(r=4, target_modules=TARGETS, init_weights=False),
+    "oft": OFTConfig(oft_block_size=4, target_modules=TARGETS, init_weights=False),
+    "boft": BOFTConfig(boft_block_size=4, target_modules=TARGETS, init_weights=False),
+    "c3a": C3AConfig(block_size=8, target_modules=TARGETS, init_weights="gaussian"),
+}
+GENERATOR = torch.Generator().manual_seed(0)
+X, TEXT = torch.randn(1, 4, 8, 8, generator=GENERATOR), torch.randn(1, 5, 16, generator=GENERATOR)
+
+
+def unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+
+
+@torch.no_grad()
+def run(model, **kwargs):
+    return model(X, 3, TEXT, **kwargs).sample
+
+
+def set_scales(model, scale, name="default"):
+    for _, layer in model.base_model.layers():
+        layer.set_scale(name, scale)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_scale_of_a_call(method):
+    base = run(unet())
+    model = get_peft_model(unet(), CONFIGS[method]).eval()
+    full = run(model)
+    assert (full - base).abs().max() > 1e-3
+    off = run(model, cross_attention_kwargs={"scale": 0.0})
+    torch.testing.assert_close(off, base, rtol=0, atol=1e-6)
+    half = run(model, cross_attention_kwargs={"scale": 0.5})
+    assert torch.equal(run(model), full)
+    set_scales(model, 0.5)
+    assert torch.equal(run(model), half)
+    assert not torch.equal(half, full)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_fusing_with_a_scale(method):
+    model = get_peft_model(unet(), CONFIGS[method]).eval()
+    inner = model.get_base_model()
+    set_scales(model, 0.7)
+    expected = run(model)
+    set_scales(model, 1.0)
+    inner.fuse_lora(lora_scale=0.7)
+    assert all(layer.merged for _, layer in model.base_model.layers())
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
+    inner.unfuse_lora()
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_adapters_chosen_with_weights(method):
+    model = get_peft_model(unet(), CONFIGS[method])
+    model.add_adapter("other", CONFIGS[method])
+    model.eval()
+    set_weights_and_activate_adapters(model.get_base_model(), ["default", "other"], [0.5, {"down_blocks": 0.0}])
+    got = run(model)
+    model.set_adapter(["default", "other"])
+    for path, layer in model.base_model.layers():
+        layer.set_scale("default", 0.5)
+        layer.set_scale("other", 0.0 if path.startswith("down_blocks") else 1.0)
+    assert torch.equal(run(model), got)
+    set_adapter_layers(model.get_base_model(), enabled=False)
+    torch.testing.assert_close(run(model), run(unet()), rtol=0, atol=0)
+
+
+def test_unloading_by_diffusers():
+    inner = unet()
+    get_peft_model(inner, CONFIGS["lora"])
+    inner.unload_lora()
+    assert not any(isinstance(module, AdapterLayer) for module in inner.modules())
+    assert torch.equal(run(inner), run(unet()))
+
+
+def test_our_layers_pass_for_those_of_peft():
+    model = get_peft_model(unet(), CONFIGS["oft"])
+    assert all(isinstance(layer, BaseTunerLayer) for _, layer in model.base_model.layers())
+    assert BaseTunerLayer not in AdapterLayer.__mro__
+
+
+LATE = """
+import sys, warnings, torch, peftk
+class Model(torch.nn.Module):
+    def __init__(self): super().__init__(); self.fc = torch.nn.Linear(4, 4)
+    def forward(self, x, cross_attention_kwargs=None): return self.fc(x)
+model = peftk.get_peft_model(Model(), peftk.LoraConfig(r=2, target_modules=["fc"]))
+x = torch.ones(1, 4)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("default")
+    for scale in (1.0, 0.5, 0.5):
+        model(x, cross_attention_kwargs={"scale": scale})
+print(len(told), str(told[0].message))
+assert "peft" not in sys.modules and "diffusers" not in sys.modules
+from peft.tuners.tuners_utils import BaseTunerLayer
+warnings.simplefilter("error")
+model(x, cross_attention_kwargs={"scale": 0.5})
+assert isinstance(model.base_model.model.fc, BaseTunerLayer)
+"""
+
+
+def test_without_peft_a_scale_is_told_to_be_lost_once():
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 cross_attention_kwargs: scale=0.5 reaches adapters only if"), done.stdout
+
+
+def test_a_scale_is_told_nothing_where_it_arrives():
+    model = get_peft_model(unet(), CONFIGS["lora"]).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model, cross_attention_kwargs={"scale": 0.5})
