@@ -242,10 +242,10 @@ def _gradients(
     if need_x:
         dx = _input_gradient(grad, weight, dhidden, a, dropout_p, seed).view(x.shape)
     if need_b:
-        db = sum_chunks(db_sums, b.shape, scale, b.dtype)
+        db = sum_chunks(db_sums, b.shape, scale)
     if need_a:
         da_sums = factor_gradient(dhidden, as_rows(x), None, rank_first=True, dropout_p=dropout_p, seed=seed)
-        da = sum_chunks(da_sums, a.shape, 1.0 / (1.0 - dropout_p), a.dtype)
+        da = sum_chunks(da_sums, a.shape, 1.0 / (1.0 - dropout_p))
     return dx, da, db, dgate
 
 
@@ -254,7 +254,7 @@ def _input_gradient(
 ) -> Tensor:
     # The extended product has no place for a mask.
     if weight is not None and seed is None and _design(grad, weight, a.shape[1], a.shape[0]) == "D1":
-        return low_rank_gemm.extended_linear(grad, weight, None, dhidden, a, transposed=True)
+        return low_rank_gemm.extended_linear(grad, weight, None, dhidden.to(a.dtype), a, transposed=True)
     dx = torch.empty(grad.shape[0], a.shape[1], dtype=grad.dtype, device=grad.device)
     expand(dx, None, dhidden, a, (a.stride(0), a.stride(1)), None, 1.0, dropout_p=dropout_p, seed=seed)
     return dx if weight is None else dx.addmm_(grad, weight)

@@ -140,6 +140,7 @@ def _factor_gradient_kernel(
     seed_high,
     threshold,
     HAS_GATE: tl.constexpr,
+    WIDE: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -168,7 +169,11 @@ def _factor_gradient_kernel(
             )
             x = tl.where(kept, x, 0.0)
         hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row, HAS_GATE)
-        accumulator = tl.dot(tl.trans(x), hidden, accumulator, input_precision="ieee")
+        if WIDE:
+            # Half-precision x is exact in tf32, which rounds hidden no more than half precision and has its range.
+            accumulator = tl.dot(tl.trans(x).to(tl.float32), hidden, accumulator, input_precision="tf32")
+        else:
+            accumulator = tl.dot(tl.trans(x), hidden, accumulator, input_precision="ieee")
     tl.store(
         partials_ptr + chunk * stride_chunk + columns[:, None] * stride_out_feature + ranks[None, :] * stride_out_rank,
         accumulator,
@@ -214,7 +219,7 @@ def _split(rows: int, tiles: int, block_rows: int) -> tuple[int, int]:
     return max(1, triton.cdiv(rows, chunk_rows)), chunk_rows
 
 
-def sum_chunks(partials: Tensor, shape: torch.Size, scale: float, dtype: torch.dtype) -> Tensor:
+def sum_chunks(partials: Tensor, shape: torch.Size, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Add partial sums in order, scale, and round once."""
     out = torch.empty(shape, dtype=dtype, device=partials.device)
     _launch.launch(
@@ -310,6 +315,7 @@ def factor_gradient(
         stride_hidden_row=hidden.stride(0),
         stride_x_row=x.stride(0),
         HAS_GATE=gate is not None,
+        WIDE=hidden.dtype is not x.dtype,
         BLOCK_RANK=rank_tile,
         **gate_arguments(gate, hidden),
         **mask,
@@ -328,7 +334,8 @@ def hidden_gradient(
     block_rows = 512 // rank_tile
     tiles = triton.cdiv(rows, block_rows)
     shared = gate is not None and gate.dim() == 1
-    dhidden = torch.empty(rows, rank, dtype=hidden.dtype, device=hidden.device)
+    # Not in half precision: small ones would be lost, and large ones become infinite.
+    dhidden = torch.empty(rows, rank, dtype=torch.float32, device=hidden.device)
     dgate = None
     if need_gate:
         dgate = torch.empty(tiles if shared else rows, rank, dtype=torch.float32, device=hidden.device)

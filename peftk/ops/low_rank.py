@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.torch._wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
 from . import _seed
@@ -121,13 +122,9 @@ def _prepare_dropout(dropout_p: float, seed: Tensor | None, device: torch.device
     return float(dropout_p), seed
 
 
-def _factors(x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = x.dtype
-    if gate is None and a.dtype is dtype and b.dtype is dtype:
-        return a, b, None
-    # Rounding the small factors to the dtype of x is the cast that PEFT applies to x itself, at full size. The gate,
-    # smaller still, stays exact: its gradient is a long sum.
-    return cast(a, dtype), cast(b, dtype), cast(gate, torch.float64 if dtype is torch.float64 else torch.float32)
+def _exact_gate(gate: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the gate, which is small, in float32 at least."""
+    return cast(gate, torch.float64 if dtype is torch.float64 else torch.float32)
 
 
 def _prepare_add(
@@ -146,7 +143,7 @@ def _prepare_add(
     gate, scale = _prepare_gate(x, a, scale, gate)
     b, scale = fold_zero(b, scale)
     x = autocast_input(x)
-    return (base, x, *_factors(x, a, b, gate), scale, *_prepare_dropout(dropout_p, seed, x.device))
+    return base, x, a, b, _exact_gate(gate, x.dtype), scale, *_prepare_dropout(dropout_p, seed, x.device)
 
 
 def _prepare_linear(
@@ -170,10 +167,22 @@ def _prepare_linear(
         x,
         cast(weight, x.dtype),
         cast(bias, x.dtype),
-        *_factors(x, a, b, gate),
+        a,
+        b,
+        _exact_gate(gate, x.dtype),
         scale,
         *_prepare_dropout(dropout_p, seed, x.device),
     )
+
+
+def _rounded_factors(args: tuple, first: int) -> tuple:
+    """Return the arguments of an operator, the factors, which stand from `first` on, in the dtype of x."""
+    a, b = args[first : first + 2]
+    dtype = args[1].dtype if first == 2 else args[0].dtype
+    if a.dtype is dtype and b.dtype is dtype:
+        return args
+    # Rounding the small factors is the cast that PEFT applies to x itself, at full size.
+    return *args[:first], a.to(dtype), b.to(dtype), *args[first + 2 :]
 
 
 def _rows(x: Tensor) -> int:
@@ -222,8 +231,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else 0),
-        a.new_empty(a.shape if need_a else 0),
-        b.new_empty(b.shape if need_b else 0),
+        a.new_empty(a.shape if need_a else 0, dtype=wide(a.dtype)),
+        b.new_empty(b.shape if need_b else 0, dtype=wide(b.dtype)),
         x.new_empty(0) if gate is None or not need_gate else gate.new_empty(gate.shape),
     )
 
@@ -237,7 +246,7 @@ _add = registry.define(
     fake=lambda base, x, a, *_: (base.new_empty(base.shape), _hidden(x, a)),
     flops=_add_flops,
     bucket=lambda base, x, a, b, *_: power_bucket(_rows(x), b.shape[0], *reversed(a.shape)),
-    prepare=_prepare_add,
+    prepare=lambda *args, **kwargs: _rounded_factors(_prepare_add(*args, **kwargs), 2),
 )
 
 _add_backward = registry.define(
@@ -255,7 +264,7 @@ _linear = registry.define(
     fake=lambda x, weight, bias, a, *_: (x.new_empty(*x.shape[:-1], weight.shape[0]), _hidden(x, a)),
     flops=_linear_flops,
     bucket=lambda x, weight, bias, a, b, *_: power_bucket(_rows(x), *weight.shape, a.shape[0]),
-    prepare=_prepare_linear,
+    prepare=lambda *args, **kwargs: _rounded_factors(_prepare_linear(*args, **kwargs), 3),
 )
 
 _linear_backward = registry.define(
@@ -280,8 +289,8 @@ class LowRankAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(base, x, a, b, gate, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
-        """Run the operator."""
-        return _add(base, x, a, b, gate, scale, dropout_p, seed)
+        """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
+        return _add(*_rounded_factors((base, x, a, b, gate, scale, dropout_p, seed), 2))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -298,7 +307,7 @@ class LowRankAdd(torch.autograd.Function):
             return (None,) * 8
         x, hidden, a, b, gate, seed = ctx.saved_tensors
         need_base, *needs = ctx.needs_input_grad[:5]
-        args = grad.to(x.dtype), x, hidden, a, b, gate, ctx.scale, ctx.dropout_p, seed, *needs
+        args = grad.to(x.dtype), x, hidden, a.to(x.dtype), b.to(x.dtype), gate, ctx.scale, ctx.dropout_p, seed, *needs
         gradients = run_backward("low_rank_add", _add_backward, *args) if any(needs) else (None,) * 4
         return (grad if need_base else None, *_wanted(gradients, needs), None, None, None)
 
@@ -308,8 +317,8 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, a, b, gate, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
-        """Run the operator."""
-        return _linear(x, weight, bias, a, b, gate, scale, dropout_p, seed)
+        """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
+        return _linear(*_rounded_factors((x, weight, bias, a, b, gate, scale, dropout_p, seed), 3))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -327,6 +336,7 @@ class LowRankLinear(torch.autograd.Function):
         x, hidden, weight, a, b, gate, seed = ctx.saved_tensors
         need_x, _, need_bias, *needs = ctx.needs_input_grad[:6]
         needs = need_x, *needs, need_bias
+        a, b = a.to(x.dtype), b.to(x.dtype)
         args = grad, x, hidden, weight, a, b, gate, ctx.scale, ctx.dropout_p, seed, *needs
         dx, da, db, dgate, dbias = _wanted(run_backward("low_rank_linear", _linear_backward, *args), needs)
         return dx, None, dbias, da, db, dgate, None, None, None

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..torch._philox import dropout_threshold
+from ..torch._wide import widened
 from ._supports import supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
@@ -191,17 +192,19 @@ def _gradients(
             *(scale, dx, da, db, dgate),
         )
     else:
-        dhidden = _scaled_(torch.mm(rows, b), scale)
+        # Sums over tokens, and what they are sums of, are never rounded to half precision.
+        wide_rows, hidden = widened(rows), widened(hidden)
+        dhidden = _scaled_(torch.mm(wide_rows, widened(b)), scale)
         if need_b:
-            db = _scaled_(torch.mm(rows.mT, _gated(hidden, gate)), scale)
+            db = _scaled_(torch.mm(wide_rows.mT, _gated(hidden, gate)), scale)
         if need_gate:
             dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
             dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
         dhidden = _gated(dhidden, gate)
         if need_a:
-            da = torch.mm(dhidden.mT, dropped)
+            da = torch.mm(dhidden.mT, widened(dropped))
         if need_x:
-            dx.addmm_(dhidden, a)
+            dx.addmm_(dhidden.to(dx.dtype), a)
     if need_x:
         if seed is not None:
             _dropout_(dx, dropout_p, seed, dx)

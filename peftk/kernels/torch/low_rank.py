@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._philox import dropout
+from ._wide import wide_product, widened
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -65,19 +66,22 @@ def low_rank_add_backward(
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
     empty = grad.new_empty(0)
     rank = a.shape[0]
-    gated = grad @ b * scale
+    rows = widened(grad.reshape(-1, b.shape[0]))
+    gated = rows @ widened(b) * scale
+    hidden = widened(hidden)
     dgate = empty
     if need_gate:
-        dgate = gated.to(gate.dtype) * hidden.to(gate.dtype)
+        dgate = gated.view(hidden.shape).to(gate.dtype) * hidden.to(gate.dtype)
         dgate = dgate.reshape(-1, rank).sum(0) if gate.dim() == 1 else dgate
     db = empty
     if need_b:
-        db = grad.reshape(-1, b.shape[0]).mT @ _gated(hidden, gate).reshape(-1, rank) * scale
-    dhidden = _gated(gated, gate)
+        db = rows.mT @ _gated(hidden, gate).reshape(-1, rank) * scale
+    dhidden = _gated(gated.view(hidden.shape), gate)
     da = empty
     if need_a:
-        da = dhidden.reshape(-1, rank).mT @ _dropped(x, dropout_p, seed).reshape(-1, x.shape[-1])
-    return (_dropped(dhidden @ a, dropout_p, seed) if need_x else empty), da, db, dgate
+        da = wide_product(dhidden.reshape(-1, rank).mT, _dropped(x, dropout_p, seed).reshape(-1, x.shape[-1]))
+    dx = _dropped((dhidden @ widened(a)).to(x.dtype), dropout_p, seed) if need_x else empty
+    return dx, da, db, dgate
 
 
 def low_rank_linear_backward(
