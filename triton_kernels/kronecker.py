@@ -60,13 +60,13 @@ def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor | None, w1: Tensor, w2: Tensor, scale: float, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_w1, need_w2 = needs
-    dx, dw1, dw2 = grad.new_empty(0), w1.new_empty(0), w2.new_empty(0)
+    dx, dw1, dw2 = grad.new_empty(0), w1.new_empty(0), w2.new_empty(0, dtype=torch.float32)
     grad, x, w1 = grad.contiguous(), x.contiguous(), w1.contiguous()
     if x.numel() == 0:
         return (
             torch.zeros_like(x) if need_x else dx,
             torch.zeros_like(w1) if need_w1 else dw1,
-            torch.zeros(w2.shape, dtype=w2.dtype, device=w2.device) if need_w2 else dw2,
+            torch.zeros(w2.shape, dtype=torch.float32, device=w2.device) if need_w2 else dw2,
         )
     if need_x or need_w1:
         base = grad @ weight if need_x and weight is not None else None

@@ -301,4 +301,4 @@ def large_factor_gradient(grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
     )
-    return (partial.sum(0) * scale).to(w2.dtype)
+    return partial.sum(0) * scale

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..kernels.torch._wide import wide
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
-from ..ops.conv import convolve, convolve_with
+from ..ops.conv import convolve_thin, convolve_with, expand
 from ._base_layer import NONE, call, plain_tensors
 
 
@@ -130,12 +131,10 @@ def _low_rank_pays(base: nn.Conv2d, four: Factors) -> bool:
 
 
 def _add_low_rank(base: nn.Conv2d, y: Tensor, x: Tensor, scale: float, four: Factors) -> Tensor:
-    a, b = F.khatri_rao(*four, dtype=x.dtype)
-    hidden = convolve(base, x, a.view(len(a), base.in_channels, *base.kernel_size)).to(y.dtype)
-    # (batch, r * r, positions): one product adds the update onto a copy of the base output.
-    flat = (hidden if hidden.dim() == 4 else hidden[None]).flatten(2)
-    rows = y.reshape(len(flat), len(b), flat.shape[2])
-    return torch.baddbmm(rows, b.to(y.dtype).expand(len(flat), -1, -1), flat, alpha=scale).view(y.shape)
+    a, b = F.khatri_rao(*four, dtype=wide(x.dtype))
+    hidden = convolve_thin(base, x, a.view(len(a), base.in_channels, *base.kernel_size))
+    images = (y, hidden) if y.dim() == 4 else (y[None], hidden[None])
+    return expand(*images, b, scale, False).view(y.shape)
 
 
 @torch.no_grad()

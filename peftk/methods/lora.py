@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops.bias import add_bias
 from . import dora
 from ._base_layer import NONE, call, plain_tensors
 
@@ -74,7 +75,7 @@ def linear(
         else:
             result = F.low_rank_add(result, x, a, b, scale, **options)
         if bias is not None:
-            result = result + bias.to(result.dtype)
+            result = add_bias(result, bias)
     # No adapter has a rank.
     return base(x) if result is None else result
 
@@ -84,7 +85,7 @@ def add(result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
     a, b, scale, gate, bias, p, _ = adapter
     if a.shape[0] > 0:
         result = F.low_rank_add(result, x.to(result.dtype), a, b, scale, gate=gate, dropout_p=p)
-    return result if bias is None else result + bias.to(result.dtype)
+    return result if bias is None else add_bias(result, bias)
 
 
 def _with_magnitudes(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
-from ..ops.conv import channels_last, convolve, convolve_frozen, expand
+from ..ops.bias import add_bias
+from ..ops.conv import channels_last, convolve_frozen, convolve_thin, expand
 from ..ops.dropout import Dropout
 from . import dora
 from ._base_layer import NONE, plain_tensors
@@ -43,16 +44,16 @@ def conv2d(
 
 
 def _added(base: nn.Conv2d, result: Tensor, x: Tensor, adapter: LowRank, fresh: bool) -> Tensor:
-    a, b = adapter.a.to(x.dtype), adapter.b.to(x.dtype)
+    a, b = adapter.a, adapter.b
     seen = Dropout(x, adapter.dropout_p)
     if adapter.magnitude is not None:
         g = dora.gain_of(base, adapter)
         result = _rescaled(base, result, seen, g, adapter.dropout_p)
         b = b * g.view(-1, 1, 1, 1).to(b.dtype)
         fresh = False
-    hidden = seen.product(functools.partial(convolve, base), a)
+    hidden = seen.product(functools.partial(convolve_thin, base), a)
     result = expanded(base, result, hidden, b, adapter.scale, fresh)
-    return result if adapter.bias is None else result + adapter.bias.to(result.dtype).view(-1, 1, 1)
+    return result if adapter.bias is None else add_bias(result, adapter.bias, -3)
 
 
 def add(base: nn.Conv2d, result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
@@ -85,7 +86,8 @@ def expanded(
         fresh: Whether nobody else reads `result`.
     """
     if base.groups > 1 or result.dim() == 3 or isinstance(scale, Tensor):
-        return result + tf.conv2d(hidden, b, groups=base.groups) * scale
+        added = tf.conv2d(hidden, b.to(hidden.dtype), groups=base.groups) * scale
+        return result + added.to(result.dtype)
     return expand(result, hidden, b.flatten(1), float(scale), fresh)
 
 
@@ -104,10 +106,10 @@ def conv2d_mixed(
     if base.groups > 1:
         groups = [[index] for group in groups for index in group]
     for group in groups:
-        a = torch.cat([adapters[i].a for i in group]).to(x.dtype)
-        b = torch.cat([adapters[i].b for i in group], dim=1).to(x.dtype)
+        a = torch.cat([adapters[i].a for i in group])
+        b = torch.cat([adapters[i].b for i in group], dim=1)
         gate = mixed_gate(adapters, group, choice, x)
-        result = expanded(base, result, convolve(base, x, a) * gate.view(*gate.shape, 1, 1), b, 1.0)
+        result = expanded(base, result, convolve_thin(base, x, a) * gate.view(*gate.shape, 1, 1), b, 1.0)
         bias = mixed_bias(adapters, group, choice, result, base.out_channels)
         if bias is not None:
             result = result + bias.view(len(x), -1, 1, 1)

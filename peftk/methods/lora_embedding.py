@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
+from ..kernels.torch._wide import wide
 from . import dora
 from ._base_layer import NONE
 from .lora import LowRank, mixed_gate, mixed_groups
@@ -51,7 +52,11 @@ def add(base: nn.Embedding, result: Tensor, x: Tensor, adapter: LowRank) -> Tens
 
 
 def look_up(base: nn.Embedding, x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the columns of A, (r, num), that x names, (..., r); the row `padding_idx` gets no gradient."""
+    """Return the columns of A, (r, num), that x names, (..., r), in float32 at least for an output of this dtype.
+
+    The row `padding_idx` gets no gradient.
+    """
+    dtype = wide(dtype)
     hidden = tf.embedding(x, a.mT, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq).to(dtype)
     # Some embeddings, such as Gemma's, scale what they have looked up.
     scale = getattr(base, "embed_scale", None)
@@ -59,14 +64,14 @@ def look_up(base: nn.Embedding, x: Tensor, a: Tensor, dtype: torch.dtype) -> Ten
 
 
 def added(result: Tensor, hidden: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """Return ``result + scale * hidden B^T`` for (..., dim), (..., r) and (dim, r)."""
-    rows = result.reshape(-1, result.shape[-1])
+    """Return ``result + scale * hidden B^T`` for (..., dim), (..., r) and (dim, r), rounded once."""
+    rows = result.reshape(-1, result.shape[-1]).to(hidden.dtype)
     if isinstance(scale, Tensor):
         b, scale = b * scale, 1.0
     hidden = hidden.reshape(-1, hidden.shape[-1])
     # An embedding keeps its dtype under autocast, which would round the base output here.
     with torch.autocast(rows.device.type, enabled=False):
-        return torch.addmm(rows, hidden, b.to(hidden.dtype).mT, alpha=scale).view(result.shape)
+        return torch.addmm(rows, hidden, b.to(hidden.dtype).mT, alpha=scale).view(result.shape).to(result.dtype)
 
 
 def embedding_mixed(

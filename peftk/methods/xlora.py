@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops.conv import convolve
+from ..ops.conv import convolve_thin
 from ..ops.dropout import Dropout
 from . import lora_embedding
 from ._base_layer import NONE, call, plain_tensors
@@ -80,9 +80,9 @@ def conv2d(
     plain = base.kernel_size == (1, 1) and base.stride == (1, 1) and base.padding in ((0, 0), "same", "valid")
     before = pixels and not plain
     for p, part, columns in _groups(experts, apart=before or base.groups > 1):
-        a, b = (t.to(x.dtype) for t in _together(part))
+        a, b = _together(part)
         own, seen = gate[:, columns], Dropout(x, p)
-        read = functools.partial(convolve, base)
+        read = functools.partial(convolve_thin, base)
         if before:
             # A reads several pixels, so that the weight goes on each of them.
             hidden = read((seen.dropped() * own[:, :1]).to(x.dtype), a)

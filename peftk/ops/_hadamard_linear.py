@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..kernels.torch._wide import wide_product
 from ._autograd import apply, run_backward, transformed
 from .hadamard import _khatri_rao, _khatri_rao_backward, _weight, _weight_backward, hadamard_weight, khatri_rao
 from .low_rank import _linear, _linear_backward, low_rank_add, low_rank_linear
@@ -111,7 +112,7 @@ def _contract(
     step = max(64, -(-out // 8))
     for start in range(0, out, step):
         part = slice(start, start + step)
-        tile = grad[:, part].mT @ x
+        tile = wide_product(grad[:, part].mT, x)
         for i, scale in enumerate(scales):
             at = slice(4 * i, 4 * i + 4)
             w1_a, w1_b, w2_a, w2_b = factors[at]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
+from ..kernels.torch._wide import HALF, widened
 from ._autograd import apply, run_backward, transformed
 
 _NAME = "an adapted convolution"
@@ -187,22 +188,75 @@ def _gradients(
     need_x, need_bias, need_values = needs
     leaves = [value.detach().requires_grad_(need) for value, need in zip(values, need_values, strict=True)]
     with torch.enable_grad():
-        derived = derive(weight, *leaves)
-    stride, padding, dilation, groups = geometry
-    wanted = need_x, any(need_values), need_bias
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad, x, derived.detach(), [len(derived)], stride, padding, dilation, False, [0, 0], groups, wanted
+        # In float32 at least, so that the gradient of the weight is not rounded on its way to the leaves.
+        derived = derive(widened(weight), *leaves)
+    dx, dweight, dbias = _convolution_gradients(
+        grad, x, derived.detach().to(x.dtype), geometry, need_x, any(need_values), need_bias
     )
     wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
     found = iter(torch.autograd.grad(derived, wanted_leaves, dweight) if wanted_leaves else ())
     return dx, dbias, *(next(found) if need else None for need in need_values)
 
 
+def _convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of a convolution; those that are sums over images are not rounded to half precision."""
+    stride, padding, dilation, groups = geometry
+    rest = [len(weight)], stride, padding, dilation, False, [0, 0], groups
+    if x.dtype not in HALF or not need_weight:
+        return torch.ops.aten.convolution_backward(grad, x, weight, *rest, (need_x, need_weight, need_bias))
+    dx, _, dbias = torch.ops.aten.convolution_backward(grad, x, weight, *rest, (need_x, False, need_bias))
+    wide = grad.float(), x.float(), weight.float()
+    dweight = torch.ops.aten.convolution_backward(*wide, *rest, (False, True, False))[1]
+    return dx, dweight, dbias
+
+
+class _Thin(torch.autograd.Function):
+    """A convolution with few filters in float32, which keeps the images as they are."""
+
+    @staticmethod
+    def forward(geometry: tuple, x: Tensor, weight: Tensor) -> Tensor:
+        return tf.conv2d(x.float(), weight.float(), None, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.geometry, x, weight = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return None, *run_backward(
+            _NAME, _thin_gradients, ctx.geometry, ctx.needs_input_grad[1:], grad, *ctx.saved_tensors
+        )
+
+
+def _thin_gradients(geometry: tuple, needs: tuple, grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
+    found = _convolution_gradients(grad, x.float(), weight.float(), geometry, *needs, False)
+    return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight), strict=False))
+
+
+def convolve_thin(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with few filters, in float32 on half-precision images; the geometry is that of `base`, without groups.
+
+    Raises:
+        RuntimeError: Later, if the result is differentiated twice.
+    """
+    if x.dtype not in HALF:
+        return convolve(base, x, weight.to(x.dtype))
+    x, padding = _padded(base, x)
+    geometry = base.stride, padding, base.dilation, 1
+    if transformed():
+        return tf.conv2d(x.float(), weight.float(), None, *geometry)
+    return apply(_Thin, geometry, x, weight)
+
+
 class _Expand(torch.autograd.Function):
-    """``base + scale * B h`` pixel by pixel; `base` is overwritten where `in_place`."""
+    """``base + scale * B h`` pixel by pixel; `base` is overwritten where `in_place`. h and b may be wider than it."""
 
     @staticmethod
     def forward(base: Tensor, h: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
+        h, b = h.to(base.dtype), b.to(base.dtype)
         if channels_last(base):
             rows, hidden = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (base, h))
             add = rows.addmm_ if in_place else rows.addmm
@@ -225,7 +279,8 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         h, b = ctx.saved_tensors
         need_base, need_h, need_b = ctx.needs_input_grad[:3]
-        planes = grad.flatten(2)
-        dh = (b.mT @ planes * ctx.scale).view(h.shape) if need_h else None
-        db = (planes @ h.flatten(2).mT).sum(0) * ctx.scale if need_b else None
+        # Sums over pixels, and what they are sums of, are never rounded to half precision.
+        planes = widened(grad.flatten(2))
+        dh = (widened(b).mT @ planes * ctx.scale).view(h.shape).to(h.dtype) if need_h else None
+        db = (planes @ widened(h.flatten(2)).mT).sum(0).mul_(ctx.scale).to(b.dtype) if need_b else None
         return grad if need_base else None, dh, db, None, None

@@ -7,17 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.torch._wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
 from ._checks import autocast_input, cast, check_scale, check_scale_tensor, check_shape, check_tensor, fold_zero
-from .low_rank import _check_add, _fits_add, _low_rank_flops, _rows, _wanted
+from .low_rank import _check_add, _fits_add, _low_rank_flops, _rounded_factors, _rows, _wanted
 
 __all__ = ["dora_compose", "dora_norm"]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _scaled(b: Tensor, scale: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -38,8 +35,8 @@ def _prepare_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 
     check_shape("a", a, (None, weight.shape[1]), "(rank, in_features)")
     check_shape("b", b, (weight.shape[0], a.shape[0]), "(out_features, rank)")
     b, scale = _scaled(b, scale, weight.dtype)
-    wide = _wide(weight.dtype)
-    return weight.detach(), cast(a.detach(), wide), cast(b.detach(), wide), scale
+    dtype = wide(weight.dtype)
+    return weight.detach(), cast(a.detach(), dtype), cast(b.detach(), dtype), scale
 
 
 def _prepare_compose(
@@ -59,8 +56,8 @@ def _prepare_compose(
             check_shape(name, value, (b.shape[0],), "(out_features,)")
     b, scale = _scaled(b, scale, x.dtype)
     x = autocast_input(x)
-    # The large products take the factors as they take x; the gain, whose gradient is a long sum, stays exact.
-    return base, x, cast(a, x.dtype), cast(b, x.dtype), cast(gain, _wide(base.dtype)), bias, scale
+    # The gain, whose gradient is a long sum, stays exact.
+    return base, x, a, b, cast(gain, wide(base.dtype)), bias, scale
 
 
 _SMALL = {torch.float32: 2.0**-50, torch.float64: 2.0**-480}
@@ -110,7 +107,7 @@ _compose = registry.define(
     fake=lambda base, x, a, *_: (base.new_empty(base.shape), x.new_empty(*x.shape[:-1], a.shape[0])),
     flops=lambda base, x, a, b, *_args, **_kwargs: 3 * base.numel() + _low_rank_flops(x, a, b),
     bucket=lambda base, x, a, b, *_: power_bucket(_rows(x), b.shape[0], *reversed(a.shape)),
-    prepare=_prepare_compose,
+    prepare=lambda *args, **kwargs: _rounded_factors(_prepare_compose(*args, **kwargs), 2),
 )
 
 
@@ -127,7 +124,9 @@ def _gradients(
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     like = grad, x, a, b, gain, grad if bias is None else bias
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True))
+    dtypes = grad.dtype, x.dtype, wide(a.dtype), wide(b.dtype), gain.dtype, like[-1].dtype
+    found = zip(like, needs, dtypes, strict=True)
+    return tuple(t.new_empty(t.shape if need else 0, dtype=dtype) for t, need, dtype in found)
 
 
 _compose_backward = registry.define(
@@ -146,8 +145,8 @@ class DoraCompose(torch.autograd.Function):
 
     @staticmethod
     def forward(base, x, a, b, gain, bias, scale) -> tuple[Tensor, Tensor]:
-        """Run the operator."""
-        return _compose(base, x, a, b, gain, bias, scale)
+        """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
+        return _compose(*_rounded_factors((base, x, a, b, gain, bias, scale), 2))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -163,7 +162,9 @@ class DoraCompose(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         needs = ctx.needs_input_grad[:6]
-        found = run_backward("dora_compose", _compose_backward, grad, *ctx.saved_tensors, ctx.scale, *needs)
+        base, x, hidden, a, b, gain, bias = ctx.saved_tensors
+        args = grad, base, x, hidden, a.to(x.dtype), b.to(x.dtype), gain, bias, ctx.scale
+        found = run_backward("dora_compose", _compose_backward, *args, *needs)
         return (*_wanted(found, needs), None)
 
 

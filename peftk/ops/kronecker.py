@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.torch._wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward
@@ -96,7 +97,7 @@ def _prepare_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float =
     if not _fits_add(base, x, w1, w2):
         _check_add(base, x, w1, w2)
     scale, x = check_scale(scale, x.dtype), autocast_input(x)
-    return base, x, _wide(w1, x.dtype), cast(w2, x.dtype), scale
+    return base, x, _wide(w1, x.dtype), w2, scale
 
 
 def _prepare_linear(
@@ -106,7 +107,13 @@ def _prepare_linear(
         _check_linear(x, weight, bias, w1, w2)
     scale, x = check_scale(scale, x.dtype), autocast_input(x)
     dtype = x.dtype
-    return x, cast(weight, dtype), cast(bias, dtype), _wide(w1, dtype), cast(w2, dtype), scale
+    return x, cast(weight, dtype), cast(bias, dtype), _wide(w1, dtype), w2, scale
+
+
+def _rounded_factor(args: tuple, at: int) -> tuple:
+    """Return the arguments of an operator, w2, which stands at this place, in the dtype of x."""
+    dtype = args[1 if at == 3 else 0].dtype
+    return args if args[at].dtype is dtype else (*args[:at], args[at].to(dtype), *args[at + 1 :])
 
 
 def _prepare_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> tuple:
@@ -133,7 +140,7 @@ def _gradients(x: Tensor, w1: Tensor, w2: Tensor, need_x: bool, need_w1: bool, n
     return (
         x.new_empty(x.shape if need_x else 0),
         w1.new_empty(w1.shape if need_w1 else 0),
-        w2.new_empty(w2.shape if need_w2 else 0),
+        w2.new_empty(w2.shape if need_w2 else 0, dtype=wide(w2.dtype)),
     )
 
 
@@ -146,7 +153,7 @@ _add = registry.define(
     fake=lambda base, x, *_: base.new_empty(base.shape),
     flops=lambda base, x, w1, w2, *_, **__: _products(x, w1, w2),
     bucket=lambda base, x, w1, w2, *_: _bucket(x, w1, w2),
-    prepare=_prepare_add,
+    prepare=lambda *args, **kwargs: _rounded_factor(_prepare_add(*args, **kwargs), 3),
 )
 
 _add_backward = registry.define(
@@ -163,7 +170,7 @@ _linear = registry.define(
     fake=lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
     flops=lambda x, weight, bias, w1, w2, *_, **__: 2 * x.numel() * weight[0] + _products(x, w1, w2),
     bucket=lambda x, weight, bias, w1, w2, *_: _bucket(x, w1, w2),
-    prepare=_prepare_linear,
+    prepare=lambda *args, **kwargs: _rounded_factor(_prepare_linear(*args, **kwargs), 4),
 )
 
 _linear_backward = registry.define(
@@ -205,8 +212,8 @@ class KroneckerAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(base, x, w1, w2, scale) -> Tensor:
-        """Run the operator."""
-        return _add(base, x, w1, w2, scale)
+        """Run the operator. w2 is rounded here, so that no gradient of it passes through a rounding."""
+        return _add(*_rounded_factor((base, x, w1, w2, scale), 3))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -222,7 +229,7 @@ class KroneckerAdd(torch.autograd.Function):
             return (None,) * 5
         x, w1, w2 = ctx.saved_tensors
         need_base, *needs = ctx.needs_input_grad[:4]
-        args = grad.to(x.dtype), x, w1, w2, ctx.scale, *needs
+        args = grad.to(x.dtype), x, w1, w2.to(x.dtype), ctx.scale, *needs
         gradients = run_backward("kronecker_add", _add_backward, *args) if any(needs) else (None,) * 3
         return (grad if need_base else None, *_wanted(gradients, needs), None)
 
@@ -232,8 +239,8 @@ class KroneckerLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, w1, w2, scale) -> Tensor:
-        """Run the operator."""
-        return _linear(x, weight, bias, w1, w2, scale)
+        """Run the operator. w2 is rounded here, so that no gradient of it passes through a rounding."""
+        return _linear(*_rounded_factor((x, weight, bias, w1, w2, scale), 4))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -250,7 +257,7 @@ class KroneckerLinear(torch.autograd.Function):
         x, weight, w1, w2 = ctx.saved_tensors
         need_x, _, need_bias, *needs = ctx.needs_input_grad[:5]
         needs = need_x, *needs, need_bias
-        args = grad, x, weight, w1, w2, ctx.scale, *needs
+        args = grad, x, weight, w1, w2.to(x.dtype), ctx.scale, *needs
         dx, dw1, dw2, dbias = _wanted(run_backward("kronecker_linear", _linear_backward, *args), needs)
         return dx, None, dbias, dw1, dw2, None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ..torch._wide import wide_product
 from ..torch.kronecker import w1_first_backward, w2_first
 from ._supports import device_reason, supports_activations
 
@@ -68,7 +69,8 @@ def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor | None, w1: Tensor, w2: Tensor, scale: float, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_w1, need_w2 = needs
-    dx, dw1, dw2 = grad.new_empty(0), w1.new_empty(w1.shape if need_w1 else 0, dtype=torch.float32), w2.new_empty(0)
+    dx, dw2 = grad.new_empty(0), w2.new_empty(0, dtype=torch.float32)
+    dw1 = w1.new_empty(w1.shape if need_w1 else 0, dtype=torch.float32)
     grad, x, w1, none = grad.contiguous(), x.contiguous(), w1.contiguous(), grad.new_empty(0)
     (left, _), (rows, columns) = w1.shape, w2.shape
     by_row = _rows(grad, rows)  # (tokens * l, k)
@@ -82,7 +84,7 @@ def _gradients(
         if need_x:
             dx = torch.mm(mixed, w2) if weight is None else _rows(dx, columns).addmm_(mixed, w2)
         if need_w2:
-            dw2 = torch.mm(mixed.mT, by_column)
+            dw2 = wide_product(mixed.mT, by_column)
     else:
         product = torch.mm(by_row, w2) if need_x or need_w1 else none  # (tokens * l, n)
         if need_x and weight is None:
@@ -90,7 +92,7 @@ def _gradients(
         mixed = x.new_empty((by_row.shape[0], columns) if need_w2 else 0)
         _mix(product, x, w1, scale, columns, False, weight is not None, mixed, dx, dw1)
         if need_w2:
-            dw2 = torch.mm(by_row.mT, _rows(mixed, columns))
+            dw2 = wide_product(by_row.mT, _rows(mixed, columns))
     return dx.view(x.shape) if need_x else dx, dw1, dw2
 
 

@@ -19,10 +19,11 @@ def widened(x: Tensor) -> Tensor:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` of two matrices in `wide` of their dtype; one of them is thin.
+    """Return ``a @ b`` of two matrices, or of two batches of them, in `wide` of their dtype.
 
     GPUs sum in float32 anyway and are asked for what they summed; on a CPU both are widened first.
     """
+    product = torch.mm if a.dim() == 2 else torch.bmm
     if a.dtype in HALF and a.is_cuda and a.dtype is b.dtype:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(widened(a), widened(b))
+        return product(a, b, out_dtype=torch.float32)
+    return product(widened(a), widened(b))

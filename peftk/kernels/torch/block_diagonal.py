@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._wide import wide_product
+
 
 def _by_block(x: Tensor, blocks: Tensor) -> Tensor:
     """View activations as one matrix per block: (nb, rows, b)."""
@@ -30,7 +32,7 @@ def block_rotate_backward(
     left, right = _by_block(x, blocks), _by_block(grad, blocks)
     if transpose:
         left, right = right, left
-    return dx, torch.bmm(left.mT, right).to(blocks.dtype)
+    return dx, wide_product(left.mT, right).to(blocks.dtype)
 
 
 def block_rotate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._fourier import inverse, kernel_transform, lanes, transform
+from ._wide import wide_product
 
 
 def _exact(x: Tensor) -> bool:
@@ -76,7 +77,7 @@ def _kernel_gradient(grad: Tensor, x: Tensor, kernel: Tensor, scale: float) -> T
     out_blocks, in_blocks, _ = kernel.shape
     left = _spectrum(grad, inverse(size, x.dtype, x.device)).flatten(2)
     right = _spectrum(x, transform(size, x.dtype, x.device)).flatten(2)
-    products = torch.bmm(left.mT, right).float().view(lanes(size), out_blocks, 2, in_blocks, 2)
+    products = wide_product(left.mT, right).view(lanes(size), out_blocks, 2, in_blocks, 2)
     # The planes of `kernel_transform`: (a, s, c) multiply (re, im) to (a re + s im, c im - s re).
     a, s, c = products[:, :, 0, :, 0], products[:, :, 0, :, 1] - products[:, :, 1, :, 0], products[:, :, 1, :, 1]
     planes = torch.stack((a, s, c)).permute(2, 3, 0, 1).flatten(2)

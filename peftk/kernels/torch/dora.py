@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._wide import wide
 from .butterfly import scale_channels_backward
 from .low_rank import low_rank_add_backward
 
@@ -67,7 +68,8 @@ def compose_backward(
     The output is a scale of channels plus a low-rank product whose b is ``gain * b``.
     """
     dbase, dgain, dbias = scale_backward(grad, base, gain, bias, 1, need_base, need_gain, need_bias)
-    dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
+    dx = x.new_empty(0)
+    da, db = (t.new_empty(0, dtype=wide(t.dtype)) for t in (a, b))
     if need_x or need_a or need_b or need_gain:
         column = gain[:, None]
         factors = a, (b * column).to(b.dtype), None, scale, 0.0, None
@@ -76,7 +78,7 @@ def compose_backward(
         if need_gain:
             dgain += (b.to(gain.dtype) * dscaled).sum(1)
         if need_b:
-            db = (dscaled * column).to(b.dtype)
+            db = dscaled * column
     return dbase, dx, da, db, dgain, dbias
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._wide import wide, widened
+
 
 def w2_first(w1: Tensor, w2: Tensor) -> bool:
     """Say whether ``w1 (w2 x)`` takes fewer operations than ``w2 (w1 x)``."""
@@ -47,12 +49,15 @@ def kronecker_add_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x, w1 and w2; an empty tensor for one not needed."""
     (left, middle), (rows, columns) = w1.shape, w2.shape
-    dx, dw1, dw2 = grad.new_empty(0), w1.new_empty(0), w2.new_empty(0)
-    g, matrices, narrow = as_matrices(grad, left, rows), as_matrices(x, middle, columns), w1.to(x.dtype)
+    dx, dw1, dw2 = grad.new_empty(0), w1.new_empty(0), w2.new_empty(0, dtype=wide(w2.dtype))
+    # Sums over tokens, and what they are sums of, are never rounded to half precision.
+    g, matrices = widened(as_matrices(grad, left, rows)), widened(as_matrices(x, middle, columns))
+    dtype, w2 = x.dtype, widened(w2)
+    exact = w1.to(g.dtype)
     if w1_first_backward(w1, w2):
-        mixed = torch.matmul(narrow.mT, g) * scale  # (tokens, m, k)
+        mixed = torch.matmul(exact.mT, g) * scale  # (tokens, m, k)
         if need_x:
-            dx = (mixed @ w2).view(x.shape)
+            dx = (mixed @ w2).to(dtype).view(x.shape)
         if need_w1:
             dw1 = torch.einsum("tlk,tmk->lm", g, linear(matrices, w2)) * scale
         if need_w2:
@@ -60,11 +65,11 @@ def kronecker_add_backward(
     else:
         product = g @ w2  # (tokens, l, n)
         if need_x:
-            dx = (torch.matmul(narrow.mT, product) * scale).reshape(x.shape)
+            dx = (torch.matmul(exact.mT, product) * scale).to(dtype).reshape(x.shape)
         if need_w1:
             dw1 = torch.einsum("tln,tmn->lm", product, matrices) * scale
         if need_w2:
-            dw2 = torch.einsum("tlk,tln->kn", g, torch.matmul(narrow, matrices) * scale)
+            dw2 = torch.einsum("tlk,tln->kn", g, torch.matmul(exact, matrices) * scale)
     return dx, dw1.to(w1.dtype), dw2
 
 
