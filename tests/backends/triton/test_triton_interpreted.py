@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from support.operators import ROW_DTYPES, row_count
 
 from peftk.runtime import registry
 from peftk.testing.cases import all_cases
@@ -72,6 +73,8 @@ def test_generic_cases_of(family: str, tmp_path: Path) -> None:
     expected = {f"test_matches_float64_formula[triton-{dtype}-{case}]" for case in cases for dtype in DTYPES}
     for test in ("layouts", "every_element_is_written", "equal_bits_every_time_and_for_any_threads"):
         expected |= {f"test_{test}[triton-{case}]" for case in cases}
+    rowed = [case for case in cases if row_count(case) > 1]
+    expected |= {f"test_no_row_reaches_another[triton-{dtype}-{case}]" for case in rowed for dtype in ROW_DTYPES}
     assert cases
     assert not expected - passed
 
