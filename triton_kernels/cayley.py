@@ -55,6 +55,18 @@ def _skew(packed_ptr, tile, count, stride_packed_block, SIZE: tl.constexpr, PACK
 
 
 @triton.jit
+def _blockwise(
+    product,  # [WIDTH, WIDTH]
+    inside,  # [WIDTH, WIDTH]
+    PACK: tl.constexpr,
+):
+    """Keep the diagonal blocks of a product: beside them, zeros times a block that is not finite would be NaN, which
+    the next product would carry into the other blocks.
+    """
+    return tl.where(inside, product, 0.0) if PACK > 1 else product
+
+
+@triton.jit
 def _cayley_kernel(
     packed_ptr,
     blocks_ptr,
@@ -77,13 +89,13 @@ def _cayley_kernel(
     elif TERMS == 2:
         p = POLYNOMIAL[0] * eye + POLYNOMIAL[1] * s
     else:
-        y = tl.dot(s, s, input_precision="ieee")
+        y = _blockwise(tl.dot(s, s, input_precision="ieee"), inside, PACK)
         p = POLYNOMIAL[TERMS - 1] * y + POLYNOMIAL[TERMS - 2] * s + POLYNOMIAL[TERMS - 3] * eye
         for stage in range(TERMS // 2 - 1):
             k = TERMS - 5 - 2 * stage
             constant = _coefficient(k, POLYNOMIAL, TERMS)
             slope = _coefficient(k + 1, POLYNOMIAL, TERMS)
-            p = tl.dot(p, y, input_precision="ieee") + slope * s + constant * eye
+            p = _blockwise(tl.dot(p, y, input_precision="ieee"), inside, PACK) + slope * s + constant * eye
     block = tile * PACK + rows // SIZE
     tl.store(blocks_ptr + block * (SIZE * SIZE) + rows % SIZE * SIZE + cols % SIZE, p, mask=inside)
 
@@ -117,24 +129,25 @@ def _cayley_backward_kernel(
     if TERMS == 2:
         d = POLYNOMIAL[1] * grad
     else:
-        y = tl.dot(s, s, input_precision="ieee")
+        y = _blockwise(tl.dot(s, s, input_precision="ieee"), inside, PACK)
         d = POLYNOMIAL[TERMS - 2] * grad
         h = POLYNOMIAL[TERMS - 1] * grad
         if TERMS > 3:
             eye = tl.where(rows == cols, 1.0, 0.0)
             # Q^T: the sign of S changes, the sign of Y does not.
             q = POLYNOMIAL[TERMS - 1] * y - POLYNOMIAL[TERMS - 2] * s + POLYNOMIAL[TERMS - 3] * eye
-            step = tl.dot(grad, y, input_precision="ieee")
+            step = _blockwise(tl.dot(grad, y, input_precision="ieee"), inside, PACK)
             d = POLYNOMIAL[TERMS - 2] * step + POLYNOMIAL[TERMS - 4] * grad
-            h = tl.dot(q, grad, POLYNOMIAL[TERMS - 1] * step, input_precision="ieee")
+            h = _blockwise(tl.dot(q, grad, POLYNOMIAL[TERMS - 1] * step, input_precision="ieee"), inside, PACK)
             for stage in range(TERMS // 2 - 2):
                 k = TERMS - 5 - 2 * stage
                 constant = _coefficient(k, POLYNOMIAL, TERMS)
                 slope = _coefficient(k + 1, POLYNOMIAL, TERMS)
-                q = tl.dot(q, y, input_precision="ieee") + (constant * eye - slope * s)
-                h = tl.dot(q, grad, tl.dot(h, y, input_precision="ieee"), input_precision="ieee")
+                q = _blockwise(tl.dot(q, y, input_precision="ieee"), inside, PACK) + (constant * eye - slope * s)
+                step = tl.dot(h, y, input_precision="ieee")
+                h = _blockwise(tl.dot(q, grad, step, input_precision="ieee"), inside, PACK)
                 below = _coefficient(k - 1, POLYNOMIAL, TERMS)
-                d = tl.dot(d, y, input_precision="ieee") + below * grad
+                d = _blockwise(tl.dot(d, y, input_precision="ieee"), inside, PACK) + below * grad
         d = tl.dot(h + tl.trans(h), -s, d, input_precision="ieee")
     i = rows % SIZE
     entry = block * stride_packed_block + i * (2 * SIZE - i - 1) // 2 + (cols - rows - 1)

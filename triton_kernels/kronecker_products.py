@@ -15,6 +15,39 @@ LARGEST = 128
 LARGEST_FLOAT = 32
 """The same in float32, whose tiles stay below 64 rows."""
 
+FAR = tl.constexpr(2.0**30)
+"""Divided by it, what overflows float16 fits: from 2^16 to 2^46, more than 16,384 products of float16 add up to."""
+
+
+@triton.jit
+def _magnitudes(values):
+    """Return the bits of float32 numbers without their signs: integers in the order of the absolute values."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _overflows(magnitudes, dtype: tl.constexpr):
+    """Say which numbers, given by their `_magnitudes`, round to infinity in dtype or are not finite."""
+    if dtype == tl.float16:
+        return magnitudes >= 0x477FF000
+    elif dtype == tl.bfloat16:
+        return magnitudes >= 0x7F7F8000
+    else:
+        return magnitudes >= 0x7F800000
+
+
+@triton.jit
+def _lost(magnitudes, dtype: tl.constexpr):
+    """Say which numbers no multiple of dtype holds: in float16, `_split` saves those below 2^46."""
+    return magnitudes >= 0x56800000 if dtype == tl.float16 else _overflows(magnitudes, dtype)
+
+
+@triton.jit
+def _split(values):
+    """Return what overflows float16, divided by `FAR`, in float16, and everything else in float32."""
+    far = _overflows(_magnitudes(values), tl.float16)
+    return tl.where(far, values * (1 / FAR), 0.0).to(tl.float16), tl.where(far, 0.0, values)
+
 
 @triton.jit
 def _small_factor(
@@ -35,6 +68,14 @@ def _small_factor(
         w1_ptr + (outs % OUT)[:, None] * stride_out + (ins % IN)[None, :] * stride_in, mask=inside, other=0.0
     )
     return values.to(dtype)
+
+
+@triton.jit
+def _places(token, outs, columns_at, tokens, columns, OUT: tl.constexpr, PACK: tl.constexpr):
+    """Return where the output of the tokens of a tile lies, and what of it exists."""
+    rows = token * OUT + outs  # [ROWS_OUT]
+    mask = ((outs < PACK * OUT) & (rows < tokens * OUT))[:, None] & (columns_at < columns)[None, :]
+    return rows[:, None] * columns + columns_at[None, :], mask  # [ROWS_OUT, BLOCK_COLUMNS] each
 
 
 @triton.jit
@@ -69,9 +110,12 @@ def _kronecker_product_kernel(
 ):
     """Compute out[t] = base[t] + scale * w1 @ (in[t] @ w2), and sums over tokens of (in[t] @ w2) @ other[t].T.
 
-    in is (tokens, IN, depth), out, base and other are (tokens, OUT, columns); out may be base itself.
+    in is (tokens, IN, depth), out, base and other are (tokens, OUT, columns); out may be base itself. A token whose
+    in[t] @ w2 is not finite gets NaN, whatever shares its tile; what overflows float16 alone is not lost.
     """
     dtype = in_ptr.dtype.element_ty
+    SHARED: tl.constexpr = PACK > 1 and NEED_OUT
+    HALF: tl.constexpr = dtype == tl.float16
     program = tl.program_id(0).to(tl.int64)
     start = program % column_tiles * BLOCK_COLUMNS
     first_tile = program // column_tiles * tiles_per_chunk
@@ -83,6 +127,7 @@ def _kronecker_product_kernel(
         mixer = _small_factor(w1_ptr, stride_w1_out, stride_w1_in, OUT, IN, ROWS_OUT, ROWS_IN, PACK, dtype)
     if NEED_W1:
         sums = tl.zeros((ROWS_IN, ROWS_OUT), dtype=tl.float32)
+    ruined = tl.zeros((ROWS_IN,), tl.int32)
     for t in range(tiles_per_chunk):
         token = (first_tile + t) * PACK
         rows = token * IN + ins
@@ -99,15 +144,41 @@ def _kronecker_product_kernel(
                 other=0.0,
             )
             product = tl.dot(left, right, product, input_precision="ieee")
+        if SHARED:
+            spoilt = tl.zeros((ROWS_OUT,), tl.int32)
+        if HALF:
+            y = tl.zeros((ROWS_OUT, BLOCK_COLUMNS), dtype=tl.float32)
+        if SHARED or HALF:
+            magnitudes = _magnitudes(product)  # [ROWS_IN, BLOCK_COLUMNS]
+            if _overflows(tl.max(magnitudes), dtype):
+                if SHARED:
+                    # A zero of the mixer times infinity would reach every token of the tile: NaN comes by the marks.
+                    lost = _lost(tl.max(magnitudes, 1), dtype)  # [ROWS_IN]
+                    pairs = lost[None, :] & (outs[:, None] // OUT == ins[None, :] // IN)  # [ROWS_OUT, ROWS_IN]
+                    spoilt = tl.max(pairs.to(tl.int32), 1)  # [ROWS_OUT]
+                    product = tl.where(lost[:, None], 0.0, product)
+                    ruined |= lost.to(tl.int32)
+                if HALF:
+                    far, product = _split(product)
+                    if NEED_OUT:
+                        y = tl.dot(mixer, far, input_precision="ieee") * FAR
+                    if NEED_W1:
+                        offsets, mask = _places(token, outs, columns_at, tokens, columns, OUT, PACK)
+                        other = tl.load(other_ptr + offsets, mask=mask, other=0.0)
+                        sums += tl.dot(far, tl.trans(other), input_precision="ieee") * FAR
+        offsets, mask = _places(token, outs, columns_at, tokens, columns, OUT, PACK)
         product = product.to(dtype)
-        out_rows = token * OUT + outs
-        mask = ((outs < PACK * OUT) & (out_rows < tokens * OUT))[:, None] & in_columns
-        offsets = out_rows[:, None] * columns + columns_at[None, :]
         if NEED_W1:
             other = tl.load(other_ptr + offsets, mask=mask, other=0.0)
             sums = tl.dot(product, tl.trans(other), sums, input_precision="ieee")
         if NEED_OUT:
-            y = tl.dot(mixer, product, input_precision="ieee") * scale
+            if HALF:
+                y = tl.dot(mixer, product, y, input_precision="ieee")
+            else:
+                y = tl.dot(mixer, product, input_precision="ieee")
+            y *= scale
+            if SHARED:
+                y = tl.where((spoilt > 0)[:, None], float("nan"), y)
             if HAS_BASE:
                 base = tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 # -0.0 + 0.0 is +0.0: where the product is zero, every bit of the base stays.
@@ -116,6 +187,8 @@ def _kronecker_product_kernel(
     if NEED_W1:
         same = (ins[:, None] // IN == outs[None, :] // OUT) & (ins[:, None] < PACK * IN) & (outs[None, :] < PACK * OUT)
         block = partial_ptr + (program * PACK + ins[:, None] // IN) * (IN * OUT)
+        if SHARED:
+            sums = tl.where((ruined > 0)[:, None], float("nan"), sums)
         tl.store(block + (ins % IN)[:, None] * OUT + (outs % OUT)[None, :], sums, mask=same)
 
 
@@ -164,8 +237,13 @@ def _kronecker_factor_kernel(
             mask=((middles < PACK * MIDDLE) & (x_rows < tokens * MIDDLE))[:, None] & (columns_at < columns)[None, :],
             other=0.0,
         )
-        mixed = tl.dot(mixer, x, input_precision="ieee").to(dtype)
-        sums = tl.dot(tl.trans(grad), mixed, sums, input_precision="ieee")
+        mixed = tl.dot(mixer, x, input_precision="ieee")
+        if dtype == tl.float16:
+            overflows = _overflows(tl.max(_magnitudes(mixed)), dtype)
+            if overflows:
+                far, mixed = _split(mixed)
+                sums += tl.dot(tl.trans(grad), far, input_precision="ieee") * FAR
+        sums = tl.dot(tl.trans(grad), mixed.to(dtype), sums, input_precision="ieee")
     tl.store(
         partial_ptr + chunk * rows * columns + rows_at[:, None] * columns + columns_at[None, :],
         sums,
@@ -220,9 +298,10 @@ def product(
     rows_in, rows_out = power(pack * ins, 16, LARGEST), power(pack * outs, 16, LARGEST)
     large = max(rows_in, rows_out) > 64
     # Rows that no wide access fits take registers for addresses: small tiles, or they spill.
-    small = large or other is not None or depth % 16 != 0 or width % 16 != 0
+    odd = depth % 16 != 0 or width % 16 != 0
+    small = large or other is not None or odd
     block = power(width, 16, (64 if small else 128) if half else 32)
-    if large and other is None:
+    if (large and other is None) or (odd and other is not None):
         block = min(block, 32)
     tiles, column_tiles = triton.cdiv(tokens, pack), triton.cdiv(width, block)
     chunks, per_chunk = (tiles, 1) if other is None else _chunks(tiles, column_tiles, 512)

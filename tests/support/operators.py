@@ -20,6 +20,8 @@ DTYPES = {
 }
 GPU_DTYPES = {**DTYPES, "f16": (torch.float16, torch.float16)}
 HALVES = ("f16", "f16-f32", "bf16", "bf16-f32")
+ROW_DTYPES = ("f32", "f16-f32", "bf16-f32")
+"""Those in which one row is made unlike any other."""
 
 
 def moved(inputs: Inputs, device: torch.device | str) -> Inputs:
@@ -52,6 +54,18 @@ def forward_backward(function, case: Case, inputs: Inputs, grad: Tensor | None =
     grads = torch.autograd.grad(y, list(wanted.values()), grad.to(y), allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted.values(), strict=True)]
     return y, dict(zip(wanted, filled, strict=True)), grad
+
+
+def as_rows(value: Tensor, last: int) -> Tensor:
+    """View a tensor as rows of its last dimensions: (rows, elements)."""
+    lead = value.dim() - last
+    return value.reshape(value.shape[:lead].numel(), value.shape[lead:].numel())
+
+
+def row_count(case: Case) -> int:
+    """Return how many independent rows the inputs of a case have."""
+    rows = case.rows
+    return len(as_rows(case.inputs()[rows.arguments[0]], rows.last)) if rows.arguments else 0
 
 
 def reason_against(case: Case, inputs: Inputs, backend: str) -> str | None:

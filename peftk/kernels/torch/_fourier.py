@@ -6,6 +6,9 @@ block needs exactly b numbers. Every other lane is a complex number.
 
 The transform of activations nearly keeps magnitudes, so that float16 does not overflow. It would keep them exactly with
 1 / sqrt(b) in every entry, whose rounding is the same in all terms of a sum; a power of two has none.
+
+A matrix is made once for a block size, a dtype and a device, and kept: a CUDA graph reads it at the place where it was
+when the graph was captured.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ def lanes(block_size: int) -> int:
     return -(-((block_size + 1) // 2) // LANES) * LANES
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def transform(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the transform of activations, (b, 2 * lanes): ``x @ transform`` has a real and an imaginary plane."""
     cosine, sine = _waves(block_size)
@@ -33,7 +36,7 @@ def transform(block_size: int, dtype: torch.dtype, device: torch.device) -> Tens
     return _planes([cosine * scale, sine * scale], dtype, device)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def inverse(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the inverse of `transform`, transposed: (b, 2 * lanes) with ``transform @ inverse.mT = 1``."""
     cosine, sine = _waves(block_size)
@@ -43,7 +46,7 @@ def inverse(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return _planes([cosine * scale, sine * scale], dtype, device)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def kernel_transform(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the transform of kernels, (b, 3 * lanes), which is not scaled.
 
@@ -62,7 +65,7 @@ def factors(block_size: int, inverted: bool) -> tuple[float, float]:
     return (1 / (block_size * power), 2 / (block_size * power)) if inverted else (power, power)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def waves(block_size: int) -> Tensor:
     """Return cosine and sine of ``2 pi k / b``, (b / 2, 2), for the fast transform of the C++ kernels."""
     angle = torch.arange(block_size // 2, dtype=torch.float64, device="cpu") * (2 * math.pi / block_size)
@@ -82,7 +85,14 @@ def _waves(block_size: int) -> tuple[Tensor, Tensor]:
 
 def _planes(planes: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     rows, columns = planes[0].shape
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"circular convolution: expected the transform of blocks of {rows} in {dtype} on {device} to be there when "
+            "a CUDA graph is captured; got its first use, which copies from memory that the graph must not read. Run "
+            "the layer once, forward and backward, before the capture"
+        )
     padded = torch.zeros(rows, len(planes), lanes(rows), dtype=torch.float64, device="cpu")
     for i, plane in enumerate(planes):
         padded[:, i, :columns] = plane
-    return padded.flatten(1).to(device, dtype)
+    # Rounded before the copy, which waits until it is done: any stream may read the result.
+    return padded.flatten(1).to(dtype).to(device)

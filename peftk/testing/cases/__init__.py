@@ -21,6 +21,25 @@ Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Which rows of a call are independent: none of them changes another row of the result or of a gradient.
+
+    Attributes:
+        arguments: the arguments whose rows are those of the result; none where the operator has no such rows.
+        last: how many of their last dimensions make a row.
+        result: how many of the result's do.
+    """
+
+    arguments: tuple[str, ...]
+    last: int = 1
+    result: int = 1
+
+
+NO_ROWS = Rows(())
+"""What the cases of an operator say whose every result depends on all of its arguments."""
+
+
+@dataclass(frozen=True)
 class Case:
     """One call of a public function.
 
@@ -32,6 +51,7 @@ class Case:
         gradients: the arguments to differentiate in.
         activations: the arguments that take the activation dtype; other tensors may stay float32.
         saved: the largest number of bytes that may be kept for backward beyond the inputs, from the inputs.
+        rows: which rows are independent; every case says so.
     """
 
     operator: str
@@ -41,6 +61,7 @@ class Case:
     gradients: tuple[str, ...]
     activations: tuple[str, ...]
     saved: Callable[[Inputs], int] = field(default=lambda inputs: 0)
+    rows: Rows = field(kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.operator}-{self.name}"

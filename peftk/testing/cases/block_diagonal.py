@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Case, Inputs
+from . import Case, Inputs, Rows
 
 
 def _dense(blocks: Tensor, features: int) -> Tensor:
@@ -40,7 +40,7 @@ def _rotate_case(
             "transpose": transpose,
         }
 
-    return Case("block_rotate", name, make, rotate, ("x", "blocks"), ("x",))
+    return Case("block_rotate", name, make, rotate, ("x", "blocks"), ("x",), rows=Rows(("x",)))
 
 
 def _linear_case(name: str, lead: tuple, count: int, size: int, out: int, *, bias: bool = True) -> Case:
@@ -54,7 +54,8 @@ def _linear_case(name: str, lead: tuple, count: int, size: int, out: int, *, bia
         }
 
     gradients = ("x", "bias", "blocks") if bias else ("x", "blocks")
-    return Case("block_rotate_linear", name, make, rotate_linear, gradients, ("x", "weight", "bias"))
+    activations = "x", "weight", "bias"
+    return Case("block_rotate_linear", name, make, rotate_linear, gradients, activations, rows=Rows(("x",)))
 
 
 CASES = [

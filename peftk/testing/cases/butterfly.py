@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Case, Inputs
+from . import NO_ROWS, Case, Inputs, Rows
 
 
 def permutation(features: int, size: int, stage: int) -> Tensor:
@@ -67,7 +67,7 @@ def _compose_case(stages: int, count: int, size: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         return {"factors": _factors(generator, stages, count, size)}
 
-    return Case("butterfly_compose", f"m{stages}-{count}xb{size}", make, compose, ("factors",), ())
+    return Case("butterfly_compose", f"m{stages}-{count}xb{size}", make, compose, ("factors",), (), rows=NO_ROWS)
 
 
 def _multiply_case(name: str, lead: tuple, stages: int, count: int, size: int) -> Case:
@@ -76,7 +76,7 @@ def _multiply_case(name: str, lead: tuple, stages: int, count: int, size: int) -
 
     # Half-precision factors are widened once.
     saved = lambda inputs: 4 * inputs["factors"].numel()  # noqa: E731
-    return Case("butterfly_multiply", name, make, multiply, ("x", "factors"), ("x",), saved)
+    return Case("butterfly_multiply", name, make, multiply, ("x", "factors"), ("x",), saved, rows=Rows(("x",)))
 
 
 def _scale_case(name: str, shape: tuple, dim: int = -1, bias: bool = True) -> Case:
@@ -86,7 +86,9 @@ def _scale_case(name: str, shape: tuple, dim: int = -1, bias: bool = True) -> Ca
         return inputs | {"bias": _normal(generator, shape[dim]).clamp(-1, 1) if bias else None, "dim": dim}
 
     wanted = ("x", "scale", "bias") if bias else ("x", "scale")
-    return Case("scale_channels", name, make, scale, wanted, ("x", "bias"))
+    # What comes before the channels: the samples of a convolution.
+    rows = Rows(("x",), len(shape) - dim % len(shape), len(shape) - dim % len(shape))
+    return Case("scale_channels", name, make, scale, wanted, ("x", "bias"), rows=rows)
 
 
 CASES = [

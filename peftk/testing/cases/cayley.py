@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Case, Inputs
+from . import Case, Inputs, Rows
 
 
 def transform(skew: Tensor, block_size: int, neumann_terms: int | None = None) -> Tensor:
@@ -52,7 +52,8 @@ def _case(count: int, size: int, terms: int | None, spread: float = 0.1, square:
     name = f"{count}xb{size}-{'exact' if terms is None else f'{terms}-terms'}{'-square' if square else ''}"
     # The result is kept: b * b elements a block, in float32 or float64.
     saved = lambda inputs: count * size * size * max(inputs["skew"].element_size(), 4)  # noqa: E731
-    return Case("cayley", name, make, transform, ("skew",), (), saved)
+    rows = Rows(("skew",), 2 if square else 1, 2)
+    return Case("cayley", name, make, transform, ("skew",), (), saved, rows=rows)
 
 
 CASES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Case, Inputs
+from . import Case, Inputs, Rows
 
 
 def dense(kernel: Tensor) -> Tensor:
@@ -86,8 +86,10 @@ def _case(
         return 8 * (out * blocks * size + 1) if isinstance(scale, list) else 0
 
     optional = ("scale",) if isinstance(scale, list) else ()
-    gradients = (*first, "kernel", *optional)
-    return Case(operator, name, make, FORMULAS[operator], gradients, ("base", "x", "weight", "bias"), saved)
+    gradients, activations = (*first, "kernel", *optional), ("base", "x", "weight", "bias")
+    # A weight is a sum of its own for every element.
+    rows = Rows(tuple(n for n in first if n != "bias"))
+    return Case(operator, name, make, FORMULAS[operator], gradients, activations, saved, rows=rows)
 
 
 # The sizes let every way of `kernels/torch/_circulant_paths.py` be taken: dense, by frequencies, merged. Blocks of 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Case, Inputs
+from . import Case, Inputs, Rows
 
 
 def norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -42,7 +42,7 @@ def _norm_case(name: str, out: int, features: int, rank: int, scale=0.5, transpo
         a, b = _normal(generator, rank, features), _normal(generator, out, rank) / rank**0.5
         return {"weight": weight, "a": a, "b": b, "scale": _scale(scale)}
 
-    return Case("dora_norm", name, make, norm, (), ("weight",))
+    return Case("dora_norm", name, make, norm, (), ("weight",), rows=Rows(("weight", "b"), 1, 0))
 
 
 def _compose_case(
@@ -70,7 +70,8 @@ def _compose_case(
 
     optional = (*(("bias",) if bias else ()), *(("scale",) if isinstance(scale, list) else ()))
     wanted = "base", "x", "a", "b", "gain", *optional
-    return Case("dora_compose", name, make, compose, wanted, ("base", "x", "bias"), saved)
+    rows = Rows(("base", "x"))
+    return Case("dora_compose", name, make, compose, wanted, ("base", "x", "bias"), saved, rows=rows)
 
 
 CASES = [

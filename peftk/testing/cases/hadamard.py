@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..compare import joined
-from . import Case, Inputs
+from . import NO_ROWS, Case, Inputs, Rows
 
 _FACTORS = ("w1_a", "w1_b", "w2_a", "w2_b")
 
@@ -44,7 +44,7 @@ def _khatri_rao_case(name: str, out: int, features: int, r1: int, r2: int | None
     def make(generator: torch.Generator) -> Inputs:
         return _make(generator, out, features, r1, r1 if r2 is None else r2)
 
-    return Case("khatri_rao", name, make, factors, _FACTORS, _FACTORS)
+    return Case("khatri_rao", name, make, factors, _FACTORS, _FACTORS, rows=NO_ROWS)
 
 
 def _weight_case(
@@ -67,7 +67,9 @@ def _weight_case(
 
     gradients = _FACTORS if frozen else ("weight", *_FACTORS)
     gradients += ("scale",) if isinstance(scale, list) else ()
-    return Case("hadamard_weight", name, make, weight, gradients, ("weight",), saved)
+    # The weight may have more dimensions than the factors, whose rows are its rows, too.
+    rows = Rows(("weight", "w1_a", "w2_a"), 1, len(row)) if len(row) == 1 else Rows(("weight",), len(row), len(row))
+    return Case("hadamard_weight", name, make, weight, gradients, ("weight",), saved, rows=rows)
 
 
 CASES = [

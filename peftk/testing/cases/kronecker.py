@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Case, Inputs
+from . import Case, Inputs, Rows
 
 
 def _dense(w1: Tensor, w2: Tensor) -> Tensor:
@@ -76,7 +76,9 @@ def _case(
         "kronecker_weight": ("weight",),
     }[operator]
     activations = ("base", "x", "weight", "bias")
-    return Case(operator, name, make, _FORMULAS[operator], (*first, "w1", "w2"), activations, saved)
+    # A weight is a sum of its own for every element.
+    independent = Rows(tuple(n for n in first if n != "bias"))
+    return Case(operator, name, make, _FORMULAS[operator], (*first, "w1", "w2"), activations, saved, rows=independent)
 
 
 def _both(name: str, *args, **kwargs) -> list[Case]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Case, Inputs
+from . import Case, Inputs, Rows
 
 
 def philox(seed: int, count: int) -> np.ndarray:
@@ -123,6 +123,7 @@ def _case(
         (*first, "a", "b", *optional),
         ("base", "x", "weight", "bias"),
         saved,
+        rows=Rows((*(n for n in first if n != "bias"), *(("gate",) if gate == "token" else ()))),
     )
 
 

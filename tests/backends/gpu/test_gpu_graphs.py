@@ -70,3 +70,16 @@ def test_dropout_is_refused_while_a_graph_is_captured(device: str) -> None:
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         module(x)
+
+
+def test_the_first_use_of_a_transform_is_refused_while_a_graph_is_captured(device: str) -> None:
+    x = torch.randn(4, 22, device=device, dtype=torch.bfloat16)
+    kernel = torch.randn(1, 1, 22, device=device)
+    x @ x.mT
+    torch.cuda.synchronize()
+    with (
+        peftk.use_backend("torch"),
+        pytest.raises(RuntimeError, match="before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        peftk.functional.circular_conv(x, kernel)

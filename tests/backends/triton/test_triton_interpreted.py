@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from support.operators import ROW_DTYPES, row_count
 
 from peftk.runtime import registry
 from peftk.testing.cases import all_cases
@@ -72,6 +73,8 @@ def test_generic_cases_of(family: str, tmp_path: Path) -> None:
     expected = {f"test_matches_float64_formula[triton-{dtype}-{case}]" for case in cases for dtype in DTYPES}
     for test in ("layouts", "every_element_is_written", "equal_bits_every_time_and_for_any_threads"):
         expected |= {f"test_{test}[triton-{case}]" for case in cases}
+    rowed = [case for case in cases if row_count(case) > 1]
+    expected |= {f"test_no_row_reaches_another[triton-{dtype}-{case}]" for case in rowed for dtype in ROW_DTYPES}
     assert cases
     assert not expected - passed
 
@@ -82,4 +85,5 @@ def test_the_interpreter_finds_planted_errors(tmp_path: Path) -> None:
     assert {"test_out_of_bounds_load_is_caught[row]", "test_out_of_bounds_descriptor_is_caught"} <= passed
     assert "test_two_programs_storing_to_one_address_are_caught" in passed
     assert "test_design_matches_float64_formula[D1-low_rank_linear-two-row-tiles-bf16]" in passed
+    assert "test_a_sum_beyond_float16_gives_what_it_is_multiplied_down_to" in passed
     assert {"test_without_the_repair_bfloat16_is_wrong", "test_casts_round_to_nearest_even[torch.int32]"} <= passed
