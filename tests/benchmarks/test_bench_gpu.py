@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cells, gpu_timing, results, tables
+from benchmarks import gpu, gpu_cells, gpu_timing, parts, results, tables
 from benchmarks.arms import Arm
 from benchmarks.methods import METHODS, Cell, available
+from peftk.runtime import registry, settings, timings
 from peftk.testing.calls import Call
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -179,6 +180,28 @@ def wall_times_have_a_picture_of_their_own(found: results.Results) -> None:
         assert value in {text.get_text() for text in axes.texts}
         assert axes.get_xlabel().startswith(f"{label} of forward + backward")
     assert "overhead_wall" in {name for name, _, _ in plots.draw(found)}
+
+
+def test_operators_prefer_on_gpus_what_was_faster() -> None:
+    measured = set()
+    found = results.read_written(parts.RESULTS / "nvidia-h200" / "results.json")
+    for comparison in found.of("gpu-kernels"):
+        native, triton = (comparison.rows[backend] for backend in ("native", "triton"))
+        if native.measured and triton.measured:
+            operator = registry.OPERATORS[comparison.info["cell"].partition("-")[0]]
+            faster, wall = (native.found[key] / triton.found[key] for key in ("median_us", "wall_median_us"))
+            better = faster > timings.TIE and wall > 1 / timings.TIE
+            assert operator.on_gpus == (registry.TRITON_FIRST if better else settings.BACKENDS), (
+                operator.name,
+                faster,
+                wall,
+            )
+            measured.add(operator.name)
+    # These are made of the kernels of others, which were measured.
+    alike = {"circular_conv", "circular_conv_backward", "circulant_linear", "circulant_linear_backward"}
+    preferring = {name for name, operator in registry.OPERATORS.items() if operator.on_gpus == registry.TRITON_FIRST}
+    assert preferring - alike <= measured
+    assert len(measured) > 8
 
 
 class Event:
