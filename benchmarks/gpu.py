@@ -18,11 +18,14 @@ from typing import Any
 
 from . import parts
 from .parts import Part
+from .results import OUT_OF_TIME, joined, read, read_written
 
 SECONDS = 520.0
 WORK = parts.ROOT / "build" / "bench-gpu"
 # Of the limit of a part, what is kept for the start of its process.
 START = 15.0
+
+Job = tuple[str, Callable[[], Iterator[dict[str, Any]]]]
 
 # Part to what it measures, and its seconds.
 PARTS = {
@@ -35,13 +38,13 @@ PARTS = {
         "DoRA r16, LoHa r8, LoKr f8, BOFT b4 m2, C3A b128, AdaLoRA r12 on the same, beside theirs",
         110.0,
     ),
-    "kernels": ("raw operators on every backend, and the Cayley transform beside its peers", 90.0),
-    "layers-11008": ("the first layers, 4096 -> 11008", 70.0),
-    "layers-14336": ("the first layers, 4096 -> 14336", 65.0),
+    "kernels": ("raw operators on every backend, and the Cayley transform beside its peers", 115.0),
+    "layers-11008": ("the first layers, 4096 -> 11008", 60.0),
+    "layers-14336": ("the first layers, 4096 -> 14336", 50.0),
 }
 
 
-def jobs(part: str) -> list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
+def jobs(part: str) -> list[Job]:
     """Return the comparisons of a part, by name; importing torch is left to the process that runs them."""
     from . import gpu_cells as cells
 
@@ -64,16 +67,22 @@ def jobs(part: str) -> list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
     return [(str(cell), functools.partial(cells.layer, cell, device, 1.2)) for cell in chosen]
 
 
-def measure(part: str, folder: Path, seconds: float, chosen: list | None = None) -> int:
+def by_need(part: str, found: list[Job], earlier: Path) -> list[Job]:
+    """Put the comparisons first that the results of earlier runs lack: there may be no time for all of them."""
+    known = {c.info["test"] for c in read_written(earlier).comparisons} if earlier.is_file() else set()
+    return sorted(found, key=lambda job: f"{part}::{job[0]}" in known)
+
+
+def measure(part: str, folder: Path, seconds: float, chosen: list[Job]) -> int:
     """Run the comparisons of a part, one file each, as long as there is time; return the exit status."""
     end = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
     done, missing, longest = 0, {}, 0.0
-    for name, job in jobs(part) if chosen is None else chosen:
+    for name, job in chosen:
         start = time.monotonic()
         # The next one may take as long as the longest so far.
         if start + longest > end:
-            missing[f"{part}::{name}"] = "not measured: the time of this run was over"
+            missing[f"{part}::{name}"] = OUT_OF_TIME
             print(f"{name}: no time is left", flush=True)
             continue
         entries = []
@@ -94,7 +103,7 @@ def measure(part: str, folder: Path, seconds: float, chosen: list | None = None)
             if re.search("CUDA error|AcceleratorError|illegal", missing[f"{part}::{name}"]):
                 break
     (folder / "missing.json").write_text(json.dumps({"benchmarks": [], "not_measured": missing}))
-    left_out = sum("time of this run" in reason for reason in missing.values())
+    left_out = sum(reason == OUT_OF_TIME for reason in missing.values())
     print(f"cells: {done} measured, {len(missing) - left_out} failed, {left_out} left out for want of time")
     return int(len(missing) > left_out or not done)
 
@@ -112,7 +121,6 @@ def report(work: Path, folder: Path, device: dict[str, Any], outcomes: list[part
     """Write what there is so far: JSON, CSV, Markdown, HTML and plots; what an earlier run measured stays."""
     parts.write_record(folder / "bench.json", device, outcomes)
     from .report import write
-    from .results import joined, read, read_written
 
     files = sorted(work.glob("cells/*/*.json"), key=lambda path: (path.name == "missing.json", path.stat().st_mtime))
     try:
@@ -144,8 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
-        parts.describe_gpu()
-        return measure(options.measure, WORK / "cells" / options.measure, PARTS[options.measure][1] - START)
+        earlier = parts.RESULTS / parts.folder_name(parts.describe_gpu()["name"]) / "results.json"
+        chosen = by_need(options.measure, jobs(options.measure), earlier)
+        return measure(options.measure, WORK / "cells" / options.measure, PARTS[options.measure][1] - START, chosen)
     chosen = all_parts(options.only)
     title = (
         "GPU benchmark of peftk: device time (events) and wall time with a cold L2 cache, all arms in turns, against\n"

@@ -89,40 +89,46 @@ def _by_width(found: list[Comparison], large: bool) -> list[Comparison]:
     return (wide if narrow else []) if large else narrow or wide
 
 
-def overhead(results: Results, large: bool = False) -> Figure | None:
-    """Bars: multiples of the frozen layer, with quartiles and targets."""
+def _on_device(found: list[Comparison]) -> bool:
+    return any(c.info.get("clock") == "events" for c in found)
+
+
+def overhead(results: Results, large: bool = False, wall: bool = False) -> Figure | None:
+    """Bars: multiples of the frozen layer, with quartiles and targets; on a GPU of the device time, or of wall time."""
     found = _by_width([c for c in results.of("layers") if c.rows["frozen"].measured], large)
-    if not found:
+    if not found or (wall and not _on_device(found)):
         return None
     arms = _present(found, LAYER_ARMS)
+    key = "wall_ratio" if wall else "ratio"
     figure, axes = _figure(len(found), 0.72)
     height = 0.84 / len(arms)
     # A few slow peers must not press all the others against the axis.
-    ratios = sorted(c.rows[a].ratio for c in found for a in arms if a in c.rows and c.rows[a].ratio)
-    limit = max(1.2, min(ratios[-1] * 1.12, 3.0))
+    ratios = sorted(c.rows[a].found[key] for c in found for a in arms if a in c.rows and c.rows[a].ratio)
+    limit = max(1.2, min(ratios[-1] * 1.12, 5.0 if wall else 3.0))
     for at, comparison in enumerate(found):
         for slot, arm in enumerate(arms):
             row = comparison.rows.get(arm)
             if row is None or row.ratio is None:
                 continue
             y = at - 0.42 + height * (slot + 0.5)
-            low, high = row.found["ratio_q25"], row.found["ratio_q75"]
-            axes.barh(y, min(row.ratio, limit) - 1, height * 0.9, left=1, color=COLOURS[arm])
-            if row.ratio <= limit:
+            ratio, low, high = (row.found[name] for name in (key, f"{key}_q25", f"{key}_q75"))
+            axes.barh(y, min(ratio, limit) - 1, height * 0.9, left=1, color=COLOURS[arm])
+            if ratio <= limit:
                 axes.plot([low, min(high, limit)], [y, y], color="#202124", linewidth=1)
-            label = min(max(row.ratio, high), limit)
-            text = f"{row.ratio:.2f}" if row.ratio <= limit else f"\u2192 {row.ratio:.1f}"
+            label = min(max(ratio, high), limit)
+            text = f"{ratio:.2f}" if ratio <= limit else f"\u2192 {ratio:.1f}"
             _text(axes, label, y, text)
         asked = target(comparison)
-        if asked is not None and binding(comparison):
+        if asked is not None and binding(comparison) and not wall:
             axes.plot([asked, asked], [at - 0.45, at + 0.45], color="#202124", linewidth=1.4, linestyle=(0, (2, 1.5)))
     axes.axvline(1, color="#5f6368", linewidth=1)
     axes.set_xlim(min(0.97, ratios[0] - 0.02), limit + 0.07 * (limit - 1))
-    axes.set_xlabel("time of forward + backward, in multiples of the frozen layer (line: quartiles)")
+    kind = "wall time" if wall else "device time" if _on_device(found) else "time"
+    axes.set_xlabel(f"{kind} of forward + backward, in multiples of the frozen layer (line: quartiles)")
     _rows(axes, [short(c) for c in found])
-    axes.set_title("Overhead over the frozen layer")
+    axes.set_title("Overhead of one layer alone, waiting for the host" if wall else "Overhead over the frozen layer")
     line = [Line2D([], [], color="#202124", linestyle=(0, (2, 1.5)), label="target for peftk")]
-    _legend(figure, arms, extra=line)
+    _legend(figure, arms, extra=[] if wall else line)
     return figure
 
 
@@ -155,9 +161,9 @@ def speed_up(results: Results, large: bool = False) -> Figure | None:
         return None
     arms = _present(found, PEERS)
     title = "Speed-up of peftk over its peers"
-    figure, axes = _dots(
-        found, arms, lambda c, a: c.ratio(a, "peftk"), title, "peer's time / peftk's time (right of 1: peftk is faster)"
-    )
+    kind = "device time" if _on_device(found) else "time"
+    label = f"peer's {kind} / peftk's (right of 1: peftk is faster)"
+    figure, axes = _dots(found, arms, lambda c, a: c.ratio(a, "peftk"), title, label)
     axes.axvline(1, color="#5f6368", linewidth=1)
     low, high = axes.get_xlim()
     low, high = min(low, 0.9), max(high, 1.25)
@@ -214,7 +220,7 @@ def memory(results: Results, large: bool = False) -> Figure | None:
         limit = limit or max(sizes, default=0.0)
         for y, mib, colour in bars:
             axes.barh(y, min(mib, limit), height * 0.9, color=colour)
-            text = f"{mib:,.0f}" if mib >= 100 else f"{mib:.2g}"
+            text = f"{mib:,.0f}" if mib >= 100 else f"{mib:.2g}" if mib >= 0.005 else "0"
             _text(axes, min(mib, limit), y, text if mib <= limit else f"\u2192 {text}", 7)
         axes.set_xlim(0, limit * 1.14 if limit else 1)
         axes.set_xlabel("MiB")
@@ -279,6 +285,7 @@ def dispatch(results: Results) -> Figure | None:
 
 _BOTH_WIDTHS = {
     "overhead": (overhead, "Overhead over the frozen layer"),
+    "overhead_wall": (functools.partial(overhead, wall=True), "Overhead of one layer alone, in wall time"),
     "speed_up": (speed_up, "Speed-up over peers"),
     "errors": (errors, "Error against float64"),
     "memory": (memory, "Memory"),

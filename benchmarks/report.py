@@ -47,7 +47,11 @@ th,td{border-color:#33373d}}
 def summary(results: Results) -> list[str]:
     """Say what ran where, in a few lines."""
     info = results.info
-    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    found: dict[str, dict[str, None]] = {}
+    for comparison in results.comparisons:
+        for name, version in comparison.info["versions"].items():
+            found.setdefault(name, {})[version] = None
+    versions = ", ".join(f"{name} {' or '.join(each)}" for name, each in found.items())
     dates = sorted({c.info["date"] for c in results.comparisons})
     loads = [c.info[key] for c in results.comparisons for key in ("load_before", "load_after") if key in c.info]
     threads = sorted({c.info["threads"] for c in results.comparisons if c.info["suite"] != "overhead"})

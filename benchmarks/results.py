@@ -61,6 +61,9 @@ COLUMNS = (
 )
 
 
+OUT_OF_TIME = "not measured: the time of this run was over"
+
+
 @dataclass(frozen=True)
 class Row:
     """One arm of one comparison.
@@ -168,7 +171,7 @@ def read(paths: Iterable[Path]) -> Results:
         for benchmark in benchmarks:
             # A test that died before its check has no arms: `not_measured` says why.
             if "arms" in benchmark.get("extra_info", {}):
-                comparison = Comparison(benchmark["extra_info"])
+                comparison = Comparison({**benchmark["extra_info"], "test": benchmark["fullname"]})
                 found[comparison.key] = comparison
                 if all(r.measured for r in comparison.rows.values()):
                     not_measured.pop(benchmark["fullname"], None)
@@ -184,19 +187,17 @@ def read_written(path: Path) -> Results:
 
 
 def joined(older: Results, newer: Results) -> Results:
-    """Return the comparisons of two runs on one device; of equal ones the newer counts."""
+    """Return the comparisons of two runs on one device; of equal ones the newer counts.
+
+    Not measured is what neither run had time for, and what failed when it was last tried.
+    """
     found = {c.key: c for c in (*older.comparisons, *newer.comparisons)}
-    # What an earlier run missed may have been measured since, and the other way round.
-    measured = tuple(cell for _, cell in found)
-    missing = (older.not_measured | newer.not_measured).items()
-    return Results(
-        list(found.values()),
-        {
-            name: reason
-            for name, reason in missing
-            if name in newer.not_measured or not any(cell.startswith(name.rpartition("::")[2]) for cell in measured)
-        },
-    )
+    before, now = ({c.info["test"] for c in run.comparisons} for run in (older, newer))
+    missing = {test: reason for test, reason in older.not_measured.items() if test not in now}
+    for test, reason in newer.not_measured.items():
+        if reason != OUT_OF_TIME or test not in before:
+            missing[test] = reason
+    return Results(list(found.values()), missing)
 
 
 def csv_rows(comparisons: Iterable[Comparison]) -> Iterator[dict[str, Any]]:

@@ -200,6 +200,7 @@ _weight_backward = registry.define(
     fake=lambda grad, w1, w2, scale, *needs: _gradients(grad, w1, w2, False, *needs)[1:],
     flops=lambda grad, *_, **__: 4 * grad.numel(),
     bucket=lambda grad, w1, w2, *_: power_bucket(*w1.shape, *w2.shape),
+    on_gpus=registry.TRITON_FIRST,
 )
 
 

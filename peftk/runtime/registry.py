@@ -26,6 +26,9 @@ logger = logging.getLogger("peftk")
 
 _library = torch.library.Library("peftk", "DEF")
 OPERATORS: dict[str, Operator] = {}
+TRITON_FIRST = ("triton", "native", "torch")
+"""The order on GPUs of operators whose Triton kernels were measured to be faster than those in CUDA C++ on an H200: by
+more than `timings.TIE` on the device, and without losing as much to the slower launches of Triton."""
 PACKAGES = {"torch": "peftk.kernels.torch", "native": "peftk.kernels.native", "triton": "peftk.triton_kernels"}
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cells, gpu_timing, results, tables
+from benchmarks import gpu, gpu_cells, gpu_timing, parts, results, tables
 from benchmarks.arms import Arm
 from benchmarks.methods import METHODS, Cell, available
+from peftk.runtime import registry, settings, timings
 from peftk.testing.calls import Call
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -150,12 +151,57 @@ def test_part_writes_every_comparison_and_the_report_shows_it(
     assert (tmp_path / "report" / "overhead.png").is_file()
     kept = json.loads((tmp_path / "report" / "results.json").read_text())
     assert all("wall_samples_us" in row for c in kept["comparisons"] for row in c["arms"].values() if "ratio" in row)
-    # A second run that measures less, and something of its own, loses nothing.
-    for path in (tmp_path / "cells" / "kernels").glob("*.json"):
+    # A second run that has time for one comparison loses nothing, and begins with what the first one lacks.
+    written = tmp_path / "report" / "results.json"
+    order = [name for name, _ in gpu.by_need("kernels", tiny_jobs(), written)]
+    assert order == ["broken", str(PLAIN[0]), "lora", "gemm", "cayley"]
+    assert [name for name, _ in gpu.by_need("kernels", tiny_jobs(), tmp_path / "none.json")] == [
+        name for name, _ in tiny_jobs()
+    ]
+    for path in (tmp_path / "cells").glob("*/*.json"):
         path.unlink()
+    assert gpu.measure("kernels", folder, 60.0, tiny_jobs()[:1]) == 0
     gpu.report(tmp_path, tmp_path / "report", {"name": "none"}, [])
-    again = results.read_written(tmp_path / "report" / "results.json")
+    again = results.read_written(written)
     assert {c.key for c in again.comparisons} == {c.key for c in found.comparisons}
+    assert again.not_measured["kernels::broken"] == "failed: ValueError: it does not fit"
+    wall_times_have_a_picture_of_their_own(again)
+
+
+def wall_times_have_a_picture_of_their_own(found: results.Results) -> None:
+    from benchmarks import plots
+
+    assert plots.overhead(found, wall=True) is None, "on a CPU there is no other time"
+    (comparison,) = found.of("layers")
+    comparison.info["clock"] = "events"
+    comparison.rows["peftk"].found.update(ratio=1.25, wall_ratio=2.5, wall_ratio_q25=2.4, wall_ratio_q75=2.6)
+    for wall, value, label in ((False, "1.25", "device time"), (True, "2.50", "wall time")):
+        (axes,) = plots.overhead(found, wall=wall).axes
+        assert value in {text.get_text() for text in axes.texts}
+        assert axes.get_xlabel().startswith(f"{label} of forward + backward")
+    assert "overhead_wall" in {name for name, _, _ in plots.draw(found)}
+
+
+def test_operators_prefer_on_gpus_what_was_faster() -> None:
+    measured = set()
+    found = results.read_written(parts.RESULTS / "nvidia-h200" / "results.json")
+    for comparison in found.of("gpu-kernels"):
+        native, triton = (comparison.rows[backend] for backend in ("native", "triton"))
+        if native.measured and triton.measured:
+            operator = registry.OPERATORS[comparison.info["cell"].partition("-")[0]]
+            faster, wall = (native.found[key] / triton.found[key] for key in ("median_us", "wall_median_us"))
+            better = faster > timings.TIE and wall > 1 / timings.TIE
+            assert operator.on_gpus == (registry.TRITON_FIRST if better else settings.BACKENDS), (
+                operator.name,
+                faster,
+                wall,
+            )
+            measured.add(operator.name)
+    # These are made of the kernels of others, which were measured.
+    alike = {"circular_conv", "circular_conv_backward", "circulant_linear", "circulant_linear_backward"}
+    preferring = {name for name, operator in registry.OPERATORS.items() if operator.on_gpus == registry.TRITON_FIRST}
+    assert preferring - alike <= measured
+    assert len(measured) > 8
 
 
 class Event:

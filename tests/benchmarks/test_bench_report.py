@@ -148,6 +148,52 @@ def test_a_later_run_of_the_same_cell_wins(run_file: Path, tmp_path: Path) -> No
     assert [c.info["date"] for c in found.comparisons] == ["2026-02-03", *["2026-01-02"] * 3]
 
 
+def test_two_runs_on_one_device_are_joined(tmp_path: Path) -> None:
+    late, broken = results.OUT_OF_TIME, "failed: ValueError: it does not fit"
+
+    def run(measured: dict[str, str], missing: dict[str, str], date: str) -> results.Results:
+        entries = [
+            {"fullname": test, "extra_info": {**INFO, "suite": "gpu-kernels", "cell": cell, "date": date, "arms": {}}}
+            for cell, test in measured.items()
+        ]
+        # A kernel's cell may begin like that of the function which calls it.
+        path = tmp_path / f"{date}.json"
+        path.write_text(json.dumps({"benchmarks": entries, "not_measured": missing}))
+        return results.read([path])
+
+    older = run(
+        {"cayley-16xb8-forward": "k::cayley-b8", "old": "k::old", "both": "k::both", "breaks": "k::breaks"},
+        {"k::cayley-16xb8": late, "k::never": late, "k::mended": broken, "k::broken": broken},
+        "2026-01-02",
+    )
+    newer = run(
+        {"both": "k::both", "now-16x8": "k::mended"},
+        {"k::old": late, "k::never": late, "k::breaks": broken, "k::another": late},
+        "2026-02-03",
+    )
+    found = results.joined(older, newer)
+    assert {c.info["cell"]: c.info["date"] for c in found.comparisons} == {
+        **dict.fromkeys(("cayley-16xb8-forward", "old", "breaks"), "2026-01-02"),
+        **dict.fromkeys(("both", "now-16x8"), "2026-02-03"),
+    }
+    assert found.not_measured == {
+        **dict.fromkeys(("k::cayley-16xb8", "k::never", "k::another"), late),
+        **dict.fromkeys(("k::broken", "k::breaks"), broken),
+    }
+
+
+def test_summary_names_the_versions_of_every_row(run_file: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the report draws plots")
+    from benchmarks import report
+
+    found = results.read([run_file])
+    info = found.comparisons[1].info
+    info["versions"] = {**info["versions"], "torch": "2.14.0", "triton": "9"}
+    versions = next(line for line in report.summary(found) if line.startswith("Versions: "))
+    assert "torch 2.13.0 or 2.14.0" in versions
+    assert versions.endswith("triton 9.")
+
+
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("[1]")
