@@ -252,9 +252,10 @@ def _gradients(
 def _input_gradient(
     grad: Tensor, weight: Tensor | None, dhidden: Tensor, a: Tensor, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
+    dhidden = dhidden.to(a.dtype)
     # The extended product has no place for a mask.
     if weight is not None and seed is None and _design(grad, weight, a.shape[1], a.shape[0]) == "D1":
-        return low_rank_gemm.extended_linear(grad, weight, None, dhidden.to(a.dtype), a, transposed=True)
+        return low_rank_gemm.extended_linear(grad, weight, None, dhidden, a, transposed=True)
     dx = torch.empty(grad.shape[0], a.shape[1], dtype=grad.dtype, device=grad.device)
     expand(dx, None, dhidden, a, (a.stride(0), a.stride(1)), None, 1.0, dropout_p=dropout_p, seed=seed)
     return dx if weight is None else dx.addmm_(grad, weight)

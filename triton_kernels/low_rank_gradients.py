@@ -170,8 +170,14 @@ def _factor_gradient_kernel(
             x = tl.where(kept, x, 0.0)
         hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row, HAS_GATE)
         if WIDE:
-            # Half-precision x is exact in tf32, which rounds hidden no more than half precision and has its range.
-            accumulator = tl.dot(tl.trans(x).to(tl.float32), hidden, accumulator, input_precision="tf32")
+            # float16 has no room for hidden. Two bfloat16 numbers hold an x of float16 exactly, and enough of hidden.
+            x_high = x.to(tl.bfloat16)
+            x_low = (x.to(tl.float32) - x_high.to(tl.float32)).to(tl.bfloat16)
+            high = hidden.to(tl.bfloat16)
+            low = (hidden - high.to(tl.float32)).to(tl.bfloat16)
+            accumulator = tl.dot(tl.trans(x_high), low, accumulator, input_precision="ieee")
+            accumulator = tl.dot(tl.trans(x_low), high, accumulator, input_precision="ieee")
+            accumulator = tl.dot(tl.trans(x_high), high, accumulator, input_precision="ieee")
         else:
             accumulator = tl.dot(tl.trans(x), hidden, accumulator, input_precision="ieee")
     tl.store(
@@ -334,8 +340,9 @@ def hidden_gradient(
     block_rows = 512 // rank_tile
     tiles = triton.cdiv(rows, block_rows)
     shared = gate is not None and gate.dim() == 1
-    # Not in half precision: small ones would be lost, and large ones become infinite.
-    dhidden = torch.empty(rows, rank, dtype=torch.float32, device=hidden.device)
+    # Not in float16: small ones would be lost, and large ones become infinite.
+    dtype = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
+    dhidden = torch.empty(rows, rank, dtype=dtype, device=hidden.device)
     dgate = None
     if need_gate:
         dgate = torch.empty(tiles if shared else rows, rank, dtype=torch.float32, device=hidden.device)

@@ -130,7 +130,7 @@ def _expand_kernel(
             mask=(columns[None, :] < features) & (ranks[:, None] < rank),
             other=0.0,
         )
-        accumulator = tl.dot(hidden.to(factor.dtype), factor, accumulator, input_precision="ieee")
+        accumulator = tl.dot(hidden, factor, accumulator, input_precision="ieee")
     y = accumulator * scale
     if DROPOUT:
         kept = _kept(row, start, features, seed_low, seed_high, threshold, BLOCK_ROWS, BLOCK_FEATURES, ALIGNED)
@@ -248,7 +248,7 @@ def expand(
     rank = hidden.shape[1]
     rank_tile = rank_tile_of(rank)
     mask = mask_arguments(features, dropout_p, seed)
-    config = _expand_config(factor.dtype, mask)
+    config = _expand_config(hidden.dtype, mask)
     _launch.launch(
         _expand_kernel,
         (triton.cdiv(rows, config["BLOCK_ROWS"]) * triton.cdiv(features, config["BLOCK_FEATURES"]),),
