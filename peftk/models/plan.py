@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint.container import shown
 from ..nn import PeftConfig, check_known, layer_class_for
 from ..nn.base.adapter_layer import Adapter, AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
@@ -97,12 +98,13 @@ def make_plan(
 
 def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter], strict: bool) -> None:
     for field in PATTERNS:
-        patterns = getattr(config, field, None) or {}
-        unused = sorted(p for p in patterns if not any(config.pattern_applies(p, path) for path in adapters))
+        unused = config.unused_keys(getattr(config, field, None) or {}, adapters)
         if unused and strict:
             raise ValueError(f"{field}: these keys match no adapted module: {describe_unknown(unused, adapters)}")
         if unused:
-            warnings.warn(f"{field}: these keys match no adapted module and have no effect: {unused}", stacklevel=3)
+            warnings.warn(
+                f"{field}: these keys match no adapted module and have no effect: {shown(unused)}", stacklevel=3
+            )
 
 
 def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:

@@ -89,7 +89,7 @@ class LoRALinear(LoRALayer):
 
 
 def _uninitialised_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device="meta")
+    return nn.Linear(in_features, out_features, bias=bias, device="meta")
 
 
 @torch.no_grad()
