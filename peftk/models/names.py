@@ -14,11 +14,14 @@ _PARALLEL = ("DataParallel", "DistributedDataParallel", "DeepSpeedEngine")
 
 def inner_name(module: nn.Module) -> str | None:
     """Return the name under which a wrapper holds what it wraps, or None if the module is no wrapper."""
-    children = module.__dict__.get("_modules", {})
-    for name in _INNER:
-        if isinstance(children.get(name), nn.Module):
+    children = module._modules
+    if not children:
+        return None
+    if len(children) == 1:
+        (name,) = children
+        if name in _INNER:
             return name
-    if isinstance(children.get("module"), nn.Module) and any(c.__name__ in _PARALLEL for c in type(module).__mro__):
+    if "module" in children and any(c.__name__ in _PARALLEL for c in type(module).__mro__):
         return "module"
     return None
 
