@@ -91,7 +91,8 @@ def read_into_plan(
     model = tuner.model
     if name in tuner.peft_config:
         plan = tuner.plan_of(name)
-        _check_load_over(tuner, plan, config)
+        with naming_the_file(folder):
+            _check_load_over(tuner, plan, config)
     else:
         tuner.check_new(name, config)
         with naming_the_file(folder):

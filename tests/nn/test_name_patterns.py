@@ -115,6 +115,7 @@ def test_no_expression_takes_long(case):
         ("(?a)a", "expected i, s or x"),
         ("(", "no regular expression"),
         ("a{2,1}", "no regular expression"),
+        ("(?<=a*)b", "no regular expression"),
     ],
 )
 def test_what_is_refused(text, said):

@@ -161,7 +161,9 @@ class Expression:
         other = object.__new__(Expression)
         other._budget = self._budget
         other._build(inner, flags)
-        width = inner.getwidth()[0]
+        width, most = inner.getwidth()
+        if direction < 0 and width != most:
+            raise ValueError("no regular expression (look-behind requires fixed-width pattern)")
 
         def holds(text: str, at: int, budget: Budget) -> bool:
             # Looking from every letter of a name, from every letter that is reached so, adds up.
