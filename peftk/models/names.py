@@ -29,7 +29,7 @@ def inner_name(module: nn.Module) -> str | None:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return what is inside of all wrappers of a module, or the module itself."""
     while (name := inner_name(module)) is not None:
-        module = module._modules[name]
+        module = module.get_submodule(name)
     return module
 
 
@@ -69,7 +69,7 @@ def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
         holder = unwrapped(holder.get_submodule(parent))
     child = holder.get_submodule(name)
     while (inner := inner_name(child)) is not None:
-        holder, name, child = child, inner, child._modules[inner]
+        holder, name, child = child, inner, child.get_submodule(inner)
     return holder, name
 
 

@@ -41,6 +41,12 @@ class Plan:
 
     def materialise(self) -> None:
         """Give memory, with any values, to what was planned without."""
+        for path, adapter in self.adapters.items():
+            if adapter.device is not None and adapter.device.type == "meta":
+                raise ValueError(
+                    f"module {path!r}: its weight is on the meta device, so the adapter has no place; load the "
+                    "weights of the base model before its adapters"
+                )
         for adapter in self.adapters.values():
             adapter.materialise()
 

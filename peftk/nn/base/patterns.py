@@ -134,12 +134,14 @@ class Expression:
             return self._sequence(inner, (flags | add) & ~remove)
         if kind == "BRANCH":
             parts = [self._sequence(inner, flags) for inner in value[1]]
-            first, last = ([place for part in parts for place in part[side]] for side in (1, 2))
-            return any(part[0] for part in parts), first, last
+            first = [place for part in parts for place in part[1]]
+            return any(part[0] for part in parts), first, [place for part in parts for place in part[2]]
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeat(*value, flags)
+            low, high, inner = value
+            return self._repeat(low, high, inner, flags)
         if kind in ("ASSERT", "ASSERT_NOT"):
-            return self._place(between=self._look(*value, kind == "ASSERT", flags))
+            direction, inner = value
+            return self._place(between=self._look(direction, inner, kind == "ASSERT", flags))
         raise ValueError(
             f"a regular expression with a part that needs trying back and forth ({kind.lower()}); {WAY_OUT}"
         )
