@@ -16,7 +16,7 @@ from typing import Any
 
 MAX_STEPS = 800_000
 """The work that the expressions of one field may take, about as much as a second."""
-MAX_LENGTH = 100_000
+MAX_LENGTH = 50_000
 MAX_PLACES = 30_000
 _PLACE, _EXPRESSION = 5, 300  # The steps that making these is counted for.
 
@@ -125,7 +125,9 @@ class Expression:
 
     def _node(self, node: Any, flags: int) -> tuple[bool, list[int], list[int]]:
         kind, value = str(node[0]), node[1]
-        if kind in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "FAILURE"):
+        if kind == "LITERAL":
+            return self._place(_literal(value, bool(flags & re.IGNORECASE)))
+        if kind in ("NOT_LITERAL", "ANY", "IN", "FAILURE"):
             return self._place(_letters(kind, value, flags))
         if kind == "AT":
             return self._place(between=functools.partial(_at, str(value)))
@@ -239,14 +241,20 @@ class Expression:
         return frozenset(p for place in state for p in self._follow[place] if p in accepting)
 
 
+@functools.lru_cache(maxsize=1024)
+def _literal(code: int, ignore_case: bool) -> Test:
+    letter = chr(code)
+    return frozenset((letter, letter.lower(), letter.upper())).__contains__ if ignore_case else letter.__eq__
+
+
 def _letters(kind: str, value: Any, flags: int) -> Test:
     """Return the test of a letter that a node makes."""
     if kind == "FAILURE":
         return lambda _: False
     if kind == "ANY":
         return (lambda _: True) if flags & re.DOTALL else (lambda letter: letter != "\n")
-    if kind in ("LITERAL", "NOT_LITERAL"):
-        items, negate = [("LITERAL", value)], kind == "NOT_LITERAL"
+    if kind == "NOT_LITERAL":
+        items, negate = [("LITERAL", value)], True
     else:
         items = [(str(code), argument) for code, argument in value]
         negate = items[0][0] == "NEGATE"
