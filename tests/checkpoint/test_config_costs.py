@@ -99,8 +99,14 @@ def test_any_file_is_read_or_refused_within_a_second(tmp_path, method):
         text = json.dumps({**good, **values})
         assert len(text) < 1_000_000, name
         file.write_text(text)
-        model = base()
-        took, said = seconds(lambda model=model: peftk.PeftModel.from_pretrained(model, tmp_path))
+        took = 2.0
+        for _ in range(3):
+            # A busy machine may hold up one of them.
+            model = base()
+            again, said = seconds(lambda model=model: peftk.PeftModel.from_pretrained(model, tmp_path))
+            took = min(took, again)
+            if took < 1.0:
+                break
         assert took < 1.0, f"{name}: {took:.2f} s"
         if said is not None:
             refused += 1

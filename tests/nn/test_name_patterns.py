@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from peftk import C3AConfig, LoraConfig, get_peft_model
-from peftk.nn.base.patterns import Budget, Expression, Keys, check_expression, matcher
+from peftk.nn.base.patterns import Budget, Expression, Keys, _expression, check_expression, matcher
 
 NAMES = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(100) for part in "qkvo"]
 
@@ -95,15 +95,27 @@ HOSTILE = {
 }
 
 
+def quickest(work):
+    """Return the seconds of the quickest of two tries, each without what the one before remembers."""
+    took = []
+    for _ in range(2):
+        _expression.cache_clear()
+        begin = time.process_time()
+        work()
+        took.append(time.process_time() - begin)
+    return min(took)
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_no_expression_takes_long(case):
-    begin = time.process_time()
-    try:
-        assert not any(map(matcher(HOSTILE[case]), NAMES))
-    except ValueError as error:
-        assert "names of the modules" in str(error) or "no regular expression" in str(error)
-        assert len(str(error)) < 300
-    assert time.process_time() - begin < 1.0
+    def match():
+        try:
+            assert not any(map(matcher(HOSTILE[case]), NAMES))
+        except ValueError as error:
+            assert "names of the modules" in str(error) or "no regular expression" in str(error)
+            assert len(str(error)) < 300
+
+    assert quickest(match) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -167,14 +179,15 @@ def test_keys_are_found_as_by_trying_one_after_the_other(template):
     ids=["plain", "names", "expressions", "dots around", "dots anywhere", "dots only", "long", "hostile"],
 )
 def test_no_keys_take_long(template, keys):
-    begin = time.process_time()
-    try:
-        found = Keys(template, keys)
-        for name in NAMES:
-            found.first(name)
-    except ValueError as error:
-        assert "take too long" in str(error)
-    assert time.process_time() - begin < 1.0
+    def match():
+        try:
+            found = Keys(template, keys)
+            for name in NAMES:
+                found.first(name)
+        except ValueError as error:
+            assert "take too long" in str(error)
+
+    assert quickest(match) < 1.0
 
 
 def test_a_key_that_is_no_expression_is_named():
