@@ -20,7 +20,7 @@ GPU_PIP := $(GPU_VENV)/bin/python -m pip install --no-index --no-build-isolation
 SOURCES := setup.py pyproject.toml peftk/_version.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench test-gpu bench-gpu lint format doctor setup clean
+.PHONY: help demo test test-long bench test-gpu bench-gpu lint format doctor setup clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(DONE)-test  ## Check the style and run every test; ARGS="-k cayley" and 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
+
+test-long: $(DONE)-test  ## Run the tests that take minutes: thousands of damaged files, of interruptions
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n $(JOBS) --dist loadgroup -q $(ARGS)
 
 bench: $(DONE)-bench  ## Time operators and layers beside their peers, and write the report; ARGS=--quick to try it
 	$(BIN)/python -m benchmarks.run $(ARGS)

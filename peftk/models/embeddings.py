@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 import json
 import os
 import sys
@@ -159,7 +160,7 @@ def _saved_config(name: str | None) -> dict[str, Any] | None:
 def _sets_vocabulary(cls: type) -> bool:
     """Whether a class of models sets `vocab_size` itself when it is made, so that its presence says nothing."""
     for base in cls.__mro__:
-        code = getattr(base.__dict__.get("__init__"), "__wrapped__", base.__dict__.get("__init__"))
+        code: Any = inspect.unwrap(base.__dict__.get("__init__", object.__init__))
         if not hasattr(code, "__code__"):
             continue
         if any(i.opname == "STORE_ATTR" and i.argval == "vocab_size" for i in dis.get_instructions(code)):

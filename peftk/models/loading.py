@@ -20,6 +20,8 @@ from .names import unwrapped, without_wrappers
 from .plan import Plan, copy_into, same_meaning
 from .targets import resolve
 
+MOST_SAID = 2_000
+
 
 def read_config(folder: str | os.PathLike[str]) -> PeftConfig:
     """Read the configuration of a saved adapter."""
@@ -52,10 +54,14 @@ def naming_the_file(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except ValueError as error:
-        raise CheckpointError(file, str(error)) from error
-    except (TypeError, NotImplementedError) as error:
-        raise type(error)(f"{file}: {error}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        said = str(error)
+        if len(said) > MOST_SAID:
+            # What stands in a file must not flood whoever reads the message.
+            said = f"{said[:MOST_SAID]}... ({len(said)} letters)"
+        if isinstance(error, ValueError):
+            raise CheckpointError(file, said) from None
+        raise type(error)(f"{file}: {said}") from None
 
 
 def read_into_plan(
@@ -85,7 +91,8 @@ def read_into_plan(
     model = tuner.model
     if name in tuner.peft_config:
         plan = tuner.plan_of(name)
-        _check_load_over(tuner, plan, config)
+        with naming_the_file(folder):
+            _check_load_over(tuner, plan, config)
     else:
         tuner.check_new(name, config)
         with naming_the_file(folder):

@@ -14,11 +14,14 @@ _PARALLEL = ("DataParallel", "DistributedDataParallel", "DeepSpeedEngine")
 
 def inner_name(module: nn.Module) -> str | None:
     """Return the name under which a wrapper holds what it wraps, or None if the module is no wrapper."""
-    children = module.__dict__.get("_modules", {})
-    for name in _INNER:
-        if isinstance(children.get(name), nn.Module):
+    children = module._modules
+    if not children:
+        return None
+    if len(children) == 1:
+        (name,) = children
+        if name in _INNER:
             return name
-    if isinstance(children.get("module"), nn.Module) and any(c.__name__ in _PARALLEL for c in type(module).__mro__):
+    if "module" in children and any(c.__name__ in _PARALLEL for c in type(module).__mro__):
         return "module"
     return None
 
@@ -26,7 +29,7 @@ def inner_name(module: nn.Module) -> str | None:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return what is inside of all wrappers of a module, or the module itself."""
     while (name := inner_name(module)) is not None:
-        module = module._modules[name]
+        module = module.get_submodule(name)
     return module
 
 
@@ -66,7 +69,7 @@ def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
         holder = unwrapped(holder.get_submodule(parent))
     child = holder.get_submodule(name)
     while (inner := inner_name(child)) is not None:
-        holder, name, child = child, inner, child._modules[inner]
+        holder, name, child = child, inner, child.get_submodule(inner)
     return holder, name
 
 

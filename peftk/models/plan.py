@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint.container import shown
 from ..nn import PeftConfig, check_known, layer_class_for
 from ..nn.base.adapter_layer import Adapter, AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
@@ -40,6 +41,12 @@ class Plan:
 
     def materialise(self) -> None:
         """Give memory, with any values, to what was planned without."""
+        for path, adapter in self.adapters.items():
+            if adapter.device is not None and adapter.device.type == "meta":
+                raise ValueError(
+                    f"module {path!r}: its weight is on the meta device, so the adapter has no place; load the "
+                    "weights of the base model before its adapters"
+                )
         for adapter in self.adapters.values():
             adapter.materialise()
 
@@ -97,12 +104,13 @@ def make_plan(
 
 def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter], strict: bool) -> None:
     for field in PATTERNS:
-        patterns = getattr(config, field, None) or {}
-        unused = sorted(p for p in patterns if not any(config.pattern_applies(p, path) for path in adapters))
+        unused = config.unused_keys(getattr(config, field, None) or {}, adapters)
         if unused and strict:
             raise ValueError(f"{field}: these keys match no adapted module: {describe_unknown(unused, adapters)}")
         if unused:
-            warnings.warn(f"{field}: these keys match no adapted module and have no effect: {unused}", stacklevel=3)
+            warnings.warn(
+                f"{field}: these keys match no adapted module and have no effect: {shown(unused)}", stacklevel=3
+            )
 
 
 def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from ..nn import layer_class_for
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import PeftConfig, TaskType
 from ..nn.base.kinds import QUANTISERS, quantised_by
+from ..nn.base.patterns import matcher
 from ..nn.base.saved import ModulesToSaveWrapper
 from .names import named_modules, unwrapped, without_wrappers
 
@@ -84,35 +85,54 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts)) if not parts[i].isdigit()]
 
 
-def _named(key: str, names: Iterable[str]) -> bool:
-    return any(key == name or key.endswith(f".{name}") for name in names)
+def _suffixes(key: str) -> list[str]:
+    """Return the name itself and its endings after a dot."""
+    parts = key.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def _selected(key: str, spec: Iterable[str] | str) -> bool:
-    return re.fullmatch(spec, key) is not None if isinstance(spec, str) else _named(key, spec)
+def _selector(spec: Iterable[str] | str) -> Callable[[str], bool]:
+    """Return the test whether a name of a module is meant: by its whole by an expression, by its ending by a list."""
+    if isinstance(spec, str):
+        return matcher(spec)
+    names = frozenset(spec)
+    return lambda key: not names.isdisjoint(_suffixes(key))
 
 
-def _excluded(config: PeftConfig, key: str) -> bool:
-    if config.exclude_modules and _selected(key, config.exclude_modules):
-        return True
-    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", key) for m in config.modules_to_save or ())
+def _unless_excluded(config: PeftConfig) -> Callable[[str], bool]:
+    """Return the test whether a name is neither in `exclude_modules` nor in a module that is trained in full."""
+    excluded = _selector(config.exclude_modules or ())
+    saved = frozenset(config.modules_to_save or ())
+
+    def kept(key: str) -> bool:
+        if excluded(key):
+            return False
+        parts = key.split(".") if saved else []
+        inner = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+        return saved.isdisjoint(inner)
+
+    return kept
 
 
-def _in_layers(config: PeftConfig, key: str) -> bool:
+def _in_layers(config: PeftConfig) -> Callable[[str], bool]:
+    """Return the test whether a name lies in one of the layers of `layers_to_transform`."""
     indices = config.layers_to_transform
     if indices is None or (isinstance(indices, (list, tuple)) and not indices):
-        return True
-    patterns = config.layers_pattern
-    if not patterns:
+        return lambda key: True
+    wanted = frozenset(indices if isinstance(indices, (list, tuple)) else [indices])
+    names = config.layers_pattern
+    if not names:
         # PEFT's rule, which needs something before the list; a list at the top of the model is found second.
-        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", key) or re.match(r"[^.]*\.(?P<index>\d+)\.", key)
+        texts = [r".*?\.[^.]*\.(?P<index>\d+)\.", r"[^.]*\.(?P<index>\d+)\."]
     else:
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        matches = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", key) for p in patterns)
-        found = next((m for m in matches if m), None)
-    if found is None:
-        return False
-    return int(found["index"]) in (indices if isinstance(indices, (list, tuple)) else [indices])
+        texts = [rf"(?:^|.*?\.)(?:{p})\.(?P<index>\d+)\." for p in ([names] if isinstance(names, str) else names)]
+    expressions = [re.compile(text) for text in texts]
+
+    def inside(key: str) -> bool:
+        found = next((match for match in (e.match(key) for e in expressions) if match), None)
+        return found is not None and int(found["index"]) in wanted
+
+    return inside
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -121,12 +141,13 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     Names are those of the model without wrappers, such as activation checkpointing puts around its blocks.
     """
     result: dict[str, nn.Module] = {}
-    inside: list[str] = []
+    inside = "."
     for name, module in named_modules(model):
-        if not name or any(name.startswith(prefix) for prefix in inside):
+        # What is inside of a module follows it directly.
+        if not name or name.startswith(inside):
             continue
         if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
-            inside.append(f"{name}.")
+            inside = f"{name}."
         result[name] = module
     return result
 
@@ -165,7 +186,7 @@ def fill_default_targets(model: nn.Module, config: PeftConfig) -> None:
             )
         present = candidates(model)
         config.target_modules = (
-            spec if isinstance(spec, str) else {n for n in spec if any(_named(k, [n]) for k in present)}
+            spec if isinstance(spec, str) else {*spec} & {suffix for key in present for suffix in _suffixes(key)}
         )
         if not config.target_modules:
             raise ValueError(f"target_modules: the default {sorted(spec)} of model type {kind!r} is not in this model")
@@ -223,11 +244,14 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
     if not isinstance(config.target_modules, str):
         config.target_modules = {without_wrappers(name) for name in config.target_modules}
     spec = config.target_modules
-    by_name = [key for key in modules if _selected(key, spec)]
-    unknown = [] if isinstance(spec, str) else sorted(n for n in spec if not any(_named(k, [n]) for k in modules))
+    by_name = list(filter(_selector(spec), modules))
+    unknown = []
+    if not isinstance(spec, str):
+        unknown = sorted(set(spec) - {suffix for key in modules for suffix in _suffixes(key)})
     if unknown and (strict or not by_name):
+        meant = _selector(unknown)
         for paths in places(model).values():
-            other = next((path for path in paths if path not in modules and _named(path, unknown)), None)
+            other = next((path for path in paths if path not in modules and meant(path)), None)
             if other is not None and paths[0] in modules:
                 raise ValueError(
                     f"target_modules: {other!r} is the same module as {paths[0]!r}, under which name it is adapted"
@@ -235,7 +259,7 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
         raise ValueError(f"target_modules: not in the model: {describe_unknown(unknown, modules)}")
     if not by_name:
         raise ValueError(f"target_modules: {_unmatched(spec, modules)}")
-    if config.exclude_modules and not any(_selected(key, config.exclude_modules) for key in by_name):
+    if config.exclude_modules and not any(map(_selector(config.exclude_modules), by_name)):
         warnings.warn(
             f"exclude_modules: {shown(config.exclude_modules)} matches none of the {len(by_name)} targeted modules, so "
             "nothing is left out; a string is one pattern for the whole name, a list holds names or their endings",
@@ -243,7 +267,8 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
         )
     # A whole name says which layer it means; endings leave that to `layers_to_transform`.
     whole = () if isinstance(spec, str) else spec
-    kept = [key for key in by_name if not _excluded(config, key) and (key in whole or _in_layers(config, key))]
+    allowed, in_layers = _unless_excluded(config), _in_layers(config)
+    kept = [key for key in by_name if allowed(key) and (key in whole or in_layers(key))]
     if not kept:
         raise ValueError(
             f"target_modules: all {len(by_name)} matched modules are left out by exclude_modules="
@@ -257,7 +282,7 @@ def _unmatched(pattern: str, modules: dict[str, nn.Module]) -> str:
     """Say that a pattern matches no module, and what to write if it was meant as a name."""
     said = f"a string is one pattern for a whole name, and {shown(pattern)} matches no module"
     names = [name for name in re.split(r"[,|\s]+", pattern) if name]
-    if names and all(any(_named(key, [name]) for key in modules) for name in names):
+    if names and {*names} <= {suffix for key in modules for suffix in _suffixes(key)}:
         return (
             f"{said}; for the modules with {'this name' if len(names) == 1 else 'these names'} pass the list {names!r}"
         )
@@ -327,10 +352,10 @@ def resolve_saved(model: nn.Module, config: PeftConfig, asked: Iterable[str]) ->
     unknown = sorted(name for name in asked if not any(key.endswith(name) for key in modules))
     if unknown:
         raise ValueError(f"modules_to_save: not in the model: {describe_unknown(unknown, modules)}")
-    names = getattr(config, "modules_to_save", None) or ()
-    found = [key for key in modules if any(key.endswith(name) for name in names)]
+    names = tuple(getattr(config, "modules_to_save", None) or ())
+    matched = {key: None for key in modules if key.endswith(names)}
     # A module inside one that is saved already is saved with it.
-    found = [key for key in found if not any(key.startswith(f"{other}.") for other in found)]
+    found = [key for key in matched if not any(key[:i] in matched for i, letter in enumerate(key) if letter == ".")]
     for key in found:
         module = modules[key]
         containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterLayer)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.container import shown
 from ..nn import LoraConfig, PeftConfig, XLoraConfig
+from ..nn.base.adapter_layer import give_memory
 from ..nn.base.config import check_int, check_number
 from ..nn.xlora.layer import GATED, Gates, XLoraClassifier
 from .adapters import Tuner
@@ -41,7 +42,7 @@ class XLoraPlan(Plan):
 
     def materialise(self) -> None:
         """See `Plan.materialise`; the experts have memory already."""
-        self.classifier.to_empty(device=self.device)
+        give_memory(self.classifier, self.device)
 
 
 def tuner_for(model: nn.Module, config: PeftConfig) -> Tuner:

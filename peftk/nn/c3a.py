@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..methods import c3a
 from ..methods._base_layer import features_of
 from .base.adapter_layer import Adapter, AdapterLayer
-from .base.config import PeftConfig, PeftType, check_choice, check_int, check_regex
+from .base.config import PeftConfig, PeftType, check_choice, check_int
 from .base.merging import Merged
 
 MAX_BLOCK = 2**20
@@ -72,10 +72,8 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
         self.block_size_pattern = patterns
         if not isinstance(patterns, dict):
             raise TypeError(f"block_size_pattern: expected a dict from name patterns to sizes, got {patterns!r}")
+        self._check_keys("block_size_pattern")
         for key, value in patterns.items():
-            if not isinstance(key, str):
-                raise TypeError(f"block_size_pattern: expected name patterns as keys, got {key!r}")
-            check_regex("block_size_pattern", key)
             check_int(f"block_size_pattern[{key!r}]", value, 1, MAX_BLOCK)
         self._check_targets()
 

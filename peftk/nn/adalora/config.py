@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,16 +119,17 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
                     f"rank_pattern[{key!r}]: expected a list of init_r={self.init_r} booleans, got {kept!r}"
                 )
 
-    def pattern_applies(self, key: str, module_name: str) -> bool:
-        """Whether a key of `rank_pattern` means the module of this name."""
-        return module_of(key) == module_name
+    def unused_keys(self, patterns: Collection[str], module_names: Collection[str]) -> list[str]:
+        """Return the keys of `rank_pattern` that mean none of these modules."""
+        names = set(module_names)
+        return sorted(key for key in patterns if module_of(key) not in names)
 
     def kept_triplets(self, module_name: str) -> list[int]:
         """Return which of the `init_r` triplets of a module `rank_pattern` keeps."""
-        for key, kept in (self.rank_pattern or {}).items():
-            if module_of(key) == module_name:
-                return [index for index, flag in enumerate(kept) if flag]
-        return list(range(self.init_r))
+        patterns = self.rank_pattern or {}
+        key = _first_keys(tuple(patterns)).get(module_name)
+        kept = [True] * self.init_r if key is None else patterns[key]
+        return [index for index, flag in enumerate(kept) if flag]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values, with the keys of `rank_pattern` as files have them: no adapter name."""
@@ -141,6 +144,12 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
 def module_of(key: str) -> str:
     """Return the module path in a key of `rank_pattern`: all that stands before `lora_E`."""
     return f".{key}".rpartition(".lora_E")[0][1:]
+
+
+@functools.lru_cache(maxsize=8)
+def _first_keys(keys: tuple[str, ...]) -> dict[str, str]:
+    """Return the first key for every module that the keys of `rank_pattern` mean."""
+    return {module_of(key): key for key in reversed(keys)}
 
 
 __all__ = ["AdaLoraConfig"]

@@ -39,9 +39,9 @@ class Adapter:
         """Give memory, with any values, to parameters that were made without."""
         for container, part in self.parts.items():
             if isinstance(part, nn.Module):
-                part.to_empty(device=self.device)
+                give_memory(part, self.device)
             elif part.is_meta:
-                self.parts[container] = nn.Parameter(torch.empty_like(part, device=self.device), part.requires_grad)
+                self.parts[container] = _with_memory(part, self.device)
 
     def saved_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the file key, after the path of the layer, and the tensor of everything that a file holds."""
@@ -55,6 +55,19 @@ class Adapter:
                 # FSDP may have wrapped the part.
                 key = f"{container}.{name.replace('_fsdp_wrapped_module.', '')}"
                 yield self.layer_class.file_names.get(key, key), parameter
+
+
+def give_memory(module: nn.Module, device: torch.device | None) -> None:
+    """Give memory on a device, with any values, to the parameters of a module that have none."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                part._parameters[name] = _with_memory(parameter, device)
+
+
+def _with_memory(parameter: nn.Parameter, device: torch.device | None) -> nn.Parameter:
+    # Not torch.empty_like, which for a tensor without memory loads half of torch's compiler.
+    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad)
 
 
 class AdapterLayer(Mergeable, Scalable):

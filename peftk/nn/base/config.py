@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from ...checkpoint.container import shown
+from .patterns import check_expression, keys_of
+
 PEFT_FORMAT_VERSION = "0.21.2"
 """The release of Hugging Face PEFT whose configuration and checkpoint format peftk reads and writes."""
+MAX_LISTS = 100
 
 
 class TaskType(str, Enum):
@@ -47,13 +51,13 @@ class PeftType(str, Enum):
 def check_bool(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:
     """Raise unless `value` is an int (not a bool) in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
+        raise TypeError(f"{name}: expected an int, got {shown(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected an int from {low} to {high}, got {value}")
 
@@ -61,33 +65,43 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 def check_number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     """Raise unless `value` is a finite number in [low, high), or in (low, high] with `above`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+        raise TypeError(f"{name}: expected a number, got {shown(value)}")
     inside = low < value <= high if above else low <= value < high
     if not (math.isfinite(value) and inside):
         bounds = f"({low}, {high}]" if above else f"[{low}, {high})"
-        raise ValueError(f"{name}: expected a finite number in {bounds}, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number in {bounds}, got {shown(value)}")
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`, compared with its type."""
     if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
-        raise ValueError(f"{name}: expected one of {', '.join(sorted(map(repr, choices)))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(sorted(map(repr, choices)))}, got {shown(value)}")
 
 
 def check_optional_str(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a string or None."""
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name}: expected a string or None, got {value!r}")
+        raise TypeError(f"{name}: expected a string or None, got {shown(value)}")
 
 
 def check_regex(name: str, value: str) -> None:
-    """Raise ValueError unless `value` is a non-empty regular expression."""
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name}: expected a regular expression, got {value!r} ({error})") from None
+    """Raise ValueError unless `value` is a non-empty regular expression that can be matched in bounded time."""
     if not value:
         raise ValueError(f"{name}: expected a non-empty string")
+    try:
+        check_expression(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a regular expression, got {shown(value)}: {error}") from None
+
+
+def check_list_name(name: str, value: str) -> None:
+    """Raise ValueError unless `value` is the name of a list of layers, or a regular expression without repeats."""
+    check_regex(name, value)
+    if len(value) > 1000 or re.search(r"[*+{(]", value.replace("(?:", "")):
+        raise ValueError(
+            f"{name}: expected the name of a list of layers, such as 'layers', or several with '|' in between, got "
+            f"{shown(value)}"
+        )
 
 
 def check_adapter_name(name: object) -> str:
@@ -109,11 +123,11 @@ def check_adapter_name(name: object) -> str:
 def check_names(name: str, value: object) -> None:
     """Raise unless `value` is a non-empty list, tuple or set of non-empty strings."""
     if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple, set, frozenset)):
-        way_out = f"; write [{value!r}]" if isinstance(value, str) else ""
-        raise TypeError(f"{name}: expected a list of module names, got {value!r}{way_out}")
+        way_out = f"; write [{shown(value)}]" if isinstance(value, str) else ""
+        raise TypeError(f"{name}: expected a list of module names, got {shown(value)}{way_out}")
     for item in value:
         if not isinstance(item, str) or not item:
-            raise TypeError(f"{name}: expected non-empty strings, got {item!r}")
+            raise TypeError(f"{name}: expected non-empty strings, got {shown(item)}")
 
 
 def check_patterns(config: PeftConfig, most_rank: int, most_alpha: float) -> None:
@@ -123,15 +137,13 @@ def check_patterns(config: PeftConfig, most_rank: int, most_alpha: float) -> Non
         patterns = {} if patterns is None else patterns
         setattr(config, name, patterns)
         if not isinstance(patterns, dict):
-            raise TypeError(f"{name}: expected a dict from name patterns to numbers, got {patterns!r}")
+            raise TypeError(f"{name}: expected a dict from name patterns to numbers, got {shown(patterns)}")
+        config._check_keys(name)
         for key, value in patterns.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{name}: expected strings as keys, got {key!r}")
-            check_regex(f"{name} key", key)
             if name == "rank_pattern":
-                check_int(f"{name}[{key!r}]", value, 1, most_rank)
+                check_int(f"{name}[{shown(key)}]", value, 1, most_rank)
             else:
-                check_number(f"{name}[{key!r}]", value, 0, most_alpha, above=True)
+                check_number(f"{name}[{shown(key)}]", value, 0, most_alpha, above=True)
 
 
 @dataclass
@@ -168,7 +180,7 @@ class PeftConfig:
     _never_in_file: ClassVar[frozenset[str]] = frozenset()
     # Whether the method cannot stand beside another one in a model.
     _alone: ClassVar[bool] = False
-    # How PEFT's code for the method tries a key of a field like `rank_pattern` on the path of a module.
+    # How PEFT's code for the method tries a key of a field like `rank_pattern` on the path of a module: by `re.match`.
     _pattern: ClassVar[str] = r"(.*\.)?({})$"
 
     if TYPE_CHECKING:
@@ -186,19 +198,21 @@ class PeftConfig:
         if self.task_type is not None:
             if not isinstance(self.task_type, str) or self.task_type not in list(TaskType):
                 raise ValueError(
-                    f"task_type: expected one of {[t.value for t in TaskType]} or None, got {self.task_type!r}"
+                    f"task_type: expected one of {[t.value for t in TaskType]} or None, got {shown(self.task_type)}"
                 )
             self.task_type = TaskType(self.task_type)
         if self._method is not None:
             if self.peft_type is not None and self.peft_type != self._method:
-                raise ValueError(f"peft_type: {type(self).__name__} is {self._method.value}, got {self.peft_type!r}")
+                raise ValueError(
+                    f"peft_type: {type(self).__name__} is {self._method.value}, got {shown(self.peft_type)}"
+                )
             self.peft_type = self._method
         if self.peft_version is None:
             self.peft_version = PEFT_FORMAT_VERSION
         for name in ("peft_version", "base_model_name_or_path", "revision"):
             check_optional_str(name, getattr(self, name))
         if self.auto_mapping is not None and not isinstance(self.auto_mapping, Mapping):
-            raise TypeError(f"auto_mapping: expected a dict or None, got {self.auto_mapping!r}")
+            raise TypeError(f"auto_mapping: expected a dict or None, got {shown(self.auto_mapping)}")
         check_bool("inference_mode", self.inference_mode)
 
     def _check_targets(self) -> None:
@@ -221,28 +235,47 @@ class PeftConfig:
         patterns = self.layers_pattern
         if patterns is not None and not isinstance(patterns, str):
             check_names("layers_pattern", patterns)
+        if patterns is not None and len(patterns) > MAX_LISTS and not isinstance(patterns, str):
+            raise ValueError(f"layers_pattern: expected at most {MAX_LISTS} names, got {len(patterns)}")
         for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-            check_regex("layers_pattern", pattern)
+            check_list_name("layers_pattern", pattern)
         if patterns and indices is None:
             raise ValueError("layers_pattern: needs layers_to_transform as well, which is None")
         if isinstance(self.target_modules, str) and indices is not None:
             raise ValueError(
                 f"layers_to_transform: works with a list of target_modules only, got the pattern "
-                f"{self.target_modules!r}"
+                f"{shown(self.target_modules)}"
             )
 
+    def _check_keys(self, name: str) -> None:
+        """Raise unless the keys of the field `name`, like `rank_pattern`, are expressions for names of modules."""
+        patterns = getattr(self, name)
+        for key in patterns:
+            if not isinstance(key, str):
+                raise TypeError(f"{name}: expected strings as keys, got {shown(key)}")
+            if not key:
+                raise ValueError(f"{name}: expected non-empty keys")
+        try:
+            keys_of(self._pattern, tuple(patterns))
+        except ValueError as error:
+            raise ValueError(f"{name}: key {error}") from None
+
     @classmethod
-    def pattern_key(cls, patterns: Iterable[str], module_name: str) -> str | None:
+    def pattern_key(cls, patterns: Collection[str], module_name: str) -> str | None:
         """Return the key of a field like `rank_pattern` that counts for a module, by PEFT's rule, or None.
 
         It is the first one that matches, not the closest; if none does, the one that is the name itself.
         """
-        found = next((p for p in patterns if re.match(cls._pattern.format(p), module_name)), None)
+        if not patterns:
+            return None
+        found = keys_of(cls._pattern, tuple(patterns)).first(module_name)
         return module_name if found is None and module_name in patterns else found
 
-    def pattern_applies(self, key: str, module_name: str) -> bool:
-        """Whether a key of a field like `rank_pattern` means the module of this name, if no other key does."""
-        return self.pattern_key([key], module_name) is not None
+    def unused_keys(self, patterns: Collection[str], module_names: Collection[str]) -> list[str]:
+        """Return the keys of a field like `rank_pattern` that mean none of these modules, whatever other keys do."""
+        keys = keys_of(self._pattern, tuple(patterns))
+        used = set(module_names).union(*(keys.matching(name) for name in module_names))
+        return sorted(key for key in patterns if key not in used)
 
     @classmethod
     def _check_file(cls, values: Mapping[str, Any]) -> None:
@@ -279,7 +312,7 @@ class PeftConfig:
         kind = values.get("peft_type")
         target = PeftConfig._by_type.get(kind) if isinstance(kind, str) else None
         if target is None:
-            raise ValueError(f"peft_type: expected one of {sorted(PeftConfig._by_type)}, got {kind!r}")
+            raise ValueError(f"peft_type: expected one of {sorted(PeftConfig._by_type)}, got {shown(kind)}")
         if not issubclass(target, cls):
             raise ValueError(f"peft_type: {cls.__name__} cannot hold a configuration of type {kind!r}")
         target._check_file(values)
@@ -287,7 +320,8 @@ class PeftConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(
-                f"adapter configuration: these keys are not known to {target.__name__} and are ignored: {unknown}",
+                f"adapter configuration: these keys are not known to {target.__name__} and are ignored: "
+                f"{shown(unknown)}",
                 stacklevel=2,
             )
         return target(**{name: value for name, value in values.items() if name in known})
@@ -326,7 +360,8 @@ def refuse_unimplemented(config: PeftConfig, names: Iterable[str]) -> None:
         empty = value is None or value is False or (isinstance(value, (list, tuple, set)) and not value)
         if not empty and (type(value) is not type(default) or value != default):
             raise NotImplementedError(
-                f"{name}={value!r}: {type(config).__name__} does not implement this field yet; leave it at {default!r}"
+                f"{name}={shown(value)}: {type(config).__name__} does not implement this field yet; leave it at "
+                f"{default!r}"
             )
 
 

@@ -88,8 +88,15 @@ class LoRALinear(LoRALayer):
         return lora.linear_mixed(self.base_layer, x, adapters, choice, args, kwargs)
 
 
+class _Bare(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Leave the values, where there will be others, or no memory to hold them."""
+
+
 def _uninitialised_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device="meta")
+    layer = _Bare(in_features, out_features, bias=bias)
+    layer.__class__ = nn.Linear
+    return layer
 
 
 @torch.no_grad()
