@@ -17,6 +17,7 @@ from ..nn.base.config import check_adapter_name, check_int
 from ..nn.base.freezing import set_trainable
 from ..nn.base.merging import check_finite
 from ..nn.base.saved import ModulesToSaveWrapper
+from ..nn.base.undo import all_or_nothing
 from .plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
 from .targets import candidates, describe_unknown, places
 from .ties import note_untied
@@ -98,7 +99,7 @@ class Tuner(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Called before any module inside is loaded: a load that a merged layer refuses changes nothing.
-        for path, layer in self.layers():
+        for path, layer in self._layers():
             layer.check_load(state_dict, f"{prefix}model.{path}.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -107,19 +108,19 @@ class Tuner(nn.Module):
         """The active adapter, or the list of them if there is not exactly one."""
         return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
 
-    def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+    def _layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """Yield the path and the layer of every adapted layer."""
         for path, module in candidates(self.model).items():
             if isinstance(module, AdapterLayer):
                 yield path, module
 
-    def wrappers(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    def _wrappers(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
         """Yield the path and the wrapper of every module that is trained in full."""
         for path, module in candidates(self.model).items():
             if isinstance(module, ModulesToSaveWrapper):
                 yield path, module
 
-    def known(self, names: str | Sequence[str], argument: str = "adapter_name") -> list[str]:
+    def _known(self, names: str | Sequence[str], argument: str = "adapter_name") -> list[str]:
         """Return the names as a list, or raise ValueError if one of them does not exist."""
         names = [names] if isinstance(names, str) else list(names)
         missing = [name for name in names if name not in self.peft_config]
@@ -129,7 +130,7 @@ class Tuner(nn.Module):
 
     # -- adding and choosing ----------------------------------------------------------------------------------
 
-    def check_new(self, name: str, config: PeftConfig) -> None:
+    def _check_new(self, name: str, config: PeftConfig) -> None:
         """Raise unless an adapter of this name and configuration may be added."""
         check_adapter_name(name)
         if name in self.peft_config:
@@ -154,20 +155,33 @@ class Tuner(nn.Module):
                 "set inference_mode=True for the others"
             )
 
-    def plan(self, name: str, config: PeftConfig, **options: Any) -> Plan:
+    def _plan(self, name: str, config: PeftConfig, **options: Any) -> Plan:
         """Make all tensors of a new adapter without touching the model; see `make_plan`."""
         return make_plan(self.model, name, config, **options)
 
-    def plan_of(self, name: str) -> Plan:
+    def _plan_of(self, name: str) -> Plan:
         """Describe an adapter that the model has already."""
         return plan_of(self.model, name, self.peft_config[name])
 
-    def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
+    def _file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Map every key of an adapter's file to its tensor; see `file_tensors`."""
         return file_tensors(self.model, plan)
 
-    def commit(self, plan: Plan) -> None:
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """Undo what a block does to the model and its adapters if it fails, whatever it is."""
+        return all_or_nothing([*self.modules()], [*self.parameters()])
+
+    def _switches(self) -> contextlib.AbstractContextManager[None]:
+        """Undo what a block does to the choice of adapters and to what is trained or merged if it fails."""
+        parts = [part for _, layer in self._layers() for part in layer.switched()]
+        return all_or_nothing([self, *parts, *(w for _, w in self._wrappers())], [*self.parameters()])
+
+    def _commit(self, plan: Plan) -> None:
         """Add a planned adapter. The first one becomes active; a later one waits for `set_adapter`."""
+        with self._whole():
+            self._add(plan)
+
+    def _add(self, plan: Plan) -> None:
         first = not self.peft_config
         if first:
             self.model.requires_grad_(False)
@@ -176,49 +190,58 @@ class Tuner(nn.Module):
         if first:
             self.set_adapter(plan.name, inference_mode=plan.config.inference_mode)
         else:
-            for _, layer in self.layers():
+            for _, layer in self._layers():
                 layer.active_adapters = list(self.active_adapters)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters, and no others, active and (unless `inference_mode`) trainable."""
-        names = self.known(adapter_name)
-        for _, module in (*self.layers(), *self.wrappers()):
+        names = self._known(adapter_name)
+        for _, module in (*self._layers(), *self._wrappers()):
             module.check_set_adapter(names)
         self._check_unmerge()
-        for _, wrapper in self.wrappers():
+        with self._switches():
+            self._choose(names, inference_mode)
+
+    def _choose(self, names: list[str], inference_mode: bool) -> None:
+        for _, wrapper in self._wrappers():
             wrapper.set_adapter(names, inference_mode)
-        for _, layer in self.layers():
+        for _, layer in self._layers():
             layer.set_adapter(names, inference_mode)
         self.active_adapters = names
         for name in [n for n in self.peft_config if n not in names] + names:
             for _, bias in biases(self.model, plan_of(self.model, name, self.peft_config[name])):
                 set_trainable(bias, name in names and not inference_mode)
         # With bias="all" the originals of fully trained modules are listed too; they are never trained.
-        for _, wrapper in self.wrappers():
+        for _, wrapper in self._wrappers():
             wrapper.original_module.requires_grad_(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""
-        names = self.known(adapter_names, "adapter_names")
-        for _, module in (*self.layers(), *self.wrappers()):
-            module.set_requires_grad(names, requires_grad)
+        names = self._known(adapter_names, "adapter_names")
+        with self._switches():
+            for _, module in (*self._layers(), *self._wrappers()):
+                module.set_requires_grad(names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, the first that remains becomes active."""
-        self.known(adapter_name)
-        merged = [path for path, layer in self.layers() if adapter_name in layer.merged_adapters]
+        self._known(adapter_name)
+        merged = [path for path, layer in self._layers() if adapter_name in layer.merged_adapters]
         if merged:
             raise ValueError(
                 f"adapter_name: {adapter_name!r} is merged into {merged[0]!r}; unmerge it before deleting it"
             )
-        for _, module in (*self.layers(), *self.wrappers()):
+        with self._whole():
+            self._delete(adapter_name)
+
+    def _delete(self, adapter_name: str) -> None:
+        for _, module in (*self._layers(), *self._wrappers()):
             module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
         self._allocators.pop(adapter_name, None)
         remaining = [name for name in self.active_adapters if name != adapter_name]
         if not remaining and self.active_adapters and self.peft_config:
             remaining = [next(iter(self.peft_config))]
-            warnings.warn(f"delete_adapter: {adapter_name!r} was active; {remaining[0]!r} is active now", stacklevel=3)
+            warnings.warn(f"delete_adapter: {adapter_name!r} was active; {remaining[0]!r} is active now", stacklevel=4)
             self.set_adapter(remaining)
         self.active_adapters = remaining
 
@@ -243,25 +266,33 @@ class Tuner(nn.Module):
         if not names:
             raise ValueError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
         if names[0] not in self._allocators:
-            layers = [(path, layer) for path, layer in self.layers() if names[0] in layer.adapter_names]
+            layers = [(path, layer) for path, layer in self._layers() if names[0] in layer.adapter_names]
             self._allocators[names[0]] = RankAllocator(layers, names[0], self.peft_config[names[0]])
         return self._allocators[names[0]]
 
     def update_and_allocate(self, global_step: int) -> None:
         """Prune the trainable AdaLoRA adapter; see `PeftModel.update_and_allocate`."""
         check_int("global_step", global_step, 0, 2**63)
-        self._allocator().update_and_allocate(global_step)
+        allocator = self._allocator()
+        # What it masks is small; its averages are as good a step earlier or later.
+        pattern = allocator.config.rank_pattern
+        try:
+            with all_or_nothing([], [], allocator.masked()):
+                allocator.update_and_allocate(global_step)
+        except BaseException:
+            allocator.config.rank_pattern = pattern
+            raise
 
     def orthogonality_loss(self) -> Tensor:
         """Return the term that keeps A and B of AdaLoRA orthogonal; see `PeftModel.orthogonality_loss`."""
         allocator = self._allocator()
         return allocator.config.orth_reg_weight * orthogonality_loss(allocator.layers, allocator.adapter_name)
 
-    def pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned."""
         config = self.peft_config[name]
         if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
-            for path, layer in self.layers():
+            for path, layer in self._layers():
                 if name in layer.adapter_names:
                     layer.prune(name, config.kept_triplets(path), tensors, f"{PREFIX}{path}.")
         return tensors
@@ -270,8 +301,9 @@ class Tuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Switch all adapters on."""
-        for _, module in (*self.layers(), *self.wrappers()):
-            module.enable_adapters(True)
+        with self._switches():
+            for _, module in (*self._layers(), *self._wrappers()):
+                module.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off; merged layers are unmerged."""
@@ -284,13 +316,14 @@ class Tuner(nn.Module):
                     stacklevel=3,
                 )
         self._check_unmerge()
-        for _, module in (*self.layers(), *self.wrappers()):
-            module.enable_adapters(False)
+        with self._switches():
+            for _, module in (*self._layers(), *self._wrappers()):
+                module.enable_adapters(False)
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def _disabled(self) -> Iterator[None]:
         """Switch all adapters off for a block, and restore every layer exactly, merged ones too."""
-        modules = [module for _, module in (*self.layers(), *self.wrappers())]
+        modules = [module for _, module in (*self._layers(), *self._wrappers())]
         was_disabled = [module.disable_adapters for module in modules]
         was_merged = [(m, *_merge_state(m)) for m in modules if isinstance(m, AdapterLayer) and m.merged]
         try:
@@ -308,13 +341,13 @@ class Tuner(nn.Module):
     def _check_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
-        names = self.known(self.active_adapters if adapter_names is None else adapter_names, "adapter_names")
+        names = self._known(self.active_adapters if adapter_names is None else adapter_names, "adapter_names")
         owners: dict[int, list[str]] = {}
         held = places(self.model)
         for _, module in self.model.named_modules():
             for key, parameter in module._parameters.items():
                 owners.setdefault(id(parameter), []).extend(f"{path}.{key}" for path in held.get(id(module), ()))
-        for path, layer in self.layers():
+        for path, layer in self._layers():
             try:
                 layer.check_merge(names)
             except ValueError as error:
@@ -330,7 +363,7 @@ class Tuner(nn.Module):
         return names
 
     def _check_unmerge(self) -> None:
-        for path, layer in self.layers():
+        for path, layer in self._layers():
             try:
                 layer.check_written()
             except ValueError as error:
@@ -341,24 +374,17 @@ class Tuner(nn.Module):
     ) -> None:
         """Merge adapters into the base weights, in every layer or, if one of them fails, in none."""
         names = self._check_merge(adapter_names)
-        done: list[tuple[AdapterLayer, list[str], str]] = []
-        try:
-            for _, layer in self.layers():
-                done.append((layer, *_merge_state(layer)))
+        with self._switches():
+            for _, layer in self._layers():
                 layer.merge(safe_merge, names, keep_base=keep_base)
-        except BaseException:
-            for layer, before, where in done:
-                if layer.merged_adapters != before:
-                    layer.unmerge()
-                    layer.merge(adapter_names=before, keep_base=where)
-            raise
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit, or raise ValueError: see `AdapterLayer.unmerge`."""
         self._check_unmerge()
-        for _, layer in self.layers():
-            if layer.merged:
-                layer.unmerge()
+        with self._switches():
+            for _, layer in self._layers():
+                if layer.merged:
+                    layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -366,12 +392,16 @@ class Tuner(nn.Module):
         """Merge adapters and return the base model without any adapter layer; see `PeftModel.merge_and_unload`."""
         names = self._check_merge(adapter_names)
         if safe_merge:
-            for path, layer in self.layers():
+            for path, layer in self._layers():
                 check_finite(layer.merged_tensors(names), names, f"of {path!r} ")
-        for path, layer in _progress(list(self.layers()), progressbar, "Merging"):
+        with self._whole():
+            return self._merge_for_good(names, progressbar)
+
+    def _merge_for_good(self, names: list[str] | None, progressbar: bool) -> nn.Module:
+        for path, layer in _progress(list(self._layers()), progressbar, "Merging"):
             layer.merge(adapter_names=names)
             replace_module(self.model, path, layer.unwrap())
-        for path, wrapper in list(self.wrappers()):
+        for path, wrapper in list(self._wrappers()):
             found = wrapper.check_set_adapter(names)
             replace_module(self.model, path, wrapper.modules_to_save[found[0]] if found else wrapper.original_module)
         note_untied(self.model)
@@ -379,11 +409,12 @@ class Tuner(nn.Module):
 
     def unload(self) -> nn.Module:
         """Return the base model with its original weights and modules; see `PeftModel.unload`."""
-        self.unmerge_adapter()
-        for path, layer in list(self.layers()):
-            replace_module(self.model, path, layer.unwrap())
-        for path, wrapper in list(self.wrappers()):
-            replace_module(self.model, path, wrapper.original_module)
+        with self._whole():
+            self.unmerge_adapter()
+            for path, layer in list(self._layers()):
+                replace_module(self.model, path, layer.unwrap())
+            for path, wrapper in list(self._wrappers()):
+                replace_module(self.model, path, wrapper.original_module)
         return self.model
 
 

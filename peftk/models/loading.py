@@ -90,27 +90,27 @@ def read_into_plan(
     config.inference_mode = not is_trainable
     model = tuner.model
     if name in tuner.peft_config:
-        plan = tuner.plan_of(name)
+        plan = tuner._plan_of(name)
         with naming_the_file(folder):
             _check_load_over(tuner, plan, config)
     else:
-        tuner.check_new(name, config)
+        tuner._check_new(name, config)
         with naming_the_file(folder):
-            plan = tuner.plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
-    rename = _rename(model, folder, tuner.file_tensors(plan), key_mapping)
+            plan = tuner._plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
+    rename = _rename(model, folder, tuner._file_tensors(plan), key_mapping)
     values, embeddings = _values(tuner, folder, plan, saved, rename)
     if name not in tuner.peft_config:
         if plan.adapters:
             tell_missing(model, plan, os.path.join(folder, files.WEIGHTS_NAME), {*values})
         plan.materialise()
-    targets = {**tuner.file_tensors(plan), **embeddings}
+    targets = {**tuner._file_tensors(plan), **embeddings}
     _check_not_merged(tuner, targets)
     return plan, lambda: copy_into(targets, values)
 
 
 def _check_load_over(tuner: Tuner, plan: Plan, config: PeftConfig) -> None:
     same_meaning(tuner.peft_config[plan.name], config, plan.adapters)
-    merged = [path for path, layer in tuner.layers() if plan.name in layer.merged_adapters]
+    merged = [path for path, layer in tuner._layers() if plan.name in layer.merged_adapters]
     if merged:
         raise ValueError(f"adapter_name: {plan.name!r} is merged into {merged[0]!r}; unmerge it before loading over it")
     if plan.adapters and set(resolve(tuner.model, config, strict=False)) != set(plan.adapters):
@@ -152,7 +152,7 @@ def _values(
     from ..checkpoint import CheckpointError
     from ..checkpoint import peft as files
 
-    targets = tuner.file_tensors(plan)
+    targets = tuner._file_tensors(plan)
     try:
         return files.read_adapter(folder, *_expected(targets), saved, rename), {}
     except CheckpointError:
@@ -184,7 +184,7 @@ def _check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
     """Refuse a file with weights or biases of the base model that stand merged: unmerging would undo the load."""
     merged = {
         id(tensor): path
-        for path, layer in tuner.layers()
+        for path, layer in tuner._layers()
         for key, original in layer._original.items()
         for tensor in (original, getattr(layer.base_layer, key))
     }

@@ -46,14 +46,14 @@ def check(tuner: Tuner, adapter_names: Any) -> list[str]:
                 f"adapter_names: adapter {name!r} trains biases of the base model (bias={config.bias!r}), which all "
                 "samples share; only adapters with bias='none' can be mixed in a batch"
             )
-        if any(name in wrapper.modules_to_save for _, wrapper in tuner.wrappers()):
+        if any(name in wrapper.modules_to_save for _, wrapper in tuner._wrappers()):
             raise ValueError(
                 f"adapter_names: adapter {name!r} has its own copy of modules in modules_to_save, which cannot be "
                 "mixed in a batch"
             )
     if tuner.training:
         raise ValueError("adapter_names: the model is in training mode; call eval() first")
-    merged = [path for path, layer in tuner.layers() if layer.merged_adapters]
+    merged = [path for path, layer in tuner._layers() if layer.merged_adapters]
     if merged:
         raise ValueError(f"adapter_names: layer {merged[0]!r} is merged; unmerge it first")
     return names
@@ -71,7 +71,7 @@ def mixed_batch(tuner: Tuner, kwargs: dict[str, Any]) -> Iterator[None]:
     changed = []
     try:
         # Everything that is no LoRA layer runs as the base model has it.
-        for _, module in (*tuner.layers(), *tuner.wrappers()):
+        for _, module in (*tuner._layers(), *tuner._wrappers()):
             if isinstance(module, LoRALayer):
                 changed.append((module, "batch_adapters", module.batch_adapters))
                 module.batch_adapters = names

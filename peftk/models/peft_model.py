@@ -104,13 +104,14 @@ class PeftModel(nn.Module):
     ) -> None:
         _check_base(model)
         tuner = tuner_for(model, peft_config)
-        tuner.check_new(adapter_name, peft_config)
-        plan = tuner.plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._start(tuner, plan)
+        tuner._check_new(adapter_name, peft_config)
+        plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        with tuner._whole():
+            self._start(tuner, plan)
 
     def _start(self, tuner: Tuner, plan: Plan) -> None:
         super().__init__()
-        tuner.commit(plan)
+        tuner._commit(plan)
         self.base_model = tuner
         self.peft_type = plan.config.peft_type
         self.train(tuner.model.training)
@@ -206,9 +207,9 @@ class PeftModel(nn.Module):
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"peft_config: expected a configuration of peftk, got {type(peft_config).__name__}")
         tuner = self.base_model
-        tuner.check_new(adapter_name, peft_config)
-        plan = tuner.plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        tuner.commit(plan)
+        tuner._check_new(adapter_name, peft_config)
+        plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        tuner._commit(plan)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make this adapter (or these), and no other, active and (unless `inference_mode`) trainable."""
@@ -221,7 +222,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run a block with the base model's own outputs; afterwards every layer is exactly as before."""
-        with self.base_model.disabled():
+        with self.base_model._disabled():
             yield
 
     def merge_adapter(
@@ -339,7 +340,7 @@ class PeftModel(nn.Module):
         folder = os.fspath(save_directory)
         if os.path.isfile(folder):
             raise ValueError(f"save_directory: expected a folder, got the file {folder!r}")
-        names = self.base_model.known(
+        names = self.base_model._known(
             list(self.peft_config) if selected_adapters is None else selected_adapters, "selected_adapters"
         )
         if not is_main_process:
@@ -389,10 +390,11 @@ class PeftModel(nn.Module):
             tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
         )
         result = cls.__new__(cls)
-        result._start(tuner, plan)
-        commit()
-        if not is_trainable:
-            result.eval()
+        with tuner._whole():
+            result._start(tuner, plan)
+            commit()
+            if not is_trainable:
+                result.eval()
         return result
 
     def load_adapter(
@@ -414,13 +416,14 @@ class PeftModel(nn.Module):
         plan, commit = read_into_plan(
             tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
         )
-        if adapter_name not in self.peft_config:
-            tuner.commit(plan)
-            if is_trainable:
-                tuner.set_requires_grad(adapter_name)
-        commit()
-        if not is_trainable:
-            self.eval()
+        with tuner._whole():
+            if adapter_name not in self.peft_config:
+                tuner._commit(plan)
+                if is_trainable:
+                    tuner.set_requires_grad(adapter_name)
+            commit()
+            if not is_trainable:
+                self.eval()
 
 
 def _check_base(model: object) -> None:

@@ -16,6 +16,7 @@ from ..checkpoint.container import shown
 from ..nn import PeftConfig, check_known, layer_class_for
 from ..nn.base.adapter_layer import Adapter, AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
+from ..nn.base.undo import all_or_nothing
 from .names import clean_state, place_of, unwrapped
 from .targets import HEADS, candidates, describe_unknown, places, resolve, resolve_saved
 
@@ -239,8 +240,9 @@ def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Copy values that were read, and checked to fit, into the tensors of the model."""
-    for key, value in values.items():
-        targets[key].copy_(value)
+    with all_or_nothing([], [], [targets[key] for key in values]):
+        for key, value in values.items():
+            targets[key].copy_(value)
 
 
 def same_meaning(ours: PeftConfig, theirs: PeftConfig, paths: Iterable[str]) -> None:

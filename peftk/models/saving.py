@@ -14,15 +14,15 @@ def save_adapter(tuner: Tuner, name: str, folder: str, save_embedding_layers: st
     """Write the files of an adapter, by the arguments of `PeftModel.save_pretrained`."""
     from ..checkpoint import peft as files
 
-    plan = tuner.plan_of(name)
+    plan = tuner._plan_of(name)
     embeddings = embeddings_to_save(tuner.model, plan, save_embedding_layers)
-    tensors = tuner.pruned(name, unaliased({**tuner.file_tensors(plan), **embeddings}))
+    tensors = tuner._pruned(name, unaliased({**tuner._file_tensors(plan), **embeddings}))
     os.makedirs(folder, exist_ok=True)
     files.write_adapter(folder, tensors, _config_values(tuner, name))
 
 
 def _config_values(tuner: Tuner, name: str) -> dict[str, Any]:
-    values = tuner.peft_config[name].file_values(lambda: tuner.plan_of(name).adapters)
+    values = tuner.peft_config[name].file_values(lambda: tuner._plan_of(name).adapters)
     values["inference_mode"] = True
     if values["task_type"] is None:
         kind = type(tuner.model)

@@ -119,15 +119,15 @@ class XLoraTuner(Tuner):
 
     # -- making -----------------------------------------------------------------------------------------------
 
-    def check_new(self, name: str, config: PeftConfig) -> None:
+    def _check_new(self, name: str, config: PeftConfig) -> None:
         """Raise unless this is the first adapter."""
         if self.peft_config:
             raise ValueError(
                 "adapter_name: an X-LoRA model takes no further adapters; its experts are those of its configuration"
             )
-        super().check_new(name, config)
+        super()._check_new(name, config)
 
-    def plan(
+    def _plan(
         self, name: str, config: PeftConfig, *, autocast_adapter_dtype: bool = True, initialise: bool = True, **_: Any
     ) -> Plan:
         """Read the experts and make the classifier, without touching the model."""
@@ -175,8 +175,12 @@ class XLoraTuner(Tuner):
             adapter.layer_class = GATED[adapter.layer_class]
         return plan, fill
 
-    def commit(self, plan: Plan) -> None:
+    def _commit(self, plan: Plan) -> None:
         """Attach the experts and the classifier."""
+        with self._whole():
+            self._add(plan)
+
+    def _add(self, plan: Plan) -> None:
         self.model.requires_grad_(False)
         self.peft_config[plan.name] = plan.config
         for expert, fill in plan.experts:
@@ -187,27 +191,27 @@ class XLoraTuner(Tuner):
         self.internal_xlora_classifier.train(self.training)
         names = [expert.name for expert, _ in plan.experts]
         self._gates = Gates(plan.config, names)
-        for number, (path, layer) in enumerate(self.layers()):
+        for number, (path, layer) in enumerate(self._layers()):
             layer.gates, layer.number, layer.module_name = self._gates, number, path
             layer.set_adapter(names)
         self.set_adapter(plan.name, inference_mode=plan.config.inference_mode)
 
-    def plan_of(self, name: str) -> Plan:
+    def _plan_of(self, name: str) -> Plan:
         """Describe the X-LoRA adapter, or one of its experts."""
         if name in self.active_adapters:
             return XLoraPlan(name, self.peft_config[name], {}, {}, self.internal_xlora_classifier)
-        return super().plan_of(name)
+        return super()._plan_of(name)
 
-    def file_tensors(self, plan: Plan) -> dict[str, Tensor]:
+    def _file_tensors(self, plan: Plan) -> dict[str, Tensor]:
         """Map file keys to tensors; the file of the X-LoRA adapter itself holds the classifier."""
         if isinstance(plan, XLoraPlan):
             tensors = plan.classifier.state_dict(keep_vars=True)
             return {PREFIX + name: tensor for name, tensor in tensors.items()}
-        return super().file_tensors(plan)
+        return super()._file_tensors(plan)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make the X-LoRA adapter (unless `inference_mode`) trainable; it is always the active one."""
-        names = self.known(adapter_name)
+        names = self._known(adapter_name)
         if len(names) != 1 or not isinstance(self.peft_config[names[0]], XLoraConfig):
             raise ValueError(f"adapter_name: the experts of X-LoRA act together under its own name, got {names}")
         self.active_adapters = names
@@ -215,20 +219,20 @@ class XLoraTuner(Tuner):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the classifier and, with `use_trainable_adapters`, the experts."""
-        names = self.known(adapter_names, "adapter_names")
+        names = self._known(adapter_names, "adapter_names")
         if self.active_adapters[0] in names:
             self.internal_xlora_classifier.requires_grad_(requires_grad)
-            for _, layer in self.layers():
+            for _, layer in self._layers():
                 config = self.peft_config[self.active_adapters[0]]
                 layer.set_requires_grad(self._gates.experts, requires_grad and config.use_trainable_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Raise ValueError: classifier and experts belong together."""
-        self.known(adapter_name)
+        self._known(adapter_name)
         raise ValueError("adapter_name: the adapters of an X-LoRA model cannot be deleted; use unload to remove all")
 
     def _check_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        for _, layer in self.layers():
+        for _, layer in self._layers():
             layer.check_merge(adapter_names)
         return []
 
@@ -255,7 +259,7 @@ class XLoraTuner(Tuner):
             )
         state = self._gates.state
         # Gates that one layer makes for several would be made in other places the second time.
-        for _, layer in self.layers():
+        for _, layer in self._layers():
             self._gates.of(layer)
 
         def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -300,7 +304,7 @@ class XLoraTuner(Tuner):
                 self.model.forward = replaced
 
     def _off(self) -> bool:
-        return all(layer.disable_adapters for _, layer in self.layers())
+        return all(layer.disable_adapters for _, layer in self._layers())
 
     def _predict(self, args: tuple, kwargs: dict[str, Any], forward: Callable[..., Any] | None = None) -> Tensor:
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:

@@ -48,7 +48,7 @@ def run(model, **kwargs):
 
 
 def set_scales(model, scale, name="default"):
-    for _, layer in model.base_model.layers():
+    for _, layer in model.base_model._layers():
         layer.set_scale(name, scale)
 
 
@@ -75,7 +75,7 @@ def test_fusing_with_a_scale(method):
     expected = run(model)
     set_scales(model, 1.0)
     inner.fuse_lora(lora_scale=0.7)
-    assert all(layer.merged for _, layer in model.base_model.layers())
+    assert all(layer.merged for _, layer in model.base_model._layers())
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
     inner.unfuse_lora()
     assert torch.equal(run(model), expected)
@@ -89,7 +89,7 @@ def test_adapters_chosen_with_weights(method):
     set_weights_and_activate_adapters(model.get_base_model(), ["default", "other"], [0.5, {"down_blocks": 0.0}])
     got = run(model)
     model.set_adapter(["default", "other"])
-    for path, layer in model.base_model.layers():
+    for path, layer in model.base_model._layers():
         layer.set_scale("default", 0.5)
         layer.set_scale("other", 0.0 if path.startswith("down_blocks") else 1.0)
     assert torch.equal(run(model), got)
@@ -107,7 +107,7 @@ def test_unloading_by_diffusers():
 
 def test_our_layers_pass_for_those_of_peft():
     model = get_peft_model(unet(), CONFIGS["oft"])
-    assert all(isinstance(layer, BaseTunerLayer) for _, layer in model.base_model.layers())
+    assert all(isinstance(layer, BaseTunerLayer) for _, layer in model.base_model._layers())
     assert BaseTunerLayer not in AdapterLayer.__mro__
 
 

@@ -59,7 +59,7 @@ def test_two_methods_on_different_layers():
     y = model(X)
     merged = copy.deepcopy(model).merge_and_unload()
     assert_close(merged(X), y.double(), torch.float32)
-    assert {type(layer) for _, layer in model.base_model.layers()} == {OFTLinear, LoRALinear}
+    assert {type(layer) for _, layer in model.base_model._layers()} == {OFTLinear, LoRALinear}
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -45,7 +45,7 @@ from peftk.testing.compare import assert_close
 )
 def test_targets(spec, options, expected):
     model = get_peft_model(toy(), lora(target_modules=spec, **options))
-    assert [path for path, _ in model.base_model.layers()] == expected
+    assert [path for path, _ in model.base_model._layers()] == expected
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_conv1d_of_gpt2_is_a_linear_layer():
         ("all-linear", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     ):
         adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=spec, fan_in_fan_out=True))
-        assert {path for path, _ in adapted.base_model.layers()} == {f"h.0.{name}" for name in names}
+        assert {path for path, _ in adapted.base_model._layers()} == {f"h.0.{name}" for name in names}
     with pytest.warns(UserWarning, match="fan_in_fan_out.*set to True"):
         get_peft_model(model, LoraConfig())
 

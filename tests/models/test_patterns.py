@@ -114,7 +114,7 @@ def test_files_keep_the_order_of_the_keys_which_those_of_peft_lose(method, tmp_p
     for field in fields:
         assert list(getattr(PeftConfig.from_pretrained(tmp_path / "ours"), field)) == list(order)
     loaded = PeftModel.from_pretrained(Named(), tmp_path / "ours")
-    for (_, one), (_, other) in zip(model.base_model.layers(), loaded.base_model.layers(), strict=True):
+    for (_, one), (_, other) in zip(model.base_model._layers(), loaded.base_model._layers(), strict=True):
         assert all(getattr(one, name) == getattr(other, name) for name in fields.values())
     theirs = peft.PeftModel.from_pretrained(Named(), str(tmp_path / "ours"))
     assert all(set(found.values()) == {2} for found in chosen(theirs, fields.values()).values())
@@ -154,6 +154,6 @@ def test_a_key_of_a_file_that_means_no_module_is_reported(tmp_path):
     theirs.save_pretrained(str(tmp_path))
     with pytest.warns(UserWarning, match=r"rank_pattern.*\['nothing'\]"):
         model = PeftModel.from_pretrained(toy(), tmp_path)
-    assert {layer.r["default"] for _, layer in model.base_model.layers()} == {2}
+    assert {layer.r["default"] for _, layer in model.base_model._layers()} == {2}
     with pytest.raises(ValueError, match=r"alpha_pattern.*'qurey' .closest: query"):
         get_peft_model(torch.nn.ModuleDict({"query": nn.Linear(4, 4)}), lora(alpha_pattern={"qurey": 3}))

@@ -116,7 +116,7 @@ def test_files_of_wrapped_models_are_those_of_the_model(tmp_path, kind, method):
     loaded.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert again.keys() == clean.keys() and all(torch.equal(again[key], clean[key]) for key in clean)
-    assert [path for path, _ in loaded.base_model.layers()] == [path for path, _ in plain.base_model.layers()]
+    assert [path for path, _ in loaded.base_model._layers()] == [path for path, _ in plain.base_model._layers()]
     # It is taken off again without a trace, and merged.
     off = loaded.unload()
     assert not any(isinstance(module, AdapterLayer) for module in off.modules())

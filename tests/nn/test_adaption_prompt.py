@@ -41,7 +41,7 @@ def adapted(kind="llama", seed=0, **kwargs):
 
 
 def attentions(model):
-    return [layer for _, layer in model.base_model.layers()]
+    return [layer for _, layer in model.base_model._layers()]
 
 
 def wide_attention(dtype=torch.float64, **changes):

@@ -200,7 +200,7 @@ def test_lists_of_layers_are_names():
     model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 4)}) for _ in range(3))})
     config = LoraConfig(target_modules=["fc"], layers_to_transform=[1], layers_pattern="blocks|h")
     adapted = get_peft_model(model, config)
-    assert [path for path, _ in adapted.base_model.layers()] == ["h.1.fc"]
+    assert [path for path, _ in adapted.base_model._layers()] == ["h.1.fc"]
     for pattern in ("(.*)*", "a+", "x{2}", r"(h)", ["h"] * 101):
         with pytest.raises(ValueError, match="layers_pattern: expected"):
             LoraConfig(target_modules=["fc"], layers_to_transform=[1], layers_pattern=pattern)

@@ -99,7 +99,7 @@ def snapshot(model):
     }
     extra = None
     if isinstance(model, PeftModel):
-        layers = dict(model.base_model.layers())
+        layers = dict(model.base_model._layers())
         extra = (
             {name: config.to_dict() for name, config in model.peft_config.items()},
             list(model.active_adapters),

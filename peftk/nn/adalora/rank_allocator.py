@@ -72,6 +72,10 @@ class RankAllocator:
     def _parameters(self, container: str) -> list[nn.Parameter]:
         return [getattr(layer, container)[self.adapter_name] for _, layer in self.layers]
 
+    def masked(self) -> list[nn.Parameter]:
+        """Return the parameters that pruning writes to."""
+        return self._parameters("lora_E")
+
     def budget(self, step: int) -> tuple[int, bool]:
         """Return how many triplets a step may keep, and whether it prunes."""
         c = self.config

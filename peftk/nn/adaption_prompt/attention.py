@@ -245,6 +245,10 @@ class AdaptedAttention(AdapterLayer):
                 set_trainable(parameter, name in found and not inference_mode)
         self.active_adapters = names
 
+    def switched(self) -> list[nn.Module]:
+        """See `AdapterLayer.switched`; the parameters of the active adapter stand in the layer itself."""
+        return [self, *self.inactive.modules()]
+
     def _put_away(self) -> None:
         if self._current is not None:
             self.inactive[self._current] = Prompt(self.adaption_prompt, self.adaption_gate)

@@ -276,6 +276,10 @@ class AdapterLayer(Mergeable, Scalable):
         self._switched = self._switched or (bool(self.active_adapters) and names != self.active_adapters)
         self.active_adapters = names
 
+    def switched(self) -> list[nn.Module]:
+        """Return the modules whose attributes change when adapters are chosen, switched off or merged."""
+        return [self]
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...methods._base_layer import opaque_weight
 from .kinds import HALF
+from .undo import all_or_nothing
 
 
 class Merged(dict[str, Tensor]):
@@ -151,14 +152,15 @@ class Mergeable(nn.Module):
             check_finite(tensors, names)
         for tell in tensors.warnings:
             tell()
-        for key, tensor in tensors.items():
-            parameter = getattr(self.base_layer, key)
-            if key not in self._original:
-                self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
-            _replace(parameter, tensor)
-            if not parameter.is_inference():
-                self._versions[key] = parameter._version
-        self.merged_adapters.extend(names)
+        with all_or_nothing([self], [getattr(self.base_layer, key) for key in tensors]):
+            for key, tensor in tensors.items():
+                parameter = getattr(self.base_layer, key)
+                if key not in self._original:
+                    self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
+                _replace(parameter, tensor)
+                if not parameter.is_inference():
+                    self._versions[key] = parameter._version
+            self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -171,11 +173,12 @@ class Mergeable(nn.Module):
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
             return
         self.check_written()
-        for key, tensor in self._original.items():
-            parameter = getattr(self.base_layer, key)
-            _replace(parameter, tensor.to(device=parameter.device, dtype=parameter.dtype))
-        self._original, self._versions = {}, {}
-        self.merged_adapters = []
+        with all_or_nothing([self], [getattr(self.base_layer, key) for key in self._original]):
+            for key, tensor in self._original.items():
+                parameter = getattr(self.base_layer, key)
+                _replace(parameter, tensor.to(device=parameter.device, dtype=parameter.dtype))
+            self._original, self._versions = {}, {}
+            self.merged_adapters = []
 
     def check_written(self) -> None:
         """Raise ValueError if a merged tensor was written to, by an optimizer say: unmerging it would lose that."""

@@ -1,0 +1,80 @@
+"""Changes of several steps: they happen as a whole, or everything is as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (dict, list, set)
+
+
+class _Before:
+    """What modules, parameters and tensors were; references where a change puts something else in their place."""
+
+    def __init__(
+        self, modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter], values: Iterable[Tensor]
+    ) -> None:
+        self._modules: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = []
+        for module in modules:
+            own = dict(module.__dict__)
+            # Most are empty, as the tables of hooks are: nothing of those is kept but that.
+            held = [(v, v.copy() if v else ()) for v in own.values() if isinstance(v, _CONTAINERS)]
+            self._modules.append((module, own, held))
+        self._parameters = [(p, p.requires_grad, p.data) for p in parameters]
+        self._values = [(value, value.detach().clone()) for value in values]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back; calling it again, if it was interrupted, does the rest."""
+        for module, own, held in self._modules:
+            module.__dict__.clear()
+            module.__dict__.update(own)
+            for container, content in held:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        moved = set()
+        for parameter, required, data in self._parameters:
+            if parameter.data.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
+                moved.add(id(parameter))
+                parameter.data = data
+            parameter.requires_grad_(required)
+        for tensor, value in self._values:
+            tensor.data.copy_(value)
+        for module, own, _ in self._modules:
+            # The counters of merged tensors went on while other values stood in them.
+            for key in own.get("_versions", ()):
+                parameter = getattr(own["_modules"]["base_layer"], key)
+                if id(parameter) in moved:
+                    module.__dict__["_versions"][key] = parameter._version
+
+
+@contextlib.contextmanager
+def all_or_nothing(
+    modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter] = (), values: Iterable[Tensor] = ()
+) -> Iterator[None]:
+    """Undo what a block has done if it ends in an exception, KeyboardInterrupt and lack of memory included.
+
+    Args:
+        modules: Those whose attributes, children, parameters and hooks the block may change; not those below them.
+        parameters: Those that it may freeze, unfreeze or give other memory; nothing is copied.
+        values: Tensors whose numbers it may change in place; they are copied.
+    """
+    before = _Before(modules, parameters, values)
+    try:
+        yield
+    except BaseException:
+        while True:
+            try:
+                before.restore()
+                break
+            except KeyboardInterrupt:
+                # The first one is on its way already.
+                continue
+        raise
+
+
+__all__ = ["all_or_nothing"]
