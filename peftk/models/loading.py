@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint.container import shown
 from ..checkpoint.key_mapping import Rename, check_key_mapping, renamer
 from ..nn import PeftConfig
-from ..nn.base.config import check_bool
+from ..nn.base.config import check_bool, read_from
 from .adapters import Tuner
 from .embeddings import embedding_tensors, tell_missing
 from .names import unwrapped, without_wrappers
@@ -45,11 +45,12 @@ def _config(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> PeftCo
 
 @contextlib.contextmanager
 def naming_the_file(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Put the configuration file in front of every error about what it says."""
+    """Put the configuration file in front of every error, and every warning, about what it says."""
     from ..checkpoint import CheckpointError
     from ..checkpoint.peft import CONFIG_NAME
 
     file = os.path.join(folder, CONFIG_NAME)
+    token = read_from.set(file)
     try:
         yield
     except CheckpointError:
@@ -62,6 +63,8 @@ def naming_the_file(folder: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, ValueError):
             raise CheckpointError(file, said) from None
         raise type(error)(f"{file}: {said}") from None
+    finally:
+        read_from.reset(token)
 
 
 def read_into_plan(

@@ -198,3 +198,21 @@ def test_a_message_about_a_field_names_the_file(tmp_path):
         assert "\"'" not in str(caught.value)
         with pytest.raises(error, match=re.escape(str(file))):
             get_peft_model(Model(), CONFIGS["lora"]).load_adapter(tmp_path, "second")
+
+
+def test_a_warning_about_a_field_names_the_file(tmp_path):
+    saved(tmp_path, "lora", {})
+    weights, file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(load_file(weights), weights, {"format": "pt"})
+    good = json.loads(file.read_text())
+    for values, said in (
+        ({"from_the_future": 1}, "these keys are not known"),
+        ({"rank_pattern": {"nothing": 2}}, "rank_pattern: these keys match no adapted module"),
+        ({"exclude_modules": ["nothing"]}, "exclude_modules: .* matches none"),
+    ):
+        file.write_text(json.dumps(good | values))
+        with pytest.warns(UserWarning, match=f"^{re.escape(str(file))}: .*{said}"):
+            PeftModel.from_pretrained(Model(), tmp_path)
+    # Nothing of it stays behind.
+    with pytest.warns(UserWarning, match=r"^exclude_modules: "):
+        get_peft_model(Model(), LoraConfig(target_modules=["q_proj"], exclude_modules=["nothing"]))
