@@ -90,6 +90,11 @@ def _suffixes(key: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
+def unknown_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return the names that are neither names of modules nor their endings."""
+    return set(names) - {suffix for key in candidates(model) for suffix in _suffixes(key)}
+
+
 def _selector(spec: Iterable[str] | str) -> Callable[[str], bool]:
     """Return the test whether a name of a module is meant: by its whole by an expression, by its ending by a list."""
     if isinstance(spec, str):
@@ -246,7 +251,7 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
     by_name = list(filter(_selector(spec), modules))
     unknown = []
     if not isinstance(spec, str):
-        unknown = sorted(set(spec) - {suffix for key in modules for suffix in _suffixes(key)})
+        unknown = sorted(unknown_names(model, spec))
     if unknown and (strict or not by_name):
         meant = _selector(unknown)
         for paths in places(model).values():
