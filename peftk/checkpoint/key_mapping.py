@@ -100,10 +100,15 @@ def _in_words(mapping: Mapping[str, str]) -> str | None:
     return f"the prefix {old!r} where the model's names have {new!r}"
 
 
-def find_mapping(present: Iterable[str], expected: Iterable[str]) -> dict[str, str] | None:
-    """Return a `key_mapping` that makes exactly the expected keys of those that are present, or None."""
+def find_mapping(
+    present: Iterable[str], expected: Iterable[str], *, all_expected: bool = True
+) -> dict[str, str] | None:
+    """Return a `key_mapping` that makes expected keys of those that are present, or None.
+
+    With `all_expected` it makes exactly those; without, as many as there are present.
+    """
     present, wanted = list(present), set(expected)
-    if len(present) != len(wanted) or not 0 < len(present) <= MAX_KEYS:
+    if (all_expected and len(present) != len(wanted)) or not 0 < len(present) <= MAX_KEYS:
         return None
     held = set(present)
     unknown, missing = [key for key in present if key not in wanted], sorted(wanted - held)
@@ -125,7 +130,39 @@ def find_mapping(present: Iterable[str], expected: Iterable[str]) -> dict[str, s
         left = [key for key in unknown if rename(key) not in wanted]
         open_keys -= {rename(key) for key in unknown}
     made = {renamer(rules)(key) for key in present}
-    return rules if made == wanted else None
+    return rules if made <= wanted and len(made) == len(present) else None
+
+
+def rename_names(names: Iterable[str], mapping: Mapping[str, str]) -> set[str]:
+    """Return names of modules, whole or endings, after what `mapping` does to the keys of modules of such names."""
+    rename = renamer(mapping)
+
+    def renamed(name: str) -> str:
+        for before in (PREFIX, f"{PREFIX}_."):
+            key = rename(f"{before}{name}._")
+            if key != f"{before}{name}._" and key.startswith(before) and key.endswith("._"):
+                return key[len(before) : -2]
+        return name
+
+    return set(map(renamed, names))
+
+
+def describe_renamed_modules(paths: Iterable[str], names: Iterable[str]) -> str | None:
+    """Say by which renames the modules of a file differ from those of a model, or return None.
+
+    Args:
+        paths: The modules of which the file holds adapters.
+        names: The layers of the model.
+    """
+    paths = sorted({f"{PREFIX}{path}._" for path in paths})
+    mapping = find_mapping(paths, [f"{PREFIX}{name}._" for name in names], all_expected=False)
+    if mapping is None:
+        return None
+    what = _in_words(mapping) or f"{len(mapping)} renames"
+    return (
+        f"the names of the modules in the file differ from those of the model by {what}; if they are the same modules, "
+        f"pass key_mapping={mapping!r} to from_pretrained or load_adapter"
+    )
 
 
 def _shape(key: str, strict: bool) -> tuple[str, ...]:
@@ -176,4 +213,11 @@ def _rules(old: str, new: str) -> Iterable[tuple[str, str]]:
             yield r"\." + r"\.".join(map(re.escape, first)) + r"\.", f".{'.'.join(second)}."
 
 
-__all__ = ["check_key_mapping", "describe_rename", "find_mapping", "renamer"]
+__all__ = [
+    "check_key_mapping",
+    "describe_rename",
+    "describe_renamed_modules",
+    "find_mapping",
+    "rename_names",
+    "renamer",
+]

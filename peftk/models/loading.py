@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.container import shown
-from ..checkpoint.key_mapping import Rename, check_key_mapping, renamer
-from ..nn import PeftConfig
-from ..nn.base.config import check_bool
+from ..checkpoint.key_mapping import Rename, check_key_mapping, describe_renamed_modules, rename_names, renamer
+from ..methods._base_layer import kind_of
+from ..nn import LAYERS, PeftConfig
+from ..nn.base.config import check_bool, read_from
 from .adapters import Tuner
 from .embeddings import embedding_tensors, tell_missing
 from .names import unwrapped, without_wrappers
-from .plan import Plan, copy_into, same_meaning
-from .targets import resolve
+from .plan import PREFIX, Plan, copy_into, same_meaning
+from .targets import candidates, resolve, unknown_names
 
 MOST_SAID = 2_000
 
@@ -45,11 +46,12 @@ def _config(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> PeftCo
 
 @contextlib.contextmanager
 def naming_the_file(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Put the configuration file in front of every error about what it says."""
+    """Put the configuration file in front of every error, and every warning, about what it says."""
     from ..checkpoint import CheckpointError
     from ..checkpoint.peft import CONFIG_NAME
 
     file = os.path.join(folder, CONFIG_NAME)
+    token = read_from.set(file)
     try:
         yield
     except CheckpointError:
@@ -62,6 +64,8 @@ def naming_the_file(folder: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, ValueError):
             raise CheckpointError(file, said) from None
         raise type(error)(f"{file}: {said}") from None
+    finally:
+        read_from.reset(token)
 
 
 def read_into_plan(
@@ -91,11 +95,13 @@ def read_into_plan(
     model = tuner.model
     if name in tuner.peft_config:
         plan = tuner._plan_of(name)
+        _rename_fields(model, config, key_mapping)
         with naming_the_file(folder):
             _check_load_over(tuner, plan, config)
     else:
         tuner._check_new(name, config)
-        with naming_the_file(folder):
+        _rename_fields(model, config, key_mapping)
+        with naming_the_file(folder), _telling_renames(model, folder, config):
             plan = tuner._plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
     rename = _rename(model, folder, tuner._file_tensors(plan), key_mapping)
     values, embeddings = _values(tuner, folder, plan, saved, rename)
@@ -106,6 +112,36 @@ def read_into_plan(
     targets = {**tuner._file_tensors(plan), **embeddings}
     _check_not_merged(tuner, targets)
     return plan, lambda: copy_into(targets, values)
+
+
+def _rename_fields(model: nn.Module, config: PeftConfig, mapping: Mapping[str, str] | None) -> None:
+    """Let names of a configuration that the model does not have go through `key_mapping` as the keys do."""
+    for field in ("target_modules", "modules_to_save") if mapping else ():
+        names = getattr(config, field, None)
+        if names and not isinstance(names, str):
+            unknown = unknown_names(model, names)
+            setattr(config, field, type(names)([*({*names} - unknown), *rename_names(unknown, mapping)]))
+
+
+@contextlib.contextmanager
+def _telling_renames(model: nn.Module, folder: str | os.PathLike[str], config: PeftConfig) -> Iterator[None]:
+    """Where the targets of a file are not in the model, say so if its modules are renamed ones of the model."""
+    from ..checkpoint import peft as files
+
+    try:
+        yield
+    except ValueError as error:
+        names = getattr(config, "target_modules", None)
+        if not isinstance(names, (set, list)) or unknown_names(model, names) != {*names}:
+            raise
+        keys = (key.removeprefix(PREFIX).split(".") for key in files.read_shapes(folder))
+        containers = {name for layer in LAYERS for name in layer.adapter_layer_names}
+        ends = ((parts, next((i for i, p in enumerate(parts) if p in containers), 0)) for parts in keys)
+        layers = [path for path, module in candidates(model).items() if kind_of(module) is not None]
+        hint = describe_renamed_modules((".".join(parts[:end]) for parts, end in ends if end), layers)
+        if hint is None:
+            raise
+        raise ValueError(f"target_modules: {hint} ({error})") from None
 
 
 def _check_load_over(tuner: Tuner, plan: Plan, config: PeftConfig) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..nn import AdapterLayer, PeftConfig
 from ..nn.base.config import check_bool, check_choice
 from ..nn.base.scaling import note_attention_scale
+from ..nn.base.undo import all_or_nothing
 from .adapters import Tuner
 from .loading import read_into_plan
 from .mixed import mixed_batch
@@ -69,11 +70,13 @@ def get_peft_model(
             f"peft_config: expected a configuration of peftk, got {type(peft_config).__module__}."
             f"{type(peft_config).__name__}"
         )
-    result = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
-    config = result.peft_config[adapter_name]
-    config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
-    config.revision = revision or config.revision
-    return result
+    _check_base(model)
+    with all_or_nothing([*model.modules()], [*model.parameters()]):
+        result = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+        config = result.peft_config[adapter_name]
+        config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
+        config.revision = revision or config.revision
+        return result
 
 
 def _check_not_lazy(low_cpu_mem_usage: object) -> None:
@@ -395,7 +398,7 @@ class PeftModel(nn.Module):
             commit()
             if not is_trainable:
                 result.eval()
-        return result
+            return result
 
     def load_adapter(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint.container import shown
 from ..nn import PeftConfig, check_known, layer_class_for
 from ..nn.base.adapter_layer import Adapter, AdapterLayer
+from ..nn.base.config import warn_of_field
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import all_or_nothing
 from .names import clean_state, place_of, unwrapped
@@ -109,7 +110,7 @@ def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter], strict: bo
         if unused and strict:
             raise ValueError(f"{field}: these keys match no adapted module: {describe_unknown(unused, adapters)}")
         if unused:
-            warnings.warn(
+            warn_of_field(
                 f"{field}: these keys match no adapted module and have no effect: {shown(unused)}", stacklevel=3
             )
 

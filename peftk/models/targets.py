@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
@@ -13,7 +12,7 @@ from ..checkpoint.container import LISTED, shown
 from ..methods._base_layer import kind_of
 from ..nn import layer_class_for
 from ..nn.base.adapter_layer import AdapterLayer
-from ..nn.base.config import PeftConfig, TaskType
+from ..nn.base.config import PeftConfig, TaskType, warn_of_field
 from ..nn.base.kinds import QUANTISERS, quantised_by
 from ..nn.base.patterns import matcher
 from ..nn.base.saved import ModulesToSaveWrapper
@@ -89,6 +88,11 @@ def _suffixes(key: str) -> list[str]:
     """Return the name itself and its endings after a dot."""
     parts = key.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def unknown_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return the names that are neither names of modules nor their endings."""
+    return set(names) - {suffix for key in candidates(model) for suffix in _suffixes(key)}
 
 
 def _selector(spec: Iterable[str] | str) -> Callable[[str], bool]:
@@ -247,7 +251,7 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
     by_name = list(filter(_selector(spec), modules))
     unknown = []
     if not isinstance(spec, str):
-        unknown = sorted(set(spec) - {suffix for key in modules for suffix in _suffixes(key)})
+        unknown = sorted(unknown_names(model, spec))
     if unknown and (strict or not by_name):
         meant = _selector(unknown)
         for paths in places(model).values():
@@ -260,7 +264,7 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
     if not by_name:
         raise ValueError(f"target_modules: {_unmatched(spec, modules)}")
     if config.exclude_modules and not any(map(_selector(config.exclude_modules), by_name)):
-        warnings.warn(
+        warn_of_field(
             f"exclude_modules: {shown(config.exclude_modules)} matches none of the {len(by_name)} targeted modules, so "
             "nothing is left out; a string is one pattern for the whole name, a list holds names or their endings",
             stacklevel=2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from ..methods._base_layer import features_of
 from ..methods.boft import Butterfly
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
-from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
+from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
 from .base.kinds import settle_fan_in_fan_out
 from .base.merging import Merged
 
@@ -97,7 +96,7 @@ class BOFTConfig(PeftConfig, method=PeftType.BOFT):
         found = {shape[0] for key, shape in shapes().items() if key.endswith(".boft_R") and len(shape) == 4}
         if len(found) == 1 and 1 <= min(found) < self.boft_n_butterfly_factor:
             (count,) = found
-            warnings.warn(
+            warn_of_field(
                 f"boft_n_butterfly_factor: the file's configuration says {self.boft_n_butterfly_factor}, but its "
                 f"tensors hold {count}, as PEFT writes without its CUDA extension; {count} is what was trained, and "
                 "is used",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,7 +16,16 @@ from ..methods import lokr
 from ..methods.lokr import Kronecker
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
-from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, check_patterns
+from .base.config import (
+    PeftConfig,
+    PeftType,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_patterns,
+    warn_of_field,
+)
 from .base.kinds import weight_shape
 from .base.merging import Merged
 from .lora.config import MAX_RANK
@@ -304,7 +312,7 @@ def _tell_factors(sizes: tuple[int, ...], factor: int, module_name: str) -> None
     """Warn where a layer gets another factor than the one that was asked for, as in PEFT."""
     for size in sizes:
         if factor > 0 and size % factor:
-            warnings.warn(
+            warn_of_field(
                 f"decompose_factor: {factor} does not divide the size {size} of module {module_name!r}; "
                 f"{factorization(size, factor)[0]} is used instead",
                 stacklevel=2,
@@ -320,7 +328,7 @@ def _factors(weight: tuple[int, ...], config: LoKrConfig, module_name: str) -> l
         # Once for an adapter: all its layers come from one writer.
         config._told = True
         (left, _), (middle, _) = chosen
-        warnings.warn(
+        warn_of_field(
             f"decompose_factor: {config.decompose_factor} gives a w1 of {(options[0][0][0], options[0][1][0])} on "
             f"module {module_name!r}; the file holds one of {(left, middle)}, as LyCORIS chooses it, which is used. "
             "PEFT cannot load such a file",

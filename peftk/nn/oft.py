@@ -16,7 +16,7 @@ from ..methods._base_layer import features_of
 from ..methods.oft import orthogonality_error
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
-from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number
+from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
 from .base.kinds import settle_fan_in_fan_out
 from .base.merging import Merged
 
@@ -129,7 +129,7 @@ class OFTConfig(PeftConfig, method=PeftType.OFT):
             except InvalidVersion:
                 raise ValueError(f"peft_version: expected a version number, got {written_by!r}") from None
             if old:
-                warnings.warn(
+                warn_of_field(
                     f"peft_version: the file was written by PEFT {written_by}; the last term of the Cayley-Neumann "
                     "series changed in 0.18, so the rotation differs slightly from the one that was trained",
                     stacklevel=3,
@@ -294,7 +294,7 @@ class OFTLinear(AdapterLayer):
         wanted = getattr(config, name)
         size = nearest_divisor(features, wanted)
         if size != wanted:
-            warnings.warn(
+            warn_of_field(
                 f"{name}: {wanted} does not divide the input size {features} of module {module_name!r}; "
                 f"{size} is used instead",
                 stacklevel=2,

@@ -198,3 +198,49 @@ def test_a_message_about_a_field_names_the_file(tmp_path):
         assert "\"'" not in str(caught.value)
         with pytest.raises(error, match=re.escape(str(file))):
             get_peft_model(Model(), CONFIGS["lora"]).load_adapter(tmp_path, "second")
+
+
+def test_a_warning_about_a_field_names_the_file(tmp_path):
+    saved(tmp_path, "lora", {})
+    weights, file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(load_file(weights), weights, {"format": "pt"})
+    good = json.loads(file.read_text())
+    for values, said in (
+        ({"from_the_future": 1}, "these keys are not known"),
+        ({"rank_pattern": {"nothing": 2}}, "rank_pattern: these keys match no adapted module"),
+        ({"exclude_modules": ["nothing"]}, "exclude_modules: .* matches none"),
+    ):
+        file.write_text(json.dumps(good | values))
+        with pytest.warns(UserWarning, match=f"^{re.escape(str(file))}: .*{said}"):
+            PeftModel.from_pretrained(Model(), tmp_path)
+    # Nothing of it stays behind.
+    with pytest.warns(UserWarning, match=r"^exclude_modules: "):
+        get_peft_model(Model(), LoraConfig(target_modules=["q_proj"], exclude_modules=["nothing"]))
+
+
+@pytest.mark.parametrize(
+    ("source", "targets", "words"),
+    [
+        ({"names": ("query", "value")}, ["query", "value"], "2 renames"),
+        ({"path": "module.model.layers"}, ["module.model.layers.0.attention.q_proj"], "the prefix 'module.', which"),
+        ({"path": "layers", "names": ("query", "v_proj")}, ["layers.1.attention.query"], "the prefix"),
+    ],
+    ids=["renames", "whole name", "both"],
+)
+def test_targets_of_the_file_are_renamed_too(tmp_path, source, targets, words):
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(Model(**source), config).eval()
+    model.save_pretrained(tmp_path)
+    said = message(tmp_path)
+    first = said.splitlines()[0]
+    assert (
+        first.startswith(f"{tmp_path / 'adapter_config.json'}: target_modules: the names of the modules")
+        and words in first
+    )
+    mapping = eval(re.search(r"key_mapping=(\{.*\}) to from_pretrained", first)[1])
+    loaded = PeftModel.from_pretrained(Model(), tmp_path, key_mapping=mapping)
+    torch.testing.assert_close(loaded(X), model(X))
+    loaded.load_adapter(tmp_path, "default", key_mapping=mapping)
+    torch.testing.assert_close(loaded(X), model(X))
+    loaded.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(PeftModel.from_pretrained(Model(), tmp_path / "again")(X), model(X))

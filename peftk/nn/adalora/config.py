@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..base.config import PeftType, check_int, check_number
+from ..base.config import PeftType, check_int, check_number, warn_of_field
 from ..lora.config import MAX_ALPHA, MAX_RANK, LoraConfig
 
 MAX_STEPS = 2**53
@@ -73,7 +72,7 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
                 raise ValueError(f"{name}: has no meaning for AdaLoRA, got {getattr(self, name)!r}")
         super().__post_init__()
         if self.r != LoraConfig.r:
-            warnings.warn("r: AdaLoRA does not use it; init_r is the initial rank", stacklevel=3)
+            warn_of_field("r: AdaLoRA does not use it; init_r is the initial rank", stacklevel=3)
         check_int("init_r", self.init_r, 1, MAX_RANK)
         check_int("target_r", self.target_r, 0, MAX_RANK)
         for name in ("tinit", "tfinal"):
@@ -93,7 +92,7 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
                 f"budget falls; got tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}"
             )
         if self.target_r > self.init_r and not self.inference_mode:
-            warnings.warn(
+            warn_of_field(
                 f"target_r: {self.target_r} is above init_r={self.init_r}, so that nothing will be pruned", stacklevel=3
             )
 

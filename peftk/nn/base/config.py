@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -46,6 +47,16 @@ class PeftType(str, Enum):
     LORA = "LORA"
     OFT = "OFT"
     XLORA = "XLORA"
+
+
+read_from: ContextVar[str | None] = ContextVar("read_from", default=None)
+"""The configuration file that is being read, for messages about its fields."""
+
+
+def warn_of_field(message: str, stacklevel: int = 1) -> None:
+    """Warn about a field of a configuration; the message names the file that it comes from."""
+    file = read_from.get()
+    warnings.warn(message if file is None else f"{file}: {message}", stacklevel=stacklevel + 1)
 
 
 def check_bool(name: str, value: object) -> None:
@@ -319,7 +330,7 @@ class PeftConfig:
         known = {field.name for field in dataclasses.fields(target)} - target._never_in_file
         unknown = sorted(set(values) - known)
         if unknown:
-            warnings.warn(
+            warn_of_field(
                 f"adapter configuration: these keys are not known to {target.__name__} and are ignored: "
                 f"{shown(unknown)}",
                 stacklevel=2,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..base.config import PeftConfig, PeftType, check_bool, check_int, check_number
+from ..base.config import PeftConfig, PeftType, check_bool, check_int, check_number, warn_of_field
 
 MAX_SIZE = 1_000_000
 MAX_DEPTH = 1_000
@@ -75,10 +74,10 @@ class XLoraConfig(PeftConfig, method=PeftType.XLORA):
         """Check every field."""
         super().__post_init__()
         if self.hidden_size is None:
-            warnings.warn("hidden_size: None, so 4096 is taken; it must be that of the model", stacklevel=3)
+            warn_of_field("hidden_size: None, so 4096 is taken; it must be that of the model", stacklevel=3)
             self.hidden_size = 4096
         if self.adapters is None:
-            warnings.warn("adapters: None, so there are no experts", stacklevel=3)
+            warn_of_field("adapters: None, so there are no experts", stacklevel=3)
             self.adapters = {}
         if not isinstance(self.adapters, Mapping):
             raise TypeError(f"adapters: expected a dict of names to folders, got {self.adapters!r}")
@@ -98,9 +97,9 @@ class XLoraConfig(PeftConfig, method=PeftType.XLORA):
         for name in ("scaling_pass_value", "global_scaling_weight"):
             check_number(name, getattr(self, name), -1e6, 1e6)
         if self.enable_softmax_topk and self.top_k_lora is None:
-            warnings.warn("enable_softmax_topk: top_k_lora is None, so the softmax is over all experts", stacklevel=3)
+            warn_of_field("enable_softmax_topk: top_k_lora is None, so the softmax is over all experts", stacklevel=3)
         if self.enable_softmax_topk and self.enable_softmax:
-            warnings.warn("enable_softmax_topk: enable_softmax is set too, so two softmaxes are applied", stacklevel=3)
+            warn_of_field("enable_softmax_topk: enable_softmax is set too, so two softmaxes are applied", stacklevel=3)
 
 
 __all__ = ["XLoraConfig"]

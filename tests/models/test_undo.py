@@ -1,0 +1,187 @@
+"""Changes of several steps under faults: an exception at any line leaves the state of before or of after."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from support.toy_model import METHODS, X, toy
+from torch import nn
+
+import peftk
+from peftk import PeftModel, get_peft_model
+from peftk.nn.base.undo import all_or_nothing
+
+ROOT = str(Path(peftk.__file__).parent)
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """Everything that a user could see of a model: modules, parameters, flags, adapters and outputs."""
+    found: dict[str, object] = {}
+    for path, module in model.named_modules():
+        kind = type(module)
+        found[f"{path}:type"] = getattr(kind, "_public_class", kind).__name__
+        for name in ("training", "disable_adapters", "active_adapters", "merged_adapters", "scaling", "r"):
+            value = module.__dict__.get(name)
+            found[f"{path}:{name}"] = value.copy() if isinstance(value, (list, dict)) else value
+        found[f"{path}:hooks"] = len(module._forward_hooks), len(module._forward_pre_hooks)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found[f"{name}:value"] = tensor.detach().clone()
+        found[f"{name}:trained"] = tensor.requires_grad
+    if isinstance(model, PeftModel):
+        found["configs"] = {name: config.to_dict() for name, config in model.peft_config.items()}
+        found["active"] = list(model.active_adapters)
+    with torch.no_grad():
+        mode = {m: m.training for m in model.modules()}
+        found["output"] = model.eval()(X)
+        for module, training in mode.items():
+            module.training = training
+    return found
+
+
+def same(left: dict, right: dict) -> str | None:
+    if left.keys() != right.keys():
+        return f"keys {sorted(left.keys() ^ right.keys())[:4]}"
+    for key, value in left.items():
+        equal = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
+        if not equal:
+            return f"{key}: {value} and {right[key]}"
+    return None
+
+
+class Fault(BaseException):
+    """What no code of the package can expect."""
+
+
+@contextlib.contextmanager
+def fault_at(number: int, kind: type[BaseException]):
+    """Raise at one of the lines of the package that a block runs, counted from 0; yield the number of lines seen."""
+    seen = [0]
+
+    def line(frame, event, argument):
+        if event == "line":
+            seen[0] += 1
+            if seen[0] == number + 1:
+                raise kind("injected")
+        return line
+
+    def call(frame, event, argument):
+        # Code that puts things back is not interrupted by the trace: it runs while an exception is on its way.
+        return line if frame.f_code.co_filename.startswith(ROOT) and "undo.py" not in frame.f_code.co_filename else None
+
+    sys.settrace(call)
+    try:
+        yield seen
+    finally:
+        sys.settrace(None)
+
+
+def config(name: str, **more):
+    return METHODS[name](**more) if callable(METHODS[name]) else METHODS[name]
+
+
+def adapted(name: str) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(toy(), config(name))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def with_two(name: str) -> PeftModel:
+    model = adapted(name)
+    model.add_adapter("other", config(name))
+    return model
+
+
+CHANGES = {
+    "wrap": (lambda name, folder: toy(), lambda model, name, folder: get_peft_model(model, config(name))),
+    "add": (lambda name, folder: adapted(name), lambda model, name, folder: model.add_adapter("new", config(name))),
+    "set": (lambda name, folder: with_two(name), lambda model, name, folder: model.set_adapter("other")),
+    "delete": (lambda name, folder: with_two(name), lambda model, name, folder: model.delete_adapter("default")),
+    "load": (lambda name, folder: adapted(name), lambda model, name, folder: model.load_adapter(folder, "new")),
+    "load over": (
+        lambda name, folder: adapted(name),
+        lambda model, name, folder: model.load_adapter(folder, "default"),
+    ),
+    "merge": (lambda name, folder: adapted(name), lambda model, name, folder: model.merge_adapter()),
+    "merge for good": (lambda name, folder: adapted(name), lambda model, name, folder: model.merge_and_unload()),
+    "unload": (lambda name, folder: adapted(name), lambda model, name, folder: model.unload()),
+    "from file": (
+        lambda name, folder: toy(),
+        lambda model, name, folder: PeftModel.from_pretrained(model, folder),
+    ),
+}
+
+
+def inject(change: str, name: str, folder: Path, points: int) -> int:
+    """Run a change with a fault at lines spread over it; return how many were tried."""
+    make, act = CHANGES[change]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = folder / "saved"
+        if not saved.exists():
+            adapted(name).save_pretrained(saved)
+            for path in saved.glob("*"):
+                assert path.is_file()
+        torch.manual_seed(1)
+        model = make(name, saved)
+        with fault_at(10**9, Fault) as seen:
+            act(model, name, saved)
+        total, tried = seen[0], 0
+        for number in range(0, total, max(1, total // points)):
+            torch.manual_seed(1)
+            model = make(name, saved)
+            before = state(model)
+            kind = (Fault, KeyboardInterrupt, MemoryError)[tried % 3]
+            try:
+                torch.manual_seed(2)
+                with fault_at(number, kind):
+                    act(model, name, saved)
+            except (Fault, KeyboardInterrupt, MemoryError):
+                reason = same(before, state(model))
+                assert reason is None, f"{change}, {name}, line {number} of {total}: {reason}"
+            tried += 1
+    return tried
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_fault_at_any_line_changes_nothing(change: str, tmp_path: Path) -> None:
+    assert inject(change, "lora", tmp_path, 20) >= 20
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_fault_at_any_line_changes_nothing_of_any_method(change: str, name: str, tmp_path: Path) -> None:
+    assert inject(change, name, tmp_path, 40) >= 40
+
+
+def test_restoring_survives_a_second_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(2, 2)
+    calls = []
+    from peftk.nn.base import undo
+
+    restore = undo._Before.restore
+
+    def interrupted(self) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        restore(self)
+
+    monkeypatch.setattr(undo._Before, "restore", interrupted)
+    with pytest.raises(ZeroDivisionError), all_or_nothing([layer], [layer.weight], [layer.bias]):
+        layer.extra = 1
+        layer.weight.requires_grad_(False)
+        with torch.no_grad():
+            layer.bias.fill_(7)
+        1 / 0  # noqa: B018
+    assert len(calls) == 2 and not hasattr(layer, "extra")
+    assert layer.weight.requires_grad and (layer.bias != 7).all()
