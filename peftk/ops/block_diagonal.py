@@ -13,11 +13,17 @@ from ._checks import autocast_input, cast, check_frozen, check_shape, check_tens
 __all__ = ["block_rotate", "block_rotate_linear"]
 
 
+def _match(features: int, blocks: Tensor) -> bool:
+    count, size, columns = blocks.shape
+    if count == 1:
+        return size == columns > 0 == features % size
+    return size == columns and count * size == features > 0
+
+
 def _fits_rotation(x: Tensor, blocks: Tensor) -> bool:
     """Say cheaply whether the arguments are right; `_check_rotation` finds out what is wrong."""
     try:
-        count, size, columns = blocks.shape
-        return size == columns and count * size == x.shape[-1] > 0 and ordinary(x, blocks)
+        return _match(x.shape[-1], blocks) and ordinary(x, blocks)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
@@ -25,11 +31,10 @@ def _fits_rotation(x: Tensor, blocks: Tensor) -> bool:
 def _fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> bool:
     """Say cheaply whether the arguments are right; `_check_linear` finds out what is wrong."""
     try:
-        count, size, columns = blocks.shape
         out, features = weight.shape
         return (
-            size == columns
-            and count * size == features == x.shape[-1] > 0
+            x.shape[-1] == features
+            and _match(features, blocks)
             and not weight.requires_grad
             and (bias is None or bias.shape == (out,))
             and ordinary(x, blocks, weight, bias)

@@ -31,7 +31,7 @@ def _check_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> No
         raise ValueError(f"w2_b: expected {w1_b.shape[1]} columns, as w1_b has; got {w2_b.shape[1]}")
 
 
-def _fits(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> bool:
+def _fits_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> bool:
     """Say cheaply whether the factors are right; `_check_factors` finds out what is wrong."""
     try:
         (out, r1), (r1_, features), (out_, r2), (r2_, features_) = w1_a.shape, w1_b.shape, w2_a.shape, w2_b.shape
@@ -59,7 +59,7 @@ def _one_dtype(*factors: Tensor) -> tuple[Tensor, ...]:
 def _prepare_khatri_rao(
     w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, *, dtype: torch.dtype | None = None
 ) -> tuple:
-    if not _fits(w1_a, w1_b, w2_a, w2_b):
+    if not _fits_factors(w1_a, w1_b, w2_a, w2_b):
         _check_factors(w1_a, w1_b, w2_a, w2_b)
     if dtype is not None and dtype not in FLOATING:
         raise TypeError(f"dtype: expected None, float64, float32, bfloat16 or float16; got {dtype!r}")
@@ -70,7 +70,7 @@ def _prepare_khatri_rao(
 def _prepare_weight(
     weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float | Tensor = 1.0
 ) -> tuple:
-    if not _fits(w1_a, w1_b, w2_a, w2_b):
+    if not _fits_factors(w1_a, w1_b, w2_a, w2_b):
         _check_factors(w1_a, w1_b, w2_a, w2_b)
     check_tensor("weight", weight, like=w1_a)
     out, features = w1_a.shape[0], w1_b.shape[1]

@@ -58,7 +58,7 @@ def _check_weight(weight: Tensor, w1: Tensor, w2: Tensor) -> None:
     _check_factors(w1, w2, weight.shape[1], weight.shape[0], weight)
 
 
-def _fits(features: int, out: int, w1: Tensor, w2: Tensor) -> bool:
+def _match(features: int, out: int, w1: Tensor, w2: Tensor) -> bool:
     (left, middle), (rows, columns) = w1.shape, w2.shape
     return middle * columns == features > 0 and left * rows == out > 0
 
@@ -67,7 +67,9 @@ def _fits_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> bool:
     """Say cheaply whether the arguments are right; `_check_add` finds out what is wrong."""
     try:
         return (
-            base.shape[:-1] == x.shape[:-1] and _fits(x.shape[-1], base.shape[-1], w1, w2) and ordinary(x, base, w1, w2)
+            base.shape[:-1] == x.shape[:-1]
+            and _match(x.shape[-1], base.shape[-1], w1, w2)
+            and ordinary(x, base, w1, w2)
         )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
@@ -79,7 +81,7 @@ def _fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, w2:
         out, features = weight.shape
         return (
             x.shape[-1] == features
-            and _fits(features, out, w1, w2)
+            and _match(features, out, w1, w2)
             and not weight.requires_grad
             and (bias is None or bias.shape == (out,))
             and ordinary(x, weight, bias, w1, w2)
