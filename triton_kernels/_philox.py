@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.torch._philox import dropout_threshold
+from ..kernels.shared.philox import dropout_threshold
 
 KEEP_ALL = {"seed_low": 0, "seed_high": 0, "threshold": 0}
 """The arguments of a kernel that drops nothing."""

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..kernels.shared.block_diagonal import linear_backward
 from ._launch import launch, unsupported
 
 MAX_SIZE = 256
@@ -392,21 +393,15 @@ def block_rotate_linear_backward_supports(
     return _supports(x, blocks)
 
 
-def block_rotate_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor,
-    need_x: bool,
-    need_blocks: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
-    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
-    if not (need_x or need_blocks):
-        return grad.new_empty(0), blocks.new_empty(0), dbias
-    product = grad @ weight
+def _linear_backward(
+    product: Tensor, x: Tensor, blocks: Tensor, need_x: bool, need_blocks: bool
+) -> tuple[Tensor, Tensor]:
     # The gradient of x takes the place of the product, except where several programs read the same rows of it.
     in_place = _backward_tiling(x.numel() // x.shape[-1], blocks.shape[-1], x.dtype).in_place
     dx = product.new_empty(0) if not need_x else product if in_place else torch.empty_like(product)
-    return dx, _backward(product, x, blocks, False, dx, need_x, need_blocks), dbias
+    return dx, _backward(product, x, blocks, False, dx, need_x, need_blocks)
+
+
+def block_rotate_linear_backward(*args: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
+    return linear_backward(_linear_backward, *args)

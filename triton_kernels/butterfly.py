@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.torch.butterfly import MAX_GROUP, multiply, multiply_backward, passes
+from ..kernels.shared.butterfly import MAX_GROUP, multiply, multiply_backward, passes
 from ._launch import launch, unsupported
 from .block_diagonal import block_rotate, block_rotate_backward
 

@@ -1,6 +1,6 @@
 """Circular convolution in Triton: the steps between the spectra, and the dense matrix; products are torch's.
 
-Which way a call takes is decided in `peftk/kernels/torch/_circulant_paths.py`, which also says what a spectrum is.
+Which way a call takes is decided in `peftk/kernels/shared/circulant.py`, which also says what a spectrum is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.torch._circulant_paths import Paths, Transforms
+from ..kernels.shared.circulant import Paths, Transforms, operators
 from ._launch import launch, unsupported
 
 MAX_CHUNKS = 32
@@ -308,51 +308,5 @@ def _gather(grad: Tensor, scale: float, dkernel: Tensor) -> None:
     )
 
 
-_paths = Paths(_mix, _contract, _write, _gather, Transforms())
-
-circular_conv = _paths.circular_conv
-circular_conv_backward = _paths.circular_conv_backward
-circular_conv_add = _paths.circular_conv_add
-circular_conv_add_backward = _paths.circular_conv_backward
-circulant_linear = _paths.circulant_linear
-circulant_linear_backward = _paths.circulant_linear_backward
-circulant_weight = _paths.circulant_weight
-circulant_weight_backward = _paths.circulant_weight_backward
-
-
-def circular_conv_supports(x: Tensor, kernel: Tensor, scale: float) -> str | None:
-    """Return None, or why Triton cannot convolve x."""
-    return unsupported(x)
-
-
-def circular_conv_backward_supports(grad: Tensor, x: Tensor, *args: object) -> str | None:
-    """Return None, or why Triton cannot run the backward pass."""
-    return unsupported(x)
-
-
-def circular_conv_add_supports(base: Tensor, x: Tensor, kernel: Tensor, scale: float) -> str | None:
-    """Return None, or why Triton cannot add onto the base."""
-    if base.dtype is not x.dtype:
-        return f"base and x must share a dtype to be accumulated in place; got {base.dtype} and {x.dtype}"
-    return unsupported(x)
-
-
-circular_conv_add_backward_supports = circular_conv_backward_supports
-
-
-def circulant_linear_supports(x: Tensor, *args: object) -> str | None:
-    """Return None, or why Triton cannot convolve x."""
-    return unsupported(x)
-
-
-circulant_linear_backward_supports = circular_conv_backward_supports
-
-
-def circulant_weight_supports(weight: Tensor, kernel: Tensor, scale: float) -> str | None:
-    """Return None, or why Triton cannot write the weight."""
-    return unsupported(weight)
-
-
-def circulant_weight_backward_supports(grad: Tensor, kernel: Tensor, scale: float) -> str | None:
-    """Return None, or why Triton cannot run the backward pass."""
-    return unsupported(grad)
+# The kernels that the registry looks for here by name; what a backend has of its own are the steps above.
+globals().update(operators(Paths(_mix, _contract, _write, _gather, Transforms()), unsupported))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.torch.dora import compose_backward
+from ..kernels.shared.dora import compose_backward
 from . import _launch
 from .butterfly import scale_channels_backward
 from .low_rank import low_rank_add_backward, low_rank_add_backward_supports, low_rank_add_supports

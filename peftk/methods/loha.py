@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..kernels.torch._wide import wide
+from ..kernels.shared.wide import wide
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
 from ..ops.conv import convolve_thin, convolve_with, expand
 from ._base_layer import NONE, call, plain_tensors

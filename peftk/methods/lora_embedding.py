@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
-from ..kernels.torch._wide import wide
+from ..kernels.shared.wide import wide
 from . import dora
 from ._base_layer import NONE
 from .lora import LowRank, mixed_gate, mixed_groups

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.torch._wide import HALF, wide
+from ..kernels.shared.wide import HALF, wide
 from ._autograd import apply, transformed
 
 

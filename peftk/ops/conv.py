@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
-from ..kernels.torch._wide import HALF, widened
+from ..kernels.shared.wide import HALF, widened
 from ._autograd import apply, run_backward, transformed
 
 _NAME = "an adapted convolution"

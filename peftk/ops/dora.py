@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.torch._wide import wide
+from ..kernels.shared.wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import apply, run_backward

@@ -13,7 +13,7 @@ from support.layer_cases import example, make
 from support.operators import DTYPES, ONE_EACH, forward_backward
 
 import peftk
-from peftk.kernels.torch import _fourier
+from peftk.kernels.shared import fourier
 from peftk.testing.cases import Case
 from peftk.testing.compare import assert_same_bits
 
@@ -44,7 +44,7 @@ def test_an_operator_does_not_see_them(case: Case, backend: str, dtype: str, oth
     inputs = case.cast(case.inputs(), *DTYPES[dtype])
     with peftk.use_backend(backend):
         y, grads, grad = forward_backward(case.function, case, inputs)
-        for tables in (_fourier.transform, _fourier.inverse, _fourier.kernel_transform, _fourier.waves):
+        for tables in (fourier.transform, fourier.inverse, fourier.kernel_transform, fourier.waves):
             tables.cache_clear()
         with other():
             again, again_grads, _ = forward_backward(case.function, case, inputs, grad)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftk
-from peftk.kernels.torch._philox import philox
+from peftk.kernels.shared.philox import philox
 from peftk.runtime import registry
 from peftk.testing.cases import Case, butterfly, low_rank
 from peftk.testing.compare import assert_close, assert_same_bits

@@ -11,10 +11,10 @@ import torch
 from support.operators import CASES, forward_backward, reason_against
 
 import peftk
-from peftk.kernels.torch import _fourier
+from peftk.kernels.shared import fourier
 from peftk.testing.cases import Case
 
-TRANSFORMS = (_fourier.transform, _fourier.inverse, _fourier.kernel_transform)
+TRANSFORMS = (fourier.transform, fourier.inverse, fourier.kernel_transform)
 
 
 def keeping() -> dict[str, Callable]:
@@ -34,7 +34,7 @@ KEEPING = keeping()
 
 
 def test_nothing_kept_is_ever_dropped() -> None:
-    assert any(name.endswith("_fourier.transform") for name in KEEPING)
+    assert any(name.endswith("fourier.transform") for name in KEEPING)
     dropping = [name for name, function in KEEPING.items() if function.cache_parameters()["maxsize"] is not None]
     assert not dropping
 
@@ -78,6 +78,6 @@ def test_the_first_use_of_a_transform_is_refused_while_a_graph_is_captured(
     # What was made before is there for the graph.
     kept = torch.zeros(1)
     with monkeypatch.context() as patched:
-        patched.setattr(_fourier, "_planes", lambda *args: kept)
+        patched.setattr(fourier, "_planes", lambda *args: kept)
         assert transform(*arguments) is kept
     assert transform(*arguments) is kept

@@ -77,6 +77,18 @@ def test_imports_point_down(path):
         assert RANKS[name] <= RANKS[own], f"{relative(path)} imports {name} from above"
 
 
+def test_no_backend_is_a_library_for_another():
+    """What several need stands in `kernels/shared`, which needs none of them."""
+    for path in SOURCES:
+        own = "triton" if top(path) == "triton_kernels" else path.parent.name
+        if top(path) not in ("kernels", "triton_kernels"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                used = set((node.module or "").split(".")) & {"torch", "native", "triton_kernels"}
+                assert used <= {own}, f"{relative(path)} imports {used}"
+
+
 def test_checkpoints_know_no_model():
     used = set().union(*(imports(p) for p in (PACKAGE / "checkpoint").rglob("*.py")))
     assert not used & {"nn", "models", "ops", "functional"}

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ..shared.block_diagonal import linear_backward
 from ._supports import device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
@@ -83,20 +84,14 @@ def block_rotate_linear_backward_supports(
     return _reason(grad, blocks)
 
 
-def block_rotate_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor,
-    need_x: bool,
-    need_blocks: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
-    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
-    if not (need_x or need_blocks):
-        return grad.new_empty(0), blocks.new_empty(0), dbias
-    product = grad @ weight
+def _linear_backward(
+    product: Tensor, x: Tensor, blocks: Tensor, need_x: bool, need_blocks: bool
+) -> tuple[Tensor, Tensor]:
     # The gradient of x takes the place of the product: one full-size buffer less.
     dx = product if need_x else product.new_empty(0)
-    return dx, _backward(product, x, blocks, False, dx, need_blocks), dbias
+    return dx, _backward(product, x, blocks, False, dx, need_blocks)
+
+
+def block_rotate_linear_backward(*args: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
+    return linear_backward(_linear_backward, *args)

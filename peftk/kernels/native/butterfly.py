@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
-from ..torch.butterfly import multiply, multiply_backward, passes
+from ..shared.butterfly import multiply, multiply_backward, passes
 from ._supports import device_reason, supports_activations
 from .block_diagonal import _reason as _rotation_reason
 from .block_diagonal import block_rotate, block_rotate_backward

@@ -1,6 +1,6 @@
 """Circular convolution with C++ or CUDA between the spectra and for the dense matrix; products are torch's.
 
-Which way a call takes is decided in `kernels/torch/_circulant_paths.py`.
+Which way a call takes is decided in `kernels/shared/circulant.py`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
-from ..torch._circulant_paths import Paths, Transforms
-from ..torch._fourier import factors, waves
+from ..shared.circulant import Paths, Transforms, operators
+from ..shared.fourier import factors, waves
 from ._supports import device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
@@ -78,51 +78,5 @@ class _FastTransforms(Transforms):
         return out
 
 
-_paths = Paths(_mix, _contract, _write, _gather, _FastTransforms())
-
-circular_conv = _paths.circular_conv
-circular_conv_backward = _paths.circular_conv_backward
-circular_conv_add = _paths.circular_conv_add
-circular_conv_add_backward = _paths.circular_conv_backward
-circulant_linear = _paths.circulant_linear
-circulant_linear_backward = _paths.circulant_linear_backward
-circulant_weight = _paths.circulant_weight
-circulant_weight_backward = _paths.circulant_weight_backward
-
-
-def circular_conv_supports(x: Tensor, kernel: Tensor, scale: float) -> str | None:
-    """Return None, or why C++ cannot convolve x."""
-    return _reason(x)
-
-
-def circular_conv_backward_supports(grad: Tensor, x: Tensor, *args: object) -> str | None:
-    """Return None, or why C++ cannot run the backward pass."""
-    return _reason(x)
-
-
-def circular_conv_add_supports(base: Tensor, x: Tensor, kernel: Tensor, scale: float) -> str | None:
-    """Return None, or why C++ cannot add onto the base."""
-    if base.dtype is not x.dtype:
-        return f"base and x must share a dtype to be accumulated in place; got {base.dtype} and {x.dtype}"
-    return _reason(x)
-
-
-circular_conv_add_backward_supports = circular_conv_backward_supports
-
-
-def circulant_linear_supports(x: Tensor, *args: object) -> str | None:
-    """Return None, or why C++ cannot convolve x."""
-    return _reason(x)
-
-
-circulant_linear_backward_supports = circular_conv_backward_supports
-
-
-def circulant_weight_supports(weight: Tensor, kernel: Tensor, scale: float) -> str | None:
-    """Return None, or why C++ cannot write the weight."""
-    return _reason(weight)
-
-
-def circulant_weight_backward_supports(grad: Tensor, kernel: Tensor, scale: float) -> str | None:
-    """Return None, or why C++ cannot run the backward pass."""
-    return _reason(grad)
+# The kernels that the registry looks for here by name; what a backend has of its own are the steps above.
+globals().update(operators(Paths(_mix, _contract, _write, _gather, _FastTransforms()), _reason))

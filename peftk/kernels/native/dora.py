@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
-from ..torch.dora import compose_backward
+from ..shared.dora import compose_backward
 from ._supports import supports_activations
 from .butterfly import scale_channels_backward
 from .low_rank import _as_rows, _like, low_rank_add_backward, shrink

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
-from ..torch._wide import wide_product
-from ..torch.kronecker import w1_first_backward, w2_first
+from ..shared.kronecker import w1_first_backward, w2_first
+from ..shared.wide import wide_product
 from ._supports import device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.

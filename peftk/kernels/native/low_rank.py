@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
-from ..torch._philox import dropout_threshold
-from ..torch._wide import widened
+from ..shared.philox import dropout_threshold
+from ..shared.wide import widened
 from ._supports import supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.

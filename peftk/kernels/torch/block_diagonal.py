@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._wide import wide_product
+from ..shared.block_diagonal import linear_backward
+from ..shared.wide import wide_product
 
 
 def _by_block(x: Tensor, blocks: Tensor) -> Tensor:
@@ -40,18 +41,10 @@ def block_rotate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: 
     return linear(block_rotate(x, blocks, False), weight, bias)
 
 
-def block_rotate_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor,
-    need_x: bool,
-    need_blocks: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_backward(grad: Tensor, x: Tensor, blocks: Tensor, need_x: bool, need_blocks: bool) -> tuple[Tensor, Tensor]:
+    return block_rotate_backward(grad, x, blocks, False, need_x, need_blocks)
+
+
+def block_rotate_linear_backward(*args: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
-    db = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
-    if not (need_x or need_blocks):
-        return grad.new_empty(0), blocks.new_empty(0), db
-    dx, dblocks = block_rotate_backward(grad @ weight, x, blocks, False, need_x, need_blocks)
-    return dx, dblocks, db
+    return linear_backward(_linear_backward, *args)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._fourier import inverse, kernel_transform, lanes, transform
-from ._wide import wide_product
+from ..shared.fourier import inverse, kernel_transform, lanes, transform
+from ..shared.wide import wide_product
 
 
 def _exact(x: Tensor) -> bool:

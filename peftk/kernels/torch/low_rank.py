@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._philox import dropout
-from ._wide import wide_product, widened
+from ..shared.philox import dropout
+from ..shared.wide import wide_product, widened
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

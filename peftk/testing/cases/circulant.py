@@ -92,7 +92,7 @@ def _case(
     return Case(operator, name, make, FORMULAS[operator], gradients, activations, saved, rows=rows)
 
 
-# The sizes let every way of `kernels/torch/_circulant_paths.py` be taken: dense, by frequencies, merged. Blocks of 64
+# The sizes let every way of `kernels/shared/circulant.py` be taken: dense, by frequencies, merged. Blocks of 64
 # are transformed fast in C++, in groups of eight; the numbers of blocks leave a part of one.
 CASES = [
     _case("circular_conv", "one-row-b1", (1,), 2, 3, 1),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._fourier import inverse, kernel_transform, lanes, transform
+from .fourier import inverse, kernel_transform, lanes, transform
 
 WRITE, WRITE_FRESH = 40, 220
 """What writing an element of a matrix costs, in operations of a matrix product: where memory is used again, and where
@@ -225,3 +225,34 @@ class Paths:
         dkernel = kernel.new_empty(kernel.shape, dtype=torch.float32)
         self.gather(grad.contiguous(), scale, dkernel)
         return dkernel.to(kernel.dtype)
+
+
+def operators(paths: Paths, reason: Callable[[Tensor], str | None]) -> dict[str, Callable]:
+    """Return the operators of a backend and their predicates by name, from its small steps.
+
+    `reason` says why the backend cannot convolve activations like these, or returns None.
+    """
+
+    def add_reason(base: Tensor, x: Tensor, *args: object) -> str | None:
+        if base.dtype is not x.dtype:
+            return f"base and x must share a dtype to be accumulated in place; got {base.dtype} and {x.dtype}"
+        return reason(x)
+
+    def first_reason(x: Tensor, *args: object) -> str | None:
+        return reason(x)
+
+    def second_reason(grad: Tensor, x: Tensor, *args: object) -> str | None:
+        return reason(x)
+
+    found: dict[str, tuple[Callable, Callable]] = {
+        "circular_conv": (paths.circular_conv, first_reason),
+        "circular_conv_backward": (paths.circular_conv_backward, second_reason),
+        "circular_conv_add": (paths.circular_conv_add, add_reason),
+        "circular_conv_add_backward": (paths.circular_conv_backward, second_reason),
+        "circulant_linear": (paths.circulant_linear, first_reason),
+        "circulant_linear_backward": (paths.circulant_linear_backward, second_reason),
+        "circulant_weight": (paths.circulant_weight, first_reason),
+        "circulant_weight_backward": (paths.circulant_weight_backward, first_reason),
+    }
+    kernels = {name: kernel for name, (kernel, _) in found.items()}
+    return kernels | {f"{name}_supports": supports for name, (_, supports) in found.items()}
