@@ -13,50 +13,23 @@ from benchmarks.functions import Function
 from benchmarks.peers import why_no_compiler
 from peftk.testing.calls import KINDS, Call, operators, sweep
 
-F32, BF16 = torch.float32, torch.bfloat16
 TOKENS = 512
 
 # One is enough to try it.
 COMPILED_WHEN_QUICK = ("scale_channels",)
 
-# Operator to the sizes, in the words of `sweep`, and the dtypes that it is timed with at each width; the functions are
-# timed with the first of each. One that is not named here has its usual size in float32, at the smaller width.
-ROWS: dict[str, Callable[[int], tuple[dict[str, tuple[int, ...]], tuple[torch.dtype, ...]]]] = {
-    "block_rotate": lambda features: ({"blocks": (32, 8, 256)}, (F32, BF16)),
-    "block_rotate_linear": lambda features: ({"blocks": (32,)}, (F32,)),
-    "butterfly_compose": lambda features: ({"blocks": (4,)}, (F32,)),
-    "butterfly_multiply": lambda features: ({"blocks": (4,)}, (F32,)),
-    "cayley": lambda features: ({"blocks": (32, 256)}, (F32,)),
-    "circular_conv_add": lambda features: ({"blocks": (features // 8, 32)}, (F32,)),
-    "circulant_linear": lambda features: ({"blocks": (features // 8,)}, (F32,)),
-    "circulant_weight": lambda features: ({"blocks": (features // 8, 32)}, (F32,)),
-    "dora_compose": lambda features: ({"ranks": (16,)}, (F32,)),
-    "dora_norm": lambda features: ({"ranks": (16,)}, (F32,)),
-    "hadamard_weight": lambda features: ({"ranks": (8,)}, (F32,)),
-    "khatri_rao": lambda features: ({"ranks": (8,)}, (F32,)),
-    "kronecker_add": lambda features: ({"factors": (8,)}, (F32,)),
-    "kronecker_linear": lambda features: ({"factors": (8,)}, (F32,)),
-    "kronecker_weight": lambda features: ({"factors": (8,)}, (F32,)),
-    "low_rank_add": lambda features: ({"ranks": (16,)}, (F32,)),
-    "low_rank_linear": lambda features: ({"ranks": (16, 64) if features == 1024 else (16,)}, (F32,)),
-    "scale_channels": lambda features: ({"blocks": (4,)}, (F32,)),
-}
-
 
 def calls() -> Iterator[Call]:
     """Yield forward and backward operators on the shapes of attention projections, small and large."""
     for features in (1024, 4096):
-        shape: dict[str, Any] = {"tokens": (TOKENS,), "widths": ((features, features),)}
         for name, kind in KINDS.items():
-            if name in ROWS:
-                sizes, dtypes = ROWS[name](features)
-            elif features == 1024:
-                sizes, dtypes = {f"{kind.size}s": (kind.usual,)}, (F32,)
-            else:
+            if features not in kind.timed.widths:
                 continue
+            shape: dict[str, Any] = {"tokens": (TOKENS,), "widths": ((features, features),)}
+            shape[f"{kind.size}s"] = kind.timed.sizes(features)
             for operator in operators(name):
-                for dtype in dtypes:
-                    yield from sweep(operator, dtype=dtype, **shape, **sizes)
+                for dtype in kind.timed.dtypes:
+                    yield from sweep(operator, dtype=dtype, **shape)
 
 
 def function_calls() -> Iterator[Call]:

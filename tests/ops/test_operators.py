@@ -33,6 +33,7 @@ from torch import Tensor
 
 import peftk
 from peftk.runtime import registry
+from peftk.testing.calls import KINDS
 from peftk.testing.cases import Case, Inputs
 from peftk.testing.compare import UNITS, assert_close, assert_same_bits, sums_of
 from peftk.testing.memory import saved_bytes
@@ -40,17 +41,6 @@ from peftk.testing.memory import saved_bytes
 # Pairs that must run: a skip there would hide a kernel that fell away.
 MUST_RUN = {("native", "f32"), ("native", "bf16-f32")} | set(itertools.product(("torch",), GPU_DTYPES))
 MUST_RUN |= {("triton", "f32"), *itertools.product(("triton",), HALVES)}
-# Torch's own products do most of these, and may split a sum by threads.
-PRODUCTS = ("low_rank_add", "low_rank_linear", "kronecker_add", "kronecker_linear", "dora_compose")
-# Operators on parameters alone, which compute half precision in float32 and return that.
-WIDE = ("cayley", "butterfly_compose")
-# Operators that return sums over a half-precision weight in float32.
-SUMS = ("dora_norm",)
-# Operators whose C++ kernels do all of the work, for any number of threads.
-PARALLEL = (
-    *("block_rotate", "cayley", "butterfly_compose", "butterfly_multiply", "scale_channels"),
-    *("hadamard_weight", "khatri_rao", "kronecker_weight", "dora_norm"),
-)
 REFUSALS = {
     "native": ("float16", "float64", "exact transform takes blocks up to"),
     "triton": ("exact transform", "blocks of up to", "got square ones"),
@@ -77,7 +67,11 @@ def test_matches_float64_formula(case: Case, backend: str, dtype: str, device: t
     inputs = moved(case.cast(case.inputs(), activations, parameters), device)
     if reason := reason_against(case, inputs, backend):
         # What the C++ kernels take on a GPU is the subject of their own tests.
-        if (backend, dtype) in MUST_RUN and (backend != "native" or device.type == "cpu"):
+        if (
+            backend in KINDS[case.operator].backends
+            and (backend, dtype) in MUST_RUN
+            and (backend != "native" or device.type == "cpu")
+        ):
             assert any(known in reason for known in REFUSALS.get(backend, ())), reason
         pytest.skip(reason)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
@@ -90,8 +84,9 @@ def test_matches_float64_formula(case: Case, backend: str, dtype: str, device: t
     # The eager form of the same formula sets the bound beside the fixed limit, where it can run in this dtype.
     with peftk.use_backend("torch"):
         eager, eager_grads, _ = forward_backward(function, case, inputs)
-    computed = torch.float32 if case.operator in WIDE and activations != torch.float64 else activations
-    wide = torch.float32 if case.operator in SUMS and activations != torch.float64 else computed
+    sums = KINDS[case.operator].sums
+    computed = torch.float32 if sums == "parameters" and activations != torch.float64 else activations
+    wide = torch.float32 if sums == "float32" and activations != torch.float64 else computed
     assert y.dtype == (inputs["x"].dtype if "x" in inputs else wide)
     again = shaken(case, exact, grad.to(y.dtype).double(), true_grads, computed)
     # No sum is over more than the numbers of the largest tensor.
@@ -224,17 +219,16 @@ def test_equal_bits_every_time_and_for_any_threads(case: Case, backend: str, dev
         assert_same_bits(again, y)
         for name in grads:
             assert_same_bits(grads_again[name], grads[name], what=f"d{name}")
-        if case.operator in PRODUCTS or device.type != "cpu" or backend == "triton":
-            return  # GPU kernels have no threads of the CPU
+        if backend != "native" or device.type != "cpu" or KINDS[case.operator].threads != "equal bits":
+            return
         try:
             torch.set_num_threads(2 if threads == 1 else 1)
             other, grads_other, _ = forward_backward(function, case, inputs)
         finally:
             torch.set_num_threads(threads)
-    if backend == "native" and case.operator in PARALLEL:
-        assert_same_bits(other, y, what="output with another number of threads")
-        for name in grads:
-            assert_same_bits(grads_other[name], grads[name], what=f"d{name} with another number of threads")
+    assert_same_bits(other, y, what="output with another number of threads")
+    for name in grads:
+        assert_same_bits(grads_other[name], grads[name], what=f"d{name} with another number of threads")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if row_count(c) > 1], ids=str)
@@ -301,3 +295,14 @@ def test_every_operator_has_cases_and_opchecks() -> None:
     assert {n.removesuffix("_backward") for n in registry.OPERATORS} == covered
     for operator in covered:
         assert sum(c.operator == operator for c in CASES) >= 6
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_families_have_the_backends_that_they_name(name: str) -> None:
+    """Neither fewer, nor one whose kernels nothing holds to run."""
+    family = registry.OPERATORS[name].family
+    for backend in registry.PACKAGES:
+        module = registry.backend_module(backend, family)
+        if isinstance(module, str) and "has no" not in module:
+            continue  # the whole backend cannot be imported here
+        assert (backend in KINDS[name].backends) == hasattr(module, name), f"backends: {backend} of {name}"

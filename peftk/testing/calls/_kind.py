@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,29 @@ class Normal(Protocol):
 
     def __call__(self, *shape: int, spread: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a tensor of this shape, with this deviation."""
+
+
+ALL_BACKENDS = ("torch", "native", "triton")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What the benchmarks of the operators time.
+
+    Attributes:
+        sizes: block sizes, ranks or factors at a width; the functions are timed with the first.
+        dtypes: those of the activations.
+        widths: the widths of the layer.
+    """
+
+    sizes: Callable[[int], tuple[int, ...]]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    widths: tuple[int, ...] = (1024, 4096)
+
+    @classmethod
+    def at(cls, *sizes: int, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Timed:
+        """Return the same sizes at every width."""
+        return cls(lambda width: sizes, dtypes)
 
 
 def _always(features: int, out: int, size: int) -> bool:
@@ -32,6 +55,12 @@ class Kind:
             function that makes tensors.
         size: what the size of a call is: "block", "rank" or "factor".
         usual: the size of the doctor's call.
+        backends: those that must have kernels of it.
+        threads: whether C++ gives "equal bits" for any number of threads, or torch's own products, which may split a
+            sum by threads, do part of the work.
+        sums: the dtype of the results of half-precision calls: that of the "activations"; of the
+            "parameters", which are all there is and computed with in float32; or "float32".
+        timed: what the benchmarks time.
         square: whether it has no out_features of its own, so that each in_features is swept once.
         tokens: whether it reads activations; parameters and weights have no tokens.
         dtypes: what it is timed in.
@@ -43,6 +72,10 @@ class Kind:
     arguments: Callable[[Any, Normal], tuple]
     size: str
     usual: int
+    backends: tuple[str, ...] = field(kw_only=True)
+    threads: Literal["equal bits", "torch's products"] = field(kw_only=True)
+    sums: Literal["activations", "parameters", "float32"] = field(kw_only=True)
+    timed: Timed = field(kw_only=True)
     square: bool = False
     tokens: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)

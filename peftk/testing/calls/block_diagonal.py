@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._kind import Kind, Normal
+import torch
+
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
     from . import Call
@@ -33,6 +35,25 @@ def _rotate_linear(call: Call, normal: Normal) -> tuple:
 
 
 KINDS = {
-    "block_rotate": Kind(_rotate, "block", 32, square=True, fits=_fits),
-    "block_rotate_linear": Kind(_rotate_linear, "block", 32, fits=_fits),
+    "block_rotate": Kind(
+        _rotate,
+        "block",
+        32,
+        square=True,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="activations",
+        timed=Timed.at(32, 8, 256, dtypes=(torch.float32, torch.bfloat16)),
+    ),
+    "block_rotate_linear": Kind(
+        _rotate_linear,
+        "block",
+        32,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed.at(32),
+    ),
 }

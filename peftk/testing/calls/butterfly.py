@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._kind import Kind, Normal
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
     from . import Call
@@ -54,8 +54,33 @@ KINDS = {
         dtypes=(torch.float32,),
         variants=tuple(STAGES),
         fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="parameters",
+        timed=Timed.at(4),
     ),
-    "butterfly_multiply": Kind(_multiply, "block", 4, square=True, variants=tuple(STAGES), fits=_fits),
+    "butterfly_multiply": Kind(
+        _multiply,
+        "block",
+        4,
+        square=True,
+        variants=tuple(STAGES),
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="activations",
+        timed=Timed.at(4),
+    ),
     # It has no size of its own: one is swept.
-    "scale_channels": Kind(_scale, "block", 4, square=True, fits=lambda features, out, size: size == 4),
+    "scale_channels": Kind(
+        _scale,
+        "block",
+        4,
+        square=True,
+        fits=lambda features, out, size: size == 4,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="activations",
+        timed=Timed.at(4),
+    ),
 }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._kind import Kind, Normal, kernel
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed, kernel
 
 if TYPE_CHECKING:
     from . import Call
@@ -39,5 +39,9 @@ KINDS = {
         dtypes=(torch.float32,),
         variants=("exact", "neumann"),
         fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="parameters",
+        timed=Timed.at(32, 256),
     )
 }

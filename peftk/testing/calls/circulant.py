@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._kind import Kind, Normal
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
     from . import Call
@@ -39,8 +39,45 @@ def _weight(call: Call, normal: Normal) -> tuple:
 
 
 KINDS = {
-    "circular_conv": Kind(_conv, "block", 32, fits=_fits),
-    "circular_conv_add": Kind(_conv, "block", 32, fits=_fits),
-    "circulant_linear": Kind(_linear, "block", 32, fits=_fits),
-    "circulant_weight": Kind(_weight, "block", 32, tokens=False, fits=_fits),
+    "circular_conv": Kind(
+        _conv,
+        "block",
+        32,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed(lambda width: (32,), widths=(1024,)),
+    ),
+    "circular_conv_add": Kind(
+        _conv,
+        "block",
+        32,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed(lambda width: (width // 8, 32)),
+    ),
+    "circulant_linear": Kind(
+        _linear,
+        "block",
+        32,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed(lambda width: (width // 8,)),
+    ),
+    "circulant_weight": Kind(
+        _weight,
+        "block",
+        32,
+        tokens=False,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="activations",
+        timed=Timed(lambda width: (width // 8, 32)),
+    ),
 }

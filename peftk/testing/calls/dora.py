@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._kind import Kind, Normal
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
     from . import Call
@@ -29,6 +29,24 @@ def _compose(call: Call, normal: Normal) -> tuple:
 
 
 KINDS = {
-    "dora_compose": Kind(_compose, "rank", 16),
-    "dora_norm": Kind(_norm, "rank", 16, tokens=False, differentiable=False),
+    "dora_compose": Kind(
+        _compose,
+        "rank",
+        16,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed.at(16),
+    ),
+    "dora_norm": Kind(
+        _norm,
+        "rank",
+        16,
+        tokens=False,
+        differentiable=False,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="float32",
+        timed=Timed.at(16),
+    ),
 }

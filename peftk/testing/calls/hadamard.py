@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._kind import Kind, Normal
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
     from . import Call
@@ -42,6 +42,19 @@ KINDS = {
         dtypes=(torch.float32,),
         # Of larger ranks the weight is written.
         fits=lambda features, out, size: size <= 16,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="activations",
+        timed=Timed.at(8),
     ),
-    "hadamard_weight": Kind(_weight, "rank", 8, tokens=False),
+    "hadamard_weight": Kind(
+        _weight,
+        "rank",
+        8,
+        tokens=False,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="activations",
+        timed=Timed.at(8),
+    ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._kind import Kind, Normal
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
     from . import Call
@@ -45,7 +45,35 @@ def _weight(call: Call, normal: Normal) -> tuple:
 
 
 KINDS = {
-    "kronecker_add": Kind(_add, "factor", 8, fits=_fits),
-    "kronecker_linear": Kind(_linear, "factor", 8, fits=_fits),
-    "kronecker_weight": Kind(_weight, "factor", 8, tokens=False, fits=_fits),
+    "kronecker_add": Kind(
+        _add,
+        "factor",
+        8,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed.at(8),
+    ),
+    "kronecker_linear": Kind(
+        _linear,
+        "factor",
+        8,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed.at(8),
+    ),
+    "kronecker_weight": Kind(
+        _weight,
+        "factor",
+        8,
+        tokens=False,
+        fits=_fits,
+        backends=ALL_BACKENDS,
+        threads="equal bits",
+        sums="activations",
+        timed=Timed.at(8),
+    ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._kind import Kind, Normal
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
     from . import Call
@@ -28,4 +28,23 @@ def _arguments(call: Call, normal: Normal) -> tuple:
     return y, x, hidden, weight, *factors, True, True, True, False, False
 
 
-KINDS = {"low_rank_add": Kind(_arguments, "rank", 16), "low_rank_linear": Kind(_arguments, "rank", 16)}
+KINDS = {
+    "low_rank_add": Kind(
+        _arguments,
+        "rank",
+        16,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed.at(16),
+    ),
+    "low_rank_linear": Kind(
+        _arguments,
+        "rank",
+        16,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
+        sums="activations",
+        timed=Timed(lambda width: (16, 64) if width == 1024 else (16,)),
+    ),
+}
