@@ -8,11 +8,11 @@ import warnings
 
 import peft
 import pytest
+from support import layer_cases
 
 from peftk.nn import (
     AdaLoraConfig,
     AdaptionPromptConfig,
-    BOFTConfig,
     C3AConfig,
     LoHaConfig,
     LoKrConfig,
@@ -43,71 +43,29 @@ def test_fields_and_defaults_are_those_of_peft(ours, theirs):
     assert mine == reference
 
 
+def given(config: PeftConfig) -> dict[str, object]:
+    """Return the fields that are not as they are by default."""
+    needed = NEEDED.get(type(config), {})
+    fresh = type(config)(**needed)
+    names = (f.name for f in dataclasses.fields(config) if f.init)
+    return {n: getattr(config, n) for n in names if n in needed or getattr(config, n) != getattr(fresh, n)}
+
+
+# Of methods without layers of the generic tests, and of all others.
 FULL = [
-    (LoraConfig, {}),
-    (
-        LoraConfig,
-        {
-            "r": 4,
-            "lora_alpha": 7,
-            "target_modules": ["b", "a"],
-            "task_type": "SEQ_CLS",
-            "lora_dropout": 0.1,
-            "bias": "all",
-            "use_rslora": True,
-            "init_lora_weights": "gaussian",
-            "rank_pattern": {"a": 2},
-            "alpha_pattern": {"b": 3},
-            "layers_to_transform": [0, 1],
-            "layers_pattern": "h",
-            "modules_to_save": ["head"],
-            "exclude_modules": ["c"],
-        },
-    ),
-    (OFTConfig, {"target_modules": "all-linear"}),
-    (
-        LoHaConfig,
-        {
-            "r": 4,
-            "alpha": 7,
-            "rank_dropout": 0.1,
-            "module_dropout": 0.2,
-            "use_effective_conv2d": True,
-            "target_modules": ["b", "a"],
-            "rank_pattern": {"a": 2},
-            "alpha_pattern": {"b": 3},
-            "init_weights": False,
-        },
-    ),
-    (
-        LoKrConfig,
-        {
-            "r": 4,
-            "alpha": 7,
-            "rank_dropout": 0.1,
-            "rank_dropout_scale": True,
-            "decompose_both": True,
-            "decompose_factor": 4,
-            "init_weights": "lycoris",
-            "rank_pattern": {"a": 2},
-        },
-    ),
-    (
-        AdaLoraConfig,
-        {"init_r": 3, "target_r": 2, "total_step": 9, "tinit": 2, "tfinal": 1, "deltaT": 3, "bias": "lora_only"},
-    ),
-    (BOFTConfig, {"boft_block_size": 0, "boft_block_num": 2, "boft_dropout": 0.1, "bias": "boft_only"}),
-    (C3AConfig, {"block_size": 8, "block_size_pattern": {"a": 4}, "init_weights": True, "bias": "c3a_only"}),
-    (XLoraConfig, {"hidden_size": 16, "adapters": {"a": "b"}, "top_k_lora": 1, "task_type": "CAUSAL_LM"}),
-    (AdaptionPromptConfig, {"adapter_len": 10, "adapter_layers": 30, "task_type": "CAUSAL_LM"}),
-    (OFTConfig, {"r": 2, "oft_block_size": 0, "coft": True, "eps": 0.1, "block_share": True, "bias": "oft_only"}),
+    XLoraConfig(hidden_size=16, adapters={"a": "b"}, top_k_lora=1, task_type="CAUSAL_LM"),
+    AdaptionPromptConfig(adapter_len=10, adapter_layers=30, task_type="CAUSAL_LM"),
+    *layer_cases.FULL,
 ]
 
 
-@pytest.mark.parametrize(("cls", "values"), FULL)
-def test_files_load_both_ways_with_the_same_content(cls, values, tmp_path):
-    theirs_cls = dict(PAIRS)[cls]
-    ours, theirs = cls(**values), theirs_cls(**values)
+def test_every_configuration_is_filled_in():
+    assert {type(config) for config in FULL} == {cls for cls, _ in PAIRS}
+
+
+@pytest.mark.parametrize("ours", FULL, ids=lambda config: type(config).__name__)
+def test_files_load_both_ways_with_the_same_content(ours, tmp_path):
+    theirs = dict(PAIRS)[type(ours)](**given(ours))
     theirs.save_pretrained(str(tmp_path))
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from support.layer_cases import CASES, Case, I, O, example, make, reference, with_hook
+from support.layer_cases import CASES, LARGE, Case, I, O, example, make, reference, with_hook
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peftk.nn import AdaLoraConfig, BOFTConfig, C3AConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from peftk.nn import LoraConfig, OFTConfig
 from peftk.testing.compare import assert_close
 from peftk.testing.memory import largest_bytes
 
@@ -144,29 +144,10 @@ def test_compiles_without_a_graph_break(name):
         assert_close(y, reference(layer, x.detach()), torch.float32)
 
 
-# Low rank and written weight, dense and factored, one pass and a chain.
-LARGE = {
-    "lora": LoraConfig(r=4),
-    "lora, dropout": LoraConfig(r=4, lora_dropout=0.1),
-    "dora": LoraConfig(r=4, use_dora=True),
-    "adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=9),
-    "loha": LoHaConfig(r=2, init_weights=False),
-    "loha, written": LoHaConfig(r=9, init_weights=False),
-    "lokr": LoKrConfig(r=2),
-    "lokr, full": LoKrConfig(r=64),
-    "oft": OFTConfig(oft_block_size=16),
-    "oft, exact": OFTConfig(oft_block_size=16, use_cayley_neumann=False),
-    "boft": BOFTConfig(boft_n_butterfly_factor=2),
-    "boft, chain": BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=7),
-    "c3a": C3AConfig(block_size=64),
-    "c3a, small blocks": C3AConfig(block_size=16),
-}
-
-
 @pytest.mark.parametrize("name", LARGE)
 def test_nothing_of_the_size_of_the_weight_is_made_in_float32(name):
     """Of a half-precision layer, inside the operators included: no update, no rotation, no permutation."""
-    tokens, size = 60, 512 if "chain" in name else 256
+    tokens, size = 60, 512 if getattr(LARGE[name], "boft_n_butterfly_factor", 0) > 2 else 256
     layer = make(LARGE[name], dtype=torch.bfloat16, features=(size, size))
     x = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)
     assert largest_bytes(lambda: layer(x).sum().backward()) < 4 * size * size
@@ -194,7 +175,9 @@ def test_every_trainable_tensor_moves_after_one_step():
 
 # Not COFT: its projection changes the parameters in the middle of gradcheck. Not DoRA: its gradient takes the norm for
 # a constant.
-@pytest.mark.parametrize("name", [name for name in CASES if name != "coft" and not name.startswith("dora")])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if not (getattr(case.config, "coft", False) or case.decomposes)]
+)
 def test_float64_gradients(name):
     case = CASES[name]
     layer = make(case, dtype=torch.float64, bias=case.base != "embedding")

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 import peft
 import pytest
 import torch
-from support.layer_cases import CASES, IDENTITIES, I, O, make, reference
+from support.layer_cases import CASES, IDENTITIES, ROTATING, I, O, make, reference
 from support.quantised import (
     BACKEND,
     LIBRARIES,
@@ -34,8 +34,8 @@ from peftk.nn import AdapterLayer, LoRALinear, layer_class_for
 from peftk.nn.xlora.layer import GATED, Gates
 from peftk.testing.compare import assert_close, assert_same_bits
 
-METHODS = [name for name, case in CASES.items() if case.base == "linear" and not name.startswith("dora")]
-FRESH = [name for name, case in IDENTITIES.items() if case.base == "linear" and not name.startswith("dora")]
+METHODS = [name for name, case in CASES.items() if case.base == "linear" and not case.decomposes]
+FRESH = [name for name, case in IDENTITIES.items() if case.base == "linear" and not case.decomposes]
 
 
 def adapter_parameters(layer):
@@ -146,7 +146,7 @@ def test_a_layer_that_returns_no_gradient_is_not_trained_through(name, make_base
         layer(x)
     with torch.no_grad():
         y = layer(x)
-    if not name.startswith(("oft", "coft", "boft")):
+    if type(CASES[name].config) not in ROTATING:
         # The first layer of a model trains an adapter that acts beside it.
         assert_close(layer(x.detach()), y.double(), torch.float32)
         layer(x.detach()).sum().backward()

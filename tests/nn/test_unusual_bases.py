@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from support.layer_cases import BASES, CASES, example, make
+from support.layer_cases import BASES, CASES, TOYS, example, make
 from support.toy_model import METHODS, Checkpointed, X, assert_unchanged, lora, snapshot, toy
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
@@ -201,23 +201,11 @@ def test_weights_that_a_hook_computes():
 # -- other ways to call a model -----------------------------------------------------------------------------------
 
 
-DROPOUT = {
-    "lora": {"lora_dropout": 0.5},
-    "dora": {"lora_dropout": 0.5},
-    "adalora": {"lora_dropout": 0.5},
-    "oft": {"module_dropout": 0.5},
-    "boft": {"boft_dropout": 0.5},
-    "loha": {"rank_dropout": 0.5},
-    "lokr": {"rank_dropout": 0.5},
-    "c3a": {},
-}
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpointed_gradients_with_dropout_are_those_without_checkpointing(method, use_reentrant):
     config = copy.deepcopy(METHODS[method])
-    for name, value in DROPOUT[method].items():
+    for name, value in TOYS[method].dropout.items():
         setattr(config, name, value)
     found = []
     for base in (Checkpointed(use_reentrant), toy()):

@@ -9,16 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peftk.models.peft_model import PeftModel
-from peftk.nn import (
-    AdaLoraConfig,
-    BOFTConfig,
-    C3AConfig,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    LoRALinear,
-    OFTConfig,
-)
+from peftk.nn import LoraConfig, LoRALinear, OFTConfig
+from support.layer_cases import TOYS
 
 X = torch.linspace(-1, 1, 36).reshape(3, 12)
 
@@ -78,17 +70,7 @@ def oft(**kwargs):
     return OFTConfig(**({"oft_block_size": 4, "target_modules": ["query"], "init_weights": False} | kwargs))
 
 
-ADALORA = {"init_r": 2, "target_r": 1, "total_step": 9, "target_modules": ["query"], "init_lora_weights": False}
-METHODS = {
-    "lora": lora(),
-    "dora": lora(use_dora=True),
-    "adalora": AdaLoraConfig(**ADALORA),
-    "oft": oft(),
-    "boft": BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, target_modules=["query"], init_weights=False),
-    "loha": LoHaConfig(r=2, target_modules=["query"], init_weights=False),
-    "lokr": LoKrConfig(r=2, target_modules=["query"], init_weights=False),
-    "c3a": C3AConfig(block_size=4, target_modules=["query"]),
-}
+METHODS = {name: toy.config for name, toy in TOYS.items()}
 
 
 def snapshot(model):

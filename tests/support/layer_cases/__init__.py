@@ -1,9 +1,14 @@
 """The cases that the generic layer tests run for every method, and the naive formula with dense weights in float64.
 
-A module of this package belongs to one method. It has `CASES` (random, non-trivial adapters), `IDENTITIES` (fresh
-adapters that must not change a bit of the output) and `dense(layer, name, weight, bias)`, which returns the weight and
-bias that adapter `name` makes of float64 ones, in plain differentiable PyTorch that shares nothing with the package.
-Where it sets `FIRST_NEXT_TO_WEIGHT`, the first of several adapters stands next to the weight, and else the last.
+A module of this package belongs to one method, and says everything that a generic test must know about it:
+
+- `CASES`: random, non-trivial adapters; `IDENTITIES`: fresh adapters that must not change a bit of the output.
+- `dense(layer, name, weight, bias)`: the weight and bias that adapter `name` makes of float64 ones, in plain
+  differentiable PyTorch that shares nothing with the package.
+- `TOYS`: how the toy model of the model tests is adapted. `LARGE`: what must make nothing of the size of a
+  half-precision weight in float32. `FULL`: configurations with many fields filled in.
+- `ROTATES`: whether it acts on the input of the base layer, which then must pass gradients.
+- `FIRST_NEXT_TO_WEIGHT`, where it is set: the first of several adapters stands next to the weight, and else the last.
 """
 
 from __future__ import annotations
@@ -72,8 +77,21 @@ class Case:
     base: str = "linear"
     together: str | None = None
 
+    @property
+    def decomposes(self) -> bool:
+        """Whether the weight is taken apart into directions and norms, as DoRA does."""
+        return bool(getattr(self.config, "use_dora", False))
+
     def shapes(self):
         return BASES[self.base][1]
+
+
+@dataclass(frozen=True)
+class Toy:
+    """How the toy model is adapted: a configuration, and the fields that give it dropout, where the method has any."""
+
+    config: PeftConfig
+    dropout: dict[str, float]
 
 
 def make(case: Case | PeftConfig, *, dtype=torch.float32, bias=True, seed=0, features=None, **kwargs) -> AdapterLayer:
@@ -134,6 +152,10 @@ def _order(layer, names):
 _METHODS = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
 CASES: dict[str, Case] = {name: case for method in _METHODS for name, case in method.CASES.items()}
 IDENTITIES: dict[str, Case] = {name: case for method in _METHODS for name, case in method.IDENTITIES.items()}
+TOYS: dict[str, Toy] = {name: toy for method in _METHODS for name, toy in method.TOYS.items()}
+LARGE: dict[str, PeftConfig] = {name: config for method in _METHODS for name, config in method.LARGE.items()}
+FULL: list[PeftConfig] = [config for method in _METHODS for config in method.FULL]
+ROTATING = {type(case.config) for method in _METHODS if method.ROTATES for case in method.CASES.values()}
 _FIRST_NEXT_TO_WEIGHT = {
     type(case.config)
     for method in _METHODS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftk.nn import AdaLoraConfig
-from support.layer_cases import Case
+from support.layer_cases import Case, Toy
 
 SCHEDULE = {"total_step": 9, "init_r": 3, "target_r": 2}
 
@@ -17,6 +17,22 @@ IDENTITIES = {
     "adalora": Case(AdaLoraConfig(**SCHEDULE)),
     "adalora_conv1d": Case(AdaLoraConfig(**SCHEDULE, fan_in_fan_out=True), base="conv1d"),
 }
+
+
+TOYS = {
+    "adalora": Toy(
+        AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["query"], init_lora_weights=False),
+        {"lora_dropout": 0.5},
+    )
+}
+
+LARGE = {"adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=9)}
+
+FULL = [
+    AdaLoraConfig(init_r=3, target_r=2, total_step=9, tinit=2, tfinal=1, deltaT=3, bias="lora_only"),
+]
+
+ROTATES = False
 
 
 def dense(layer, name, weight, bias):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import BOFTConfig
-from support.layer_cases import Case
+from support.layer_cases import Case, Toy
 
 FIRST_NEXT_TO_WEIGHT = True
 
@@ -38,6 +38,23 @@ IDENTITIES = {
     "boft_conv_uneven": Case(_fresh(6, 1), "conv_uneven"),
     "boft_pointwise": Case(_fresh(6), "pointwise"),
 }
+
+
+TOYS = {
+    "boft": Toy(
+        BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, target_modules=["query"], init_weights=False),
+        {"boft_dropout": 0.5},
+    )
+}
+
+LARGE = {
+    "boft": BOFTConfig(boft_n_butterfly_factor=2),
+    "boft, chain": BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=7),
+}
+
+FULL = [BOFTConfig(boft_block_size=0, boft_block_num=2, boft_dropout=0.1, bias="boft_only")]
+
+ROTATES = True
 
 
 def dense(layer, name, weight, bias):

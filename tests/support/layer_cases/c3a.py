@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import C3AConfig
-from support.layer_cases import Case
+from support.layer_cases import Case, Toy
 
 
 def _config(block_size=2, init_weights="gaussian", **values):
@@ -28,6 +28,15 @@ IDENTITIES = {
     "c3a_pointwise": Case(_config(init_weights=True), "pointwise"),
     "c3a_pointwise_strided": Case(_config(1, True), "pointwise_strided"),
 }
+
+
+TOYS = {"c3a": Toy(C3AConfig(block_size=4, target_modules=["query"]), {})}
+
+LARGE = {"c3a": C3AConfig(block_size=64), "c3a, small blocks": C3AConfig(block_size=16)}
+
+FULL = [C3AConfig(block_size=8, block_size_pattern={"a": 4}, init_weights=True, bias="c3a_only")]
+
+ROTATES = False
 
 
 def dense(layer, name, weight, bias):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import LoHaConfig
-from support.layer_cases import Case
+from support.layer_cases import Case, Toy
 
 
 def _config(r=2, **values):
@@ -32,6 +32,27 @@ IDENTITIES = {
     "loha_tucker": Case(LoHaConfig(r=3, use_effective_conv2d=True), "conv"),
     "loha_pointwise": Case(LoHaConfig(r=1), "pointwise"),
 }
+
+
+TOYS = {"loha": Toy(LoHaConfig(r=2, target_modules=["query"], init_weights=False), {"rank_dropout": 0.5})}
+
+LARGE = {"loha": LoHaConfig(r=2, init_weights=False), "loha, written": LoHaConfig(r=9, init_weights=False)}
+
+FULL = [
+    LoHaConfig(
+        r=4,
+        alpha=7,
+        rank_dropout=0.1,
+        module_dropout=0.2,
+        use_effective_conv2d=True,
+        target_modules=["b", "a"],
+        rank_pattern={"a": 2},
+        alpha_pattern={"b": 3},
+        init_weights=False,
+    )
+]
+
+ROTATES = False
 
 
 def dense(layer, name, weight, bias):

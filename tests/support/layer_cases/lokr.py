@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import LoKrConfig
-from support.layer_cases import Case
+from support.layer_cases import Case, Toy
 
 
 def _config(**values):
@@ -38,6 +38,26 @@ IDENTITIES = {
     "lokr_conv_groups": Case(LoKrConfig(r=1, init_weights="lycoris"), "conv_groups"),
     "lokr_pointwise": Case(LoKrConfig(r=8), "pointwise"),
 }
+
+
+TOYS = {"lokr": Toy(LoKrConfig(r=2, target_modules=["query"], init_weights=False), {"rank_dropout": 0.5})}
+
+LARGE = {"lokr": LoKrConfig(r=2), "lokr, full": LoKrConfig(r=64)}
+
+FULL = [
+    LoKrConfig(
+        r=4,
+        alpha=7,
+        rank_dropout=0.1,
+        rank_dropout_scale=True,
+        decompose_both=True,
+        decompose_factor=4,
+        init_weights="lycoris",
+        rank_pattern={"a": 2},
+    )
+]
+
+ROTATES = False
 
 
 def dense(layer, name, weight, bias):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import LoraConfig
-from support.layer_cases import Case
+from support.layer_cases import Case, Toy
 
 
 def _random(**values):
@@ -47,6 +47,40 @@ IDENTITIES = {
     "dora_conv": Case(LoraConfig(r=3, use_dora=True), base="conv"),
     "dora_embedding": Case(LoraConfig(r=3, use_dora=True), base="embedding"),
 }
+
+
+TOYS = {
+    "lora": Toy(_random(r=2, target_modules=["query"]), {"lora_dropout": 0.5}),
+    "dora": Toy(_random(r=2, target_modules=["query"], use_dora=True), {"lora_dropout": 0.5}),
+}
+
+LARGE = {
+    "lora": LoraConfig(r=4),
+    "lora, dropout": LoraConfig(r=4, lora_dropout=0.1),
+    "dora": LoraConfig(r=4, use_dora=True),
+}
+
+FULL = [
+    LoraConfig(),
+    LoraConfig(
+        r=4,
+        lora_alpha=7,
+        target_modules=["b", "a"],
+        task_type="SEQ_CLS",
+        lora_dropout=0.1,
+        bias="all",
+        use_rslora=True,
+        init_lora_weights="gaussian",
+        rank_pattern={"a": 2},
+        alpha_pattern={"b": 3},
+        layers_to_transform=[0, 1],
+        layers_pattern="h",
+        modules_to_save=["head"],
+        exclude_modules=["c"],
+    ),
+]
+
+ROTATES = False
 
 
 def dense(layer, name, weight, bias):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import OFTConfig
-from support.layer_cases import Case
+from support.layer_cases import Case, Toy
 
 
 def _config(block_size=4, **values):
@@ -36,6 +36,21 @@ IDENTITIES = {
     "oft_conv_uneven": Case(OFTConfig(oft_block_size=4), "conv_uneven"),
     "oft_pointwise": Case(OFTConfig(oft_block_size=4, use_cayley_neumann=False), "pointwise"),
 }
+
+
+TOYS = {"oft": Toy(OFTConfig(oft_block_size=4, target_modules=["query"], init_weights=False), {"module_dropout": 0.5})}
+
+LARGE = {
+    "oft": OFTConfig(oft_block_size=16),
+    "oft, exact": OFTConfig(oft_block_size=16, use_cayley_neumann=False),
+}
+
+FULL = [
+    OFTConfig(target_modules="all-linear"),
+    OFTConfig(r=2, oft_block_size=0, coft=True, eps=0.1, block_share=True, bias="oft_only"),
+]
+
+ROTATES = True
 
 
 def dense(layer, name, weight, bias):
