@@ -44,20 +44,6 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
 }
 """What is adapted when a configuration names no target, by the `model_type` of a transformers model."""
 
-_MORE = ("k_proj", "out_proj", "fc1", "fc2")
-DEFAULT_TARGETS_OF: dict[str, dict[str, tuple[str, ...]]] = {
-    "ADALORA": {
-        "t5": ("q", "k", "v", "o", "wi", "wo"),
-        "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
-        "bart": (*_QV, *_MORE),
-        "opt": (*_QV, *_MORE),
-        "roberta": ("query", "key", "value", "dense"),
-        "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
-    },
-    "C3A": {"gpt2": ("mlp.c_proj",), "gpt_bigcode": ("mlp.c_proj",)},
-}
-"""Where a method's defaults are others, by `peft_type`."""
-
 ALL_LINEAR = "all-linear"
 MOST_ENDINGS = 20
 # Finding the nearest of very many names is not worth the time.
@@ -182,7 +168,7 @@ def fill_default_targets(model: nn.Module, config: PeftConfig) -> None:
     spec = config.target_modules
     if spec is None:
         kind = model_type(model)
-        spec = {**DEFAULT_TARGETS, **DEFAULT_TARGETS_OF.get(config.peft_type, {})}.get(kind) if kind else None
+        spec = {**DEFAULT_TARGETS, **config._default_targets}.get(kind) if kind else None
         if spec is None:
             raise ValueError(
                 f"target_modules: None, and there is no default for model type {kind!r}; name the modules to adapt "

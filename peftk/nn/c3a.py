@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
 
     _meaning = ("block_size", "block_size_pattern", "bias", "modules_to_save")
     _pattern = r".*\.{}$"
+    _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",))
 
     def __post_init__(self) -> None:
         """Check every field."""

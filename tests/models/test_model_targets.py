@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from support.toy_model import assert_unchanged, lora, oft, snapshot, toy
+from support.toy_model import METHODS, assert_unchanged, lora, oft, snapshot, toy
 from torch import nn
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model
 
@@ -194,8 +194,8 @@ def test_layers_that_torch_would_bypass():
 def test_default_targets_are_those_of_peft():
     from peft.utils import constants
 
-    for method in targets.DEFAULT_TARGETS_OF.keys() | {"LORA", "OFT", "BOFT", "LOHA", "LOKR"}:
-        theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
-        ours = targets.DEFAULT_TARGETS | targets.DEFAULT_TARGETS_OF.get(method, {})
+    for config in {type(method) for method in METHODS.values()}:
+        theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{config._method.value}_TARGET_MODULES_MAPPING")
+        ours = targets.DEFAULT_TARGETS | config._default_targets
         for kind, names in theirs.items():
-            assert ours[kind] == names if isinstance(names, str) else {*ours[kind]} == {*names}, (method, kind)
+            assert ours[kind] == names if isinstance(names, str) else {*ours[kind]} == {*names}, (config, kind)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..base.config import PeftType, check_int, check_number, warn_of_field
 from ..lora.config import MAX_ALPHA, MAX_RANK, LoraConfig
@@ -64,6 +64,13 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
     total_step: int | None = None
 
     _meaning = ("init_r", "lora_alpha", "bias", "modules_to_save")
+    _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "t5": ("q", "k", "v", "o", "wi", "wo"),
+        "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+        **dict.fromkeys(("bart", "opt"), ("q_proj", "v_proj", "k_proj", "out_proj", "fc1", "fc2")),
+        "roberta": ("query", "key", "value", "dense"),
+        "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+    }
 
     def __post_init__(self) -> None:
         """Check every field."""

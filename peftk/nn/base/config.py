@@ -193,6 +193,8 @@ class PeftConfig:
     _alone: ClassVar[bool] = False
     # How PEFT's code for the method tries a key of a field like `rank_pattern` on the path of a module: by `re.match`.
     _pattern: ClassVar[str] = r"(.*\.)?({})$"
+    # What is adapted where no target is named, by the `model_type` of a transformers model, if not `DEFAULT_TARGETS`.
+    _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     if TYPE_CHECKING:
         # Code for all methods reads fields that only some of them have.
