@@ -22,7 +22,7 @@ from ..kernels.native import unavailable
 from ..runtime import registry, settings, timings
 from ..testing.calls import KINDS, Call
 from ..testing.compare import LIMITS
-from ..testing.trials import orthogonality, run_trial, trials
+from ..testing.self_test import doctor_cases, orthogonality, run_case
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,7 +110,7 @@ def examine() -> Report:
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     operators = [row for kind in kinds for row in explain_operators(kind)]
     stuck = [row for row in operators if row["chosen"] is None]
-    tests = [run_trial(t, backend) for kind in kinds for t in trials(kind) for backend in settings.BACKENDS]
+    tests = [run_case(c, backend, kind) for kind in kinds for c in doctor_cases() for backend in settings.BACKENDS]
     asked = settings.backend()
     # A backend that was named and cannot run leaves nothing to measure.
     turns = [] if any(row["operator"] == "cayley" for row in stuck) else orthogonality()

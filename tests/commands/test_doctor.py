@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import inspect
 import io
 import json
@@ -14,9 +16,12 @@ import typer
 from typer.testing import CliRunner
 
 import peftk
+from peftk import ops
 from peftk.commands import doctor
 from peftk.kernels import native as native_kernels
 from peftk.runtime import registry, settings, timings
+from peftk.testing.calls import KINDS
+from peftk.testing.self_test import doctor_cases, run_case
 
 app = typer.Typer()
 app.command()(doctor.doctor)
@@ -218,3 +223,18 @@ def test_show_writes_to_any_console():
 def test_help_names_the_option():
     assert "--json" in invoke("--help").output
     assert inspect.getdoc(doctor.doctor)
+
+
+def test_every_operator_has_a_case_that_the_doctor_runs():
+    """And every name that a family marks is that of a case."""
+    chosen = doctor_cases()
+    assert {case.operator for case in chosen} == set(KINDS)
+    for family in ops.__all__:
+        cases = importlib.import_module(f"peftk.testing.cases.{family}")
+        assert {str(case) for case in cases.CASES} >= cases.DOCTOR, f"DOCTOR of {family}"
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    for case in doctor_cases():
+        wrong = dataclasses.replace(case, formula=lambda case=case, **given: 1.001 * case.formula(**given))
+        assert run_case(wrong, "torch")["status"] == "failed", case

@@ -59,6 +59,14 @@ FULL = [
 ]
 
 
+def test_every_method_with_layers_has_its_layer_cases():
+    """Llama-Adapter and X-LoRA adapt whole modules and models, and have tests of their own."""
+    found = {type(case.config) for case in layer_cases.CASES.values()}
+    assert found == {type(toy.config) for toy in layer_cases.TOYS.values()}
+    assert found == {type(config) for config in layer_cases.LARGE.values()}
+    assert found == {cls for cls, _ in PAIRS} - {AdaptionPromptConfig, XLoraConfig}
+
+
 def test_every_configuration_is_filled_in():
     assert {type(config) for config in FULL} == {cls for cls, _ in PAIRS}
 

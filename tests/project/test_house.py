@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,24 @@ def test_no_backend_is_a_library_for_another():
                 assert used <= {own}, f"{relative(path)} imports {used}"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "testing" / "cases").glob("*.py")), ids=relative)
+def test_cases_need_torch_only(path):
+    """The doctor runs them where nothing else is installed."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    used = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    used |= {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+    assert {name.partition(".")[0] for name in used} - {"torch"} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=relative)
+def test_no_test_module_imports_another(path):
+    """What several need stands in tests/support."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not any(part.startswith("test_") or part == "conftest" for name in names for part in name.split("."))
+
+
 def test_checkpoints_know_no_model():
     used = set().union(*(imports(p) for p in (PACKAGE / "checkpoint").rglob("*.py")))
     assert not used & {"nn", "models", "ops", "functional"}
@@ -110,7 +129,8 @@ def test_kernels_know_no_torch(path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_name_is_the_file_name(family):
-    for place in ("peftk/kernels/torch/{}.py", "peftk/testing/cases/{}.py", "docs/{}.md"):
+    package = ("peftk/kernels/torch/{}.py", "peftk/testing/cases/{}.py", "peftk/testing/calls/{}.py")
+    for place in (*package, "tests/support/triton_calls/{}.py", "docs/{}.md"):
         assert (ROOT / place.format(family)).is_file(), place.format(family)
     if (PACKAGE / "kernels" / "native" / f"{family}.py").is_file():
         for place in ("csrc/{}.h", "csrc/{}.cpp", "csrc/cpu/{}.cpp"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Case:
         activations: the arguments that take the activation dtype; other tensors may stay float32.
         saved: the largest number of bytes that may be kept for backward beyond the inputs, from the inputs.
         rows: which rows are independent; every case says so.
+        doctor: whether the doctor runs it; the file of a family names those in `DOCTOR`.
     """
 
     operator: str
@@ -62,6 +63,7 @@ class Case:
     activations: tuple[str, ...]
     saved: Callable[[Inputs], int] = field(default=lambda inputs: 0)
     rows: Rows = field(kw_only=True)
+    doctor: bool = field(default=False, kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.operator}-{self.name}"
@@ -88,4 +90,8 @@ def all_cases() -> list[Case]:
     """Return the cases of every family."""
     from ... import ops
 
-    return [case for name in ops.__all__ for case in importlib.import_module(f"{__name__}.{name}").CASES]
+    found = []
+    for name in ops.__all__:
+        module = importlib.import_module(f"{__name__}.{name}")
+        found += [replace(case, doctor=str(case) in module.DOCTOR) for case in module.CASES]
+    return found

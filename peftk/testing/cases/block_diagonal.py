@@ -87,3 +87,11 @@ CASES = [
     _linear_case("b64", (33,), 2, 64, 96),
     _linear_case("one-output", (12,), 2, 16, 1),
 ]
+
+DOCTOR = {
+    "block_rotate-b8",
+    "block_rotate-b32",
+    "block_rotate-b32-shared-transposed",
+    "block_rotate_linear-b8-no-bias",
+    "block_rotate_linear-b32",
+}

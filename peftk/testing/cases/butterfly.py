@@ -113,3 +113,9 @@ CASES = [
     _scale_case("wide", (9, 300), bias=False),
     _scale_case("rows", (13, 16)),
 ]
+
+DOCTOR = {
+    "butterfly_compose-m2-4xb4",
+    "butterfly_multiply-m3-b4",
+    "scale_channels-many-rows",
+}

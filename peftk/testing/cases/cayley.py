@@ -85,3 +85,8 @@ CASES = [
     _case(2, 1, 5, square=True),
     _case(2, 9, 5, square=True),
 ]
+
+DOCTOR = {
+    "cayley-3xb8-exact",
+    "cayley-3xb8-5-terms",
+}

@@ -126,3 +126,10 @@ CASES = [
     _case("circulant_weight", "b19", (), 2, 2, 19),
     _case("circulant_weight", "b64-tensor-scale", (), 1, 2, 64, scale=[0.5]),
 ]
+
+DOCTOR = {
+    "circular_conv-b48-many-rows",
+    "circular_conv_add-b16",
+    "circulant_linear-b32",
+    "circulant_weight-b16",
+}

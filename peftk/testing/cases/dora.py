@@ -92,3 +92,8 @@ CASES = [
     _compose_case("several-tiles", (13,), 24, 70, 5),
     _compose_case("r4", (5, 7), 12, 11, 4, scale=0.5),
 ]
+
+DOCTOR = {
+    "dora_norm-two-rank-tiles",
+    "dora_compose-several-tiles",
+}

@@ -91,3 +91,8 @@ CASES = [
     _weight_case("tensor-scale", 6, (7,), 2, scale=[0.75]),
     _weight_case("many-rows", 100, (5,), 2),
 ]
+
+DOCTOR = {
+    "khatri_rao-r8",
+    "hadamard_weight-r8",
+}

@@ -113,3 +113,9 @@ CASES = [
     _weight("prime-sizes", (3, 5, 7, 13)),
     _weight("zero-scale", (2, 2, 3, 2), scale=0.0),
 ]
+
+DOCTOR = {
+    "kronecker_add-f8",
+    "kronecker_linear-f8",
+    "kronecker_weight-f4",
+}

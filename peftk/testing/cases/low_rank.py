@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import Case, Inputs, Rows
 
 
-def philox(seed: int, count: int) -> np.ndarray:
-    """Philox4x32-10 on numpy's unsigned integers, one word of a block at a time (Salmon et al., SC 2011)."""
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    index = np.arange((count + 3) // 4, dtype=np.uint64)
-    counter = [index & low, index >> shift, np.zeros_like(index), np.zeros_like(index)]
-    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
-    for _ in range(10):
-        products = [counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)]
-        high, words = [p >> shift for p in products], [p & low for p in products]
-        counter = [high[1] ^ counter[1] ^ key[0], words[1], high[0] ^ counter[3] ^ key[1], words[0]]
-        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
-    return np.stack(counter, axis=1).reshape(-1)[:count].astype(np.uint32)
+def philox(seed: int, count: int) -> list[int]:
+    """Philox4x32-10 on Python's integers, one block of four words at a time (Salmon et al., SC 2011)."""
+    low, words = 0xFFFFFFFF, []
+    for block in range((count + 3) // 4):
+        counter, key = (block & low, block >> 32, 0, 0), (seed & low, seed >> 32 & low)
+        for _ in range(10):
+            first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+            counter = (
+                *(second >> 32 ^ counter[1] ^ key[0], second & low),
+                *(first >> 32 ^ counter[3] ^ key[1], first & low),
+            )
+            key = (key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low)
+        words += counter
+    return words[:count]
 
 
 def _mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if not p:
         return torch.ones_like(x)
-    fraction = (philox(int(seed), x.numel()) >> 8).astype(np.float64) / 2**24
-    kept = torch.from_numpy(fraction >= p).view(x.shape)
-    return kept.to(x.dtype) / (1 - p)
+    kept = [(word >> 8) / 2**24 >= p for word in philox(int(seed), x.numel())]
+    return torch.tensor(kept, dtype=x.dtype).view(x.shape) / (1 - p)
 
 
 def add(
@@ -152,3 +152,9 @@ CASES = [
     *_both("dropout-token-gate", (9,), 10, 3, 2, p=0.1, gate="token"),
     *_both("prime-sizes", (127,), 101, 103, 7),
 ]
+
+DOCTOR = {
+    "low_rank_add-r16",
+    "low_rank_linear-r16",
+    "low_rank_linear-dropout",
+}
