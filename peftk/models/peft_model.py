@@ -419,7 +419,7 @@ class PeftModel(nn.Module):
         plan, commit = read_into_plan(
             tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
         )
-        with tuner._whole():
+        with all_or_nothing([*self.modules()], [*self.parameters()]):
             if adapter_name not in self.peft_config:
                 tuner._commit(plan)
                 if is_trainable:

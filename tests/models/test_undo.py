@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import warnings
 from pathlib import Path
@@ -80,8 +81,11 @@ def fault_at(number: int, kind: type[BaseException]):
         sys.settrace(None)
 
 
-def config(name: str, **more):
-    return METHODS[name](**more) if callable(METHODS[name]) else METHODS[name]
+def config(name: str, trained: bool = True):
+    found = copy.deepcopy(METHODS[name])
+    # Only one AdaLoRA adapter of a model can be trained.
+    found.inference_mode = name == "adalora" and not trained
+    return found
 
 
 def adapted(name: str) -> PeftModel:
@@ -96,13 +100,16 @@ def adapted(name: str) -> PeftModel:
 
 def with_two(name: str) -> PeftModel:
     model = adapted(name)
-    model.add_adapter("other", config(name))
+    model.add_adapter("other", config(name, trained=False))
     return model
 
 
 CHANGES = {
     "wrap": (lambda name, folder: toy(), lambda model, name, folder: get_peft_model(model, config(name))),
-    "add": (lambda name, folder: adapted(name), lambda model, name, folder: model.add_adapter("new", config(name))),
+    "add": (
+        lambda name, folder: adapted(name),
+        lambda model, name, folder: model.add_adapter("new", config(name, trained=False)),
+    ),
     "set": (lambda name, folder: with_two(name), lambda model, name, folder: model.set_adapter("other")),
     "delete": (lambda name, folder: with_two(name), lambda model, name, folder: model.delete_adapter("default")),
     "load": (lambda name, folder: adapted(name), lambda model, name, folder: model.load_adapter(folder, "new")),
