@@ -58,6 +58,23 @@ def opaque_weight(layer: Any) -> str | None:
     return None if weight.dtype in DENSE else str(weight.dtype)
 
 
+def foreign_forward(layer: nn.Module) -> str | None:
+    """Name the class whose `forward` a layer has if that is not the one of its kind, or return None.
+
+    Such a layer may compute something else from its weight. Embeddings that scale what they have looked up are known.
+    """
+    kind = kind_of(layer)
+    own = type(layer).forward
+    if kind is None or own in (nn.Linear.forward, nn.Conv2d.forward, nn.Embedding.forward):
+        return None
+    owner = next(c for c in type(layer).__mro__ if "forward" in c.__dict__)
+    if kind == "Conv1D" and owner.__name__ == "Conv1D":
+        return None
+    if kind == "Embedding" and hasattr(layer, "embed_scale") and owner.__module__.startswith("transformers."):
+        return None
+    return owner.__qualname__
+
+
 def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Call a linear base layer.
 
@@ -72,6 +89,23 @@ def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             "or run it under torch.no_grad()"
         )
     return result
+
+
+def observed(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether somebody would notice that a module of an adapter is not called: hooks, or another forward than its own.
+
+    Args:
+        module: The module, of whose parameters the arithmetic is done elsewhere.
+        kind: The class that it has where nobody has replaced or wrapped it.
+    """
+    return bool(
+        type(module) is not kind
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def plain_tensors(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as tf
 
 from .. import functional as F
 from ..ops.bias import add_bias
@@ -86,6 +87,24 @@ def add(result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
     if a.shape[0] > 0:
         result = F.low_rank_add(result, x.to(result.dtype), a, b, scale, gate=gate, dropout_p=p)
     return result if bias is None else add_bias(result, bias)
+
+
+def add_called(
+    result: Tensor, x: Tensor, first: nn.Module, second: nn.Module, scale: float | Tensor, dropout_p: float
+) -> Tensor:
+    """Add an adapter by calling its two modules, for those who listen to them or have replaced them.
+
+    Args:
+        result: The output of the layer.
+        x: Its input.
+        first: The module of A, a linear layer or a convolution.
+        second: That of B, its bias included.
+        scale: The factor.
+        dropout_p: The probability with which an element of the input is dropped.
+    """
+    x = x.to(next((p.dtype for p in first.parameters() if p.is_floating_point()), x.dtype))
+    added = second(first(tf.dropout(x, dropout_p) if dropout_p > 0 else x)) * scale
+    return result + added.to(result.dtype)
 
 
 def _with_magnitudes(

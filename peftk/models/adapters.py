@@ -18,6 +18,7 @@ from ..nn.base.freezing import set_trainable
 from ..nn.base.merging import check_finite
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import all_or_nothing
+from .batch_statistics import batches_seen
 from .plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
 from .targets import candidates, describe_unknown, places
 from .ties import note_untied
@@ -79,6 +80,8 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
         self._allocators: dict[str, RankAllocator] = {}
+        # What training has changed since is not in any adapter.
+        self._counted: dict[str, int] = {}
         self.train(model.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,6 +187,7 @@ class Tuner(nn.Module):
     def _add(self, plan: Plan) -> None:
         first = not self.peft_config
         if first:
+            self._counted = batches_seen(self.model)
             self.model.requires_grad_(False)
         attach(self.model, plan)
         self.peft_config[plan.name] = plan.config
@@ -338,10 +342,11 @@ class Tuner(nn.Module):
 
     # -- merging and removing ---------------------------------------------------------------------------------
 
-    def _check_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+    def _check_merge(self, adapter_names: Sequence[str] | None) -> list[str] | None:
+        """Return the names to merge, or None for what each layer runs."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
-        names = self._known(self.active_adapters if adapter_names is None else adapter_names, "adapter_names")
+        names = None if adapter_names is None else self._known(adapter_names, "adapter_names")
         owners: dict[int, list[str]] = {}
         held = places(self.model)
         for _, module in self.model.named_modules():
@@ -352,7 +357,7 @@ class Tuner(nn.Module):
                 layer.check_merge(names)
             except ValueError as error:
                 raise ValueError(f"module {path!r}: {error}") from None
-            if not any(name in layer.adapter_names for name in names):
+            if not any(name in layer.adapter_names for name in (layer.active_adapters if names is None else names)):
                 continue
             sharing = owners[id(layer.base_layer.weight)]
             if len(sharing) > 1:
@@ -393,7 +398,8 @@ class Tuner(nn.Module):
         names = self._check_merge(adapter_names)
         if safe_merge:
             for path, layer in self._layers():
-                check_finite(layer.merged_tensors(names), names, f"of {path!r} ")
+                acting = layer.active_adapters if names is None else names
+                check_finite(layer.merged_tensors(names), acting, f"of {path!r} ")
         with self._whole():
             return self._merge_for_good(names, progressbar)
 
@@ -402,7 +408,7 @@ class Tuner(nn.Module):
             layer.merge(adapter_names=names)
             replace_module(self.model, path, layer.unwrap())
         for path, wrapper in list(self._wrappers()):
-            found = wrapper.check_set_adapter(names)
+            found = wrapper.active_adapters if names is None else wrapper.check_set_adapter(names)
             replace_module(self.model, path, wrapper.modules_to_save[found[0]] if found else wrapper.original_module)
         note_untied(self.model)
         return self.model

@@ -100,8 +100,35 @@ def make_plan(
     saved = {}
     for path in resolve_saved(model, config, asked):
         module = modules[path]
+        _tell_shared(path, module, held, model)
         saved[path] = copy.deepcopy(getattr(module, "original_module", module))
     return Plan(name, config, adapters, saved)
+
+
+def _tell_shared(path: str, module: nn.Module, held: dict[int, list[str]], model: nn.Module) -> None:
+    """Warn where a module that is to be trained in full, or a parameter of it, is in other places too."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return
+    others = [place for place in held.get(id(module), ()) if place != path]
+    if others:
+        warnings.warn(
+            f"modules_to_save: module {path!r} is {shown(others)} too; its trained copy is used where the model calls "
+            f"it {path!r} only, and never if it calls it by another name: name that one",
+            stacklevel=4,
+        )
+        return
+    own = {id(parameter) for parameter in module.parameters()}
+    tied = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in own and not name.startswith(f"{path}.")
+    ]
+    if tied:
+        warnings.warn(
+            f"modules_to_save: module {path!r} shares its weight with {shown(tied)}; the trained copy has one of its "
+            "own, and the other place keeps the values of the base model",
+            stacklevel=4,
+        )
 
 
 def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter], strict: bool) -> None:

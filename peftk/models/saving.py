@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from .adapters import Tuner
+from .batch_statistics import tell_statistics
 from .embeddings import embeddings_to_save
 from .plan import unaliased
 
@@ -15,6 +16,7 @@ def save_adapter(tuner: Tuner, name: str, folder: str, save_embedding_layers: st
     from ..checkpoint import peft as files
 
     plan = tuner._plan_of(name)
+    tell_statistics(tuner, plan)
     embeddings = embeddings_to_save(tuner.model, plan, save_embedding_layers)
     tensors = tuner._pruned(name, unaliased({**tuner._file_tensors(plan), **embeddings}))
     os.makedirs(folder, exist_ok=True)

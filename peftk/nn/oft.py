@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from ..methods import oft
-from ..methods._base_layer import features_of
+from ..methods._base_layer import features_of, observed
 from ..methods.oft import orthogonality_error
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
@@ -195,6 +196,10 @@ class Rotation(nn.Module):
             self._look(blocks)
         return blocks
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate x, (..., features); for those who call the module, or listen to its call."""
+        return F.block_rotate(x, self.blocks())
+
     def _draw(self) -> Tensor | None:
         """Draw which blocks rotate in this pass: None for all of them."""
         if not (self.training and self.dropout > 0):
@@ -315,7 +320,12 @@ class OFTLinear(AdapterLayer):
         return features_of(base_layer)[0]
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        return oft.linear(self._modules["base_layer"], x, [self.oft_R[name].blocks() for name in names], args, kwargs)
+        rotations = [self.oft_R._modules[name] for name in names]
+        if any(observed(rotation, Rotation) for rotation in rotations):
+            for rotation in rotations:
+                x = rotation(x)
+            return self.base_layer(x, *args, **kwargs)
+        return oft.linear(self._modules["base_layer"], x, [rotation.blocks() for rotation in rotations], args, kwargs)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -385,6 +395,12 @@ class OFTConv2d(OFTLinear):
         return base_layer.weight[0].numel()
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        for name in names:
+            if observed(self.oft_R._modules[name], Rotation):
+                raise NotImplementedError(
+                    f"oft_R.{name}: a hook, a wrapper or another forward is on the rotation of a convolution, which is "
+                    "computed with its filters and never called; remove it"
+                )
         return oft.conv2d(self._modules["base_layer"], x, [self.oft_R[name].blocks() for name in names], args, kwargs)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ...methods._base_layer import DENSE, features_of, kind_of, opaque_weight
+from ...methods._base_layer import DENSE, features_of, foreign_forward, kind_of, opaque_weight
 from .config import PeftConfig
 
 KINDS = {
@@ -72,6 +72,9 @@ def why_unsupported(layer: nn.Module, kinds: Sequence[str] = tuple(KINDS)) -> st
         return f"only {', '.join(KINDS[kind] for kind in kinds)} {'is' if len(kinds) == 1 else 'are'} supported"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would be ignored"
+    foreign = foreign_forward(layer) if kind == "Embedding" else None
+    if foreign is not None:
+        return f"it has the forward of {foreign}, and only what looks up its argument as nn.Embedding does is supported"
     opaque = opaque_weight(layer)
     if opaque is None:
         return None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...methods._base_layer import opaque_weight
-from .kinds import HALF
+from ...methods._base_layer import foreign_forward, opaque_weight
+from .kinds import HALF, KINDS
 from .undo import all_or_nothing
 
 
@@ -80,6 +80,13 @@ class Mergeable(nn.Module):
                 f"merge: the weight of this {type(self.base_layer).__name__} is {opaque}, and merging would round the "
                 "adapter to what that can hold; unload() the adapter, or load it on the model in full precision and "
                 "merge it there"
+            )
+        foreign = foreign_forward(self.base_layer)
+        if foreign is not None:
+            raise ValueError(
+                f"merge: this layer has the forward of {foreign}, which may compute something else from its weight "
+                f"than that of {KINDS[self.kind]}; unload() the adapter, or keep it unmerged, where it acts on the "
+                "output of the call"
             )
         self._check_own("weight")
 

@@ -75,6 +75,8 @@ class LoRAConv2d(LoRALayer):
         return Adapter(parts, settings)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if self._listened_to(names):
+            return self._called(x, names, args, kwargs)
         return lora_conv.conv2d(self.base_layer, x, [self.low_rank(name) for name in names], args, kwargs)
 
     def _with_mixed(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...methods import dora, lora
-from ...methods._base_layer import rows_of
+from ...methods._base_layer import observed, rows_of
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter, AdapterLayer
 from ..base.merging import Merged
@@ -106,6 +106,34 @@ class LoRALayer(AdapterLayer):
         p = self.lora_dropout[name] if self.training else 0.0
         magnitude = self.lora_magnitude_vector[name].weight if self.use_dora[name] else None
         return LowRank(a, b, self.scaling[name], None, self._extra_bias(name), p, magnitude)
+
+    def _listened_to(self, names: list[str]) -> bool:
+        """Whether somebody would notice that the modules of these adapters are not called.
+
+        Raises:
+            NotImplementedError: One of them is a DoRA adapter, whose norms are not those of a call.
+        """
+        kind = nn.Conv2d if self.kind == "Conv2d" else nn.Linear
+        found = [
+            name
+            for name in names
+            if observed(self.lora_A._modules[name], kind) or observed(self.lora_B._modules[name], kind)
+        ]
+        for name in found:
+            if self.use_dora[name]:
+                raise NotImplementedError(
+                    f"lora_A.{name}, lora_B.{name}: a hook, a wrapper or another forward is on a module of a DoRA "
+                    "adapter, which computes with its weights and calls none; remove it, or use LoRA"
+                )
+        return bool(found)
+
+    def _called(self, x: Tensor, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Return the output with every adapter's modules called, as somebody listens to them."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            p = self.lora_dropout[name] if self.training else 0.0
+            result = lora.add_called(result, x, self.lora_A[name], self.lora_B[name], self.scaling[name], p)
+        return result
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         containers = (self.adapter_layer_names[0], self.adapter_layer_names[1])

@@ -80,6 +80,8 @@ class LoRALinear(LoRALayer):
         return LowRank(a, second.weight, scale, None, None if bias is None else bias * scale, p, magnitude)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if self._listened_to(names):
+            return self._called(x, names, args, kwargs)
         return lora.linear(self._modules["base_layer"], x, [self.low_rank(name) for name in names], args, kwargs)
 
     def _with_mixed(

@@ -1,0 +1,69 @@
+"""Modules of an adapter that somebody hooks, wraps or replaces are called; nobody else pays for a call."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.layer_cases import CASES, example, make
+from torch import nn
+
+from peftk.testing.compare import assert_close
+
+MODULES = {"lora": "lora_B", "lora_bias": "lora_A", "lora_conv1d": "lora_B", "lora_conv": "lora_A", "oft": "oft_R"}
+
+
+def part(layer, name):
+    return getattr(layer, MODULES[name])["default"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_hook_that_only_looks_changes_nothing_and_sees_every_call(name):
+    layer = make(CASES[name]).eval()
+    x = example(CASES[name]).requires_grad_()
+    expected = layer(x)
+    params = [p for p in layer.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(expected.square().sum(), [x, *params])
+    calls = []
+    handle = part(layer, name).register_forward_hook(lambda *_: calls.append(1))
+    y = layer(x)
+    assert len(calls) == 1
+    assert_close(y, expected.detach().double(), torch.float32)
+    for found, true in zip(torch.autograd.grad(y.square().sum(), [x, *params]), grads, strict=True):
+        assert_close(found, true.double(), torch.float32)
+    handle.remove()
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n != "oft"])
+def test_a_hook_or_another_forward_that_makes_the_adapter_zero(name):
+    x = example(CASES[name])
+    layer = make(CASES[name]).eval()
+    second = layer.lora_B["default"]
+    base = layer.base_layer(x)
+    handle = second.register_forward_hook(lambda module, args, output: output * 0)
+    assert torch.equal(layer(x), base)
+    handle.remove()
+    forward = second.forward
+    second.forward = lambda value: forward(value) * 0
+    assert torch.equal(layer(x), base)
+    del second.forward
+    assert not torch.equal(layer(x), base)
+    wrapped = copy.deepcopy(layer)
+    wrapped.lora_B["default"] = nn.Sequential(second, nn.Tanh())
+    # What is no linear layer any more is called, and not asked for its weight.
+    with pytest.raises(AttributeError):
+        _ = wrapped.lora_B["default"].weight
+    assert not torch.equal(wrapped(x), layer(x))
+
+
+def test_hooks_that_cannot_be_called_are_refused_by_name():
+    layer = make(CASES["dora"]).eval()
+    layer.lora_A["default"].register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"lora_A\.default.*DoRA"):
+        layer(example(CASES["dora"]))
+    layer = make(CASES["oft_conv"]).eval()
+    layer.oft_R["default"].register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"oft_R\.default.*convolution"):
+        layer(example(CASES["oft_conv"]))
