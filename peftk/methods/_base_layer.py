@@ -70,7 +70,7 @@ def foreign_forward(layer: nn.Module) -> str | None:
     owner = next(c for c in type(layer).__mro__ if "forward" in c.__dict__)
     if kind == "Conv1D" and owner.__name__ == "Conv1D":
         return None
-    if kind == "Embedding" and hasattr(layer, "embed_scale") and owner.__module__.startswith("transformers."):
+    if kind == "Embedding" and hasattr(layer, "embed_scale"):
         return None
     return owner.__qualname__
 
