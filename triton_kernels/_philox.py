@@ -55,13 +55,15 @@ def _kept(
     multiple of 4; one Philox call then serves four elements, as first_column is always one.
     """
     if ALIGNED:
-        offsets = first_column // 4 + tl.arange(0, BLOCK_COLUMNS // 4)
+        offsets = first_column // 4 + tl.arange(0, BLOCK_COLUMNS // 4)  # [BLOCK_COLUMNS // 4]
+        # [BLOCK_ROWS, BLOCK_COLUMNS // 4] each
         word0, word1, word2, word3 = _words(rows[:, None] * (columns // 4) + offsets[None, :], seed_low, seed_high)
+        # [BLOCK_ROWS, BLOCK_COLUMNS]
         bits = tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
     else:
-        offsets = first_column + tl.arange(0, BLOCK_COLUMNS)
-        index = rows[:, None] * columns + offsets[None, :]
-        word0, word1, word2, word3 = _words(index >> 2, seed_low, seed_high)
-        lane = index & 3
+        offsets = first_column + tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
+        index = rows[:, None] * columns + offsets[None, :]  # [BLOCK_ROWS, BLOCK_COLUMNS]
+        word0, word1, word2, word3 = _words(index >> 2, seed_low, seed_high)  # [BLOCK_ROWS, BLOCK_COLUMNS] each
+        lane = index & 3  # [BLOCK_ROWS, BLOCK_COLUMNS]
         bits = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3))
     return (bits >> 8).to(tl.int32) >= threshold

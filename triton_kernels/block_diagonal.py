@@ -110,38 +110,54 @@ def _block_rotate_kernel(
     tile = program % tiles
     first_tile = program // tiles * tiles_per_chunk
     start = tile // COL_TILES * SPAN
-    cols = tile % COL_TILES * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    ks = tl.arange(0, BLOCK_K)
-    col_mask = (cols < SPAN) & (start + cols < features)
-    block_of_col = cols // SIZE
+    cols = tile % COL_TILES * BLOCK_COLS + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+    ks = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    col_mask = (cols < SPAN) & (start + cols < features)  # [BLOCK_COLS]
+    block_of_col = cols // SIZE  # [BLOCK_COLS]
     first_block = start // SIZE
-    col_offset = (first_block + block_of_col) * stride_block + cols % SIZE * stride_block_out
-    k_mask = (ks < SPAN) & (start + ks < features)
+    col_offset = (first_block + block_of_col) * stride_block + cols % SIZE * stride_block_out  # [BLOCK_COLS]
+    k_mask = (ks < SPAN) & (start + ks < features)  # [BLOCK_K]
     if WIDTH == BLOCK_K:
-        inside = (ks[:, None] // SIZE == block_of_col[None, :]) & col_mask[None, :]
+        inside = (ks[:, None] // SIZE == block_of_col[None, :]) & col_mask[None, :]  # [BLOCK_K, BLOCK_COLS]
         resident = tl.load(
             blocks_ptr + col_offset[None, :] + (ks % SIZE)[:, None] * stride_block_in, mask=inside, other=0.0
-        ).to(dtype)
+        ).to(dtype)  # [BLOCK_K, BLOCK_COLS]
     for t in range(tiles_per_chunk):
-        row = (first_tile + t) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        row_mask = (row < rows)[:, None]
-        x_row = x_ptr + row[:, None] * stride_x_row + start
+        row = (first_tile + t) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        row_mask = (row < rows)[:, None]  # [BLOCK_ROWS, 1]
+        x_row = x_ptr + row[:, None] * stride_x_row + start  # [BLOCK_ROWS, 1]
         if WIDTH == BLOCK_K:
-            x = tl.load(x_row + ks[None, :], mask=row_mask & k_mask[None, :], other=0.0)
-            acc = tl.dot(x, resident, input_precision="ieee")
+            x = tl.load(x_row + ks[None, :], mask=row_mask & k_mask[None, :], other=0.0)  # [BLOCK_ROWS, BLOCK_K]
+            acc = tl.dot(x, resident, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_COLS]
         else:
             acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
             for k in range(0, SIZE, BLOCK_K):
-                in_span = k + ks < SIZE
+                in_span = k + ks < SIZE  # [BLOCK_K]
                 x = tl.load(x_row + (k + ks)[None, :], mask=row_mask & in_span[None, :], other=0.0)
                 q = tl.load(
                     blocks_ptr + col_offset[None, :] + (k + ks)[:, None] * stride_block_in,
                     mask=in_span[:, None] & col_mask[None, :],
                     other=0.0,
-                ).to(dtype)
+                ).to(dtype)  # [BLOCK_K, BLOCK_COLS]
                 acc = tl.dot(x, q, acc, input_precision="ieee")
-        y = y_ptr + row[:, None] * stride_y_row + start + cols[None, :]
+        y = y_ptr + row[:, None] * stride_y_row + start + cols[None, :]  # [BLOCK_ROWS, BLOCK_COLS]
         tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=row_mask & col_mask[None, :])
+
+
+@triton.jit
+def _rotated_back(grad_row, q_ptr, row_mask, in_mask, stride_block_out, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return a tile of grad @ Q.T, where the matrix of a block does not stay in registers."""
+    js = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    dx = tl.zeros((row_mask.shape[0], in_mask.shape[0]), tl.float32)  # [BLOCK_ROWS, BLOCK_COLS]
+    for j in range(0, SIZE, BLOCK_K):
+        in_span = j + js < SIZE  # [BLOCK_K]
+        # Read again, from the cache, because a part of a tile in registers cannot be taken.
+        # [BLOCK_ROWS, BLOCK_K]
+        part = tl.load(grad_row + (j + js)[None, :], mask=row_mask & in_span[None, :], other=0.0)
+        # [BLOCK_K, BLOCK_COLS]
+        q = tl.load(q_ptr + j * stride_block_out, mask=in_span[:, None] & in_mask[None, :], other=0.0).to(part.dtype)
+        dx = tl.dot(part, q, dx, input_precision="ieee")
+    return dx
 
 
 @triton.jit
@@ -157,11 +173,9 @@ def _block_rotate_backward_kernel(
     tiles_per_chunk,
     stride_grad_row,
     stride_x_row,
-    stride_dx_row,
     stride_block,
     stride_block_in,
     stride_block_out,
-    stride_partial_chunk,
     stride_partial_block,
     stride_partial_in,
     stride_partial_out,
@@ -171,10 +185,11 @@ def _block_rotate_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    NEED_X: tl.constexpr,
-    NEED_BLOCKS: tl.constexpr,
 ):
-    """Write dx = grad @ Q.T, and this chunk's part of dQ = x.T @ grad, for one tile of the columns of x."""
+    """Write dx = grad @ Q.T, and this chunk's part of dQ = x.T @ grad, for one tile of the columns of x.
+
+    dx and partial may be None. A part of dQ is laid out as the blocks are, each block in a place of its own.
+    """
     SPAN: tl.constexpr = PACK * SIZE
     COL_TILES: tl.constexpr = (SPAN + BLOCK_COLS - 1) // BLOCK_COLS
     dtype = grad_ptr.dtype.element_ty
@@ -182,66 +197,60 @@ def _block_rotate_backward_kernel(
     tile = program % tiles
     chunk = program // tiles
     start = tile // COL_TILES * SPAN
-    ins = tile % COL_TILES * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    outs = tl.arange(0, WIDTH)
-    in_mask = (ins < SPAN) & (start + ins < features)
-    out_mask = (outs < SPAN) & (start + outs < features)
+    ins = tile % COL_TILES * BLOCK_COLS + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+    outs = tl.arange(0, WIDTH)  # [WIDTH]
+    in_mask = (ins < SPAN) & (start + ins < features)  # [BLOCK_COLS]
+    out_mask = (outs < SPAN) & (start + outs < features)  # [WIDTH]
     first_block = start // SIZE
-    js = tl.arange(0, BLOCK_K)
+    js = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    # [BLOCK_K, BLOCK_COLS]
     inside = ((start + js < features) & (js < SPAN))[:, None] & (ins[None, :] // SIZE == js[:, None] // SIZE)
     # (outs, ins): the transposed matrix.
     q_ptr = blocks_ptr + (
         (first_block + ins // SIZE)[None, :] * stride_block
         + (ins % SIZE)[None, :] * stride_block_in
         + (js % SIZE)[:, None] * stride_block_out
-    )
-    if NEED_X and WIDTH == BLOCK_K:
-        resident = tl.load(q_ptr, mask=inside & in_mask[None, :], other=0.0).to(dtype)
-    dq = tl.zeros((BLOCK_COLS, WIDTH), tl.float32)
+    )  # [BLOCK_K, BLOCK_COLS]
+    if dx_ptr is not None and WIDTH == BLOCK_K:
+        resident = tl.load(q_ptr, mask=inside & in_mask[None, :], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_COLS]
+    dq = tl.zeros((BLOCK_COLS, WIDTH), tl.float32)  # [BLOCK_COLS, WIDTH]
     for t in range(tiles_per_chunk):
-        row = (chunk * tiles_per_chunk + t) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        row_mask = (row < rows)[:, None]
-        grad_row = grad_ptr + row[:, None] * stride_grad_row + start
-        if NEED_BLOCKS or WIDTH == BLOCK_K:
+        row = (chunk * tiles_per_chunk + t) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        row_mask = (row < rows)[:, None]  # [BLOCK_ROWS, 1]
+        grad_row = grad_ptr + row[:, None] * stride_grad_row + start  # [BLOCK_ROWS, 1]
+        if partial_ptr is not None or WIDTH == BLOCK_K:
+            # [BLOCK_ROWS, WIDTH]
             grad = tl.load(grad_row + outs[None, :], mask=row_mask & out_mask[None, :], other=0.0)
-        if NEED_BLOCKS:
+        if partial_ptr is not None:
             x = tl.load(
                 x_ptr + row[:, None] * stride_x_row + start + ins[None, :],
                 mask=row_mask & in_mask[None, :],
                 other=0.0,
-            )
+            )  # [BLOCK_ROWS, BLOCK_COLS]
             dq = tl.dot(tl.trans(x), grad, dq, input_precision="ieee")
-        if NEED_X:
+        if dx_ptr is not None:
             if WIDTH == BLOCK_K:
-                dx = tl.dot(grad, resident, input_precision="ieee")
+                dx = tl.dot(grad, resident, input_precision="ieee")  # [BLOCK_ROWS, BLOCK_COLS]
             else:
-                dx = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-                for j in range(0, SIZE, BLOCK_K):
-                    in_span = j + js < SIZE
-                    # Read again, from the cache, because a part of a tile in registers cannot be taken.
-                    part = tl.load(grad_row + (j + js)[None, :], mask=row_mask & in_span[None, :], other=0.0)
-                    q = tl.load(q_ptr + j * stride_block_out, mask=in_span[:, None] & in_mask[None, :], other=0.0).to(
-                        dtype
-                    )
-                    dx = tl.dot(part, q, dx, input_precision="ieee")
+                dx = _rotated_back(grad_row, q_ptr, row_mask, in_mask, stride_block_out, SIZE, BLOCK_K)
             # dx may be stored over grad: no warp stores before every warp has read.
             tl.debug_barrier()
             tl.store(
-                dx_ptr + row[:, None] * stride_dx_row + start + ins[None, :],
+                dx_ptr + row[:, None] * features + start + ins[None, :],
                 dx.to(dx_ptr.dtype.element_ty),
                 mask=row_mask & in_mask[None, :],
             )
-    if NEED_BLOCKS:
+    if partial_ptr is not None:
         partial = (
             partial_ptr
-            + chunk * stride_partial_chunk
+            + chunk * features * SIZE
             + (
                 (first_block + ins // SIZE)[:, None] * stride_partial_block
                 + (ins % SIZE)[:, None] * stride_partial_in
                 + (outs % SIZE)[None, :] * stride_partial_out
             )
-        )
-        diagonal = (ins[:, None] // SIZE == outs[None, :] // SIZE) & in_mask[:, None]
+        )  # [BLOCK_COLS, WIDTH]
+        diagonal = (ins[:, None] // SIZE == outs[None, :] // SIZE) & in_mask[:, None]  # [BLOCK_COLS, WIDTH]
         tl.store(partial, dq, mask=diagonal)
 
 
@@ -318,7 +327,7 @@ def _backward(
     tiles = triton.cdiv(features, span) * triton.cdiv(span, tiling.block_cols)
     chunks, per_chunk = tiling.chunks(rows, tiles)
     # A shared block has a part for each of its uses, so that nothing is added up in memory.
-    partial = torch.empty((chunks, count, size, size) if need_blocks else 0, dtype=torch.float32, device=x.device)
+    partial = torch.empty(chunks, count, size, size, dtype=torch.float32, device=x.device) if need_blocks else None
     launch(
         _block_rotate_backward_kernel,
         (tiles * chunks,),
@@ -326,7 +335,7 @@ def _backward(
         grad_ptr=grad,
         x_ptr=x,
         blocks_ptr=blocks,
-        dx_ptr=dx,
+        dx_ptr=dx if need_x else None,
         partial_ptr=partial,
         rows=rows,
         features=features,
@@ -334,11 +343,9 @@ def _backward(
         tiles_per_chunk=per_chunk,
         stride_grad_row=grad.stride(0),
         stride_x_row=x.stride(0),
-        stride_dx_row=features,
         stride_block=0 if blocks.shape[0] == 1 else size * size,
         stride_block_in=1 if transpose else size,
         stride_block_out=size if transpose else 1,
-        stride_partial_chunk=count * size * size,
         stride_partial_block=size * size,
         stride_partial_in=1 if transpose else size,
         stride_partial_out=size if transpose else 1,
@@ -348,10 +355,8 @@ def _backward(
         BLOCK_ROWS=tiling.block_rows,
         BLOCK_K=tiling.block_k,
         BLOCK_COLS=tiling.block_cols,
-        NEED_X=need_x,
-        NEED_BLOCKS=need_blocks,
     )
-    if not need_blocks:
+    if partial is None:
         return dblocks
     if blocks.shape[0] == 1:
         return partial.view(-1, 1, size, size).sum(0).to(blocks.dtype)

@@ -44,23 +44,23 @@ def _butterfly_stage_kernel(
     sub = program // TILES % 2
     chunk = block // INNER
     first = block % INNER * HALF
-    row = tl.arange(0, ROWS)
-    col = (program % TILES * BLOCK_COLS).to(tl.int32) + tl.arange(0, BLOCK_COLS)
-    total = tl.zeros((ROWS, BLOCK_COLS), tl.float32)
+    row = tl.arange(0, ROWS)  # [ROWS]
+    col = (program % TILES * BLOCK_COLS).to(tl.int32) + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+    total = tl.zeros((ROWS, BLOCK_COLS), tl.float32)  # [ROWS, BLOCK_COLS]
     for start in range(0, DEPTH, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         left = tl.load(
             factor_ptr + block * (SIZE * SIZE) + row[:, None] * SIZE + sub * HALF + k[None, :],
             mask=(row < SIZE)[:, None] & (k < HALF)[None, :],
             other=0.0,
-        )
+        )  # [ROWS, BLOCK_K]
         right = tl.load(
             before_ptr + ((2 * chunk + sub) * WIDTH + first + k[:, None]) * WIDTH + col[None, :],
             mask=(k < HALF)[:, None] & (col < WIDTH)[None, :],
             other=0.0,
-        )
+        )  # [BLOCK_K, BLOCK_COLS]
         total = tl.dot(left, right, total, input_precision="ieee")
-    after_row = chunk * (2 * WIDTH) + row // HALF * WIDTH + first + row % HALF
+    after_row = chunk * (2 * WIDTH) + row // HALF * WIDTH + first + row % HALF  # [ROWS]
     tl.store(
         after_ptr + after_row[:, None] * (2 * WIDTH) + sub * WIDTH + col[None, :],
         total,
@@ -89,25 +89,25 @@ def _butterfly_stage_backward_kernel(
     sub = program % 2
     chunk = block // INNER
     first = block % INNER * HALF
-    row = tl.arange(0, ROWS)
-    k = tl.arange(0, DEPTH)
-    entry = block * (SIZE * SIZE) + row[:, None] * SIZE + sub * HALF + k[None, :]
-    inside = (row < SIZE)[:, None] & (k < HALF)[None, :]
-    factor = tl.load(factor_ptr + entry, mask=inside, other=0.0)
-    grad_row = chunk * (2 * WIDTH) + row // HALF * WIDTH + first + row % HALF
-    dfactor = tl.zeros((ROWS, DEPTH), tl.float32)
+    row = tl.arange(0, ROWS)  # [ROWS]
+    k = tl.arange(0, DEPTH)  # [DEPTH]
+    entry = block * (SIZE * SIZE) + row[:, None] * SIZE + sub * HALF + k[None, :]  # [ROWS, DEPTH]
+    inside = (row < SIZE)[:, None] & (k < HALF)[None, :]  # [ROWS, DEPTH]
+    factor = tl.load(factor_ptr + entry, mask=inside, other=0.0)  # [ROWS, DEPTH]
+    grad_row = chunk * (2 * WIDTH) + row // HALF * WIDTH + first + row % HALF  # [ROWS]
+    dfactor = tl.zeros((ROWS, DEPTH), tl.float32)  # [ROWS, DEPTH]
     for start in range(0, WIDTH, BLOCK_COLS):
-        col = start + tl.arange(0, BLOCK_COLS)
+        col = start + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
         grad = tl.load(
             grad_ptr + grad_row[:, None] * (2 * WIDTH) + sub * WIDTH + col[None, :],
             mask=(row < SIZE)[:, None] & (col < WIDTH)[None, :],
             other=0.0,
-        )
-        before_entry = ((2 * chunk + sub) * WIDTH + first + k[:, None]) * WIDTH + col[None, :]
-        before_mask = (k < HALF)[:, None] & (col < WIDTH)[None, :]
-        before = tl.load(before_ptr + before_entry, mask=before_mask, other=0.0)
+        )  # [ROWS, BLOCK_COLS]
+        before_entry = ((2 * chunk + sub) * WIDTH + first + k[:, None]) * WIDTH + col[None, :]  # [DEPTH, BLOCK_COLS]
+        before_mask = (k < HALF)[:, None] & (col < WIDTH)[None, :]  # [DEPTH, BLOCK_COLS]
+        before = tl.load(before_ptr + before_entry, mask=before_mask, other=0.0)  # [DEPTH, BLOCK_COLS]
         dfactor = tl.dot(grad, tl.trans(before), dfactor, input_precision="ieee")
-        dbefore = tl.dot(tl.trans(factor), grad, input_precision="ieee")
+        dbefore = tl.dot(tl.trans(factor), grad, input_precision="ieee")  # [DEPTH, BLOCK_COLS]
         tl.store(dbefore_ptr + before_entry, dbefore, mask=before_mask)
     tl.store(dfactor_ptr + entry, dfactor, mask=inside)
 
@@ -138,14 +138,14 @@ def _scale_channels_kernel(
     """Write scale * x + (1 - scale) * bias for a tile of rows and channels."""
     tiles = tl.cdiv(channels, BLOCK_COLS)
     program = tl.program_id(0)
-    channel = program % tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    row = program // tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    scale = tl.load(scale_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    mask = (row < rows)[:, None] & (channel < channels)[None, :]
-    at = _offsets(row, channel, stride_outer, inner, INNER_ONE)
-    y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :]
+    channel = program % tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+    row = program // tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    scale = tl.load(scale_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)  # [BLOCK_COLS]
+    mask = (row < rows)[:, None] & (channel < channels)[None, :]  # [BLOCK_ROWS, BLOCK_COLS]
+    at = _offsets(row, channel, stride_outer, inner, INNER_ONE)  # [BLOCK_ROWS, BLOCK_COLS]
+    y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :]  # [BLOCK_ROWS, BLOCK_COLS]
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)  # [BLOCK_COLS]
         # A scale of one must change no bit, and a negative zero added changes none.
         y += tl.where(scale == 1.0, -0.0, (1.0 - scale) * bias)[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -174,28 +174,28 @@ def _scale_channels_backward_kernel(
     """Write dx for a chunk of rows and a tile of channels, and the chunk's sums of grad * (x - bias) and of grad."""
     tiles = tl.cdiv(channels, BLOCK_COLS)
     program = tl.program_id(0)
-    channel = program % tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    inside = channel < channels
-    scale = tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.zeros((BLOCK_COLS,), tl.float32)
+    channel = program % tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+    inside = channel < channels  # [BLOCK_COLS]
+    scale = tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_COLS]
+    bias = tl.zeros((BLOCK_COLS,), tl.float32)  # [BLOCK_COLS]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    product = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    product = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)  # [BLOCK_ROWS, BLOCK_COLS]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)  # [BLOCK_ROWS, BLOCK_COLS]
     for start in range(0, CHUNK, BLOCK_ROWS):
-        row = program // tiles * CHUNK + start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < rows)[:, None] & inside[None, :]
-        at = _offsets(row, channel, stride_outer, inner, INNER_ONE)
-        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        row = program // tiles * CHUNK + start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        mask = (row < rows)[:, None] & inside[None, :]  # [BLOCK_ROWS, BLOCK_COLS]
+        at = _offsets(row, channel, stride_outer, inner, INNER_ONE)  # [BLOCK_ROWS, BLOCK_COLS]
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_COLS]
         if NEED_SUMS:
-            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_COLS]
             # Where the mask is off, grad is zero.
             product += grad * (x - bias[None, :])
             total += grad
         if NEED_X:
             tl.store(dx_ptr + at, (grad * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
     if NEED_SUMS:
-        to = partial_ptr + (program // tiles).to(tl.int64) * (2 * channels) + channel
+        to = partial_ptr + (program // tiles).to(tl.int64) * (2 * channels) + channel  # [BLOCK_COLS]
         tl.store(to, tl.sum(product, 0), mask=inside)
         tl.store(to + channels, tl.sum(total, 0), mask=inside)
 
@@ -204,25 +204,35 @@ def _power(number: int, least: int) -> int:
     return max(triton.next_power_of_2(number), least)
 
 
+def _stage_config(size: int, width: int) -> dict[str, int]:
+    """Return the tile of a stage: a block's rows, and no more columns than fit in registers; no timing picked it."""
+    rows, cols, depth = _power(size, 16), min(_power(width, 16), 64), _power(size // 2, 16)
+    warps = 1 if rows * cols <= 256 else 4
+    return {"ROWS": rows, "DEPTH": depth, "BLOCK_K": min(depth, 16), "BLOCK_COLS": cols, "num_warps": warps}
+
+
+def _stage_backward_config(size: int) -> dict[str, int]:
+    """Return the tile of a stage's gradients, which holds half of a block in registers; no timing picked it."""
+    rows = _power(size, 16)
+    warps = 1 if rows <= 16 else 4 if rows <= 64 else 8
+    return {"ROWS": rows, "DEPTH": _power(size // 2, 16), "BLOCK_COLS": 16, "num_warps": warps}
+
+
 def _stage(factor: Tensor, before: Tensor, stage: int) -> Tensor:
     """Return the product of the stages up to one, from that of the stages before it."""
     count, size, _ = factor.shape
     width = size << (stage - 1)
     after = factor.new_empty(count >> stage, 2 * width, 2 * width)
-    rows, cols, depth = _power(size, 16), min(_power(width, 16), 64), _power(size // 2, 16)
+    config = _stage_config(size, width)
     launch(
         _butterfly_stage_kernel,
-        (count * 2 * triton.cdiv(width, cols),),
-        num_warps=1 if rows * cols <= 256 else 4,
+        (count * 2 * triton.cdiv(width, config["BLOCK_COLS"]),),
         factor_ptr=factor,
         before_ptr=before,
         after_ptr=after,
         SIZE=size,
         INNER=1 << stage,
-        ROWS=rows,
-        DEPTH=depth,
-        BLOCK_K=min(depth, 16),
-        BLOCK_COLS=cols,
+        **config,
     )
     return after
 
@@ -230,11 +240,9 @@ def _stage(factor: Tensor, before: Tensor, stage: int) -> Tensor:
 def _stage_backward(factor: Tensor, before: Tensor, grad: Tensor, dfactor: Tensor, dbefore: Tensor, stage: int) -> None:
     """Fill the gradients of a stage and of the product before it."""
     count, size, _ = factor.shape
-    rows, depth = _power(size, 16), _power(size // 2, 16)
     launch(
         _butterfly_stage_backward_kernel,
         (count * 2,),
-        num_warps=1 if rows <= 16 else 4 if rows <= 64 else 8,
         factor_ptr=factor,
         before_ptr=before,
         grad_ptr=grad,
@@ -242,9 +250,7 @@ def _stage_backward(factor: Tensor, before: Tensor, grad: Tensor, dfactor: Tenso
         dbefore_ptr=dbefore,
         SIZE=size,
         INNER=1 << stage,
-        ROWS=rows,
-        DEPTH=depth,
-        BLOCK_COLS=16,
+        **_stage_backward_config(size),
     )
 
 
@@ -336,6 +342,7 @@ def _layout(x: Tensor, channels: int, inner: int) -> dict[str, int]:
         "INNER_ONE": inner == 1,
         "BLOCK_ROWS": 128 if inner > 1 else 32 if cols <= 64 else 16,
         "BLOCK_COLS": cols,
+        "num_warps": 4,
     }
 
 
@@ -356,7 +363,6 @@ def scale_channels(x: Tensor, scale: Tensor, bias: Tensor | None, inner: int) ->
     launch(
         _scale_channels_kernel,
         (tiles,),
-        num_warps=4,
         x_ptr=x,
         scale_ptr=scale,
         bias_ptr=scale if bias is None else bias.contiguous(),
@@ -396,7 +402,6 @@ def scale_channels_backward(
         launch(
             _scale_channels_backward_kernel,
             (chunks * triton.cdiv(channels, layout["BLOCK_COLS"]),),
-            num_warps=4,
             grad_ptr=grad,
             x_ptr=x,
             scale_ptr=scale,

@@ -40,6 +40,7 @@ def _skew_entries(block_ptr, rows, cols, mask, SIZE: tl.constexpr):
     """Return S[rows, cols] of the block whose packed triangle, row by row, starts at block_ptr."""
     i = tl.minimum(rows, cols)
     j = tl.maximum(rows, cols)
+    # [ROWS, COLUMNS] of the tile asked for
     entry = tl.load(block_ptr + i * (2 * SIZE - i - 1) // 2 + (j - i - 1), mask=mask & (rows != cols), other=0.0)
     return tl.where(rows < cols, entry, -entry)
 
@@ -47,10 +48,10 @@ def _skew_entries(block_ptr, rows, cols, mask, SIZE: tl.constexpr):
 @triton.jit
 def _skew(packed_ptr, tile, count, stride_packed_block, SIZE: tl.constexpr, PACK: tl.constexpr, WIDTH: tl.constexpr):
     """Return PACK blocks S as one block-diagonal matrix, and the mask of the diagonal blocks."""
-    rows = tl.arange(0, WIDTH)[:, None]
-    cols = tl.arange(0, WIDTH)[None, :]
-    block = tile * PACK + rows // SIZE
-    inside = (rows // SIZE == cols // SIZE) & (rows < PACK * SIZE) & (block < count)
+    rows = tl.arange(0, WIDTH)[:, None]  # [WIDTH, 1]
+    cols = tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
+    block = tile * PACK + rows // SIZE  # [WIDTH, 1]
+    inside = (rows // SIZE == cols // SIZE) & (rows < PACK * SIZE) & (block < count)  # [WIDTH, WIDTH]
     return _skew_entries(packed_ptr + block * stride_packed_block, rows % SIZE, cols % SIZE, inside, SIZE), inside
 
 
@@ -80,23 +81,23 @@ def _cayley_kernel(
 ):
     """Write P(S) for PACK blocks. TERMS is odd (a zero pads an even number), or 1 or 2."""
     tile = tl.program_id(0).to(tl.int64)
-    s, inside = _skew(packed_ptr, tile, count, stride_packed_block, SIZE, PACK, WIDTH)
-    rows = tl.arange(0, WIDTH)[:, None]
-    cols = tl.arange(0, WIDTH)[None, :]
-    eye = tl.where(rows == cols, 1.0, 0.0)
+    s, inside = _skew(packed_ptr, tile, count, stride_packed_block, SIZE, PACK, WIDTH)  # [WIDTH, WIDTH] each
+    rows = tl.arange(0, WIDTH)[:, None]  # [WIDTH, 1]
+    cols = tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
+    eye = tl.where(rows == cols, 1.0, 0.0)  # [WIDTH, WIDTH]
     if TERMS == 1:
-        p = POLYNOMIAL[0] * eye
+        p = POLYNOMIAL[0] * eye  # [WIDTH, WIDTH]
     elif TERMS == 2:
         p = POLYNOMIAL[0] * eye + POLYNOMIAL[1] * s
     else:
-        y = _blockwise(tl.dot(s, s, input_precision="ieee"), inside, PACK)
+        y = _blockwise(tl.dot(s, s, input_precision="ieee"), inside, PACK)  # [WIDTH, WIDTH]
         p = POLYNOMIAL[TERMS - 1] * y + POLYNOMIAL[TERMS - 2] * s + POLYNOMIAL[TERMS - 3] * eye
         for stage in range(TERMS // 2 - 1):
             k = TERMS - 5 - 2 * stage
             constant = _coefficient(k, POLYNOMIAL, TERMS)
             slope = _coefficient(k + 1, POLYNOMIAL, TERMS)
             p = _blockwise(tl.dot(p, y, input_precision="ieee"), inside, PACK) + slope * s + constant * eye
-    block = tile * PACK + rows // SIZE
+    block = tile * PACK + rows // SIZE  # [WIDTH, 1]
     tl.store(blocks_ptr + block * (SIZE * SIZE) + rows % SIZE * SIZE + cols % SIZE, p, mask=inside)
 
 
@@ -121,22 +122,23 @@ def _cayley_backward_kernel(
     S Z + Z S with Z = H + H^T, which is M - M^T with M = S Z.
     """
     tile = tl.program_id(0).to(tl.int64)
-    s, inside = _skew(packed_ptr, tile, count, stride_packed_block, SIZE, PACK, WIDTH)
-    rows = tl.arange(0, WIDTH)[:, None]
-    cols = tl.arange(0, WIDTH)[None, :]
-    block = tile * PACK + rows // SIZE
+    s, inside = _skew(packed_ptr, tile, count, stride_packed_block, SIZE, PACK, WIDTH)  # [WIDTH, WIDTH] each
+    rows = tl.arange(0, WIDTH)[:, None]  # [WIDTH, 1]
+    cols = tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
+    block = tile * PACK + rows // SIZE  # [WIDTH, 1]
+    # [WIDTH, WIDTH]
     grad = tl.load(grad_ptr + block * (SIZE * SIZE) + rows % SIZE * SIZE + cols % SIZE, mask=inside, other=0.0)
     if TERMS == 2:
-        d = POLYNOMIAL[1] * grad
+        d = POLYNOMIAL[1] * grad  # [WIDTH, WIDTH]
     else:
-        y = _blockwise(tl.dot(s, s, input_precision="ieee"), inside, PACK)
+        y = _blockwise(tl.dot(s, s, input_precision="ieee"), inside, PACK)  # [WIDTH, WIDTH]
         d = POLYNOMIAL[TERMS - 2] * grad
-        h = POLYNOMIAL[TERMS - 1] * grad
+        h = POLYNOMIAL[TERMS - 1] * grad  # [WIDTH, WIDTH]
         if TERMS > 3:
-            eye = tl.where(rows == cols, 1.0, 0.0)
+            eye = tl.where(rows == cols, 1.0, 0.0)  # [WIDTH, WIDTH]
             # Q^T: the sign of S changes, the sign of Y does not.
-            q = POLYNOMIAL[TERMS - 1] * y - POLYNOMIAL[TERMS - 2] * s + POLYNOMIAL[TERMS - 3] * eye
-            step = _blockwise(tl.dot(grad, y, input_precision="ieee"), inside, PACK)
+            q = POLYNOMIAL[TERMS - 1] * y - POLYNOMIAL[TERMS - 2] * s + POLYNOMIAL[TERMS - 3] * eye  # [WIDTH, WIDTH]
+            step = _blockwise(tl.dot(grad, y, input_precision="ieee"), inside, PACK)  # [WIDTH, WIDTH]
             d = POLYNOMIAL[TERMS - 2] * step + POLYNOMIAL[TERMS - 4] * grad
             h = _blockwise(tl.dot(q, grad, POLYNOMIAL[TERMS - 1] * step, input_precision="ieee"), inside, PACK)
             for stage in range(TERMS // 2 - 2):
@@ -149,8 +151,8 @@ def _cayley_backward_kernel(
                 below = _coefficient(k - 1, POLYNOMIAL, TERMS)
                 d = _blockwise(tl.dot(d, y, input_precision="ieee"), inside, PACK) + below * grad
         d = tl.dot(h + tl.trans(h), -s, d, input_precision="ieee")
-    i = rows % SIZE
-    entry = block * stride_packed_block + i * (2 * SIZE - i - 1) // 2 + (cols - rows - 1)
+    i = rows % SIZE  # [WIDTH, 1]
+    entry = block * stride_packed_block + i * (2 * SIZE - i - 1) // 2 + (cols - rows - 1)  # [WIDTH, WIDTH]
     tl.store(dpacked_ptr + entry, d - tl.trans(d), mask=inside & (rows < cols))
 
 
@@ -170,14 +172,14 @@ def _cayley_panel_kernel(
     PANELS: tl.constexpr = (SIZE + PANEL - 1) // PANEL
     program = tl.program_id(0).to(tl.int64)
     packed = packed_ptr + program // PANELS * stride_packed_block
-    rows = (program % PANELS * PANEL).to(tl.int32) + tl.arange(0, PANEL)[:, None]
-    cols = tl.arange(0, WIDTH)[None, :]
-    ks = tl.arange(0, BLOCK_K)
-    inside = (rows < SIZE) & (cols < SIZE)
+    rows = (program % PANELS * PANEL).to(tl.int32) + tl.arange(0, PANEL)[:, None]  # [PANEL, 1]
+    cols = tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
+    ks = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    inside = (rows < SIZE) & (cols < SIZE)  # [PANEL, WIDTH]
     blocks = blocks_ptr + program // PANELS * (SIZE * SIZE)
-    eye = tl.where(rows == cols, 1.0, 0.0)
+    eye = tl.where(rows == cols, 1.0, 0.0)  # [PANEL, WIDTH]
     if TERMS == 1:
-        p = POLYNOMIAL[0] * eye
+        p = POLYNOMIAL[0] * eye  # [PANEL, WIDTH]
     else:
         p = POLYNOMIAL[TERMS - 1] * _skew_entries(packed, rows, cols, inside, SIZE) + POLYNOMIAL[TERMS - 2] * eye
     tl.store(blocks + rows * SIZE + cols, p, mask=inside)
@@ -188,7 +190,8 @@ def _cayley_panel_kernel(
         for k in range(0, SIZE, BLOCK_K):
             left = tl.load(
                 blocks + rows * SIZE + (k + ks)[None, :], mask=(rows < SIZE) & (k + ks < SIZE)[None, :], other=0.0
-            )
+            )  # [PANEL, BLOCK_K]
+            # [BLOCK_K, WIDTH]
             s = _skew_entries(packed, (k + ks)[:, None], cols, (k + ks < SIZE)[:, None] & (cols < SIZE), SIZE)
             p = tl.dot(left, s, p, input_precision="ieee")
         tl.debug_barrier()
@@ -222,17 +225,17 @@ def _cayley_panel_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     packed = packed_ptr + program // PANELS * stride_packed_block
     first = program // PANELS * (SIZE * SIZE)
-    rows = (program % PANELS * PANEL).to(tl.int32) + tl.arange(0, PANEL)[:, None]
-    cols = tl.arange(0, WIDTH)[None, :]
-    ks = tl.arange(0, BLOCK_K)
-    inside = (rows < SIZE) & (cols < SIZE)
-    entry = first + rows * SIZE + cols
-    eye = tl.where(rows == cols, 1.0, 0.0)
-    grad = tl.load(grad_ptr + entry, mask=inside, other=0.0)
-    mirrored = tl.load(grad_ptr + first + cols * SIZE + rows, mask=inside, other=0.0)
-    ds = POLYNOMIAL[TERMS - 1] * (grad + mirrored if TERMS % 2 else grad - mirrored)
+    rows = (program % PANELS * PANEL).to(tl.int32) + tl.arange(0, PANEL)[:, None]  # [PANEL, 1]
+    cols = tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
+    ks = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    inside = (rows < SIZE) & (cols < SIZE)  # [PANEL, WIDTH]
+    entry = first + rows * SIZE + cols  # [PANEL, WIDTH]
+    eye = tl.where(rows == cols, 1.0, 0.0)  # [PANEL, WIDTH]
+    grad = tl.load(grad_ptr + entry, mask=inside, other=0.0)  # [PANEL, WIDTH]
+    mirrored = tl.load(grad_ptr + first + cols * SIZE + rows, mask=inside, other=0.0)  # [PANEL, WIDTH]
+    ds = POLYNOMIAL[TERMS - 1] * (grad + mirrored if TERMS % 2 else grad - mirrored)  # [PANEL, WIDTH]
     tl.store(ds_ptr + entry, ds, mask=inside)
-    s = _skew_entries(packed, rows, cols, inside, SIZE)
+    s = _skew_entries(packed, rows, cols, inside, SIZE)  # [PANEL, WIDTH]
     tl.store(even_ptr + entry, POLYNOMIAL[TERMS - 2] * eye, mask=inside)
     tl.store(odd_ptr + entry, -POLYNOMIAL[TERMS - 1] * s, mask=inside)
     for stage in range(TERMS - 2):
@@ -241,30 +244,32 @@ def _cayley_panel_backward_kernel(
         tl.debug_barrier()
         # A sum of its own for each product: Triton was reported to miscompile two of them into one on sm_100. And two
         # loops, one for each right factor, or the registers do not suffice.
-        ds_even = tl.zeros((PANEL, WIDTH), tl.float32)
-        ds_odd = tl.zeros((PANEL, WIDTH), tl.float32)
+        ds_even = tl.zeros((PANEL, WIDTH), tl.float32)  # [PANEL, WIDTH]
+        ds_odd = tl.zeros((PANEL, WIDTH), tl.float32)  # [PANEL, WIDTH]
         for k in range(0, SIZE, BLOCK_K):
-            k_mask = k + ks < SIZE
-            part = first + rows * SIZE + (k + ks)[None, :]
-            part_mask = (rows < SIZE) & k_mask[None, :]
-            right_mask = k_mask[:, None] & (cols < SIZE)
+            k_mask = k + ks < SIZE  # [BLOCK_K]
+            part = first + rows * SIZE + (k + ks)[None, :]  # [PANEL, BLOCK_K]
+            part_mask = (rows < SIZE) & k_mask[None, :]  # [PANEL, BLOCK_K]
+            right_mask = k_mask[:, None] & (cols < SIZE)  # [BLOCK_K, WIDTH]
+            # [BLOCK_K, WIDTH]
             grad = tl.load(grad_ptr + first + (k + ks)[:, None] * SIZE + cols, mask=right_mask, other=0.0)
+            # [BLOCK_K, WIDTH]
             mirrored = sign * tl.load(grad_ptr + first + cols * SIZE + (k + ks)[:, None], mask=right_mask, other=0.0)
-            left_even = tl.load(even_ptr + part, mask=part_mask, other=0.0)
+            left_even = tl.load(even_ptr + part, mask=part_mask, other=0.0)  # [PANEL, BLOCK_K]
             ds_even = tl.dot(left_even, grad - mirrored, ds_even, input_precision="ieee")
-            left_odd = tl.load(odd_ptr + part, mask=part_mask, other=0.0)
+            left_odd = tl.load(odd_ptr + part, mask=part_mask, other=0.0)  # [PANEL, BLOCK_K]
             ds_odd = tl.dot(left_odd, grad + mirrored, ds_odd, input_precision="ieee")
         ds_even += ds_odd
         ds = tl.zeros((PANEL, WIDTH), tl.float32)
-        even = tl.zeros((PANEL, WIDTH), tl.float32)
-        odd = tl.zeros((PANEL, WIDTH), tl.float32)
+        even = tl.zeros((PANEL, WIDTH), tl.float32)  # [PANEL, WIDTH]
+        odd = tl.zeros((PANEL, WIDTH), tl.float32)  # [PANEL, WIDTH]
         for k in range(0, SIZE, BLOCK_K):
             k_mask = k + ks < SIZE
             part = first + rows * SIZE + (k + ks)[None, :]
             part_mask = (rows < SIZE) & k_mask[None, :]
             right_mask = k_mask[:, None] & (cols < SIZE)
             # S^T
-            right = _skew_entries(packed, cols, (k + ks)[:, None], right_mask, SIZE)
+            right = _skew_entries(packed, cols, (k + ks)[:, None], right_mask, SIZE)  # [BLOCK_K, WIDTH]
             even = tl.dot(tl.load(odd_ptr + part, mask=part_mask, other=0.0), right, even, input_precision="ieee")
             odd = tl.dot(tl.load(even_ptr + part, mask=part_mask, other=0.0), right, odd, input_precision="ieee")
             ds = tl.dot(tl.load(ds_ptr + part, mask=part_mask, other=0.0), right, ds, input_precision="ieee")
@@ -274,6 +279,7 @@ def _cayley_panel_backward_kernel(
         tl.store(ds_ptr + entry, ds, mask=inside)
         tl.store(even_ptr + entry, even, mask=inside)
         tl.store(odd_ptr + entry, odd, mask=inside)
+    # [PANEL, WIDTH]
     packed_entry = program // PANELS * stride_packed_block + rows * (2 * SIZE - rows - 1) // 2 + (cols - rows - 1)
     tl.store(dpacked_ptr + packed_entry, ds, mask=inside & (rows < cols))
 

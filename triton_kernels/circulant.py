@@ -42,21 +42,23 @@ def _circulant_mix_kernel(
     """Write the spectrum of the convolution for a tile of rows, of blocks of the output, and of lanes."""
     # All on the first axis: the others end at 65,535 programs, and there may be more rows.
     program = tl.program_id(0)
-    lane = (program % lane_tiles * BLOCK_LANES + tl.arange(0, BLOCK_LANES))[None, None, :]
-    to = (program // lane_tiles % to_tiles * BLOCK_TO + tl.arange(0, BLOCK_TO))[None, :, None]
+    lane = (program % lane_tiles * BLOCK_LANES + tl.arange(0, BLOCK_LANES))[None, None, :]  # [1, 1, BLOCK_LANES]
+    to = (program // lane_tiles % to_tiles * BLOCK_TO + tl.arange(0, BLOCK_TO))[None, :, None]  # [1, BLOCK_TO, 1]
     tile = (program // lane_tiles // to_tiles).to(tl.int64)
-    row = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None, None]
-    x = x_ptr + row * stride_x_row + lane
-    planes = planes_ptr + to * stride_planes_to + lane
-    x_mask = (row < rows) & (lane < lanes)
-    planes_mask = (to < to_blocks) & (lane < lanes)
-    real = tl.zeros((BLOCK_ROWS, BLOCK_TO, BLOCK_LANES), tl.float32)
-    imaginary = tl.zeros((BLOCK_ROWS, BLOCK_TO, BLOCK_LANES), tl.float32)
+    row = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None, None]  # [BLOCK_ROWS, 1, 1]
+    x = x_ptr + row * stride_x_row + lane  # [BLOCK_ROWS, 1, BLOCK_LANES]
+    planes = planes_ptr + to * stride_planes_to + lane  # [1, BLOCK_TO, BLOCK_LANES]
+    x_mask = (row < rows) & (lane < lanes)  # [BLOCK_ROWS, 1, BLOCK_LANES]
+    planes_mask = (to < to_blocks) & (lane < lanes)  # [1, BLOCK_TO, BLOCK_LANES]
+    real = tl.zeros((BLOCK_ROWS, BLOCK_TO, BLOCK_LANES), tl.float32)  # [BLOCK_ROWS, BLOCK_TO, BLOCK_LANES]
+    imaginary = tl.zeros((BLOCK_ROWS, BLOCK_TO, BLOCK_LANES), tl.float32)  # [BLOCK_ROWS, BLOCK_TO, BLOCK_LANES]
     for n in range(from_blocks):
-        x_real = tl.load(x + n * stride_x_block, mask=x_mask, other=0.0).to(tl.float32)
+        x_real = tl.load(x + n * stride_x_block, mask=x_mask, other=0.0).to(tl.float32)  # [BLOCK_ROWS, 1, BLOCK_LANES]
+        # [BLOCK_ROWS, 1, BLOCK_LANES]
         x_imaginary = tl.load(x + n * stride_x_block + lanes, mask=x_mask, other=0.0).to(tl.float32)
-        a = tl.load(planes + n * stride_planes_from, mask=planes_mask, other=0.0)
-        s = tl.load(planes + n * stride_planes_from + lanes, mask=planes_mask, other=0.0)
+        a = tl.load(planes + n * stride_planes_from, mask=planes_mask, other=0.0)  # [1, BLOCK_TO, BLOCK_LANES]
+        s = tl.load(planes + n * stride_planes_from + lanes, mask=planes_mask, other=0.0)  # [1, BLOCK_TO, BLOCK_LANES]
+        # [1, BLOCK_TO, BLOCK_LANES]
         c = tl.load(planes + n * stride_planes_from + 2 * lanes, mask=planes_mask, other=0.0)
         if ADJOINT:
             real += a * x_real - s * x_imaginary
@@ -64,8 +66,8 @@ def _circulant_mix_kernel(
         else:
             real += a * x_real + s * x_imaginary
             imaginary += c * x_imaginary - s * x_real
-    out = out_ptr + row * stride_out_row + to * stride_out_block + lane
-    mask = (row < rows) & (to < to_blocks) & (lane < lanes)
+    out = out_ptr + row * stride_out_row + to * stride_out_block + lane  # [BLOCK_ROWS, BLOCK_TO, BLOCK_LANES]
+    mask = (row < rows) & (to < to_blocks) & (lane < lanes)  # [BLOCK_ROWS, BLOCK_TO, BLOCK_LANES]
     tl.store(out, real.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(out + lanes, imaginary.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -94,29 +96,30 @@ def _circulant_contract_kernel(
 ):
     """Write one chunk's sums of products for a tile of pairs of blocks and of lanes."""
     program = tl.program_id(0)
-    lane = (program % lane_tiles * BLOCK_LANES + tl.arange(0, BLOCK_LANES))[None, None, :]
-    ins = (program // lane_tiles % in_tiles * BLOCK_IN + tl.arange(0, BLOCK_IN))[None, :, None]
-    outs = (program // lane_tiles // in_tiles * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[:, None, None]
+    lane = (program % lane_tiles * BLOCK_LANES + tl.arange(0, BLOCK_LANES))[None, None, :]  # [1, 1, BLOCK_LANES]
+    ins = (program // lane_tiles % in_tiles * BLOCK_IN + tl.arange(0, BLOCK_IN))[None, :, None]  # [1, BLOCK_IN, 1]
+    outs = (program // lane_tiles // in_tiles * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[:, None, None]  # [BLOCK_OUT, 1, 1]
     chunk = tl.program_id(1).to(tl.int64)
     first = chunk * rows_per_chunk
-    grad = grad_ptr + first * stride_grad_row + outs * stride_block + lane
-    x = x_ptr + first * stride_x_row + ins * stride_block + lane
-    grad_mask = (outs < out_blocks) & (lane < lanes)
-    x_mask = (ins < in_blocks) & (lane < lanes)
-    a = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)
-    s = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)
-    c = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)
+    grad = grad_ptr + first * stride_grad_row + outs * stride_block + lane  # [BLOCK_OUT, 1, BLOCK_LANES]
+    x = x_ptr + first * stride_x_row + ins * stride_block + lane  # [1, BLOCK_IN, BLOCK_LANES]
+    grad_mask = (outs < out_blocks) & (lane < lanes)  # [BLOCK_OUT, 1, BLOCK_LANES]
+    x_mask = (ins < in_blocks) & (lane < lanes)  # [1, BLOCK_IN, BLOCK_LANES]
+    a = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)  # [BLOCK_OUT, BLOCK_IN, BLOCK_LANES]
+    s = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)  # [BLOCK_OUT, BLOCK_IN, BLOCK_LANES]
+    c = tl.zeros((BLOCK_OUT, BLOCK_IN, BLOCK_LANES), tl.float32)  # [BLOCK_OUT, BLOCK_IN, BLOCK_LANES]
     for _ in range(tl.minimum(rows_per_chunk, rows - first).to(tl.int32)):
-        grad_real = tl.load(grad, mask=grad_mask, other=0.0).to(tl.float32)
-        grad_imaginary = tl.load(grad + lanes, mask=grad_mask, other=0.0).to(tl.float32)
-        x_real = tl.load(x, mask=x_mask, other=0.0).to(tl.float32)
-        x_imaginary = tl.load(x + lanes, mask=x_mask, other=0.0).to(tl.float32)
+        grad_real = tl.load(grad, mask=grad_mask, other=0.0).to(tl.float32)  # [BLOCK_OUT, 1, BLOCK_LANES]
+        grad_imaginary = tl.load(grad + lanes, mask=grad_mask, other=0.0).to(tl.float32)  # [BLOCK_OUT, 1, BLOCK_LANES]
+        x_real = tl.load(x, mask=x_mask, other=0.0).to(tl.float32)  # [1, BLOCK_IN, BLOCK_LANES]
+        x_imaginary = tl.load(x + lanes, mask=x_mask, other=0.0).to(tl.float32)  # [1, BLOCK_IN, BLOCK_LANES]
         a += grad_real * x_real
         s += grad_real * x_imaginary - grad_imaginary * x_real
         c += grad_imaginary * x_imaginary
         grad += stride_grad_row
         x += stride_x_row
-    mask = (outs < out_blocks) & (ins < in_blocks) & (lane < lanes)
+    mask = (outs < out_blocks) & (ins < in_blocks) & (lane < lanes)  # [BLOCK_OUT, BLOCK_IN, BLOCK_LANES]
+    # [BLOCK_OUT, BLOCK_IN, BLOCK_LANES]
     partial = partial_ptr + chunk * stride_partial_chunk + outs * stride_partial_out + ins * stride_partial_in + lane
     tl.store(partial, a, mask=mask)
     tl.store(partial + lanes, s, mask=mask)
@@ -140,15 +143,15 @@ def _circulant_weight_kernel(
 ):
     """Write out = weight + scale * circulant for one tile."""
     col_tiles = tl.cdiv(in_features, BLOCK_COLS)
-    row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    mask = (row < out_features)[:, None] & (col < in_features)[None, :]
-    shift = (col % size)[None, :] - (row % size)[:, None]
+    row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    col = tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+    mask = (row < out_features)[:, None] & (col < in_features)[None, :]  # [BLOCK_ROWS, BLOCK_COLS]
+    shift = (col % size)[None, :] - (row % size)[:, None]  # [BLOCK_ROWS, BLOCK_COLS]
     # The first rows of the blocks of one row of blocks lie side by side: block n starts at column n * size.
-    place = (col // size * size)[None, :] + tl.where(shift < 0, shift + size, shift)
-    offset = (row // size).to(tl.int64)[:, None] * stride_kernel_out
-    value = tl.load(kernel_ptr + offset + place, mask=mask, other=0.0) * scale
-    at = row.to(tl.int64)[:, None] * stride_row + col[None, :]
+    place = (col // size * size)[None, :] + tl.where(shift < 0, shift + size, shift)  # [BLOCK_ROWS, BLOCK_COLS]
+    offset = (row // size).to(tl.int64)[:, None] * stride_kernel_out  # [BLOCK_ROWS, 1]
+    value = tl.load(kernel_ptr + offset + place, mask=mask, other=0.0) * scale  # [BLOCK_ROWS, BLOCK_COLS]
+    at = row.to(tl.int64)[:, None] * stride_row + col[None, :]  # [BLOCK_ROWS, BLOCK_COLS]
     if HAS_WEIGHT:
         value += tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
@@ -167,17 +170,17 @@ def _circulant_weight_backward_kernel(
 ):
     """Write dkernel for a tile of places of one block: sums along the wrapped diagonals of its gradient."""
     block = tl.program_id(0)
-    place = tl.program_id(1) * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)
+    place = tl.program_id(1) * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)  # [BLOCK_PLACES]
     start = (block // in_blocks).to(tl.int64) * size * stride_row + block % in_blocks * size
-    total = tl.zeros((BLOCK_ROWS, BLOCK_PLACES), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_PLACES), tl.float32)  # [BLOCK_ROWS, BLOCK_PLACES]
     for first in range(0, size, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
-        col = row[:, None] + place[None, :]
+        row = first + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        col = row[:, None] + place[None, :]  # [BLOCK_ROWS, BLOCK_PLACES]
         col = tl.where(col >= size, col - size, col)
-        mask = (row < size)[:, None] & (place < size)[None, :]
-        at = start + row.to(tl.int64)[:, None] * stride_row + col
+        mask = (row < size)[:, None] & (place < size)[None, :]  # [BLOCK_ROWS, BLOCK_PLACES]
+        at = start + row.to(tl.int64)[:, None] * stride_row + col  # [BLOCK_ROWS, BLOCK_PLACES]
         total += tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    at = block.to(tl.int64) * size + place
+    at = block.to(tl.int64) * size + place  # [BLOCK_PLACES]
     tl.store(dkernel_ptr + at, tl.sum(total, 0) * scale, mask=place < size)
 
 
@@ -185,8 +188,8 @@ def _lanes_of_a_tile(lanes: int, most: int) -> int:
     return min(triton.next_power_of_2(lanes), most)
 
 
-# Both tiles are the fastest of some twenty that were timed on an H200 (8192 rows, 32 x 32 blocks of 128, bfloat16).
 def _mix_config(lanes: int, to_blocks: int) -> dict[str, int]:
+    """Return the fastest tile of some twenty timed on an H200 (8192 rows, 32 x 32 blocks of 128, bfloat16)."""
     return {
         "BLOCK_ROWS": 4,
         "BLOCK_TO": min(triton.next_power_of_2(to_blocks), 8),
@@ -196,12 +199,23 @@ def _mix_config(lanes: int, to_blocks: int) -> dict[str, int]:
 
 
 def _contract_config(lanes: int, out_blocks: int, in_blocks: int) -> dict[str, int]:
+    """Return the fastest tile of some twenty timed as those of `_mix_config`."""
     return {
         "BLOCK_OUT": min(triton.next_power_of_2(out_blocks), 4),
         "BLOCK_IN": min(triton.next_power_of_2(in_blocks), 8),
         "BLOCK_LANES": _lanes_of_a_tile(lanes, 32),
         "num_warps": 2,
     }
+
+
+def _write_config() -> dict[str, int]:
+    """Return the tile of a weight, 16 elements for a thread; no timing picked it."""
+    return {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "num_warps": 4}
+
+
+def _gather_config(size: int) -> dict[str, int]:
+    """Return the tile of a block's gradient, 16 elements for a thread; no timing picked it."""
+    return {"BLOCK_ROWS": 16, "BLOCK_PLACES": min(triton.next_power_of_2(size), 128), "num_warps": 4}
 
 
 def _mix(spectrum: Tensor, planes: Tensor, adjoint: bool) -> Tensor:
@@ -270,11 +284,10 @@ def _contract(grad: Tensor, x: Tensor, lanes: int) -> Tensor:
 
 def _write(weight: Tensor | None, kernel: Tensor, scale: float, out: Tensor) -> None:
     out_features, in_features = out.shape
-    block_rows, block_cols = 16, 128
+    config = _write_config()
     launch(
         _circulant_weight_kernel,
-        (triton.cdiv(in_features, block_cols) * triton.cdiv(out_features, block_rows),),
-        num_warps=4,
+        (triton.cdiv(in_features, config["BLOCK_COLS"]) * triton.cdiv(out_features, config["BLOCK_ROWS"]),),
         weight_ptr=out if weight is None else weight,
         kernel_ptr=kernel,
         out_ptr=out,
@@ -285,26 +298,23 @@ def _write(weight: Tensor | None, kernel: Tensor, scale: float, out: Tensor) -> 
         stride_row=in_features,
         stride_kernel_out=kernel.stride(0),
         HAS_WEIGHT=weight is not None,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
+        **config,
     )
 
 
 def _gather(grad: Tensor, scale: float, dkernel: Tensor) -> None:
     out_blocks, in_blocks, size = dkernel.shape
-    block_places = min(triton.next_power_of_2(size), 128)
+    config = _gather_config(size)
     launch(
         _circulant_weight_backward_kernel,
-        (out_blocks * in_blocks, triton.cdiv(size, block_places)),
-        num_warps=4,
+        (out_blocks * in_blocks, triton.cdiv(size, config["BLOCK_PLACES"])),
         grad_ptr=grad,
         dkernel_ptr=dkernel,
         in_blocks=in_blocks,
         size=size,
         scale=scale,
         stride_row=grad.shape[1],
-        BLOCK_ROWS=16,
-        BLOCK_PLACES=block_places,
+        **config,
     )
 
 

@@ -36,32 +36,32 @@ def _dora_norm_kernel(
 ):
     """Sum the squares of weight + scale * b @ a over a chunk of features, for a tile of rows."""
     tiles = tl.cdiv(rows, BLOCK_ROWS)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     piece = (tl.program_id(0) // tiles).to(tl.int64)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), dtype=tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_FEATURES]
     for start in range(0, CHUNK, BLOCK_FEATURES):
-        column = piece * CHUNK + start + tl.arange(0, BLOCK_FEATURES)
+        column = piece * CHUNK + start + tl.arange(0, BLOCK_FEATURES)  # [BLOCK_FEATURES]
         weight = tl.load(
             weight_ptr + row[:, None] * stride_weight_row + column[None, :] * stride_weight_feature,
             mask=(row[:, None] < rows) & (column[None, :] < features),
             other=0.0,
-        )
-        update = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), dtype=tl.float32)
+        )  # [BLOCK_ROWS, BLOCK_FEATURES]
+        update = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_FEATURES]
         for first in range(0, rank, BLOCK_RANK):
-            ranks = first + tl.arange(0, BLOCK_RANK)
+            ranks = first + tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
             b = tl.load(
                 b_ptr + row[:, None] * rank + ranks[None, :],
                 mask=(row[:, None] < rows) & (ranks[None, :] < rank),
                 other=0.0,
-            )
+            )  # [BLOCK_ROWS, BLOCK_RANK]
             a = tl.load(
                 a_ptr + ranks.to(tl.int64)[:, None] * features + column[None, :],
                 mask=(ranks[:, None] < rank) & (column[None, :] < features),
                 other=0.0,
-            )
+            )  # [BLOCK_RANK, BLOCK_FEATURES]
             # Half-precision layers round the factors so in their products, too.
             update = tl.dot(b.to(weight.dtype), a.to(weight.dtype), update, input_precision="ieee")
-        adapted = weight.to(tl.float32) + scale * update
+        adapted = weight.to(tl.float32) + scale * update  # [BLOCK_ROWS, BLOCK_FEATURES]
         total += adapted * adapted
     tl.store(partial_ptr + piece * rows + row, tl.sum(total, 1), mask=row < rows)
 
@@ -86,30 +86,43 @@ def _dora_compose_kernel(
 ):
     """Write gain * (base + scale * hidden @ b.T) + (1 - gain) * bias for a tile."""
     tiles = tl.cdiv(features, BLOCK_FEATURES)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(0) % tiles * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    update = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), dtype=tl.float32)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    column = tl.program_id(0) % tiles * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)  # [BLOCK_FEATURES]
+    update = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_FEATURES]
     for first in range(0, rank, BLOCK_RANK):
-        ranks = first + tl.arange(0, BLOCK_RANK)
+        ranks = first + tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
         hidden = tl.load(
             hidden_ptr + row[:, None] * rank + ranks[None, :],
             mask=(row[:, None] < rows) & (ranks[None, :] < rank),
             other=0.0,
-        )
+        )  # [BLOCK_ROWS, BLOCK_RANK]
         b = tl.load(
             b_ptr + column.to(tl.int64)[None, :] * rank + ranks[:, None],
             mask=(column[None, :] < features) & (ranks[:, None] < rank),
             other=0.0,
-        )
+        )  # [BLOCK_RANK, BLOCK_FEATURES]
         update = tl.dot(hidden, b, update, input_precision="ieee")
-    mask = (row[:, None] < rows) & (column[None, :] < features)
+    mask = (row[:, None] < rows) & (column[None, :] < features)  # [BLOCK_ROWS, BLOCK_FEATURES]
+    # [BLOCK_ROWS, BLOCK_FEATURES]
     base = tl.load(base_ptr + row[:, None] * stride_base_row + column[None, :], mask=mask, other=0.0)
-    gain = tl.load(gain_ptr + column, mask=column < features, other=0.0)
-    y = gain[None, :] * (base.to(tl.float32) + scale * update)
+    gain = tl.load(gain_ptr + column, mask=column < features, other=0.0)  # [BLOCK_FEATURES]
+    y = gain[None, :] * (base.to(tl.float32) + scale * update)  # [BLOCK_ROWS, BLOCK_FEATURES]
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + column, mask=column < features, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + column, mask=column < features, other=0.0).to(tl.float32)  # [BLOCK_FEATURES]
         y += ((1.0 - gain) * bias)[None, :]
     tl.store(out_ptr + row[:, None] * features + column[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _norm_config(rank: int) -> dict[str, int]:
+    """Return the tile of a weight: rows as those of `low_rank_products` in float32, and columns that spill nothing."""
+    rank_tile = rank_tile_of(rank)
+    return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 64, "BLOCK_RANK": rank_tile, "num_warps": 4, "num_stages": 2}
+
+
+def _compose_config(rank: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the tile of an output; that of float32 stays below 64 rows, as those of `low_rank_products`."""
+    rows, features = (32, 32) if dtype is torch.float32 else (64, 128)
+    return {"BLOCK_ROWS": rows, "BLOCK_FEATURES": features, "BLOCK_RANK": rank_tile_of(rank), "num_warps": 4}
 
 
 def dora_norm_supports(weight: Tensor, *args: object) -> str | None:
@@ -120,9 +133,9 @@ def dora_norm_supports(weight: Tensor, *args: object) -> str | None:
 def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """See `peftk.functional.dora_norm`."""
     rows, features = weight.shape
-    # float32 tiles stay below 64 rows, as those of `low_rank_products`; wider ones spill.
-    block_rows, block = 32, 64
-    tiles = triton.cdiv(rows, block_rows)
+    config = _norm_config(a.shape[0])
+    block = config["BLOCK_FEATURES"]
+    tiles = triton.cdiv(rows, config["BLOCK_ROWS"])
     pieces = max(1, min(PROGRAMS // max(tiles, 1), triton.cdiv(features, block)))
     chunk = triton.cdiv(triton.cdiv(features, pieces), block) * block
     pieces = triton.cdiv(features, chunk) if features else 0
@@ -130,8 +143,6 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     _launch.launch(
         _dora_norm_kernel,
         (tiles * pieces,),
-        num_warps=4,
-        num_stages=2,
         partial_ptr=partial,
         weight_ptr=weight,
         a_ptr=a.contiguous(),
@@ -143,9 +154,7 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         stride_weight_row=weight.stride(0),
         stride_weight_feature=weight.stride(1),
         CHUNK=chunk,
-        BLOCK_ROWS=block_rows,
-        BLOCK_FEATURES=block,
-        BLOCK_RANK=rank_tile_of(a.shape[0]),
+        **config,
     )
     return (partial[0] if pieces == 1 else partial.sum(0)).sqrt_()
 
@@ -170,11 +179,11 @@ def dora_compose(
     shrink(rows, a, (a.stride(0), a.stride(1)), rank, hidden.view(rows.shape[0], rank))
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     gain = gain.contiguous()
-    block_rows, block = (32, 32) if x.dtype is torch.float32 else (64, 128)
+    config = _compose_config(rank, x.dtype)
+    tiles = triton.cdiv(matrix.shape[0], config["BLOCK_ROWS"]) * triton.cdiv(matrix.shape[1], config["BLOCK_FEATURES"])
     _launch.launch(
         _dora_compose_kernel,
-        (triton.cdiv(matrix.shape[0], block_rows) * triton.cdiv(matrix.shape[1], block),),
-        num_warps=4,
+        (tiles,),
         out_ptr=out,
         base_ptr=matrix,
         hidden_ptr=hidden,
@@ -187,9 +196,7 @@ def dora_compose(
         scale=scale,
         stride_base_row=matrix.stride(0),
         HAS_BIAS=bias is not None,
-        BLOCK_ROWS=block_rows,
-        BLOCK_FEATURES=block,
-        BLOCK_RANK=rank_tile_of(rank),
+        **config,
     )
     return out, hidden
 

@@ -36,16 +36,17 @@ def _khatri_rao_kernel(
 ):
     """Write out[i * right_rank + j, k] = left[i, k] * right[j, k] for one tile."""
     tiles = tl.cdiv(features, BLOCK_FEATURES)
+    # [1, BLOCK_FEATURES]
     feature = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
-    pair = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[:, None]
-    mask = (pair < rank) & (feature < features)
+    pair = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[:, None]  # [BLOCK_RANK, 1]
+    mask = (pair < rank) & (feature < features)  # [BLOCK_RANK, BLOCK_FEATURES]
     left = tl.load(
         left_ptr + pair // right_rank * stride_left_rank + feature * stride_left_feature, mask=mask, other=0.0
-    )
+    )  # [BLOCK_RANK, BLOCK_FEATURES]
     right = tl.load(
         right_ptr + pair % right_rank * stride_right_rank + feature * stride_right_feature, mask=mask, other=0.0
-    )
-    product = left.to(tl.float32) * right.to(tl.float32)
+    )  # [BLOCK_RANK, BLOCK_FEATURES]
+    product = left.to(tl.float32) * right.to(tl.float32)  # [BLOCK_RANK, BLOCK_FEATURES]
     tl.store(
         out_ptr + pair * stride_out_rank + feature * stride_out_feature,
         product.to(out_ptr.dtype.element_ty),
@@ -75,24 +76,25 @@ def _khatri_rao_backward_kernel(
     NEED_RIGHT: tl.constexpr,
 ):
     """Write the gradients in left and right for one tile of features; the incoming one is read once."""
+    # [1, BLOCK_FEATURES]
     feature = tl.program_id(0).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
-    j = tl.arange(0, BLOCK_RANK)[:, None]
-    mask = (j < right_rank) & (feature < features)
-    right_at = j * stride_right_rank + feature * stride_right_feature
-    right = tl.load(right_ptr + right_at, mask=mask, other=0.0).to(tl.float32)
-    sums = tl.zeros((BLOCK_RANK, BLOCK_FEATURES), tl.float32)
+    j = tl.arange(0, BLOCK_RANK)[:, None]  # [BLOCK_RANK, 1]
+    mask = (j < right_rank) & (feature < features)  # [BLOCK_RANK, BLOCK_FEATURES]
+    right_at = j * stride_right_rank + feature * stride_right_feature  # [BLOCK_RANK, BLOCK_FEATURES]
+    right = tl.load(right_ptr + right_at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_RANK, BLOCK_FEATURES]
+    sums = tl.zeros((BLOCK_RANK, BLOCK_FEATURES), tl.float32)  # [BLOCK_RANK, BLOCK_FEATURES]
     # Not pipelined: Triton 3.7 was reported to miscompile a store inside a pipelined loop.
     for i in tl.range(0, left_rank, num_stages=1):
         grad = tl.load(
             grad_ptr + (i * right_rank + j).to(tl.int64) * stride_grad_rank + feature * stride_grad_feature,
             mask=mask,
             other=0.0,
-        ).to(tl.float32)
-        left_at = i * stride_left_rank + feature * stride_left_feature
+        ).to(tl.float32)  # [BLOCK_RANK, BLOCK_FEATURES]
+        left_at = i * stride_left_rank + feature * stride_left_feature  # [1, BLOCK_FEATURES]
         if NEED_RIGHT:
             sums += grad * tl.load(left_ptr + left_at, mask=feature < features, other=0.0).to(tl.float32)
         if NEED_LEFT:
-            dleft = tl.sum(grad * right, axis=0)[None, :]
+            dleft = tl.sum(grad * right, axis=0)[None, :]  # [1, BLOCK_FEATURES]
             tl.store(dleft_ptr + left_at, dleft.to(dleft_ptr.dtype.element_ty), mask=feature < features)
     if NEED_RIGHT:
         tl.store(dright_ptr + right_at, sums.to(dright_ptr.dtype.element_ty), mask=mask)
@@ -110,8 +112,16 @@ def contiguous(*factors: Tensor) -> tuple[Tensor, ...]:
     return tuple(f.contiguous() for f in factors)
 
 
-def _block(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+def _config(rank_first: bool) -> dict[str, int]:
+    """Return a tile of 2,048 elements, long where memory runs along; no timing picked it."""
+    rank, features = (8, 256) if rank_first else (64, 32)
+    return {"BLOCK_RANK": rank, "BLOCK_FEATURES": features, "num_warps": 4}
+
+
+def _backward_config(right_rank: int) -> dict[str, int]:
+    """Return a tile of 2,048 elements that holds all of the right rank; no timing picked it."""
+    block = max(16, triton.next_power_of_2(right_rank))
+    return {"BLOCK_RANK": block, "BLOCK_FEATURES": 2048 // block, "num_warps": 4}
 
 
 def khatri_rao_supports(
@@ -134,26 +144,24 @@ def khatri_rao(
     a = torch.empty(rank, features, dtype=dtype, device=w1_a.device)
     b = torch.empty(out, rank, dtype=dtype, device=w1_a.device)
 
-    def write(result: Tensor, left: Tensor, right: Tensor, length: int, strides: dict[str, int], tile: tuple) -> None:
+    def write(result: Tensor, left: Tensor, right: Tensor, length: int, strides: dict[str, int], config: dict) -> None:
         launch(
             _khatri_rao_kernel,
-            (triton.cdiv(length, tile[1]) * triton.cdiv(rank, tile[0]),),
-            num_warps=4,
+            (triton.cdiv(length, config["BLOCK_FEATURES"]) * triton.cdiv(rank, config["BLOCK_RANK"]),),
             out_ptr=result,
             left_ptr=left,
             right_ptr=right,
             features=length,
             rank=rank,
             right_rank=r2,
-            BLOCK_RANK=tile[0],
-            BLOCK_FEATURES=tile[1],
+            **config,
             **strides,
         )
 
     rank_first = {"stride_out_rank": features, "stride_left_rank": features, "stride_right_rank": features}
-    write(a, w1_b, w2_b, features, _strides(rank_first, 1), (8, 256))
+    write(a, w1_b, w2_b, features, _strides(rank_first, 1), _config(True))
     rank_last = {"stride_out_feature": rank, "stride_left_feature": r1, "stride_right_feature": r2}
-    write(b, w1_a, w2_a, out, _strides(rank_last, 1), (64, 32))
+    write(b, w1_a, w2_a, out, _strides(rank_last, 1), _config(False))
     return a, b
 
 
@@ -191,7 +199,7 @@ def khatri_rao_backward(
     """Return the gradients in the four factors; an empty tensor for one not needed."""
     w1_a, w1_b, w2_a, w2_b = contiguous(w1_a, w1_b, w2_a, w2_b)
     (out, r1), r2, features = w1_a.shape, w2_a.shape[1], w1_b.shape[1]
-    block = _block(r2)
+    config = _backward_config(r2)
 
     def half(
         grad: Tensor, left: Tensor, right: Tensor, length: int, strides: dict[str, int], need_left: bool, need_right
@@ -201,8 +209,7 @@ def khatri_rao_backward(
         if need_left or need_right:
             launch(
                 _khatri_rao_backward_kernel,
-                (triton.cdiv(length, 2048 // block),),
-                num_warps=4,
+                (triton.cdiv(length, config["BLOCK_FEATURES"]),),
                 dleft_ptr=dleft if need_left else left,
                 dright_ptr=dright if need_right else right,
                 grad_ptr=grad.contiguous(),
@@ -211,8 +218,7 @@ def khatri_rao_backward(
                 features=length,
                 left_rank=r1,
                 right_rank=r2,
-                BLOCK_RANK=block,
-                BLOCK_FEATURES=2048 // block,
+                **config,
                 NEED_LEFT=need_left,
                 NEED_RIGHT=need_right,
                 **strides,

@@ -28,16 +28,18 @@ def _kronecker_weight_kernel(
 ):
     """Write out = weight + scale * kron(w1, w2), one tile of one block a program."""
     program = tl.program_id(0).to(tl.int64)
-    columns_at = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    rows_at = program // column_tiles % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns_at = program % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
+    rows_at = program // column_tiles % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     block = program // column_tiles // row_tiles
-    mask = (rows_at < rows)[:, None] & (columns_at < columns)[None, :]
-    factor = tl.load(w1_ptr + block)
+    mask = (rows_at < rows)[:, None] & (columns_at < columns)[None, :]  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    factor = tl.load(w1_ptr + block)  # [], one number
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
     w2 = tl.load(w2_ptr + rows_at[:, None] * columns + columns_at[None, :], mask=mask, other=0.0)
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
     offsets = ((block // middle * rows + rows_at)[:, None] * middle + block % middle) * columns + columns_at[None, :]
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(w2.dtype)
-    delta = factor * scale * w2
-    result = tl.where(delta == 0.0, weight, weight + delta)
+    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(w2.dtype)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    delta = factor * scale * w2  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    result = tl.where(delta == 0.0, weight, weight + delta)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -66,16 +68,17 @@ def _kronecker_weight_backward_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     tile, chunk = program % tiles, program // tiles
-    columns_at = tile % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    rows_at = tile // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mask = (rows_at < rows)[:, None] & (columns_at < columns)[None, :]
-    small = rows_at[:, None] * columns + columns_at[None, :]
-    w2 = tl.load(w2_ptr + small, mask=mask, other=0.0)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    columns_at = tile % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
+    rows_at = tile // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    mask = (rows_at < rows)[:, None] & (columns_at < columns)[None, :]  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    small = rows_at[:, None] * columns + columns_at[None, :]  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    w2 = tl.load(w2_ptr + small, mask=mask, other=0.0)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     first = chunk * left_per_chunk * middle
     last = tl.minimum(first + left_per_chunk * middle, left * middle)
     for block in range(first, last):
-        offsets = ((block // middle * rows + rows_at)[:, None] * middle + block % middle) * columns
+        offsets = ((block // middle * rows + rows_at)[:, None] * middle + block % middle) * columns  # [BLOCK_ROWS, 1]
+        # [BLOCK_ROWS, BLOCK_COLUMNS]
         grad = tl.load(grad_ptr + offsets + columns_at[None, :], mask=mask, other=0.0).to(tl.float32)
         if NEED_W1:
             tl.store(dw1_ptr + tile * left * middle + block, tl.sum(grad * w2))
@@ -85,21 +88,21 @@ def _kronecker_weight_backward_kernel(
         tl.store(dw2_ptr + chunk * rows * columns + small, sums, mask=mask)
 
 
-def _weight_tile(rows: int, columns: int) -> tuple[int, int]:
+def _weight_config(rows: int, columns: int) -> dict[str, int]:
+    """Return the tile of w2, 16 elements for a thread, which no timing picked."""
     block_columns = power(columns, 1, 128)
-    return power(rows, 1, 2048 // block_columns), block_columns
+    return {"BLOCK_ROWS": power(rows, 1, 2048 // block_columns), "BLOCK_COLUMNS": block_columns, "num_warps": 4}
 
 
 def write_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float) -> Tensor:
     """Return ``weight + scale * kron(w1, w2)``; everything is contiguous."""
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     rows, columns = w2.shape
-    block_rows, block_columns = _weight_tile(rows, columns)
-    row_tiles, column_tiles = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)
+    config = _weight_config(rows, columns)
+    row_tiles, column_tiles = triton.cdiv(rows, config["BLOCK_ROWS"]), triton.cdiv(columns, config["BLOCK_COLUMNS"])
     launch(
         _kronecker_weight_kernel,
         (w1.numel() * row_tiles * column_tiles,),
-        num_warps=4,
         out_ptr=out,
         weight_ptr=weight,
         w1_ptr=w1,
@@ -110,8 +113,7 @@ def write_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float) -> Tensor
         row_tiles=row_tiles,
         column_tiles=column_tiles,
         scale=scale,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
+        **config,
     )
     return out
 
@@ -121,9 +123,9 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients in w1 and w2; an empty tensor for one not needed."""
     (left, middle), (rows, columns) = w1.shape, w2.shape
-    block_rows, block_columns = _weight_tile(rows, columns)
-    column_tiles = triton.cdiv(columns, block_columns)
-    tiles = triton.cdiv(rows, block_rows) * column_tiles
+    config = _weight_config(rows, columns)
+    column_tiles = triton.cdiv(columns, config["BLOCK_COLUMNS"])
+    tiles = triton.cdiv(rows, config["BLOCK_ROWS"]) * column_tiles
     # As many parts of dw2 as keep them together far smaller than the weight.
     per_chunk = triton.cdiv(left, max(1, min(left, middle, 8)))
     chunks = triton.cdiv(left, per_chunk)
@@ -134,7 +136,6 @@ def weight_gradients(
         launch(
             _kronecker_weight_backward_kernel,
             (tiles * chunks,),
-            num_warps=4,
             grad_ptr=grad,
             w1_ptr=w1,
             w2_ptr=w2,
@@ -147,8 +148,7 @@ def weight_gradients(
             tiles=tiles,
             column_tiles=column_tiles,
             left_per_chunk=per_chunk,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
+            **config,
             NEED_W1=need_w1,
             NEED_W2=need_w2,
         )

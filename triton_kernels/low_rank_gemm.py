@@ -96,26 +96,26 @@ def _linear_kernel(
         height = min(row_tiles - first_row_tile, GROUP_ROWS)
         row = (first_row_tile + tile % patch % height) * BLOCK_ROWS
         column = tile % patch // height * BLOCK_OUT
-        accumulator = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
+        accumulator = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_OUT]
         for step in range(tl.cdiv(features, BLOCK_FEATURES)):
-            x = x_descriptor.load([row, step * BLOCK_FEATURES])
+            x = x_descriptor.load([row, step * BLOCK_FEATURES])  # [BLOCK_ROWS, BLOCK_FEATURES]
             if TRANSPOSED:
-                weight = weight_descriptor.load([step * BLOCK_FEATURES, column])
+                weight = weight_descriptor.load([step * BLOCK_FEATURES, column])  # [BLOCK_FEATURES, BLOCK_OUT]
             else:
                 weight = weight_descriptor.load([column, step * BLOCK_FEATURES]).T
             accumulator = tl.dot(x, weight, accumulator)
         # A loop, even for one step: Triton 3.6 and 3.7 miscompile two dots into one accumulator in one loop body on
         # sm_100, and its tile loop, flattened around two loops, does not compile there.
         for step in range(tl.cdiv(rank, BLOCK_RANK)):
-            hidden = hidden_descriptor.load([row, step * BLOCK_RANK])
+            hidden = hidden_descriptor.load([row, step * BLOCK_RANK])  # [BLOCK_ROWS, BLOCK_RANK]
             if TRANSPOSED:
-                factor = factor_descriptor.load([step * BLOCK_RANK, column])
+                factor = factor_descriptor.load([step * BLOCK_RANK, column])  # [BLOCK_RANK, BLOCK_OUT]
             else:
                 factor = factor_descriptor.load([column, step * BLOCK_RANK]).T
             accumulator = tl.dot(hidden, factor, accumulator)
         if HAS_BIAS:
-            columns = column + tl.arange(0, BLOCK_OUT)
-            bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
+            columns = column + tl.arange(0, BLOCK_OUT)  # [BLOCK_OUT]
+            bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)  # [BLOCK_OUT]
             accumulator += bias.to(tl.float32)[None, :]
         out_descriptor.store([row, column], accumulator.to(out_descriptor.dtype))
 
@@ -125,6 +125,13 @@ def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
     if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16 or x.stride(0) < x.shape[1] or x.stride(1) != 1:
         x = x.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def _config(rank: int) -> dict[str, int]:
+    """Return the tile, of the usual size of a product on Hopper, and patches of 8 row tiles; no timing picked it."""
+    block_rank = min(64, max(16, 1 << (rank - 1).bit_length()))
+    tile = {"BLOCK_ROWS": 128, "BLOCK_OUT": 256, "BLOCK_FEATURES": 64, "BLOCK_RANK": block_rank, "GROUP_ROWS": 8}
+    return {**tile, "num_warps": 8, "num_stages": 3}
 
 
 def extended_linear(
@@ -162,14 +169,14 @@ def extended_linear(
         factor = torch.nn.functional.pad(factor, (0, 0, 0, padding) if transposed else (0, padding))
         rank += padding
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    block_rows, block_out, block_features = 128, 256, 64
-    block_rank = min(64, max(16, 1 << (rank - 1).bit_length()))
+    config = _config(rank)
+    block_rows, block_out, block_features, block_rank = (
+        config[f"BLOCK_{name}"] for name in ("ROWS", "OUT", "FEATURES", "RANK")
+    )
     programs = min(_multiprocessors(x.device), triton.cdiv(rows, block_rows) * triton.cdiv(out_features, block_out))
     _launch.launch(
         _linear_kernel,
         (programs,),
-        num_warps=8,
-        num_stages=3,
         x_descriptor=_described(x, [block_rows, block_features]),
         weight_descriptor=_described(
             weight, [block_features, block_out] if transposed else [block_out, block_features]
@@ -185,10 +192,6 @@ def extended_linear(
         HAS_BIAS=bias is not None,
         TRANSPOSED=transposed,
         rank=rank,
-        BLOCK_ROWS=block_rows,
-        BLOCK_OUT=block_out,
-        BLOCK_FEATURES=block_features,
-        BLOCK_RANK=block_rank,
-        GROUP_ROWS=8,
+        **config,
     )
     return out

@@ -37,7 +37,6 @@ def _backward_kernel(
     stride_hidden_row,
     stride_b_row,
     stride_gate_row,
-    HAS_GATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -50,21 +49,23 @@ def _backward_kernel(
     tiles = tl.cdiv(features, BLOCK_FEATURES)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     chunk = (tl.program_id(0) // tiles).to(tl.int64)
-    columns = tile * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    ranks = tl.arange(0, BLOCK_RANK)
-    factor_mask = (columns[:, None] < features) & (ranks[None, :] < rank)
+    columns = tile * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)  # [BLOCK_FEATURES]
+    ranks = tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
+    factor_mask = (columns[:, None] < features) & (ranks[None, :] < rank)  # [BLOCK_FEATURES, BLOCK_RANK]
+    # [BLOCK_FEATURES, BLOCK_RANK]
     b = tl.load(b_ptr + columns[:, None] * stride_b_row + ranks[None, :], mask=factor_mask, other=0.0)
-    accumulator = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)
+    accumulator = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)  # [BLOCK_FEATURES, BLOCK_RANK]
     # Not pipelined: Triton 3.7 was reported to miscompile a store inside a pipelined loop. Several programs share a
     # multiprocessor instead.
     for start in tl.range(0, chunk_rows, BLOCK_ROWS, num_stages=1):
-        row = chunk * chunk_rows + start + tl.arange(0, BLOCK_ROWS)
+        row = chunk * chunk_rows + start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
         grad = tl.load(
             grad_ptr + row[:, None] * stride_grad_row + columns[None, :],
             mask=(row[:, None] < rows) & (columns[None, :] < features),
             other=0.0,
-        )
-        hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row, HAS_GATE)
+        )  # [BLOCK_ROWS, BLOCK_FEATURES]
+        # [BLOCK_ROWS, BLOCK_RANK]
+        hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row)
         tl.store(
             dhidden_ptr + tile * stride_dhidden_tile + row[:, None] * rank + ranks[None, :],
             tl.dot(grad, b, input_precision="ieee"),
@@ -88,34 +89,33 @@ def _hidden_gradient_kernel(
     stride_partial,
     stride_hidden_row,
     stride_gate_row,
-    HAS_GATE: tl.constexpr,
-    NEED_GATE: tl.constexpr,
     SHARED_GATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
 ):
     """Add the partial sums of ``grad @ b`` in order; out = scale * sum * gate, dgate = scale * sum * hidden.
 
-    The gradient of a shared gate is left as (row tiles, rank) partial sums.
+    The gradient of a shared gate is left as (row tiles, rank) partial sums. gate and dgate may be None.
     """
     rank_tiles = tl.cdiv(rank, BLOCK_RANK)
     tile = (tl.program_id(0) // rank_tiles).to(tl.int64)
-    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    ranks = (tl.program_id(0) % rank_tiles) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-    mask = (row[:, None] < rows) & (ranks[None, :] < rank)
-    offsets = row[:, None] * rank + ranks[None, :]
-    total = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
+    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    ranks = (tl.program_id(0) % rank_tiles) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
+    mask = (row[:, None] < rows) & (ranks[None, :] < rank)  # [BLOCK_ROWS, BLOCK_RANK]
+    offsets = row[:, None] * rank + ranks[None, :]  # [BLOCK_ROWS, BLOCK_RANK]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_RANK]
     for chunk in range(chunks):
         total += tl.load(partials_ptr + tl.cast(chunk, tl.int64) * stride_partial + offsets, mask=mask, other=0.0)
     total *= scale
-    if NEED_GATE:
+    if dgate_ptr is not None:
+        # [BLOCK_ROWS, BLOCK_RANK]
         hidden = tl.load(hidden_ptr + row[:, None] * stride_hidden_row + ranks[None, :], mask=mask, other=0.0)
-        dgate = total * hidden.to(tl.float32)
+        dgate = total * hidden.to(tl.float32)  # [BLOCK_ROWS, BLOCK_RANK]
         if SHARED_GATE:
             tl.store(dgate_ptr + tile * rank + ranks, tl.sum(dgate, 0), mask=ranks < rank)
         else:
             tl.store(dgate_ptr + offsets, dgate, mask=mask)
-    if HAS_GATE:
+    if gate_ptr is not None:
         total *= tl.load(gate_ptr + row[:, None] * stride_gate_row + ranks[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -139,7 +139,6 @@ def _factor_gradient_kernel(
     seed_low,
     seed_high,
     threshold,
-    HAS_GATE: tl.constexpr,
     WIDE: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -152,29 +151,30 @@ def _factor_gradient_kernel(
     tiles = tl.cdiv(features, BLOCK_FEATURES) * rank_tiles
     chunk = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    ranks = (tile % rank_tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    ranks = (tile % rank_tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
     first_column = tile // rank_tiles * BLOCK_FEATURES
-    columns = first_column.to(tl.int64) + tl.arange(0, BLOCK_FEATURES)
-    accumulator = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)
+    columns = first_column.to(tl.int64) + tl.arange(0, BLOCK_FEATURES)  # [BLOCK_FEATURES]
+    accumulator = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)  # [BLOCK_FEATURES, BLOCK_RANK]
     for start in range(0, chunk_rows, BLOCK_ROWS):
-        row = chunk * chunk_rows + start + tl.arange(0, BLOCK_ROWS)
+        row = chunk * chunk_rows + start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
         x = tl.load(
             x_ptr + row[:, None] * stride_x_row + columns[None, :],
             mask=(row[:, None] < rows) & (columns[None, :] < features),
             other=0.0,
-        )
+        )  # [BLOCK_ROWS, BLOCK_FEATURES]
         if DROPOUT:
             kept = _kept(
                 row, first_column, features, seed_low, seed_high, threshold, BLOCK_ROWS, BLOCK_FEATURES, ALIGNED
-            )
+            )  # [BLOCK_ROWS, BLOCK_FEATURES]
             x = tl.where(kept, x, 0.0)
-        hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row, HAS_GATE)
+        # [BLOCK_ROWS, BLOCK_RANK]
+        hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row)
         if WIDE:
             # float16 has no room for hidden. Two bfloat16 numbers hold an x of float16 exactly, and enough of hidden.
-            x_high = x.to(tl.bfloat16)
-            x_low = (x.to(tl.float32) - x_high.to(tl.float32)).to(tl.bfloat16)
-            high = hidden.to(tl.bfloat16)
-            low = (hidden - high.to(tl.float32)).to(tl.bfloat16)
+            x_high = x.to(tl.bfloat16)  # [BLOCK_ROWS, BLOCK_FEATURES]
+            x_low = (x.to(tl.float32) - x_high.to(tl.float32)).to(tl.bfloat16)  # [BLOCK_ROWS, BLOCK_FEATURES]
+            high = hidden.to(tl.bfloat16)  # [BLOCK_ROWS, BLOCK_RANK]
+            low = (hidden - high.to(tl.float32)).to(tl.bfloat16)  # [BLOCK_ROWS, BLOCK_RANK]
             accumulator = tl.dot(tl.trans(x_high), low, accumulator, input_precision="ieee")
             accumulator = tl.dot(tl.trans(x_low), high, accumulator, input_precision="ieee")
             accumulator = tl.dot(tl.trans(x_high), high, accumulator, input_precision="ieee")
@@ -190,21 +190,35 @@ def _factor_gradient_kernel(
 @triton.jit
 def _sum_kernel(out_ptr, partials_ptr, count, chunks, scale, BLOCK_CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """Compute out = scale * the sum of the chunks of (chunks, count), always in the same order."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK_CHUNKS, BLOCK), dtype=tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    total = tl.zeros((BLOCK_CHUNKS, BLOCK), dtype=tl.float32)  # [BLOCK_CHUNKS, BLOCK]
     # Several chunks are on their way at once: one after the other, each would wait for memory.
     for first in range(0, chunks, BLOCK_CHUNKS):
-        chunk = first + tl.arange(0, BLOCK_CHUNKS)
+        chunk = first + tl.arange(0, BLOCK_CHUNKS)  # [BLOCK_CHUNKS]
         total += tl.load(
             partials_ptr + chunk.to(tl.int64)[:, None] * count + offsets[None, :],
             mask=(chunk < chunks)[:, None] & (offsets < count)[None, :],
             other=0.0,
         )
-    result = tl.sum(total, 0) * scale
+    result = tl.sum(total, 0) * scale  # [BLOCK]
     tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=offsets < count)
 
 
+def _sum_config() -> dict[str, int]:
+    """Return how many numbers a program adds up, and of how many chunks at a time; no timing picked it."""
+    return {"BLOCK_CHUNKS": 8, "BLOCK": 256, "num_warps": 1}
+
+
+def _hidden_config(rank_tile: int) -> dict[str, int]:
+    """Return the tile of a gradient in the rank-sized product.
+
+    Small tiles: each program waits for one partial sum after the other, so there must be many programs.
+    """
+    return {"BLOCK_ROWS": 512 // rank_tile, "BLOCK_RANK": rank_tile, "num_warps": 2}
+
+
 def _backward_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the tile of the one pass over the gradient; wide, as each column tile leaves a partial ``grad @ b``."""
     if dtype is torch.float32:
         return {"BLOCK_ROWS": 16, "BLOCK_FEATURES": 64, "num_warps": 4}
     if rank_tile == 16:
@@ -213,6 +227,7 @@ def _backward_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _factor_config(dtype: torch.dtype, mask: dict) -> dict[str, int]:
+    """Return the tile of a factor's gradient, for the reasons of `low_rank_products`; no timing picked it."""
     if dtype is torch.float32 or (mask["DROPOUT"] and not mask["ALIGNED"]):
         return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 128, "num_warps": 4, "num_stages": 3}
@@ -228,17 +243,16 @@ def _split(rows: int, tiles: int, block_rows: int) -> tuple[int, int]:
 def sum_chunks(partials: Tensor, shape: torch.Size, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Add partial sums in order, scale, and round once."""
     out = torch.empty(shape, dtype=dtype, device=partials.device)
+    config = _sum_config()
     _launch.launch(
         _sum_kernel,
-        (triton.cdiv(out.numel(), 256),),
-        num_warps=1,
+        (triton.cdiv(out.numel(), config["BLOCK"]),),
         out_ptr=out,
         partials_ptr=partials,
         count=out.numel(),
         chunks=partials.shape[0],
         scale=scale,
-        BLOCK_CHUNKS=8,
-        BLOCK=256,
+        **config,
     )
     return out
 
@@ -278,9 +292,8 @@ def visit(grad: Tensor, hidden: Tensor, b: Tensor, gate: Tensor | None) -> tuple
         stride_grad_row=grad.stride(0),
         stride_hidden_row=hidden.stride(0),
         stride_b_row=b.stride(0),
-        HAS_GATE=gate is not None,
         BLOCK_RANK=rank_tile,
-        **gate_arguments(gate, hidden),
+        **gate_arguments(gate),
         **config,
     )
     return dhidden, db
@@ -320,10 +333,9 @@ def factor_gradient(
         stride_out_rank=features if rank_first else 1,
         stride_hidden_row=hidden.stride(0),
         stride_x_row=x.stride(0),
-        HAS_GATE=gate is not None,
         WIDE=hidden.dtype is not x.dtype,
         BLOCK_RANK=rank_tile,
-        **gate_arguments(gate, hidden),
+        **gate_arguments(gate),
         **mask,
         **config,
     )
@@ -336,9 +348,8 @@ def hidden_gradient(
     """Return the gradient in the rank-sized product (rows, rank), and that in the gate."""
     rows, rank = hidden.shape
     rank_tile = rank_tile_of(rank)
-    # Small tiles: each program waits for one partial sum after the other, so there must be many programs.
-    block_rows = 512 // rank_tile
-    tiles = triton.cdiv(rows, block_rows)
+    config = _hidden_config(rank_tile)
+    tiles = triton.cdiv(rows, config["BLOCK_ROWS"])
     shared = gate is not None and gate.dim() == 1
     # Not in float16: small ones would be lost, and large ones become infinite.
     dtype = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
@@ -349,9 +360,8 @@ def hidden_gradient(
     _launch.launch(
         _hidden_gradient_kernel,
         (tiles * triton.cdiv(rank, rank_tile),),
-        num_warps=2,
         out_ptr=dhidden,
-        dgate_ptr=dhidden if dgate is None else dgate,
+        dgate_ptr=dgate,
         partials_ptr=partials,
         hidden_ptr=hidden,
         rows=rows,
@@ -360,12 +370,9 @@ def hidden_gradient(
         scale=scale,
         stride_partial=rows * rank,
         stride_hidden_row=hidden.stride(0),
-        HAS_GATE=gate is not None,
-        NEED_GATE=need_gate,
         SHARED_GATE=shared,
-        BLOCK_ROWS=block_rows,
-        BLOCK_RANK=rank_tile,
-        **gate_arguments(gate, hidden),
+        **config,
+        **gate_arguments(gate),
     )
     if dgate is not None:
         dgate = sum_chunks(dgate, gate.shape, 1.0, gate.dtype) if shared else dgate.view(gate.shape)

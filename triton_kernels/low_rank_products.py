@@ -42,24 +42,25 @@ def _shrink_kernel(
     """Compute out (rows, rank) = scale * keep(x) @ factor.T, with a factor of (rank, features)."""
     # The rank tiles of one row tile are neighbours: beyond rank 64 they find x in the L2 cache.
     rank_tiles = tl.cdiv(rank, BLOCK_RANK)
-    row = (tl.program_id(0) // rank_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    ranks = (tl.program_id(0) % rank_tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
+    row = (tl.program_id(0) // rank_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    ranks = (tl.program_id(0) % rank_tiles).to(tl.int64) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
+    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_RANK]
     for start in range(0, features, BLOCK_FEATURES):
-        columns = start + tl.arange(0, BLOCK_FEATURES)
+        columns = start + tl.arange(0, BLOCK_FEATURES)  # [BLOCK_FEATURES]
         x = tl.load(
             x_ptr + row[:, None] * stride_x_row + columns[None, :],
             mask=(row[:, None] < rows) & (columns[None, :] < features),
             other=0.0,
-        )
+        )  # [BLOCK_ROWS, BLOCK_FEATURES]
         if DROPOUT:
+            # [BLOCK_ROWS, BLOCK_FEATURES]
             kept = _kept(row, start, features, seed_low, seed_high, threshold, BLOCK_ROWS, BLOCK_FEATURES, ALIGNED)
             x = tl.where(kept, x, 0.0)
         factor = tl.load(
             factor_ptr + columns.to(tl.int64)[:, None] * stride_factor_feature + ranks[None, :] * stride_factor_rank,
             mask=(columns[:, None] < features) & (ranks[None, :] < rank),
             other=0.0,
-        )
+        )  # [BLOCK_FEATURES, BLOCK_RANK]
         accumulator = tl.dot(x, factor, accumulator, input_precision="ieee")
     tl.store(
         out_ptr + row[:, None] * stride_out_row + ranks[None, :],
@@ -69,13 +70,13 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _gated_rows(
-    hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row, HAS_GATE: tl.constexpr
-):
+def _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row):
     """Load a tile of hidden times its gate, rounded as the unfused product is; a shared gate has row stride 0."""
-    mask = (row[:, None] < rows) & (ranks[None, :] < rank)
+    mask = (row[:, None] < rows) & (ranks[None, :] < rank)  # [BLOCK_ROWS, BLOCK_RANK]
+    # [BLOCK_ROWS, BLOCK_RANK]
     hidden = tl.load(hidden_ptr + row[:, None] * stride_hidden_row + ranks[None, :], mask=mask, other=0.0)
-    if HAS_GATE:
+    if gate_ptr is not None:
+        # [BLOCK_ROWS, BLOCK_RANK]
         gate = tl.load(gate_ptr + row[:, None] * stride_gate_row + ranks[None, :], mask=mask, other=0.0)
         hidden = (hidden.to(tl.float32) * gate).to(hidden_ptr.dtype.element_ty)
     return hidden
@@ -102,9 +103,6 @@ def _expand_kernel(
     seed_low,
     seed_high,
     threshold,
-    HAS_BASE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -113,32 +111,35 @@ def _expand_kernel(
 ):
     """Compute out (rows, features) = base + bias + keep(scale * (hidden * gate) @ factor.T).
 
-    The factor is (features, rank); out may be base itself.
+    The factor is (features, rank); out may be base itself. base, gate and bias may be None.
     """
     tiles = tl.cdiv(features, BLOCK_FEATURES)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     start = (tl.program_id(0) % tiles) * BLOCK_FEATURES
-    columns = start + tl.arange(0, BLOCK_FEATURES)
-    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), dtype=tl.float32)
+    columns = start + tl.arange(0, BLOCK_FEATURES)  # [BLOCK_FEATURES]
+    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_FEATURES]
     for first in range(0, rank, BLOCK_RANK):
-        ranks = first + tl.arange(0, BLOCK_RANK)
-        hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row, HAS_GATE)
+        ranks = first + tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
+        # [BLOCK_ROWS, BLOCK_RANK]
+        hidden = _gated_rows(hidden_ptr, gate_ptr, row, ranks, rows, rank, stride_hidden_row, stride_gate_row)
         factor = tl.load(
             factor_ptr
             + columns.to(tl.int64)[None, :] * stride_factor_feature
             + ranks.to(tl.int64)[:, None] * stride_factor_rank,
             mask=(columns[None, :] < features) & (ranks[:, None] < rank),
             other=0.0,
-        )
+        )  # [BLOCK_RANK, BLOCK_FEATURES]
         accumulator = tl.dot(hidden, factor, accumulator, input_precision="ieee")
-    y = accumulator * scale
+    y = accumulator * scale  # [BLOCK_ROWS, BLOCK_FEATURES]
     if DROPOUT:
+        # [BLOCK_ROWS, BLOCK_FEATURES]
         kept = _kept(row, start, features, seed_low, seed_high, threshold, BLOCK_ROWS, BLOCK_FEATURES, ALIGNED)
         y = tl.where(kept, y, 0.0)
-    mask = (row[:, None] < rows) & (columns[None, :] < features)
-    if HAS_BIAS:
+    mask = (row[:, None] < rows) & (columns[None, :] < features)  # [BLOCK_ROWS, BLOCK_FEATURES]
+    if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < features, other=0.0).to(tl.float32)[None, :]
-    if HAS_BASE:
+    if base_ptr is not None:
+        # [BLOCK_ROWS, BLOCK_FEATURES]
         base = tl.load(base_ptr + row[:, None] * stride_base_row + columns[None, :], mask=mask, other=0.0)
         base = base.to(tl.float32)
         # -0.0 + 0.0 is +0.0: where the product is zero, every bit of the base stays.
@@ -164,20 +165,23 @@ def mask_arguments(columns: int, dropout_p: float, seed: Tensor | None) -> dict[
     return {**keep_arguments(dropout_p, seed), "DROPOUT": True, "ALIGNED": columns % 4 == 0}
 
 
-def gate_arguments(gate: Tensor | None, like: Tensor) -> dict[str, Tensor | int]:
-    """Return a kernel's arguments of the gate; ``like`` stands in for none."""
+def gate_arguments(gate: Tensor | None) -> dict[str, Tensor | int | None]:
+    """Return a kernel's arguments of the gate."""
     if gate is None:
-        return {"gate_ptr": like, "stride_gate_row": 0}
+        return {"gate_ptr": None, "stride_gate_row": 0}
     if gate.dim() == 1:
         return {"gate_ptr": gate.contiguous(), "stride_gate_row": 0}
     rows = as_rows(gate)
     return {"gate_ptr": rows, "stride_gate_row": rows.stride(0)}
 
 
-# float32 tiles stay below 64 rows of output: from there on Triton 3.7 may compute an "ieee" dot of masked float32
-# operands in tf32 on sm_100.
-# A mask of rows that do not start on a multiple of four is drawn element by element: small tiles, or its words spill.
 def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, mask: dict) -> dict[str, int]:
+    """Return the tile of a shrink.
+
+    float32 tiles stay below 64 rows of output: from there on Triton 3.7 may compute an "ieee" dot of masked float32
+    operands in tf32 on sm_100. A mask of rows that do not start on a multiple of four is drawn element by element:
+    small tiles, or its words spill.
+    """
     dropout = mask["DROPOUT"]
     if dtype is torch.float32 or (dropout and not mask["ALIGNED"]):
         rows = 16 if dropout and rank_tile == 64 else 32
@@ -190,6 +194,7 @@ def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, mask: dict) ->
 
 
 def _expand_config(dtype: torch.dtype, mask: dict) -> dict[str, int]:
+    """Return the tile of an expand, small for the reasons of `_shrink_config`."""
     if dtype is torch.float32 or (mask["DROPOUT"] and not mask["ALIGNED"]):
         return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 64, "num_warps": 4}
     return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 128, "num_warps": 4}
@@ -253,10 +258,10 @@ def expand(
         _expand_kernel,
         (triton.cdiv(rows, config["BLOCK_ROWS"]) * triton.cdiv(features, config["BLOCK_FEATURES"]),),
         out_ptr=out,
-        base_ptr=out if base is None else base,
+        base_ptr=base,
         hidden_ptr=hidden,
         factor_ptr=factor,
-        bias_ptr=hidden if bias is None else bias,
+        bias_ptr=bias,
         rows=rows,
         features=features,
         rank=rank,
@@ -266,11 +271,8 @@ def expand(
         stride_hidden_row=hidden.stride(0),
         stride_factor_feature=strides[1],
         stride_factor_rank=strides[0],
-        HAS_BASE=base is not None,
-        HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None,
         BLOCK_RANK=rank_tile,
-        **gate_arguments(gate, hidden),
+        **gate_arguments(gate),
         **mask,
         **config,
     )

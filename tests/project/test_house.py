@@ -118,6 +118,55 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 450
 
 
+TRITON = [p for p in SOURCES if top(p) == "triton_kernels"]
+MAKES_A_TILE = {"load", "zeros", "full", "dot", "arange"}
+
+
+def functions(path: Path, jitted: bool | None = None) -> list[ast.FunctionDef]:
+    """Return the functions of a file; those compiled by Triton alone, or all others, if asked for."""
+    found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    compiled = {f.name for f in found if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)}
+    return [f for f in found if jitted is None or (f.name in compiled) is jitted]
+
+
+@pytest.mark.parametrize("path", TRITON, ids=relative)
+def test_triton_functions_are_short(path):
+    for function in functions(path):
+        given = function.args
+        assert function.end_lineno - function.body[0].lineno < 70, f"{function.name}: split it"
+        assert len(given.posonlyargs + given.args + given.kwonlyargs) <= 24, f"{function.name}: too many arguments"
+
+
+@pytest.mark.parametrize("path", TRITON, ids=relative)
+def test_every_tile_of_a_kernel_states_its_shape(path):
+    """``# [ROWS, COLUMNS]`` behind the first assignment of every name that holds a tile, or in the line above."""
+    lines = path.read_text().splitlines()
+    for function in functions(path, jitted=True):
+        seen = set()
+        assignments = [n for n in ast.walk(function) if isinstance(n, ast.Assign)]
+        for node in sorted(assignments, key=lambda n: n.lineno):
+            calls = {c.func.attr for c in ast.walk(node.value) if isinstance(c, ast.Call) and hasattr(c.func, "attr")}
+            names = {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+            near = [lines[node.end_lineno - 1].partition("#")[2], lines[node.lineno - 2].strip().removeprefix("#")]
+            if any(comment.strip().startswith("[") for comment in near):
+                seen |= names
+            elif calls & MAKES_A_TILE:
+                assert names <= seen, f"{relative(path)}:{node.lineno}: {', '.join(names - seen)} has no shape"
+
+
+@pytest.mark.parametrize("path", TRITON, ids=relative)
+def test_tile_numbers_stand_in_functions_of_their_own(path):
+    """A launch writes no number of a tile: a function does, whose docstring says where they come from."""
+    for call in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)):
+        if ast.unparse(call.func).endswith("launch"):
+            literal = [k.arg for k in call.keywords if k.arg and isinstance(k.value, ast.Constant)]
+            tile = [name for name in literal if name.startswith(("BLOCK", "num_"))]
+            assert not tile, f"{relative(path)}:{call.lineno}: {', '.join(tile)}"
+    for function in functions(path, jitted=False):
+        if '"num_warps"' in ast.unparse(function).replace("'", '"'):
+            assert ast.get_docstring(function), f"{function.name}: say where its numbers come from"
+
+
 @pytest.mark.parametrize("path", CSRC, ids=relative)
 def test_kernels_know_no_torch(path):
     text = path.read_text()
