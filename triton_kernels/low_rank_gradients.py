@@ -155,6 +155,8 @@ def _factor_gradient_kernel(
     first_column = tile // rank_tiles * BLOCK_FEATURES
     columns = first_column.to(tl.int64) + tl.arange(0, BLOCK_FEATURES)  # [BLOCK_FEATURES]
     accumulator = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)  # [BLOCK_FEATURES, BLOCK_RANK]
+    rest_of_hidden = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)  # [BLOCK_FEATURES, BLOCK_RANK]
+    rest_of_x = tl.zeros((BLOCK_FEATURES, BLOCK_RANK), dtype=tl.float32)  # [BLOCK_FEATURES, BLOCK_RANK]
     for start in range(0, chunk_rows, BLOCK_ROWS):
         row = chunk * chunk_rows + start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
         x = tl.load(
@@ -175,11 +177,14 @@ def _factor_gradient_kernel(
             x_low = (x.to(tl.float32) - x_high.to(tl.float32)).to(tl.bfloat16)  # [BLOCK_ROWS, BLOCK_FEATURES]
             high = hidden.to(tl.bfloat16)  # [BLOCK_ROWS, BLOCK_RANK]
             low = (hidden - high.to(tl.float32)).to(tl.bfloat16)  # [BLOCK_ROWS, BLOCK_RANK]
-            accumulator = tl.dot(tl.trans(x_high), low, accumulator, input_precision="ieee")
-            accumulator = tl.dot(tl.trans(x_low), high, accumulator, input_precision="ieee")
+            # A sum for each product: on sm_100 Triton may miscompile two products that add to one.
+            rest_of_hidden = tl.dot(tl.trans(x_high), low, rest_of_hidden, input_precision="ieee")
+            rest_of_x = tl.dot(tl.trans(x_low), high, rest_of_x, input_precision="ieee")
             accumulator = tl.dot(tl.trans(x_high), high, accumulator, input_precision="ieee")
         else:
             accumulator = tl.dot(tl.trans(x), hidden, accumulator, input_precision="ieee")
+    if WIDE:
+        accumulator += rest_of_hidden + rest_of_x
     tl.store(
         partials_ptr + chunk * stride_chunk + columns[:, None] * stride_out_feature + ranks[None, :] * stride_out_rank,
         accumulator,

@@ -24,7 +24,8 @@ class _Before:
             # Most are empty, as the tables of hooks are: nothing of those is kept but that.
             held = [(v, v.copy() if v else ()) for v in own.values() if isinstance(v, _CONTAINERS)]
             self._modules.append((module, own, held))
-        self._parameters = [(p, p.requires_grad, p.data) for p in parameters]
+        # Nobody changes the memory of a packed weight, and not everybody may look at it.
+        self._parameters = [(p, p.requires_grad, p.data if type(p) is nn.Parameter else None) for p in parameters]
         self._values = [(value, value.detach().clone()) for value in values]
 
     @torch.no_grad()
@@ -38,7 +39,8 @@ class _Before:
                 container.extend(content) if isinstance(container, list) else container.update(content)
         moved = set()
         for parameter, required, data in self._parameters:
-            if parameter.data.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
+            moves = data is not None and parameter.data.data_ptr() != data.data_ptr()
+            if moves or (data is not None and parameter.shape != data.shape):
                 moved.add(id(parameter))
                 parameter.data = data
             parameter.requires_grad_(required)
