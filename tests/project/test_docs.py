@@ -35,3 +35,10 @@ def test_make_targets_exist():
     for path in PAGES:
         for target in re.findall(r"`?make ([a-z]+)`", path.read_text()):
             assert target in targets, f"{name(path)}: make {target}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_prose_is_wrapped_as_code_is(path):
+    prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for line in prose.splitlines():
+        assert len(line) <= 120 or line.startswith("|"), line
