@@ -91,21 +91,24 @@ def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def observed(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether somebody would notice that a module of an adapter is not called: hooks, or another forward than its own.
+def observed(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether somebody would notice that modules of an adapter are not called: hooks, or other forwards than their own.
 
     Args:
-        module: The module, of whose parameters the arithmetic is done elsewhere.
-        kind: The class that it has where nobody has replaced or wrapped it.
+        kind: The class that they have where nobody has replaced or wrapped them.
+        *modules: Those of whose parameters the arithmetic is done elsewhere.
     """
-    return bool(
-        type(module) is not kind
-        or "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    for module in modules:
+        if (
+            type(module) is not kind
+            or "forward" in module.__dict__
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return True
+    return False
 
 
 def plain_tensors(

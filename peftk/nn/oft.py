@@ -321,7 +321,7 @@ class OFTLinear(AdapterLayer):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         rotations = [self.oft_R._modules[name] for name in names]
-        if any(observed(rotation, Rotation) for rotation in rotations):
+        if observed(Rotation, *rotations):
             for rotation in rotations:
                 x = rotation(x)
             return self.base_layer(x, *args, **kwargs)
@@ -396,7 +396,7 @@ class OFTConv2d(OFTLinear):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         for name in names:
-            if observed(self.oft_R._modules[name], Rotation):
+            if observed(Rotation, self.oft_R._modules[name]):
                 raise NotImplementedError(
                     f"oft_R.{name}: a hook, a wrapper or another forward is on the rotation of a convolution, which is "
                     "computed with its filters and never called; remove it"

@@ -21,7 +21,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     function transforms get the ordinary call, which they recognise; everything else goes to the C++ base, or
     straight to ``forward`` when nothing is recorded.
     """
-    if transformed():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(*args)

@@ -161,18 +161,16 @@ def _prepare_linear(
     if not _fits_linear(x, weight, bias, a, b):
         _check_linear(x, weight, bias, a, b)
     gate, scale = _prepare_gate(x, a, scale, gate)
-    b, scale = fold_zero(b, scale)
+    if scale == 0.0:
+        b, scale = fold_zero(b, scale)
     x = autocast_input(x)
-    return (
-        x,
-        cast(weight, x.dtype),
-        cast(bias, x.dtype),
-        a,
-        b,
-        _exact_gate(gate, x.dtype),
-        scale,
-        *_prepare_dropout(dropout_p, seed, x.device),
-    )
+    dtype = x.dtype
+    weight = weight if weight.dtype is dtype else cast(weight, dtype)
+    bias = bias if bias is None or bias.dtype is dtype else cast(bias, dtype)
+    gate = None if gate is None else _exact_gate(gate, dtype)
+    if type(dropout_p) is float and dropout_p == 0.0:
+        return x, weight, bias, a, b, gate, scale, 0.0, None
+    return x, weight, bias, a, b, gate, scale, *_prepare_dropout(dropout_p, seed, x.device)
 
 
 def _rounded_factors(args: tuple, first: int) -> tuple:
@@ -318,6 +316,8 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, a, b, gate, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
+        if a.dtype is x.dtype and b.dtype is x.dtype:
+            return _linear(x, weight, bias, a, b, gate, scale, dropout_p, seed)
         return _linear(*_rounded_factors((x, weight, bias, a, b, gate, scale, dropout_p, seed), 3))
 
     @staticmethod

@@ -124,9 +124,6 @@ class Operator:
             return kernel
         return None if kernel[1] is None else kernel[1](*args)
 
-    def _order(self, args: tuple) -> tuple[str, ...]:
-        return self.on_gpus if args[0].is_cuda else settings.BACKENDS
-
     def select(self, args: tuple) -> Callable:
         """Return the function that runs a call.
 
@@ -142,10 +139,15 @@ class Operator:
                 + str(self.explain(args))
             )
         measured = timings.lookup(self.name, args, self.bucket)
-        for backend in measured or self._order(args):
-            reason = self.reason(backend, args)
-            if reason is None:
-                return self.function(backend)
+        # Every call walks through here: what `reason` and `function` do stands here once more, without their frames.
+        for backend in measured or (self.on_gpus if args[0].is_cuda else settings.BACKENDS):
+            kernel = self._kernels.get(backend) or self.kernel(backend)
+            if isinstance(kernel, str):
+                reason = kernel
+            else:
+                reason = None if kernel[1] is None else kernel[1](*args)
+                if reason is None:
+                    return kernel[0]
             if measured is None and reason not in self._stepped_down:
                 self._stepped_down.add(reason)
                 logger.info("%s: %s is not used: %s", self.name, backend, reason)
@@ -154,7 +156,8 @@ class Operator:
     def explain(self, args: tuple) -> Explanation:
         """Say what `select` does for these arguments, and why."""
         measured = timings.lookup(self.name, args, self.bucket)
-        candidates = tuple(Candidate(b, self.reason(b, args), (measured or {}).get(b)) for b in self._order(args))
+        order = self.on_gpus if args[0].is_cuda else settings.BACKENDS
+        candidates = tuple(Candidate(b, self.reason(b, args), (measured or {}).get(b)) for b in order)
         able = [c.backend for c in candidates if c.reason is None]
         asked = settings.backend()
         if asked != "auto":

@@ -53,7 +53,6 @@ class Choice:
 
     def get(self) -> str | None:
         """Return the name that the innermost open block chose, or None outside of all."""
-        # Every operator asks. Where no block is open in the process, this test is all that it costs.
         if not self._open:
             return None
         for block in reversed(self._entered.get()):
@@ -107,7 +106,8 @@ def _check(name: str, source: str) -> str:
 
 def backend() -> str:
     """Return the backend that is asked for: ``auto`` or the name of one."""
-    return _backend.get() or _backend_from_environment()
+    # Every operator asks. Where no block is open in the process, this test is all that it costs.
+    return (_backend.get() if _backend._open else None) or _backend_from_environment()
 
 
 @functools.cache

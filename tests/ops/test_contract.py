@@ -147,7 +147,7 @@ def test_backends_draw_the_published_random_numbers() -> None:
     # The first block of Philox4x32-10 for a zero key and counter, as published with the Random123 library.
     published = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert philox(0, 4, torch.device("cpu")).tolist() == published
-    assert low_rank.philox(0, 4).tolist() == published
+    assert list(low_rank.philox(0, 4)) == published
     x, a, b = torch.ones(64, 63), torch.eye(63), torch.eye(63)
     kept = []
     for backend in ("torch", "native"):

@@ -207,7 +207,9 @@ class AdapterLayer(Mergeable, Scalable):
             return self.base_layer(x, *args, **kwargs)
         # Straight from the dictionary: every look-up through nn.Module runs Python of its own.
         attached = self.__dict__[self.other_param_names[0]]
-        names = [name for name in self.active_adapters if name in attached]
+        names = self.active_adapters
+        if len(names) != 1 or names[0] not in attached:
+            names = [name for name in names if name in attached]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if self.__dict__["_strengths"]:

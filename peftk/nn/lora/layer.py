@@ -114,18 +114,18 @@ class LoRALayer(AdapterLayer):
             NotImplementedError: One of them is a DoRA adapter, whose norms are not those of a call.
         """
         kind = nn.Conv2d if self.kind == "Conv2d" else nn.Linear
-        found = [
-            name
-            for name in names
-            if observed(self.lora_A._modules[name], kind) or observed(self.lora_B._modules[name], kind)
-        ]
-        for name in found:
+        first, second = self.lora_A._modules, self.lora_B._modules
+        found = False
+        for name in names:
+            if not observed(kind, first[name], second[name]):
+                continue
+            found = True
             if self.use_dora[name]:
                 raise NotImplementedError(
                     f"lora_A.{name}, lora_B.{name}: a hook, a wrapper or another forward is on a module of a DoRA "
                     "adapter, which computes with its weights and calls none; remove it, or use LoRA"
                 )
-        return bool(found)
+        return found
 
     def _called(self, x: Tensor, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Return the output with every adapter's modules called, as somebody listens to them."""

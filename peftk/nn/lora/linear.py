@@ -82,7 +82,8 @@ class LoRALinear(LoRALayer):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self._listened_to(names):
             return self._called(x, names, args, kwargs)
-        return lora.linear(self._modules["base_layer"], x, [self.low_rank(name) for name in names], args, kwargs)
+        adapters = [self.low_rank(names[0])] if len(names) == 1 else [self.low_rank(name) for name in names]
+        return lora.linear(self._modules["base_layer"], x, adapters, args, kwargs)
 
     def _with_mixed(
         self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]

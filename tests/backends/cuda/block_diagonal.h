@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../../csrc/cuda/block_diagonal.cu"
+#include "../../../csrc/cuda/block_diagonal.cu"
 #include "checks.h"
 
 namespace {

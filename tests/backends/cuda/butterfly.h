@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../../csrc/cuda/butterfly.cu"
+#include "../../../csrc/cuda/butterfly.cu"
 #include "../native/butterfly_dense.h"
 #include "checks.h"
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../../csrc/cuda/cayley.cu"
+#include "../../../csrc/cuda/cayley.cu"
 #include "checks.h"
 
 namespace {

@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/launch.h"
-#include "../../csrc/cuda/pieces.h"
-#include "../../csrc/dtype.h"
+#include "../../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/pieces.h"
+#include "../../../csrc/dtype.h"
 
 namespace {
 

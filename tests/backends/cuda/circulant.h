@@ -1,6 +1,6 @@
 // Checks of the circular convolution between spectra and of the circulant weight.
 #pragma once
-#include "../../csrc/cuda/circulant.cu"
+#include "../../../csrc/cuda/circulant.cu"
 #include "checks.h"
 
 namespace {

@@ -2,7 +2,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/cuda/hadamard.cu"
+#include "../../../csrc/cuda/hadamard.cu"
 #include "checks.h"
 
 namespace {

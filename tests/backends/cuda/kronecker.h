@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../../csrc/cuda/kronecker.cu"
+#include "../../../csrc/cuda/kronecker.cu"
 #include "checks.h"
 
 namespace {

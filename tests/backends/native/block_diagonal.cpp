@@ -1,5 +1,5 @@
 // Checks of the block rotation, against naive sums in double precision.
-#include "../../csrc/cpu/block_diagonal.cpp"
+#include "../../../csrc/cpu/block_diagonal.cpp"
 #include "harness.h"
 
 namespace {

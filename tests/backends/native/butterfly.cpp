@@ -1,5 +1,5 @@
 // Checks of butterfly products and of the scale of channels.
-#include "../../csrc/cpu/butterfly.cpp"
+#include "../../../csrc/cpu/butterfly.cpp"
 #include "butterfly_dense.h"
 #include "harness.h"
 

@@ -1,5 +1,5 @@
 // Checks of the Cayley transform, against dense matrices in double precision.
-#include "../../csrc/cpu/cayley.cpp"
+#include "../../../csrc/cpu/cayley.cpp"
 #include "harness.h"
 
 namespace {

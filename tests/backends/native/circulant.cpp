@@ -1,5 +1,5 @@
 // Checks of the circular convolution between spectra and of the circulant weight, against naive sums in doubles.
-#include "../../csrc/cpu/circulant.cpp"
+#include "../../../csrc/cpu/circulant.cpp"
 #include "harness.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // Checks of DoRA's norms and of its output, against naive sums in double precision.
-#include "../../csrc/cpu/dora.cpp"
+#include "../../../csrc/cpu/dora.cpp"
 #include "harness.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // Checks of the Fourier transform of blocks and of its transpose, against sums of waves in doubles.
-#include "../../csrc/cpu/fourier.cpp"
+#include "../../../csrc/cpu/fourier.cpp"
 #include "harness.h"
 
 namespace {

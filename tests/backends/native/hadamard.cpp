@@ -1,5 +1,5 @@
 // Checks of the products of LoHa's factors, against naive sums in double precision.
-#include "../../csrc/cpu/hadamard.cpp"
+#include "../../../csrc/cpu/hadamard.cpp"
 #include "harness.h"
 
 namespace {

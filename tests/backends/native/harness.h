@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cpu/simd.h"
+#include "../../../csrc/cpu/simd.h"
 
 // VARIANT(level, kernel)(arguments...) calls the variant of a kernel that was compiled for an instruction set.
 #if defined(__x86_64__) && defined(__GNUC__)

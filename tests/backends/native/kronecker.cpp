@@ -1,5 +1,5 @@
 // Checks of the Kronecker product: the small factor's mix of every token, and the writer of the weight.
-#include "../../csrc/cpu/kronecker.cpp"
+#include "../../../csrc/cpu/kronecker.cpp"
 #include "harness.h"
 
 namespace {

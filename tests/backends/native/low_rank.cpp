@@ -1,5 +1,5 @@
 // Checks of the low-rank product and of dropout, against naive sums and the published generator.
-#include "../../csrc/cpu/low_rank.cpp"
+#include "../../../csrc/cpu/low_rank.cpp"
 #include "harness.h"
 
 #include <utility>
