@@ -12,7 +12,7 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ..ops.bias import add_bias
 from . import dora
-from ._base_layer import NONE, call, plain_tensors
+from ._base_layer import DENSE, NONE, call, plain_tensors
 
 MIXED_RANK = 256
 """Adapters of one batch share a product as long as their ranks together stay at or below this."""
@@ -102,7 +102,8 @@ def add_called(
         scale: The factor.
         dropout_p: The probability with which an element of the input is dropped.
     """
-    x = x.to(next((p.dtype for p in first.parameters() if p.is_floating_point()), x.dtype))
+    # What is stored in another dtype is cast by whoever stores it so, and x is not rounded to that.
+    x = x.to(next((p.dtype for p in first.parameters() if p.dtype in DENSE), x.dtype))
     added = second(first(tf.dropout(x, dropout_p) if dropout_p > 0 else x)) * scale
     return result + added.to(result.dtype)
 

@@ -16,6 +16,7 @@ from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import check_adapter_name, check_int
 from ..nn.base.freezing import set_trainable
 from ..nn.base.merging import check_finite
+from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import all_or_nothing
 from .batch_statistics import batches_seen
@@ -93,7 +94,7 @@ class Tuner(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # X-LoRA's `model` is that of its `lora_model`.
-            if name in ("model", "lora_model") or name[:2] == "__":
+            if name in ("model", "lora_model", *HOOK_NAMES) or name[:2] == "__":
                 raise
         # Raised here, because the base model may have a method of this name that does something else.
         if name in ABSENT:

@@ -15,6 +15,7 @@ from ..checkpoint.key_mapping import Rename, check_key_mapping, describe_renamed
 from ..methods._base_layer import kind_of
 from ..nn import LAYERS, PeftConfig
 from ..nn.base.config import check_bool, read_from
+from ..nn.base.offloading import TAKE_OFF
 from .adapters import Tuner
 from .embeddings import embedding_tensors, tell_missing
 from .names import unwrapped, without_wrappers
@@ -111,6 +112,7 @@ def read_into_plan(
         plan.materialise()
     targets = {**tuner._file_tensors(plan), **embeddings}
     _check_not_merged(tuner, targets)
+    _check_there(targets)
     return plan, lambda: copy_into(targets, values)
 
 
@@ -230,6 +232,15 @@ def _check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
                 f"model_id: the file holds {key!r}, a tensor of the base model, and adapters are merged into it at "
                 f"{merged[id(tensor)]!r}; unmerge them before loading"
             )
+
+
+def _check_there(targets: Mapping[str, Tensor]) -> None:
+    away = [key for key, tensor in targets.items() if tensor.is_meta]
+    if away:
+        raise ValueError(
+            f"model_id: {shown(away)} of the model are offloaded (on the meta device), where nothing can be written; "
+            f"{TAKE_OFF}, load, and offload again"
+        )
 
 
 def _expected(targets: dict[str, Tensor]) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import AdapterLayer, PeftConfig
 from ..nn.base.config import check_bool, check_choice
+from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.scaling import note_attention_scale
 from ..nn.base.undo import all_or_nothing
 from .adapters import Tuner
@@ -166,7 +167,7 @@ class PeftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or name[:2] == "__":
+            if name in ("base_model", *HOOK_NAMES) or name[:2] == "__":
                 raise
         return getattr(self.base_model, name)
 

@@ -16,6 +16,7 @@ from ..checkpoint.container import shown
 from ..nn import PeftConfig, check_known, layer_class_for
 from ..nn.base.adapter_layer import Adapter, AdapterLayer
 from ..nn.base.config import warn_of_field
+from ..nn.base.offloading import copy_onloaded
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import all_or_nothing
 from .names import clean_state, place_of, unwrapped
@@ -83,8 +84,10 @@ def make_plan(
                     f"target_modules: module {path!r} has a {type(module).__name__} already; two methods cannot share "
                     "a layer"
                 )
-            if initialise:
-                module.check_add(config)
+            try:
+                module.check_add(config, initialise)
+            except ValueError as error:
+                raise ValueError(f"module {path!r}: {error}") from None
             module = module.base_layer
         elif len(held[id(module)]) > 1:
             others = [place for place in held[id(module)] if place != path]
@@ -101,7 +104,7 @@ def make_plan(
     for path in resolve_saved(model, config, asked):
         module = modules[path]
         _tell_shared(path, module, held, model)
-        saved[path] = copy.deepcopy(getattr(module, "original_module", module))
+        saved[path] = copy_onloaded(getattr(module, "original_module", module))
     return Plan(name, config, adapters, saved)
 
 
@@ -159,7 +162,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
     for path, adapter in plan.adapters.items():
         layer = modules[path]
         if not isinstance(layer, AdapterLayer):
-            layer = adapter.layer_class.around(layer)
+            layer = adapter.layer_class.around(layer, path)
             replace_module(model, path, layer)
         layer.attach(plan.name, adapter)
     for path, module in plan.saved.items():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import Tensor
+
+from ..nn.base.offloading import offloaded_values
 from .adapters import Tuner
 from .batch_statistics import tell_statistics
 from .embeddings import embeddings_to_save
@@ -18,9 +21,23 @@ def save_adapter(tuner: Tuner, name: str, folder: str, save_embedding_layers: st
     plan = tuner._plan_of(name)
     tell_statistics(tuner, plan)
     embeddings = embeddings_to_save(tuner.model, plan, save_embedding_layers)
-    tensors = tuner._pruned(name, unaliased({**tuner._file_tensors(plan), **embeddings}))
+    tensors = tuner._pruned(name, unaliased(_with_memory(tuner, {**tuner._file_tensors(plan), **embeddings})))
     os.makedirs(folder, exist_ok=True)
     files.write_adapter(folder, tensors, _config_values(tuner, name))
+
+
+def _with_memory(tuner: Tuner, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the values in place of tensors that are offloaded."""
+    if not any(tensor.is_meta for tensor in tensors.values()):
+        return tensors
+    values = offloaded_values(tuner.model.modules())
+    for key, tensor in tensors.items():
+        if tensor.is_meta and id(tensor) not in values:
+            raise ValueError(
+                f"save_pretrained: {key!r} is on the meta device and no hook of accelerate keeps its values; load or "
+                "initialise the adapter first"
+            )
+    return {key: values.get(id(tensor), tensor) for key, tensor in tensors.items()}
 
 
 def _config_values(tuner: Tuner, name: str) -> dict[str, Any]:

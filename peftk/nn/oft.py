@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .. import functional as F
 from ..methods import oft
@@ -321,7 +322,7 @@ class OFTLinear(AdapterLayer):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         rotations = [self.oft_R._modules[name] for name in names]
-        if observed(Rotation, *rotations):
+        if observed(Rotation, *rotations) or _global_forward_hooks or _global_forward_pre_hooks:
             for rotation in rotations:
                 x = rotation(x)
             return self.base_layer(x, *args, **kwargs)

@@ -58,12 +58,46 @@ def test_a_hook_or_another_forward_that_makes_the_adapter_zero(name):
     assert not torch.equal(wrapped(x), layer(x))
 
 
-def test_hooks_that_cannot_be_called_are_refused_by_name():
-    layer = make(CASES["dora"]).eval()
-    layer.lora_A["default"].register_forward_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match=r"lora_A\.default.*DoRA"):
-        layer(example(CASES["dora"]))
+@pytest.mark.parametrize("container", ["lora_A", "lora_B", "lora_magnitude_vector"])
+@pytest.mark.parametrize("name", ["dora", "dora_conv1d", "dora_conv", "dora_embedding"])
+def test_hooks_on_modules_of_dora_are_refused_by_name(name, container):
+    layer = make(CASES[name]).eval()
+    if not hasattr(layer, container):
+        # Embeddings hold their factors as parameters, which nobody calls.
+        assert name == "dora_embedding"
+        return
+    getattr(layer, container)["default"].register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"DoRA adapter 'default' .*lora_A, lora_B, lora_magnitude_vector"):
+        layer(example(CASES[name]))
+
+
+def test_hooks_on_rotations_of_convolutions_are_refused_by_name():
     layer = make(CASES["oft_conv"]).eval()
     layer.oft_R["default"].register_forward_hook(lambda *_: None)
     with pytest.raises(NotImplementedError, match=r"oft_R\.default.*convolution"):
         layer(example(CASES["oft_conv"]))
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_conv"])
+def test_hooks_are_refused_by_name_in_batches_that_mix_adapters(name):
+    layer = make(CASES[name], module_name="a.b").eval()
+    x = example(CASES[name])
+    handle = layer.lora_B["default"].register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"module 'a.b': .* lora_A or lora_B of 'default'"):
+        layer(x, adapter_names=["default"] * len(x))
+    handle.remove()
+    layer(x, adapter_names=["default"] * len(x))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_hooks_on_every_module_see_those_of_an_adapter(name):
+    layer = make(CASES[name]).eval()
+    x = example(CASES[name])
+    expected, seen = layer(x), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        y = layer(x)
+    finally:
+        handle.remove()
+    assert any(module is part(layer, name) for module in seen)
+    assert_close(y, expected.detach().double(), torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from .config import PeftConfig, check_adapter_name
 from .freezing import note_rerun, set_trainable
 from .kinds import HALF, dtype_of, why_unsupported
 from .merging import Mergeable
+from .offloading import TAKE_OFF, call_onloaded, cast_for_calls, comes_and_goes, onloaded
 from .scaling import Scalable
 
 
@@ -117,6 +118,7 @@ class AdapterLayer(Mergeable, Scalable):
     ) -> None:
         adapter = self.make(base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
         self._wrap(base_layer)
+        self.module_name = module_name
         base_layer.requires_grad_(False)
         if config.bias_mode != "none" and self.bias is not None:
             self.bias.requires_grad_(True)
@@ -124,10 +126,11 @@ class AdapterLayer(Mergeable, Scalable):
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     @classmethod
-    def around(cls, base_layer: nn.Module) -> AdapterLayer:
+    def around(cls, base_layer: nn.Module, module_name: str = "") -> AdapterLayer:
         """Wrap `base_layer` without any adapter and without touching its parameters."""
         layer = cls.__new__(cls)
         layer._wrap(base_layer)
+        layer.module_name = module_name
         return layer
 
     def _wrap(self, base_layer: nn.Module) -> None:
@@ -139,6 +142,7 @@ class AdapterLayer(Mergeable, Scalable):
         for name in self.other_param_names:
             setattr(self, name, {})
         self.kind: str = kind_of(base_layer)
+        self.module_name = ""
         self.in_features, self.out_features = features_of(base_layer)
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
@@ -172,9 +176,21 @@ class AdapterLayer(Mergeable, Scalable):
             raise TypeError(
                 f"{where}config: {cls.__name__} expects a {cls.config_class.__name__}, got {type(config).__name__}"
             )
-        reason = cls.refusal(base_layer)
-        if reason is not None:
-            raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
+        with onloaded([base_layer]):
+            reason = cls.refusal(base_layer)
+            if reason is not None:
+                raise TypeError(f"{where}{cls.__name__} cannot wrap {type(base_layer).__name__}: {reason}")
+            if initialise and base_layer.weight.device.type == "meta":
+                raise ValueError(
+                    f"{where}its weight is on the meta device, so the adapter has no place; load the weights of the "
+                    "base model before its adapters"
+                )
+            return cls._made(base_layer, config, module_name, autocast_adapter_dtype, initialise)
+
+    @classmethod
+    def _made(
+        cls, base_layer: nn.Module, config: PeftConfig, module_name: str, autocast_adapter_dtype: bool, initialise: bool
+    ) -> Adapter:
         with contextlib.nullcontext() if initialise else torch.device("meta"):
             adapter = cls._create(base_layer, config, module_name, initialise)
         adapter.layer_class, adapter.device = cls, base_layer.weight.device
@@ -212,9 +228,54 @@ class AdapterLayer(Mergeable, Scalable):
             names = [name for name in names if name in attached]
         if not names:
             return self.base_layer(x, *args, **kwargs)
+        if "forward" in self._modules["base_layer"].__dict__:
+            return self._onloaded(self._chosen, x, names, args, kwargs)
+        return self._chosen(x, names, args, kwargs)
+
+    def _chosen(self, x: Tensor, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if self.__dict__["_strengths"]:
             return self._at_strength(x, names, args, kwargs)
         return self._adapted(x, names, *args, **kwargs)
+
+    def _onloaded(
+        self,
+        run: Callable[[Tensor, list[str], tuple, dict[str, Any]], Tensor],
+        x: Tensor,
+        names: list[str],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Return what `run` does with the adapters `names`, where hooks bring parameters in for each call."""
+        parts = list(self._that_come_and_go(names))
+        if self.training and torch.is_grad_enabled():
+            self._check_trainable(parts)
+        with onloaded(module for _, module in parts):
+            return call_onloaded(self.base_layer, lambda y, *a, **k: run(y, names, a, k), (x, *args), kwargs)
+
+    def _check_trainable(self, parts: list[tuple[str, nn.Module]]) -> None:
+        where = f"module {self.module_name!r}: " if self.module_name else ""
+        if cast_for_calls(self.base_layer):
+            raise RuntimeError(
+                f"{where}its weight is cast for each call (layer-wise casting of diffusers), and the backward pass "
+                "would find it as it is stored; train without that, or call eval()"
+            )
+        for name, module in parts:
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                raise RuntimeError(
+                    f"{where}the parameters of {name} are only there while it is called (offloaded, or cast for each "
+                    "call), so that their gradients would be lost; train without that, or call eval()"
+                )
+
+    def _that_come_and_go(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules, with their names, that hold parameters of these adapters only while they are called."""
+        for container in self.adapter_layer_names:
+            held = getattr(self, container)
+            if comes_and_goes(held):
+                yield container, held
+            for name in names:
+                for module in held._modules[name].modules() if name in held._modules else ():
+                    if comes_and_goes(module):
+                        yield f"{container}.{name}", module
 
     # -- adapters ---------------------------------------------------------------------------------------------
 
@@ -257,8 +318,14 @@ class AdapterLayer(Mergeable, Scalable):
         adapter = self.make(self.base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
         self.attach(adapter_name, adapter)
 
-    def check_add(self, config: PeftConfig) -> None:
-        """Raise ValueError if an adapter of this configuration cannot be initialised in the state of the layer."""
+    def check_add(self, config: PeftConfig, initialise: bool = True) -> None:
+        """Raise ValueError if an adapter of this configuration cannot be added, or initialised, in this state."""
+        for container in self.adapter_layer_names:
+            if comes_and_goes(getattr(self, container)):
+                raise ValueError(
+                    f"adapter_name: the parameters in {container} are offloaded, and those of another adapter would "
+                    f"not be; {TAKE_OFF}, add the adapter, and offload again"
+                )
 
     def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
         """Raise ValueError if these adapters cannot be active together on this layer."""

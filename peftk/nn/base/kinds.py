@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ...methods._base_layer import DENSE, features_of, foreign_forward, kind_of, opaque_weight
 from .config import PeftConfig
+from .offloading import comes_and_goes
 
 KINDS = {
     "Linear": "nn.Linear",
@@ -76,7 +77,8 @@ def why_unsupported(layer: nn.Module, kinds: Sequence[str] = tuple(KINDS)) -> st
     if foreign is not None:
         return f"it has the forward of {foreign}, and only what looks up its argument as nn.Embedding does is supported"
     opaque = opaque_weight(layer)
-    if opaque is None:
+    if opaque is None or (type(layer.weight) is nn.Parameter and comes_and_goes(layer)):
+        # What a hook casts for each call may be stored in any dtype; it is looked at then.
         return None
     if is_lazy(layer.weight):
         return f"its weight is an {opaque}; it is supported once a forward pass has given it a shape"

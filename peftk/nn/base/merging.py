@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...methods._base_layer import foreign_forward, opaque_weight
 from .kinds import HALF, KINDS
+from .offloading import TAKE_OFF
 from .undo import all_or_nothing
 
 
@@ -81,6 +82,14 @@ class Mergeable(nn.Module):
                 "adapter to what that can hold; unload() the adapter, or load it on the model in full precision and "
                 "merge it there"
             )
+        if self.base_layer.weight.is_meta:
+            raise ValueError(
+                "merge: the base weight is on the meta device, offloaded or not loaded yet, where nothing can be "
+                "written; load the model without offloading to merge, or keep the adapter unmerged"
+            )
+        away = next((name for name, p in self.named_parameters() if p.is_meta), None)
+        if away is not None:
+            raise ValueError(f"merge: {away} is on the meta device, offloaded; {TAKE_OFF} before merging")
         foreign = foreign_forward(self.base_layer)
         if foreign is not None:
             raise ValueError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .freezing import set_trainable
+from .offloading import HOOK_NAMES, comes_and_goes
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -38,8 +40,21 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[self.active_adapters[0]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the current module."""
-        return self.current()(*args, **kwargs)
+        """Run the current module.
+
+        Raises:
+            RuntimeError: It is trained, and its parameters are offloaded, so that their gradients would be lost.
+        """
+        current = self.current()
+        if self.training and current is not self.original_module and torch.is_grad_enabled():
+            for name, module in current.named_modules():
+                if comes_and_goes(module) and any(p.requires_grad for p in module.parameters(recurse=False)):
+                    raise RuntimeError(
+                        f"modules_to_save: the parameters of {name or type(module).__name__} are only there while it "
+                        "is called (offloaded, or cast for each call), so that their gradients would be lost; train "
+                        "without that, or call eval()"
+                    )
+        return current(*args, **kwargs)
 
     def check_set_adapter(self, adapter_names: str | Sequence[str]) -> list[str]:
         """Return which of these names this module has; raise ValueError if there are several."""
@@ -80,6 +95,7 @@ class ModulesToSaveWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_modules" not in self.__dict__ or name in ("original_module", "modules_to_save") or name[:2] == "__":
+            own = ("original_module", "modules_to_save", *HOOK_NAMES)
+            if "_modules" not in self.__dict__ or name in own or name[:2] == "__":
                 raise
         return getattr(self.current(), name)

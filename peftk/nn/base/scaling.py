@@ -22,6 +22,9 @@ class Scalable(nn.Module):
     refuses or ignores them there.
     """
 
+    # PEFT's layers cast their input to the dtype of the adapter unless this is False, which diffusers sets. Here the
+    # input keeps its dtype, and nothing reads this.
+    cast_input_dtype_enabled = True
     base_layer: Any
     active_adapters: list[str]
     merged_adapters: list[str]

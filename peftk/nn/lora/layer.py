@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ...methods import dora, lora
 from ...methods._base_layer import observed, rows_of
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter, AdapterLayer
 from ..base.merging import Merged
+from ..base.offloading import onloaded
 from .config import LoraConfig
+from .magnitude import Magnitude
 
 BASE = "__base__"
 
@@ -51,18 +54,19 @@ class LoRALayer(AdapterLayer):
                 "torch.nn.utils.parametrizations.weight_norm, or remove it"
             )
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
-        adapter = super().make(base_layer, config, module_name, **options)
-        if config.use_dora and initialise:
-            magnitude = adapter.parts["lora_magnitude_vector"].weight
-            with torch.no_grad():
+        with onloaded([base_layer]), torch.no_grad():
+            adapter = super().make(base_layer, config, module_name, **options)
+            if config.use_dora and initialise:
+                magnitude = adapter.parts["lora_magnitude_vector"].weight
                 # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
                 norms = dora.norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
                 magnitude.copy_(norms.view_as(magnitude))
         return adapter
 
-    def check_add(self, config: LoraConfig) -> None:
+    def check_add(self, config: LoraConfig, initialise: bool = True) -> None:
         """Raise ValueError if the norms of the base weight are needed and adapters are merged into it."""
-        if config.use_dora and self.merged_adapters:
+        super().check_add(config, initialise)
+        if initialise and config.use_dora and self.merged_adapters:
             raise ValueError(
                 f"use_dora: a new DoRA adapter starts at the norms of the base weight, and {self.merged_adapters} are "
                 "merged into it; unmerge first"
@@ -117,15 +121,29 @@ class LoRALayer(AdapterLayer):
         first, second = self.lora_A._modules, self.lora_B._modules
         found = False
         for name in names:
-            if not observed(kind, first[name], second[name]):
-                continue
-            found = True
             if self.use_dora[name]:
-                raise NotImplementedError(
-                    f"lora_A.{name}, lora_B.{name}: a hook, a wrapper or another forward is on a module of a DoRA "
-                    "adapter, which computes with its weights and calls none; remove it, or use LoRA"
-                )
+                self._check_dora_unheard(name, kind)
+            elif observed(kind, first[name], second[name]) or _global_forward_hooks or _global_forward_pre_hooks:
+                found = True
         return found
+
+    def _check_dora_unheard(self, name: str, kind: type[nn.Module] | None) -> None:
+        magnitude = self.lora_magnitude_vector[name]
+        factors = () if kind is None else (self.lora_A[name], self.lora_B[name])
+        if (factors and observed(kind, *factors)) or observed(Magnitude, magnitude):
+            where = f"module {self.module_name!r}: " if self.module_name else ""
+            raise NotImplementedError(
+                f"{where}a hook, a wrapper or another forward is on a module of DoRA adapter {name!r} (lora_A, lora_B, "
+                "lora_magnitude_vector), which computes with their weights and calls none; remove it, or use LoRA"
+            )
+
+    def _check_unheard(self, names: list[str], instead: str) -> None:
+        """Raise NotImplementedError if somebody listens to modules of these adapters, which are not called here."""
+        if self.kind != "Embedding" and self._listened_to(names) and not _global_forward_hooks:
+            raise NotImplementedError(
+                f"module {self.module_name!r}: a hook, a wrapper or another forward is on lora_A or lora_B of "
+                f"{' or '.join(repr(name) for name in names)}, whose modules {instead} does not call; remove it"
+            )
 
     def _called(self, x: Tensor, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Return the output with every adapter's modules called, as somebody listens to them."""
@@ -196,7 +214,12 @@ class LoRALayer(AdapterLayer):
         found = [name for name in dict.fromkeys(names) if name in self.r]
         index = {name: i for i, name in enumerate(found)}
         choice = [index.get(name, -1) for name in names]
-        return self._with_mixed(x, [self.low_rank(name) for name in found], choice, args, kwargs)
+
+        def mix(x: Tensor, found: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+            self._check_unheard(found, "a batch that mixes adapters")
+            return self._with_mixed(x, [self.low_rank(name) for name in found], choice, args, kwargs)
+
+        return self._onloaded(mix, x, found, args, kwargs)
 
     def _check_mixed(self, x: Tensor, names: Sequence[str]) -> None:
         if isinstance(names, str) or len(names) != len(x):

@@ -144,7 +144,6 @@ class XLoraLayer(AdapterLayer):
         super()._wrap(base_layer)
         self.gates: Gates | None = None
         self.number = 0
-        self.module_name = ""
 
     def expert_names(self) -> list[str]:
         """The names of the experts that this layer has, in their order."""
@@ -156,6 +155,7 @@ class XLoraLayer(AdapterLayer):
         raise ValueError("adapter_names: the experts of an X-LoRA model act together and cannot be mixed in a batch")
 
     def _experts(self) -> list[LowRank]:
+        self._check_unheard(self.expert_names(), "X-LoRA")
         return [self.low_rank(name) for name in self.expert_names()]
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
