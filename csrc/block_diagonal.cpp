@@ -1,21 +1,18 @@
 #include "block_diagonal.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <memory>
 
 #include "check.h"
+#include "host.h"
 #include "cpu/simd.h"
-#include "native_ops.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
 #endif
 
 namespace peftk {
 namespace {
-
-using torch::stable::parallel_for;
-
 struct Sizes {
   int64_t rows, count, size;
 };
@@ -33,6 +30,13 @@ Sizes check_blocks(const Tensor& x, const Tensor& blocks, Place place = Place::c
   return {x.numel() / features, count, size};
 }
 
+Sizes check_cpu_blocks(const Tensor& x, const Tensor& blocks) {
+  const Sizes s = check_blocks(x, blocks);
+  STD_TORCH_CHECK(s.size <= kCpuRotateSize, "blocks: expected a block size of at most ", kCpuRotateSize, "; got ",
+                  s.size);
+  return s;
+}
+
 // Enough tasks for many cores, from the shape alone: the bits must not depend on the number of threads.
 int64_t row_chunks(const Sizes& s) {
   const int64_t wanted = (64 + s.count - 1) / s.count, possible = (s.rows + 255) / 256;
@@ -47,14 +51,12 @@ std::unique_ptr<float[]> pack(const float* blocks, const Sizes& s, bool transpos
   return packed;
 }
 
-}  // namespace
-
 void block_rotate(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out) {
   const Dtype dtype = check_dtype(x, "x");
   check_like(out, "out", x, "x");
-  const Sizes s = check_blocks(x, blocks);
+  const Sizes s = check_cpu_blocks(x, blocks);
   if (s.rows == 0) return;
-  const float* matrices = blocks.const_data_ptr<float>();
+  const float* matrices = floats(blocks);
   const BlockRotateParams p{x.const_data_ptr(), matrices, out.mutable_data_ptr(), s.rows, s.count, s.size,
                             transpose,          dtype};
   const auto packed = pack(matrices, s, transpose);
@@ -65,7 +67,7 @@ void block_rotate(const Tensor& x, const Tensor& blocks, bool transpose, Tensor&
 void block_rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool transpose, Tensor& dx,
                            Tensor& dblocks) {
   const Dtype dtype = check_dtype(grad, "grad");
-  const Sizes s = check_blocks(grad, blocks);
+  const Sizes s = check_cpu_blocks(grad, blocks);
   const bool need_x = dx.numel() > 0, need_blocks = dblocks.numel() > 0;
   if (need_x) check_like(dx, "dx", grad, "grad");
   if (need_blocks) {
@@ -77,7 +79,7 @@ void block_rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& bl
   // Value-initialised: the partial sums start from zero.
   const std::unique_ptr<float[]> partial(need_blocks ? new float[chunks * s.count * s.size * padded(s.size)]()
                                                      : nullptr);
-  const float* matrices = blocks.const_data_ptr<float>();
+  const float* matrices = floats(blocks);
   const BlockRotateBackwardParams p{grad.const_data_ptr(),
                                     need_blocks ? x.const_data_ptr() : nullptr,
                                     matrices,
@@ -92,13 +94,10 @@ void block_rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& bl
   const auto packed = pack(matrices, s, !transpose);
   parallel_for(0, chunks * s.count, 1,
                [&](int64_t begin, int64_t end) { block_rotate_backward_cpu(p, packed.get(), begin, end); });
-  if (need_blocks)
-    sum_partials_cpu(partial.get(), chunks, s.count, s.size, static_cast<float*>(dblocks.mutable_data_ptr()));
+  if (need_blocks) add_up(partial.get(), chunks, s.count * s.size, s.size, padded(s.size), 1.0f, writable(dblocks));
 }
 
 #ifdef PEFTK_CUDA
-
-namespace {
 
 Sizes check_small_blocks(const Tensor& x, const Tensor& blocks) {
   const Sizes s = check_blocks(x, blocks, Place::cuda);
@@ -107,16 +106,14 @@ Sizes check_small_blocks(const Tensor& x, const Tensor& blocks) {
   return s;
 }
 
-}  // namespace
-
 void block_rotate_on_cuda(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out) {
   const Dtype dtype = check_dtype(x, "x", Place::cuda);
   check_like(out, "out", x, "x", Place::cuda);
   const Sizes s = check_small_blocks(x, blocks);
   const CudaStream stream(x);
-  block_rotate_cuda({x.const_data_ptr(), blocks.const_data_ptr<float>(), out.mutable_data_ptr(), s.rows, s.count,
-                     s.size, transpose, dtype},
-                    stream.get());
+  block_rotate_cuda(
+      {x.const_data_ptr(), floats(blocks), out.mutable_data_ptr(), s.rows, s.count, s.size, transpose, dtype},
+      stream.get());
 }
 
 void block_rotate_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool transpose,
@@ -133,7 +130,7 @@ void block_rotate_backward_on_cuda(const Tensor& grad, const Tensor& x, const Te
   const CudaStream stream(grad);
   BlockRotateBackwardParams p{grad.const_data_ptr(),
                               need_blocks ? x.const_data_ptr() : nullptr,
-                              blocks.const_data_ptr<float>(),
+                              floats(blocks),
                               need_x ? dx.mutable_data_ptr() : nullptr,
                               nullptr,
                               s.rows,
@@ -144,10 +141,30 @@ void block_rotate_backward_on_cuda(const Tensor& grad, const Tensor& x, const Te
                               dtype};
   // From torch's allocator, which knows the stream: it may hand the memory on as soon as this returns.
   const Tensor partial = torch::stable::new_empty(blocks, {need_blocks ? block_rotate_partials_cuda(p) : 0});
-  if (need_blocks) p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  block_rotate_backward_cuda(p, need_blocks ? static_cast<float*>(dblocks.mutable_data_ptr()) : nullptr, stream.get());
+  if (need_blocks) p.partial = writable(partial);
+  block_rotate_backward_cuda(p, need_blocks ? writable(dblocks) : nullptr, stream.get());
 }
 
 #endif
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("block_rotate(Tensor x, Tensor blocks, bool transpose, Tensor(a!) out) -> ()");
+  m.def(
+      "block_rotate_backward(Tensor grad, Tensor x, Tensor blocks, bool transpose, Tensor(a!) dx, Tensor(b!) dblocks)"
+      " -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("block_rotate", TORCH_BOX(&peftk::block_rotate));
+  m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward));
+}
+
+#ifdef PEFTK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
+  m.impl("block_rotate", TORCH_BOX(&peftk::block_rotate_on_cuda));
+  m.impl("block_rotate_backward", TORCH_BOX(&peftk::block_rotate_backward_on_cuda));
+}
+#endif

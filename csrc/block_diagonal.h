@@ -27,6 +27,10 @@ struct BlockRotateBackwardParams {
   Dtype dtype;
 };
 
+// Largest block of the CPU kernels. torch's products are faster above, and every chunk of the rows sums in a matrix of
+// this size.
+constexpr int64_t kCpuRotateSize = 256;
+
 // Rows of a tile: x, y and the block stay in the first-level cache together. A multiple of the six of a strip.
 constexpr int64_t kRotateRows = 48;
 
@@ -35,9 +39,6 @@ void block_rotate_cpu(const BlockRotateParams& p, const float* packed, int64_t b
 void block_rotate_backward_cpu(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end);
 // Lay blocks out with padded rows, transposed where asked: (count, size, padded(size)).
 void pack_blocks_cpu(const float* blocks, int64_t size, bool transpose, float* packed, int64_t begin, int64_t end);
-// dblocks (count, size, size) = sum of the partials over the chunks, in their order.
-void sum_partials_cpu(const float* partial, int64_t chunks, int64_t count, int64_t size, float* dblocks);
-
 // Largest block of the CUDA kernels; matrix instructions are faster above.
 constexpr int64_t kCudaRotateSize = 16;
 

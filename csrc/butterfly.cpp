@@ -1,29 +1,25 @@
 #include "butterfly.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <memory>
 #include <optional>
 
 #include "check.h"
-#include "native_ops.h"
+#include "host.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
 #endif
 
 namespace peftk {
 namespace {
-
-using torch::stable::parallel_for;
-
 ButterflyComposeParams check_butterfly(const Tensor& factors, const Tensor& blocks, const char* name, Place place) {
   check_float(factors, "factors", place);
   check_float(blocks, name, place);
   check_same_device(blocks, name, factors, "factors");
   STD_TORCH_CHECK(factors.dim() == 4 && factors.numel() > 0 && factors.size(2) == factors.size(3),
                   "factors: expected shape (m, nb, b, b)");
-  const ButterflyComposeParams p{factors.const_data_ptr<float>(), nullptr, factors.size(0), factors.size(1),
-                                 factors.size(2)};
+  const ButterflyComposeParams p{floats(factors), nullptr, factors.size(0), factors.size(1), factors.size(2)};
   STD_TORCH_CHECK(p.stages <= 32 && (p.stages == 1 || p.size % 2 == 0) && (p.groups() << (p.stages - 1)) == p.count,
                   "factors: expected nb a multiple of 2^(m - 1), and an even b where m > 1");
   STD_TORCH_CHECK(blocks.numel() == p.groups() * p.group() * p.group(), name, ": expected shape (nb * b / g, g, g)");
@@ -37,12 +33,7 @@ ButterflyComposeBackwardParams check_backward(const Tensor& grad, const Tensor& 
                                               Place place) {
   const ButterflyComposeParams p = check_butterfly(factors, grad, "grad", place);
   check_like(dfactors, "dfactors", factors, "factors", place);
-  return {grad.const_data_ptr<float>(),
-          p.factors,
-          static_cast<float*>(dfactors.mutable_data_ptr()),
-          p.stages,
-          p.count,
-          p.size};
+  return {floats(grad), p.factors, writable(dfactors), p.stages, p.count, p.size};
 }
 
 struct Sizes {
@@ -60,11 +51,9 @@ Sizes check_channels(const Tensor& x, const Tensor& scale, const std::optional<T
 
 const float* data(const std::optional<Tensor>& bias) { return bias ? bias->const_data_ptr<float>() : nullptr; }
 
-}  // namespace
-
 void butterfly_compose(const Tensor& factors, Tensor& out) {
   ButterflyComposeParams p = check_butterfly(factors, out, "out", Place::cpu);
-  p.blocks = static_cast<float*>(out.mutable_data_ptr());
+  p.blocks = writable(out);
   parallel_for(0, p.groups(), grain(p), [&](int64_t begin, int64_t end) { butterfly_compose_cpu(p, begin, end); });
 }
 
@@ -78,14 +67,8 @@ void scale_channels(const Tensor& x, const Tensor& scale, std::optional<Tensor> 
   const Dtype dtype = check_dtype(x, "x");
   check_like(out, "out", x, "x");
   const Sizes s = check_channels(x, scale, bias, inner);
-  const ScaleChannelsParams p{x.const_data_ptr(),
-                              scale.const_data_ptr<float>(),
-                              data(bias),
-                              out.mutable_data_ptr(),
-                              s.outer,
-                              s.channels,
-                              s.inner,
-                              dtype};
+  const ScaleChannelsParams p{x.const_data_ptr(), floats(scale), data(bias), out.mutable_data_ptr(), s.outer,
+                              s.channels,         s.inner,       dtype};
   parallel_for(0, s.outer, 1 + 65536 / (s.channels * s.inner + 1),
                [&](int64_t begin, int64_t end) { scale_channels_cpu(p, begin, end); });
 }
@@ -106,7 +89,7 @@ void scale_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& 
   const std::unique_ptr<float[]> partial(sums ? new float[chunks * 2 * s.channels] : nullptr);
   const ScaleChannelsBackwardParams p{grad.const_data_ptr(),
                                       sums ? x.const_data_ptr() : nullptr,
-                                      scale.const_data_ptr<float>(),
+                                      floats(scale),
                                       data(bias),
                                       need_x ? dx.mutable_data_ptr() : nullptr,
                                       partial.get(),
@@ -119,27 +102,23 @@ void scale_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& 
   const int64_t numbers = 2 * s.channels;
   for (int64_t chunk = 1; sums && chunk < chunks; ++chunk)
     for (int64_t c = 0; c < numbers; ++c) partial[c] += partial[chunk * numbers + c];
-  float* scales = need_scale ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
-  float* biases = need_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+  float* scales = need_scale ? writable(dscale) : nullptr;
+  float* biases = need_bias ? writable(dbias) : nullptr;
   for (int64_t c = 0; scales && c < s.channels; ++c) scales[c] = partial[c];
   for (int64_t c = 0; biases && c < s.channels; ++c) biases[c] = (1.0f - p.scale[c]) * partial[s.channels + c];
 }
 
 #ifdef PEFTK_CUDA
 
-namespace {
-
 void check_small_group(int64_t group) {
   STD_TORCH_CHECK(group <= kCudaButterflyGroup, "factors: expected groups of at most ", kCudaButterflyGroup, "; got ",
                   group);
 }
 
-}  // namespace
-
 void butterfly_compose_on_cuda(const Tensor& factors, Tensor& out) {
   ButterflyComposeParams p = check_butterfly(factors, out, "out", Place::cuda);
   check_small_group(p.group());
-  p.blocks = static_cast<float*>(out.mutable_data_ptr());
+  p.blocks = writable(out);
   const CudaStream stream(factors);
   butterfly_compose_cuda(p, stream.get());
 }
@@ -153,4 +132,28 @@ void butterfly_compose_backward_on_cuda(const Tensor& grad, const Tensor& factor
 
 #endif
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("butterfly_compose(Tensor factors, Tensor(a!) out) -> ()");
+  m.def("butterfly_compose_backward(Tensor grad, Tensor factors, Tensor(a!) out) -> ()");
+  m.def("scale_channels(Tensor x, Tensor scale, Tensor? bias, int inner, Tensor(a!) out) -> ()");
+  m.def(
+      "scale_channels_backward(Tensor grad, Tensor x, Tensor scale, Tensor? bias, int inner, Tensor(a!) dx,"
+      " Tensor(b!) dscale, Tensor(c!) dbias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("butterfly_compose", TORCH_BOX(&peftk::butterfly_compose));
+  m.impl("butterfly_compose_backward", TORCH_BOX(&peftk::butterfly_compose_backward));
+  m.impl("scale_channels", TORCH_BOX(&peftk::scale_channels));
+  m.impl("scale_channels_backward", TORCH_BOX(&peftk::scale_channels_backward));
+}
+
+#ifdef PEFTK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
+  m.impl("butterfly_compose", TORCH_BOX(&peftk::butterfly_compose_on_cuda));
+  m.impl("butterfly_compose_backward", TORCH_BOX(&peftk::butterfly_compose_backward_on_cuda));
+}
+#endif

@@ -1,9 +1,9 @@
 #include "cayley.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include "check.h"
-#include "native_ops.h"
+#include "host.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
 #endif
@@ -44,12 +44,7 @@ CayleyParams check_forward(const Tensor& source, int64_t block_size,
   STD_TORCH_CHECK(out.numel() == count * block_size * block_size, "out: expected shape (nb, b, b)");
   const bool square = check_source(source, count, block_size, place);
   check_exact(terms, block_size);
-  return {source.const_data_ptr<float>(),
-          polynomial.data(),
-          terms,
-          block_size,
-          static_cast<float*>(out.mutable_data_ptr()),
-          square};
+  return {floats(source), polynomial.data(), terms, block_size, writable(out), square};
 }
 
 CayleyBackwardParams check_backward(const Tensor& grad, const Tensor& source, const Tensor& blocks,
@@ -61,33 +56,24 @@ CayleyBackwardParams check_backward(const Tensor& grad, const Tensor& source, co
   check_same_device(source, "source", blocks, "blocks");
   check_like(grad, "grad", blocks, "blocks", place);
   check_like(out, "out", source, "source", place);
-  return {grad.const_data_ptr<float>(),
-          source.const_data_ptr<float>(),
-          blocks.const_data_ptr<float>(),
-          polynomial.data(),
-          static_cast<int64_t>(polynomial.size()),
-          blocks.size(1),
-          static_cast<float*>(out.mutable_data_ptr()),
-          square};
+  return {floats(grad),   floats(source), floats(blocks), polynomial.data(), static_cast<int64_t>(polynomial.size()),
+          blocks.size(1), writable(out),  square};
 }
 
 // Blocks for each task: about 100,000 multiplications.
 int64_t grain(int64_t size) { return 1 + 100000 / (size * size * size); }
 
-}  // namespace
-
 void cayley(const Tensor& source, int64_t block_size, torch::headeronly::HeaderOnlyArrayRef<double> polynomial,
             Tensor& out) {
   const CayleyParams p = check_forward(source, block_size, polynomial, out, Place::cpu);
-  torch::stable::parallel_for(0, source.size(0), grain(block_size),
-                              [&](int64_t begin, int64_t end) { cayley_cpu(p, begin, end); });
+  parallel_for(0, source.size(0), grain(block_size), [&](int64_t begin, int64_t end) { cayley_cpu(p, begin, end); });
 }
 
 void cayley_backward(const Tensor& grad, const Tensor& source, const Tensor& blocks,
                      torch::headeronly::HeaderOnlyArrayRef<double> polynomial, Tensor& out) {
   const CayleyBackwardParams p = check_backward(grad, source, blocks, polynomial, out, Place::cpu);
-  torch::stable::parallel_for(0, source.size(0), grain(p.size),
-                              [&](int64_t begin, int64_t end) { cayley_backward_cpu(p, begin, end); });
+  parallel_for(0, source.size(0), grain(p.size),
+               [&](int64_t begin, int64_t end) { cayley_backward_cpu(p, begin, end); });
 }
 
 #ifdef PEFTK_CUDA
@@ -111,4 +97,22 @@ void cayley_backward_on_cuda(const Tensor& grad, const Tensor& source, const Ten
 
 #endif
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("cayley(Tensor source, int block_size, float[] polynomial, Tensor(a!) out) -> ()");
+  m.def("cayley_backward(Tensor grad, Tensor source, Tensor blocks, float[] polynomial, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("cayley", TORCH_BOX(&peftk::cayley));
+  m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward));
+}
+
+#ifdef PEFTK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
+  m.impl("cayley", TORCH_BOX(&peftk::cayley_on_cuda));
+  m.impl("cayley_backward", TORCH_BOX(&peftk::cayley_backward_on_cuda));
+}
+#endif

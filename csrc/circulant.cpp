@@ -1,19 +1,17 @@
 #include "circulant.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <memory>
 
 #include "check.h"
-#include "native_ops.h"
+#include "host.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
 #endif
 
 namespace peftk {
 namespace {
-
-using torch::stable::parallel_for;
 
 // The spectrum of activations, (rows, blocks * 2 * lanes).
 int64_t check_spectrum(const Tensor& t, const char* name, int64_t width) {
@@ -39,15 +37,8 @@ CirculantMixParams check_mix(const Tensor& x, const Tensor& kernel, bool adjoint
   const int64_t rows = check_spectrum(x, "x", (adjoint ? out_blocks : in_blocks) * 2 * lanes);
   STD_TORCH_CHECK(check_spectrum(out, "out", (adjoint ? in_blocks : out_blocks) * 2 * lanes) == rows, "out: expected ",
                   rows, " rows, as x has");
-  return {x.const_data_ptr(),
-          kernel.const_data_ptr<float>(),
-          out.mutable_data_ptr(),
-          rows,
-          out_blocks,
-          in_blocks,
-          lanes,
-          adjoint,
-          dtype};
+  return {
+      x.const_data_ptr(), floats(kernel), out.mutable_data_ptr(), rows, out_blocks, in_blocks, lanes, adjoint, dtype};
 }
 
 struct Blocks {
@@ -72,7 +63,7 @@ CirculantWeightParams check_weight(const Tensor& weight, const Tensor& kernel, d
   const bool given = weight.numel() > 0;
   if (given) check_like(weight, "weight", out, "out", place);
   return {given ? weight.const_data_ptr() : nullptr,
-          kernel.const_data_ptr<float>(),
+          floats(kernel),
           out.mutable_data_ptr(),
           s.out_blocks,
           s.in_blocks,
@@ -98,13 +89,8 @@ CirculantContractParams check_contract(const Tensor& grad, const Tensor& x, Tens
 CirculantWeightBackwardParams check_weight_backward(const Tensor& grad, double scale, Tensor& dkernel, Place place) {
   const Dtype dtype = check_dtype(grad, "grad", place);
   const Blocks s = check_kernel(dkernel, "dkernel", grad, "grad", place);
-  return {grad.const_data_ptr(),
-          static_cast<float*>(dkernel.mutable_data_ptr()),
-          s.out_blocks,
-          s.in_blocks,
-          s.size,
-          static_cast<float>(scale),
-          dtype};
+  return {
+      grad.const_data_ptr(), writable(dkernel), s.out_blocks, s.in_blocks, s.size, static_cast<float>(scale), dtype};
 }
 
 // Enough chunks for many cores, few enough for their sums to stay small; from the shape alone, because the bits must
@@ -114,8 +100,6 @@ int64_t contract_chunks(int64_t rows, int64_t sums) {
   const int64_t wanted = possible < 16 ? possible : 16, chunks = wanted < afforded ? wanted : afforded;
   return chunks > 0 ? chunks : 1;
 }
-
-}  // namespace
 
 void circulant_mix(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& out) {
   const CirculantMixParams p = check_mix(x, kernel, adjoint, out, Place::cpu);
@@ -131,14 +115,7 @@ void circulant_contract(const Tensor& grad, const Tensor& x, Tensor& out) {
   const std::unique_ptr<float[]> partial(new float[chunks * sums]());
   p.partial = partial.get();
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { circulant_contract_cpu(p, begin, end); });
-  float* result = static_cast<float*>(out.mutable_data_ptr());
-  parallel_for(0, sums, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float sum = 0.0f;
-      for (int64_t c = 0; c < chunks; ++c) sum += partial[c * sums + i];
-      result[i] = sum;
-    }
-  });
+  add_up(partial.get(), chunks, 1, sums, sums, 1.0f, writable(out));
 }
 
 void circulant_weight(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out) {
@@ -167,8 +144,8 @@ void circulant_contract_on_cuda(const Tensor& grad, const Tensor& x, Tensor& out
   const CudaStream stream(grad);
   // From torch's allocator, which knows the stream: it may hand the memory on as soon as this returns.
   const Tensor partial = torch::stable::new_empty(out, {p.chunks * out.numel()});
-  p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  circulant_contract_cuda(p, static_cast<float*>(out.mutable_data_ptr()), stream.get());
+  p.partial = writable(partial);
+  circulant_contract_cuda(p, writable(out), stream.get());
 }
 
 void circulant_weight_on_cuda(const Tensor& weight, const Tensor& kernel, double scale, Tensor& out) {
@@ -185,4 +162,28 @@ void circulant_weight_backward_on_cuda(const Tensor& grad, double scale, Tensor&
 
 #endif
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("circulant_mix(Tensor x, Tensor kernel, bool adjoint, Tensor(a!) out) -> ()");
+  m.def("circulant_contract(Tensor grad, Tensor x, Tensor(a!) out) -> ()");
+  m.def("circulant_weight(Tensor weight, Tensor kernel, float scale, Tensor(a!) out) -> ()");
+  m.def("circulant_weight_backward(Tensor grad, float scale, Tensor(a!) dkernel) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("circulant_mix", TORCH_BOX(&peftk::circulant_mix));
+  m.impl("circulant_contract", TORCH_BOX(&peftk::circulant_contract));
+  m.impl("circulant_weight", TORCH_BOX(&peftk::circulant_weight));
+  m.impl("circulant_weight_backward", TORCH_BOX(&peftk::circulant_weight_backward));
+}
+
+#ifdef PEFTK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
+  m.impl("circulant_mix", TORCH_BOX(&peftk::circulant_mix_on_cuda));
+  m.impl("circulant_contract", TORCH_BOX(&peftk::circulant_contract_on_cuda));
+  m.impl("circulant_weight", TORCH_BOX(&peftk::circulant_weight_on_cuda));
+  m.impl("circulant_weight_backward", TORCH_BOX(&peftk::circulant_weight_backward_on_cuda));
+}
+#endif

@@ -1,19 +1,17 @@
 #include "dora.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <memory>
 #include <optional>
 
 #include "check.h"
+#include "host.h"
 #include "cpu/simd.h"
 #include "low_rank.h"
-#include "native_ops.h"
 
 namespace peftk {
 namespace {
-
-using torch::stable::parallel_for;
 
 // Operations of a task: enough to pay for handing it to a thread.
 constexpr int64_t kDoraTaskOperations = 1 << 18;
@@ -46,8 +44,6 @@ void check_vector(const Tensor& t, const char* name, int64_t size) {
   STD_TORCH_CHECK(t.numel() == size, name, ": expected ", size, " elements; got ", t.numel());
 }
 
-}  // namespace
-
 void dora_norm(const Tensor& weight, const Tensor& a, const Tensor& b, bool transposed, double scale, Tensor& out) {
   const Dtype dtype = check_dtype(weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 2 && a.dim() == 2, "weight, a: expected 2 dimensions");
@@ -59,17 +55,9 @@ void dora_norm(const Tensor& weight, const Tensor& a, const Tensor& b, bool tran
   const float *left = (transposed ? a : b).const_data_ptr<float>(),
               *other = (transposed ? b : a).const_data_ptr<float>();
   const Strips right(other, transposed ? 1 : cols, transposed ? rank : 1, rank, cols, static_cast<float>(scale));
-  const DoraNormParams p{weight.const_data_ptr(),
-                         left,
-                         right.get(),
-                         static_cast<float*>(out.mutable_data_ptr()),
-                         rows,
-                         cols,
-                         rank,
-                         transposed ? 1 : rank,
-                         transposed ? rows : 1,
-                         transposed,
-                         dtype};
+  const DoraNormParams p{
+      weight.const_data_ptr(), left,       right.get(), writable(out), rows, cols, rank, transposed ? 1 : rank,
+      transposed ? rows : 1,   transposed, dtype};
   if (transposed)
     parallel_for(0, (cols + kDoraColumns - 1) / kDoraColumns,
                  1 + kDoraTaskOperations / (1 + rows * kDoraColumns * rank),
@@ -92,8 +80,8 @@ void dora_compose(const Tensor& base, const Tensor& hidden, const Tensor& b, con
   if (bias) check_vector(*bias, "bias", cols);
   STD_TORCH_CHECK(check_dtype(hidden, "hidden") == dtype && (rows == 0 || hidden.numel() == rows * rank),
                   "hidden: expected (rows, rank) = (", rows, ", ", rank, ") in the dtype of base");
-  const float *gains = gain.const_data_ptr<float>(), *biases = bias ? bias->const_data_ptr<float>() : nullptr;
-  const Strips factor(b.const_data_ptr<float>(), 1, rank, rank, cols, static_cast<float>(scale));
+  const float *gains = floats(gain), *biases = bias ? bias->const_data_ptr<float>() : nullptr;
+  const Strips factor(floats(b), 1, rank, rank, cols, static_cast<float>(scale));
   const std::unique_ptr<float[]> shift(biases ? new float[cols] : nullptr);
   for (int64_t j = 0; j < cols; ++j)
     for (int64_t k = 0; k < rank; ++k) factor.at(k, j) *= gains[j];
@@ -112,4 +100,17 @@ void dora_compose(const Tensor& base, const Tensor& hidden, const Tensor& b, con
                [&](int64_t begin, int64_t end) { dora_compose_cpu(p, begin, end); });
 }
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("dora_norm(Tensor weight, Tensor a, Tensor b, bool transposed, float scale, Tensor(a!) out) -> ()");
+  m.def(
+      "dora_compose(Tensor base, Tensor hidden, Tensor b, Tensor gain, Tensor? bias, float scale, Tensor(a!) out)"
+      " -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("dora_norm", TORCH_BOX(&peftk::dora_norm));
+  m.impl("dora_compose", TORCH_BOX(&peftk::dora_compose));
+}

@@ -1,14 +1,12 @@
 #include "fourier.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include "check.h"
-#include "native_ops.h"
+#include "host.h"
 
 namespace peftk {
 namespace {
-
-using torch::stable::parallel_for;
 
 FourierParams check(const Tensor& from, const char* from_name, const Tensor& waves, Tensor& to, const char* to_name,
                     double first, double rest, bool add) {
@@ -21,9 +19,9 @@ FourierParams check(const Tensor& from, const char* from_name, const Tensor& wav
                   kFourierLeast, " on; got ", size);
   STD_TORCH_CHECK(from.numel() == to.numel() && from.numel() % size == 0, from_name, " and ", to_name,
                   ": expected as many elements, in whole blocks of ", size);
-  return {from.const_data_ptr<float>(),
-          static_cast<float*>(to.mutable_data_ptr()),
-          waves.const_data_ptr<float>(),
+  return {floats(from),
+          writable(to),
+          floats(waves),
           from.numel() / size,
           size,
           static_cast<float>(first),
@@ -35,8 +33,6 @@ int64_t groups(const FourierParams& p) { return (p.count + kFourierGroup - 1) / 
 
 int64_t grain(const FourierParams& p) { return 1 + 16384 / (kFourierGroup * p.size); }
 
-}  // namespace
-
 void fourier(const Tensor& x, const Tensor& waves, double first, double rest, Tensor& out) {
   const FourierParams p = check(x, "x", waves, out, "out", first, rest, false);
   parallel_for(0, groups(p), grain(p), [&](int64_t begin, int64_t end) { fourier_cpu(p, begin, end); });
@@ -47,4 +43,15 @@ void fourier_inverse(const Tensor& spectrum, const Tensor& waves, double first, 
   parallel_for(0, groups(p), grain(p), [&](int64_t begin, int64_t end) { fourier_inverse_cpu(p, begin, end); });
 }
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("fourier(Tensor x, Tensor waves, float first, float rest, Tensor(a!) out) -> ()");
+  m.def("fourier_inverse(Tensor spectrum, Tensor waves, float first, float rest, bool add, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("fourier", TORCH_BOX(&peftk::fourier));
+  m.impl("fourier_inverse", TORCH_BOX(&peftk::fourier_inverse));
+}

@@ -1,21 +1,19 @@
 #include "hadamard.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <memory>
 
 #include "check.h"
+#include "host.h"
 #include "cpu/simd.h"
 #include "low_rank.h"
-#include "native_ops.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
 #endif
 
 namespace peftk {
 namespace {
-
-using torch::stable::parallel_for;
 
 struct Sizes {
   int64_t out, features, r1, r2;
@@ -43,12 +41,8 @@ Sizes check_factors(const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, 
 float* wanted(Tensor& out, const char* name, const Tensor& like, const char* like_name, Place place = Place::cpu) {
   if (out.numel() == 0) return nullptr;
   check_like(out, name, like, like_name, place);
-  return static_cast<float*>(out.mutable_data_ptr());
+  return writable(out);
 }
-
-const float* floats(const Tensor& t) { return t.const_data_ptr<float>(); }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of `stride` floats, whole vectors each: the matrix itself where its rows are, else a copy.
 class Aligned {
@@ -67,11 +61,6 @@ class Aligned {
   int64_t stride_;
   std::unique_ptr<float[]> copy_;
 };
-
-// Operations of a task: enough to pay for handing it to a thread.
-constexpr int64_t kTaskOperations = 1 << 18;
-
-}  // namespace
 
 void khatri_rao(const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b, Tensor& a, Tensor& b) {
   const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
@@ -184,16 +173,8 @@ void hadamard_weight_backward(const Tensor& grad, const Tensor& w1_a, const Tens
                                        static_cast<float>(scale),
                                        dtype};
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { hadamard_weight_backward_cpu(p, begin, end); });
-  const auto add_up = [&](const float* sums, int64_t rank, float* out) {
-    for (int64_t i = 0; out != nullptr && i < rank; ++i)
-      for (int64_t k = 0; k < s.features; ++k) {
-        float sum = 0.0f;
-        for (int64_t c = 0; c < chunks; ++c) sum += sums[(c * rank + i) * stride + k];
-        out[i * s.features + k] = sum;
-      }
-  };
-  add_up(sums1.get(), s.r1, db1);
-  add_up(sums2.get(), s.r2, db2);
+  if (db1) add_up(sums1.get(), chunks, s.r1, s.features, stride, 1.0f, db1);
+  if (db2) add_up(sums2.get(), chunks, s.r2, s.features, stride, 1.0f, db2);
 }
 
 #ifdef PEFTK_CUDA
@@ -230,9 +211,7 @@ void hadamard_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1_a, co
   };
   const Tensor a1 = room(out.w1_a, parts.tiles * s.out * s.r1), b1 = room(out.w1_b, parts.chunks * s.r1 * s.features),
                a2 = room(out.w2_a, parts.tiles * s.out * s.r2), b2 = room(out.w2_b, parts.chunks * s.r2 * s.features);
-  const auto place = [](const float* asked, const Tensor& t) {
-    return asked == nullptr ? nullptr : static_cast<float*>(t.mutable_data_ptr());
-  };
+  const auto place = [](const float* asked, const Tensor& t) { return asked == nullptr ? nullptr : writable(t); };
   hadamard_weight_backward_cuda(
       {grad.const_data_ptr(), floats(w1_a), floats(w1_b), floats(w2_a), floats(w2_b), nullptr, nullptr,
        place(out.w1_a, a1), place(out.w2_a, a2), place(out.w1_b, b1), place(out.w2_b, b2), s.out, s.features, s.r1,
@@ -242,4 +221,32 @@ void hadamard_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1_a, co
 
 #endif
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("khatri_rao(Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, Tensor(a!) a, Tensor(b!) b) -> ()");
+  m.def(
+      "khatri_rao_backward(Tensor grad_a, Tensor grad_b, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b,"
+      " Tensor(a!) dw1_a, Tensor(b!) dw1_b, Tensor(c!) dw2_a, Tensor(d!) dw2_b) -> ()");
+  m.def(
+      "hadamard_weight(Tensor weight, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale,"
+      " Tensor(a!) out) -> ()");
+  m.def(
+      "hadamard_weight_backward(Tensor grad, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale,"
+      " Tensor(a!) dw1_a, Tensor(b!) dw1_b, Tensor(c!) dw2_a, Tensor(d!) dw2_b) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("khatri_rao", TORCH_BOX(&peftk::khatri_rao));
+  m.impl("khatri_rao_backward", TORCH_BOX(&peftk::khatri_rao_backward));
+  m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight));
+  m.impl("hadamard_weight_backward", TORCH_BOX(&peftk::hadamard_weight_backward));
+}
+
+#ifdef PEFTK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
+  m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight_on_cuda));
+  m.impl("hadamard_weight_backward", TORCH_BOX(&peftk::hadamard_weight_backward_on_cuda));
+}
+#endif

@@ -1,11 +1,11 @@
 #include "kronecker.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <memory>
 
 #include "check.h"
-#include "native_ops.h"
+#include "host.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
 #endif
@@ -13,41 +13,31 @@
 namespace peftk {
 namespace {
 
-using torch::stable::parallel_for;
-
-// Operations of a task: enough to pay for handing it to a thread.
-constexpr int64_t kTaskOperations = 1 << 18;
 constexpr int64_t kMostChunks = 64;
+// Floats of the sums of all chunks together, 16 MiB, unless those of one chunk are more.
+constexpr int64_t kMostSums = 1 << 22;
 
 void check_factor(const Tensor& t, const char* name, Place place = Place::cpu) {
   check_float(t, name, place);
   STD_TORCH_CHECK(t.dim() == 2 && t.numel() > 0, name, ": expected 2 dimensions, none of them empty");
 }
 
-// From the shape alone: the bits must not depend on the number of threads.
-int64_t chunks_of(int64_t count, int64_t operations) {
-  const int64_t possible = operations / kTaskOperations + 1, wanted = possible < kMostChunks ? possible : kMostChunks;
-  return wanted < count ? wanted : (count > 0 ? count : 1);
+// How many chunks of `count` tokens or rows sum apart, each in `sums` floats. From the shape alone: the bits must not
+// depend on the number of threads.
+int64_t chunks_of(int64_t count, int64_t operations, int64_t sums) {
+  int64_t chunks = operations / kTaskOperations + 1;
+  for (const int64_t most : {kMostChunks, kMostSums / sums, count})
+    if (chunks > most) chunks = most;
+  return chunks > 0 ? chunks : 1;
 }
 
 std::unique_ptr<float[]> scaled(const Tensor& t, double scale) {
   const int64_t count = t.numel();
   std::unique_ptr<float[]> values(new float[count]);
-  const float* from = t.const_data_ptr<float>();
+  const float* from = floats(t);
   for (int64_t i = 0; i < count; ++i) values[i] = from[i] * static_cast<float>(scale);
   return values;
 }
-
-void sum_chunks(const float* partial, int64_t chunks, int64_t count, double scale, Tensor& out) {
-  float* to = static_cast<float*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    float sum = 0.0f;
-    for (int64_t c = 0; c < chunks; ++c) sum += partial[c * count + i];
-    to[i] = sum * static_cast<float>(scale);
-  }
-}
-
-}  // namespace
 
 void kronecker_mix(const Tensor& left, const Tensor& right, const Tensor& w1, double scale, int64_t columns,
                    bool add_left, bool add_right, Tensor& mixed_left, Tensor& mixed_right, Tensor& dw1) {
@@ -81,7 +71,7 @@ void kronecker_mix(const Tensor& left, const Tensor& right, const Tensor& w1, do
     STD_TORCH_CHECK(tokens == 0 || (left.numel() > 0 && right.numel() > 0), "dw1: needs left and right");
   }
   const int64_t entries = left_size * right_size;
-  const int64_t chunks = chunks_of(tokens, tokens * entries * columns);
+  const int64_t chunks = chunks_of(tokens, tokens * entries * columns, entries);
   const auto factors = scaled(w1, scale);
   const std::unique_ptr<float[]> partial(need_w1 ? new float[chunks * entries] : nullptr);
   const KroneckerMixParams p{left.numel() > 0 ? left.const_data_ptr() : nullptr,
@@ -99,7 +89,7 @@ void kronecker_mix(const Tensor& left, const Tensor& right, const Tensor& w1, do
                              add_right,
                              dtype};
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { kronecker_mix_cpu(p, begin, end); });
-  if (need_w1) sum_chunks(partial.get(), chunks, entries, scale, dw1);
+  if (need_w1) add_up(partial.get(), chunks, 1, entries, entries, static_cast<float>(scale), writable(dw1));
 }
 
 void kronecker_weight(const Tensor& weight, const Tensor& w1, const Tensor& w2, double scale, Tensor& out) {
@@ -109,8 +99,8 @@ void kronecker_weight(const Tensor& weight, const Tensor& w1, const Tensor& w2, 
   check_like(out, "out", weight, "weight");
   STD_TORCH_CHECK(weight.numel() == w1.numel() * w2.numel(), "weight: expected as many elements as kron(w1, w2) has");
   const KroneckerWeightParams p{weight.const_data_ptr(),
-                                w1.const_data_ptr<float>(),
-                                w2.const_data_ptr<float>(),
+                                floats(w1),
+                                floats(w2),
                                 out.mutable_data_ptr(),
                                 w1.size(0),
                                 w1.size(1),
@@ -132,13 +122,13 @@ void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tenso
   const bool need_w1 = dw1.numel() > 0, need_w2 = dw2.numel() > 0;
   if (need_w1) check_like(dw1, "dw1", w1, "w1");
   if (need_w2) check_like(dw2, "dw2", w2, "w2");
-  const int64_t entries = w1.numel(), chunks = chunks_of(w2.size(0), grad.numel());
+  const int64_t entries = w1.numel(), chunks = chunks_of(w2.size(0), grad.numel(), entries);
   const std::unique_ptr<float[]> partial(need_w1 ? new float[chunks * entries] : nullptr);
   const KroneckerWeightBackwardParams p{grad.const_data_ptr(),
-                                        w1.const_data_ptr<float>(),
-                                        w2.const_data_ptr<float>(),
+                                        floats(w1),
+                                        floats(w2),
                                         partial.get(),
-                                        need_w2 ? static_cast<float*>(dw2.mutable_data_ptr()) : nullptr,
+                                        need_w2 ? writable(dw2) : nullptr,
                                         w1.size(0),
                                         w1.size(1),
                                         w2.size(0),
@@ -147,7 +137,7 @@ void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tenso
                                         static_cast<float>(scale),
                                         dtype};
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { kronecker_weight_backward_cpu(p, begin, end); });
-  if (need_w1) sum_chunks(partial.get(), chunks, entries, scale, dw1);
+  if (need_w1) add_up(partial.get(), chunks, 1, entries, entries, static_cast<float>(scale), writable(dw1));
 }
 
 #ifdef PEFTK_CUDA
@@ -161,10 +151,9 @@ void kronecker_weight_on_cuda(const Tensor& weight, const Tensor& w1, const Tens
   check_same_device(w2, "w2", weight, "weight");
   STD_TORCH_CHECK(weight.numel() == w1.numel() * w2.numel(), "weight: expected as many elements as kron(w1, w2) has");
   const CudaStream stream(weight);
-  kronecker_weight_cuda(
-      {weight.const_data_ptr(), w1.const_data_ptr<float>(), w2.const_data_ptr<float>(), out.mutable_data_ptr(),
-       w1.size(0), w1.size(1), w2.size(0), w2.size(1), static_cast<float>(scale), dtype},
-      stream.get());
+  kronecker_weight_cuda({weight.const_data_ptr(), floats(w1), floats(w2), out.mutable_data_ptr(), w1.size(0),
+                         w1.size(1), w2.size(0), w2.size(1), static_cast<float>(scale), dtype},
+                        stream.get());
 }
 
 void kronecker_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1, const Tensor& w2, double scale,
@@ -183,13 +172,37 @@ void kronecker_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1, con
   const int64_t entries = w1.numel(), chunks = kronecker_weight_chunks_cuda(entries, w2.size(0));
   // From torch's allocator, which knows the stream: it may hand the memory on as soon as this returns.
   const Tensor partial = torch::stable::new_empty(w1, {need_w1 ? chunks * entries : 0});
-  kronecker_weight_backward_cuda({grad.const_data_ptr(), w1.const_data_ptr<float>(), w2.const_data_ptr<float>(),
-                                  need_w1 ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr,
-                                  need_w2 ? static_cast<float*>(dw2.mutable_data_ptr()) : nullptr, w1.size(0),
-                                  w1.size(1), w2.size(0), w2.size(1), chunks, static_cast<float>(scale), dtype},
-                                 need_w1 ? static_cast<float*>(dw1.mutable_data_ptr()) : nullptr, stream.get());
+  kronecker_weight_backward_cuda({grad.const_data_ptr(), floats(w1), floats(w2), need_w1 ? writable(partial) : nullptr,
+                                  need_w2 ? writable(dw2) : nullptr, w1.size(0), w1.size(1), w2.size(0), w2.size(1),
+                                  chunks, static_cast<float>(scale), dtype},
+                                 need_w1 ? writable(dw1) : nullptr, stream.get());
 }
 
 #endif
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def(
+      "kronecker_mix(Tensor left, Tensor right, Tensor w1, float scale, int columns, bool add_left, bool add_right,"
+      " Tensor(a!) mixed_left,"
+      " Tensor(b!) mixed_right, Tensor(c!) dw1) -> ()");
+  m.def("kronecker_weight(Tensor weight, Tensor w1, Tensor w2, float scale, Tensor(a!) out) -> ()");
+  m.def(
+      "kronecker_weight_backward(Tensor grad, Tensor w1, Tensor w2, float scale, Tensor(a!) dw1, Tensor(b!) dw2)"
+      " -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("kronecker_mix", TORCH_BOX(&peftk::kronecker_mix));
+  m.impl("kronecker_weight", TORCH_BOX(&peftk::kronecker_weight));
+  m.impl("kronecker_weight_backward", TORCH_BOX(&peftk::kronecker_weight_backward));
+}
+
+#ifdef PEFTK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CUDA, m) {
+  m.impl("kronecker_weight", TORCH_BOX(&peftk::kronecker_weight_on_cuda));
+  m.impl("kronecker_weight_backward", TORCH_BOX(&peftk::kronecker_weight_backward_on_cuda));
+}
+#endif

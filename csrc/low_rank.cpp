@@ -1,23 +1,18 @@
 #include "low_rank.h"
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
 #include <memory>
 #include <optional>
 #include <utility>
 
 #include "check.h"
-#include "native_ops.h"
+#include "host.h"
 
 namespace peftk {
 namespace {
 
-using torch::stable::parallel_for;
-
 using Buffer = std::unique_ptr<float[]>;
-
-const float* floats(const Tensor& t) { return t.const_data_ptr<float>(); }
-float* writable(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 struct Sizes {
   int64_t rows, depth, columns, rank;
@@ -68,11 +63,6 @@ void sum_gate(const float* dhidden, const float* hidden, const Sizes& s, float* 
       sums[j] += static_cast<double>(dhidden[row * s.rank + j]) * hidden[row * s.rank + j];
   for (int64_t j = 0; j < s.rank; ++j) dgate[j] = static_cast<float>(sums[j]);
 }
-
-// Operations of a task: enough to pay for handing it to a thread.
-constexpr int64_t kTaskOperations = 1 << 18;
-
-}  // namespace
 
 void low_rank(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> gate, double scale, Tensor& out,
               Tensor& hidden) {
@@ -153,8 +143,22 @@ void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Ten
                         static_cast<uint32_t>(threshold),
                         static_cast<float>(scale),
                         dtype};
-  torch::stable::parallel_for(0, (p.count + 3) / 4, 4096,
-                              [&](int64_t begin, int64_t end) { dropout_cpu(p, begin, end); });
+  parallel_for(0, (p.count + 3) / 4, 4096, [&](int64_t begin, int64_t end) { dropout_cpu(p, begin, end); });
 }
 
+}  // namespace
 }  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("low_rank(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out, Tensor(b!) hidden) -> ()");
+  m.def(
+      "low_rank_backward(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor? gate, float scale, "
+      "Tensor(a!) dx, Tensor(b!) da, Tensor(c!) db, Tensor(d!) dgate) -> ()");
+  m.def("dropout(Tensor x, int seed, int threshold, float scale, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("low_rank", TORCH_BOX(&peftk::low_rank));
+  m.impl("low_rank_backward", TORCH_BOX(&peftk::low_rank_backward));
+  m.impl("dropout", TORCH_BOX(&peftk::dropout));
+}

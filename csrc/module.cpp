@@ -1,4 +1,4 @@
-// peftk._C: importing it registers the operators of ops.cpp. Nothing here takes a tensor.
+// peftk._C: importing it registers the operators of every family. Nothing here takes a tensor.
 #include <pybind11/pybind11.h>
 
 #include <sstream>

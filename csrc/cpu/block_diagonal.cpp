@@ -130,14 +130,4 @@ void pack_blocks_cpu(const float* blocks, int64_t size, bool transpose, float* p
         packed[(n * size + i) * ld + j] = j < size ? blocks[n * size * size + i * row + j * col] : 0.0f;
 }
 
-void sum_partials_cpu(const float* partial, int64_t chunks, int64_t count, int64_t size, float* dblocks) {
-  const int64_t ld = padded(size), rows = count * size;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < size; ++j) {
-      float sum = 0.0f;
-      for (int64_t c = 0; c < chunks; ++c) sum += partial[(c * rows + i) * ld + j];
-      dblocks[i * size + j] = sum;
-    }
-}
-
 }  // namespace peftk

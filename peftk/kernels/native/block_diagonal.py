@@ -14,12 +14,17 @@ from ._supports import device_reason, supports_activations
 _rotate = torch.ops.peftk_native.block_rotate.default
 _rotate_backward = torch.ops.peftk_native.block_rotate_backward.default
 
+CPU_SIZE = 256
+"""Largest block of the C++ kernels: above, torch's products are faster."""
+
 CUDA_SIZES = range(2, 17)
 """Block sizes of the CUDA kernels: above, matrix instructions are faster, and Triton has them."""
 
 
 def _reason(x: Tensor, blocks: Tensor) -> str | None:
     if not x.is_cuda:
+        if blocks.shape[-1] > CPU_SIZE:
+            return f"the C++ kernels take blocks of at most {CPU_SIZE}; got {blocks.shape[-1]}"
         return supports_activations(x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the CUDA kernels take float32, bfloat16 and float16; got {x.dtype}"

@@ -75,7 +75,12 @@ void check_rotate_backward(Level level, int64_t rows, int64_t count, int64_t siz
                output_unit<T>(), what + " dx");
       }
   if (!need_blocks) return;
-  sum_partials_cpu(partial.get(), chunks, count, size, dblocks.get());
+  for (int64_t i = 0; i < count * size; ++i)
+    for (int64_t j = 0; j < size; ++j) {
+      float sum = 0.0f;
+      for (int64_t c = 0; c < chunks; ++c) sum += partial[(c * count * size + i) * padded(size) + j];
+      dblocks[i * size + j] = sum;
+    }
   for (int64_t n = 0; n < count; ++n)
     for (int64_t k = 0; k < size; ++k)
       for (int64_t j = 0; j < size; ++j) {
@@ -107,5 +112,7 @@ void run_block_diagonal(Level level) {
         check_rotate_backward<float>(level, rows, count, size, 2, transpose, false, true, false);
       }
 }
+
+const Family family("block_diagonal", run_block_diagonal);
 
 }  // namespace

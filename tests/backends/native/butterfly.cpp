@@ -92,4 +92,6 @@ void run_butterfly(Level level) {
       }
 }
 
+const Family family("butterfly", run_butterfly);
+
 }  // namespace

@@ -172,4 +172,6 @@ void run_cayley(Level level) {
   check_cayley(level, 1, 65, {1, 2, 2, 1}, 0.05, false);
 }
 
+const Family family("cayley", run_cayley);
+
 }  // namespace

@@ -134,4 +134,6 @@ void run_circulant(Level level) {
     }
 }
 
+const Family family("circulant", run_circulant);
+
 }  // namespace

@@ -82,4 +82,6 @@ void run_dora(Level level) {
         }
 }
 
+const Family family("dora", run_dora);
+
 }  // namespace

@@ -63,4 +63,6 @@ void run_fourier(Level level) {
     }
 }
 
+const Family family("fourier", run_fourier);
+
 }  // namespace

@@ -232,4 +232,6 @@ void run_hadamard(Level level) {
   }
 }
 
+const Family family("hadamard", run_hadamard);
+
 }  // namespace

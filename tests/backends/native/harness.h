@@ -18,15 +18,15 @@
 #define VARIANT(level, kernel) kernel
 #endif
 
-namespace {
-
 using namespace peftk;
 using Level = CpuLevel;
 
-const char* name_of(Level level) { return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "base"; }
+inline const char* name_of(Level level) {
+  return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "base";
+}
 
 // The instruction sets of this CPU.
-std::vector<Level> levels() {
+inline std::vector<Level> levels() {
   std::vector<Level> result{Level::base};
   if (cpu_level() >= Level::avx2) result.push_back(Level::avx2);
   if (cpu_level() >= Level::avx512) result.push_back(Level::avx512);
@@ -41,8 +41,8 @@ constexpr double kFloatUnit = std::numeric_limits<float>::epsilon() / 2.0;
 // bfloat16 keeps 8 of the 24 significant bits of a float.
 constexpr double kBFloat16Unit = kFloatUnit * (1 << 16);
 
-int64_t checks = 0;
-bool planted_write = false;
+inline int64_t checks = 0;
+inline bool planted_write = false;
 
 // A block of the heap of exactly `count` elements; the sanitizer guards both ends.
 template <typename T>
@@ -64,9 +64,9 @@ class Heap {
   T* data_;
 };
 
-uint64_t state = 1;
+inline uint64_t state = 1;
 
-double uniform() {
+inline double uniform() {
   state = state * 6364136223846793005ull + 1442695040888963407ull;
   return static_cast<double>(state >> 11) / static_cast<double>(1ull << 53) * 2.0 - 1.0;
 }
@@ -84,7 +84,8 @@ std::vector<double> doubles(Heap<T>& values) {
 }
 
 // `magnitude` bounds the sum of the absolute values of what was added up, and `operations` how often it was rounded.
-void expect(double actual, double truth, double magnitude, double operations, double unit, const std::string& what) {
+inline void expect(double actual, double truth, double magnitude, double operations, double unit,
+                   const std::string& what) {
   ++checks;
   const double limit =
       operations * kFloatUnit * magnitude + unit * std::abs(truth) + std::numeric_limits<float>::denorm_min();
@@ -110,4 +111,14 @@ void in_pieces(int64_t count, int64_t piece, F run) {
   for (int64_t begin = 0; begin < count; begin += piece) run(begin, begin + piece < count ? begin + piece : count);
 }
 
-}  // namespace
+// `const Family family("name", run_name);` in the file of a family has `main` run its checks, with each level.
+struct Family {
+  const char* name;
+  void (*run)(Level);
+
+  Family(const char* its_name, void (*its_run)(Level)) : name(its_name), run(its_run) { all().push_back(this); }
+  static std::vector<const Family*>& all() {
+    static std::vector<const Family*> found;
+    return found;
+  }
+};

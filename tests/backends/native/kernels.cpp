@@ -1,18 +1,11 @@
 // Runs every C++ kernel under the sanitizers against naive loops in double precision. A family's checks stand in the
-// file of its name, which includes the kernels, so that the variants for each instruction set can be called by name
-// (`VARIANT`), and ends in `run_<family>(level)`; to add a family, include its file and call that here. Every buffer
+// file of its name, a translation unit of its own, which includes the kernels, so that the variants for each
+// instruction set can be called by name (`VARIANT`), and ends in a `Family`, by which it is found here. Every buffer
 // has exactly the size that a kernel may touch. `planted-write` and `planted-shift` plant an error each, to show that
 // it would be found.
-#include "block_diagonal.cpp"
-#include "butterfly.cpp"
-#include "cayley.cpp"
-#include "circulant.cpp"
-#include "dora.cpp"
-#include "fourier.cpp"
-#include "hadamard.cpp"
+#include <algorithm>
+
 #include "harness.h"
-#include "kronecker.cpp"
-#include "low_rank.cpp"
 
 namespace {
 
@@ -26,30 +19,22 @@ void check_rounding() {
   }
 }
 
-void run(Level level) {
-  run_block_diagonal(level);
-  run_butterfly(level);
-  run_cayley(level);
-  run_circulant(level);
-  run_dora(level);
-  run_fourier(level);
-  run_hadamard(level);
-  run_kronecker(level);
-  run_low_rank(level);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   planted_write = mode == "planted-write";
   if (mode == "planted-shift") std::printf("%d\n", 1 << (31 + argc));
-  check_philox();
   check_rounding();
+  // The linker's order is nobody's; the random numbers follow this one.
+  std::vector<const Family*> families = Family::all();
+  std::sort(families.begin(), families.end(),
+            [](const Family* a, const Family* b) { return std::strcmp(a->name, b->name) < 0; });
   for (const Level level : levels()) {
-    run(level);
+    for (const Family* family : families) family->run(level);
     std::printf("level %s\n", name_of(level));
   }
+  for (const Family* family : families) std::printf("family %s\n", family->name);
   std::printf("%lld checks\n", static_cast<long long>(checks));
   return 0;
 }

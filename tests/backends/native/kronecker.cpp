@@ -111,4 +111,6 @@ void run_kronecker(Level level) {
         }
 }
 
+const Family family("kronecker", run_kronecker);
+
 }  // namespace

@@ -197,6 +197,7 @@ void check_needs(Level level) {
 }
 
 void run_low_rank(Level level) {
+  if (level == Level::base) check_philox();
   for (const Gate gate : {Gate::none, Gate::shared, Gate::own})
     for (const int64_t rank : {1, 7, 16, 29})
       for (const int64_t rows : {0, 1, 30, 65})
@@ -213,5 +214,7 @@ void run_low_rank(Level level) {
         check_dropout<BFloat16>(level, count, threshold, in_place);
       }
 }
+
+const Family family("low_rank", run_low_rank);
 
 }  // namespace

@@ -6,13 +6,15 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from peftk.kernels import native as native_kernels
 
-SOURCE = Path(__file__).parent / "kernels.cpp"
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+KERNELS = sorted((Path(__file__).parents[3] / "csrc/cpu").glob("*.cpp"))
 COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 # One group: the program is compiled once, also where the tests are spread over processes.
@@ -34,8 +36,16 @@ def harness(tmp_path_factory) -> Path:
     tried = run(COMPILER, *SANITIZERS, folder / "empty.cpp", "-o", folder / "empty")
     if tried.returncode:
         pytest.skip(f"{COMPILER} cannot link the sanitizers: {tried.stderr.strip().splitlines()[-1]}")
-    built = run(COMPILER, *FLAGS, *SANITIZERS, SOURCE, "-o", folder / "kernels")
-    assert built.returncode == 0, built.stderr
+
+    def compiled(source: Path) -> Path:
+        built = run(COMPILER, *FLAGS, *SANITIZERS, "-c", source, "-o", folder / f"{source.stem}.o")
+        assert built.returncode == 0, built.stderr
+        return folder / f"{source.stem}.o"
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    linked = run(COMPILER, *SANITIZERS, *objects, "-o", folder / "kernels")
+    assert linked.returncode == 0, linked.stderr
     return folder / "kernels"
 
 
@@ -43,6 +53,7 @@ def test_every_kernel_is_clean_and_right(harness):
     done = run(harness)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) checks", done.stdout).group(1)) > 1_000_000
+    assert re.findall(r"family (\w+)", done.stdout) == [kernels.stem for kernels in KERNELS]
     ran = re.findall(r"level (\w+)", done.stdout)
     if native_kernels.unavailable() is None:
         from peftk import _C
