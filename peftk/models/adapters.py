@@ -18,7 +18,7 @@ from ..nn.base.freezing import set_trainable
 from ..nn.base.merging import check_finite
 from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.saved import ModulesToSaveWrapper
-from ..nn.base.undo import all_or_nothing
+from ..nn.base.undo import all_or_nothing, process_kept, put_back
 from .batch_statistics import batches_seen
 from .plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
 from .targets import candidates, describe_unknown, places
@@ -171,14 +171,18 @@ class Tuner(nn.Module):
         """Map every key of an adapter's file to its tensor; see `file_tensors`."""
         return file_tensors(self.model, plan)
 
-    def _whole(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
         """Undo what a block does to the model and its adapters if it fails, whatever it is."""
-        return all_or_nothing([*self.modules()], [*self.parameters()])
+        with process_kept(), all_or_nothing([*self.modules()], [*self.parameters()]):
+            yield
 
-    def _switches(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _switches(self) -> Iterator[None]:
         """Undo what a block does to the choice of adapters and to what is trained or merged if it fails."""
         parts = [part for _, layer in self._layers() for part in layer.switched()]
-        return all_or_nothing([self, *parts, *(w for _, w in self._wrappers())], [*self.parameters()])
+        with process_kept(), all_or_nothing([self, *parts, *(w for _, w in self._wrappers())], [*self.parameters()]):
+            yield
 
     def _commit(self, plan: Plan) -> None:
         """Add a planned adapter. The first one becomes active; a later one waits for `set_adapter`."""
@@ -331,15 +335,17 @@ class Tuner(nn.Module):
         modules = [module for _, module in (*self._layers(), *self._wrappers())]
         was_disabled = [module.disable_adapters for module in modules]
         was_merged = [(m, *_merge_state(m)) for m in modules if isinstance(m, AdapterLayer) and m.merged]
-        try:
-            self.disable_adapter_layers()
-            yield
-        finally:
+
+        def restore() -> None:
             for module, disabled in zip(modules, was_disabled, strict=True):
                 module.disable_adapters = disabled
             for layer, names, keep_base in was_merged:
                 if not layer.merged:
                     layer.merge(adapter_names=names, keep_base=keep_base)
+
+        with put_back(restore):
+            self.disable_adapter_layers()
+            yield
 
     # -- merging and removing ---------------------------------------------------------------------------------
 
@@ -422,7 +428,7 @@ class Tuner(nn.Module):
                 replace_module(self.model, path, layer.unwrap())
             for path, wrapper in list(self._wrappers()):
                 replace_module(self.model, path, wrapper.original_module)
-        return self.model
+            return self.model
 
 
 def _merge_state(layer: AdapterLayer) -> tuple[list[str], str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .plan import PREFIX, Plan, copy_into, same_meaning
 from .targets import candidates, resolve, unknown_names
 
 MOST_SAID = 2_000
+T = TypeVar("T")
 
 
 def read_config(folder: str | os.PathLike[str]) -> PeftConfig:
@@ -41,20 +43,20 @@ def config_values(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _config(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> PeftConfig:
-    with naming_the_file(folder):
-        return PeftConfig.from_dict(values)
+    return naming_the_file(folder, lambda: PeftConfig.from_dict(values))
 
 
-@contextlib.contextmanager
-def naming_the_file(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Put the configuration file in front of every error, and every warning, about what it says."""
+def naming_the_file(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    """Call `read`, with the configuration file in front of every error, and every warning, about what it says."""
     from ..checkpoint import CheckpointError
     from ..checkpoint.peft import CONFIG_NAME
 
     file = os.path.join(folder, CONFIG_NAME)
-    token = read_from.set(file)
+    # In a context of its own, the file is forgotten with it: an interruption has nothing to leave behind.
+    context = contextvars.copy_context()
+    context.run(read_from.set, file)
     try:
-        yield
+        return context.run(read)
     except CheckpointError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -65,8 +67,6 @@ def naming_the_file(folder: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, ValueError):
             raise CheckpointError(file, said) from None
         raise type(error)(f"{file}: {said}") from None
-    finally:
-        read_from.reset(token)
 
 
 def read_into_plan(
@@ -90,20 +90,17 @@ def read_into_plan(
     check_key_mapping(key_mapping)
     saved = config_values(folder) if saved is None else saved
     config = _config(folder, saved)
-    with naming_the_file(folder):
-        config.settle_with_file(lambda: files.read_shapes(folder))
+    naming_the_file(folder, lambda: config.settle_with_file(lambda: files.read_shapes(folder)))
     config.inference_mode = not is_trainable
     model = tuner.model
     if name in tuner.peft_config:
         plan = tuner._plan_of(name)
         _rename_fields(model, config, key_mapping)
-        with naming_the_file(folder):
-            _check_load_over(tuner, plan, config)
+        naming_the_file(folder, lambda: _check_load_over(tuner, plan, config))
     else:
         tuner._check_new(name, config)
         _rename_fields(model, config, key_mapping)
-        with naming_the_file(folder), _telling_renames(model, folder, config):
-            plan = tuner._plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
+        plan = naming_the_file(folder, lambda: _plan_from_file(tuner, folder, name, config, autocast))
     rename = _rename(model, folder, tuner._file_tensors(plan), key_mapping)
     values, embeddings = _values(tuner, folder, plan, saved, rename)
     if name not in tuner.peft_config:
@@ -114,6 +111,13 @@ def read_into_plan(
     _check_not_merged(tuner, targets)
     _check_there(targets)
     return plan, lambda: copy_into(targets, values)
+
+
+def _plan_from_file(
+    tuner: Tuner, folder: str | os.PathLike[str], name: str, config: PeftConfig, autocast: bool
+) -> Plan:
+    with _telling_renames(tuner.model, folder, config):
+        return tuner._plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
 
 
 def _rename_fields(model: nn.Module, config: PeftConfig, mapping: Mapping[str, str] | None) -> None:

@@ -6,7 +6,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import nn
+
 from ..nn import LoraConfig
+from ..nn.base.undo import put_back
 from ..nn.lora.layer import BASE, LoRALayer
 from .adapters import Tuner
 from .targets import describe_unknown
@@ -68,8 +71,13 @@ def mixed_batch(tuner: Tuner, kwargs: dict[str, Any]) -> Iterator[None]:
         return
     copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
     names = _Names(check(tuner, adapter_names), copies)
-    changed = []
-    try:
+    changed: list[tuple[nn.Module, str, Any]] = []
+
+    def restore() -> None:
+        for module, attribute, value in changed:
+            setattr(module, attribute, value)
+
+    with put_back(restore):
         # Everything that is no LoRA layer runs as the base model has it.
         for _, module in (*tuner._layers(), *tuner._wrappers()):
             if isinstance(module, LoRALayer):
@@ -79,9 +87,6 @@ def mixed_batch(tuner: Tuner, kwargs: dict[str, Any]) -> Iterator[None]:
                 changed.append((module, "disable_adapters", module.disable_adapters))
                 module.disable_adapters = True
         yield
-    finally:
-        for module, attribute, value in changed:
-            setattr(module, attribute, value)
 
 
 __all__ = ["mixed_batch"]

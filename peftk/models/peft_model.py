@@ -14,7 +14,7 @@ from ..nn import AdapterLayer, PeftConfig
 from ..nn.base.config import check_bool, check_choice
 from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.scaling import note_attention_scale
-from ..nn.base.undo import all_or_nothing
+from ..nn.base.undo import all_or_nothing, process_kept
 from .adapters import Tuner
 from .loading import read_into_plan
 from .mixed import mixed_batch
@@ -72,7 +72,7 @@ def get_peft_model(
             f"{type(peft_config).__name__}"
         )
     _check_base(model)
-    with all_or_nothing([*model.modules()], [*model.parameters()]):
+    with process_kept(), all_or_nothing([*model.modules()], [*model.parameters()]):
         result = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
         config = result.peft_config[adapter_name]
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
@@ -109,8 +109,8 @@ class PeftModel(nn.Module):
         _check_base(model)
         tuner = tuner_for(model, peft_config)
         tuner._check_new(adapter_name, peft_config)
-        plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        with tuner._whole():
+        with process_kept(), tuner._whole():
+            plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
             self._start(tuner, plan)
 
     def _start(self, tuner: Tuner, plan: Plan) -> None:
@@ -212,8 +212,9 @@ class PeftModel(nn.Module):
             raise TypeError(f"peft_config: expected a configuration of peftk, got {type(peft_config).__name__}")
         tuner = self.base_model
         tuner._check_new(adapter_name, peft_config)
-        plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        tuner._commit(plan)
+        with process_kept():
+            plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+            tuner._commit(plan)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make this adapter (or these), and no other, active and (unless `inference_mode`) trainable."""
@@ -390,16 +391,17 @@ class PeftModel(nn.Module):
         check_bool("is_trainable", is_trainable)
         _check_base(model)
         tuner = tuner_for_file(model, model_id, adapters, key_mapping)
-        plan, commit = read_into_plan(
-            tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
-        )
         result = cls.__new__(cls)
-        with tuner._whole():
-            result._start(tuner, plan)
-            commit()
-            if not is_trainable:
-                result.eval()
-            return result
+        with process_kept():
+            plan, commit = read_into_plan(
+                tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
+            )
+            with tuner._whole():
+                result._start(tuner, plan)
+                commit()
+                if not is_trainable:
+                    result.eval()
+                return result
 
     def load_adapter(
         self,
@@ -417,17 +419,18 @@ class PeftModel(nn.Module):
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         tuner = self.base_model
-        plan, commit = read_into_plan(
-            tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
-        )
-        with all_or_nothing([*self.modules()], [*self.parameters()]):
-            if adapter_name not in self.peft_config:
-                tuner._commit(plan)
-                if is_trainable:
-                    tuner.set_requires_grad(adapter_name)
-            commit()
-            if not is_trainable:
-                self.eval()
+        with process_kept():
+            plan, commit = read_into_plan(
+                tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
+            )
+            with all_or_nothing([*self.modules()], [*self.parameters()]):
+                if adapter_name not in self.peft_config:
+                    tuner._commit(plan)
+                    if is_trainable:
+                        tuner.set_requires_grad(adapter_name)
+                commit()
+                if not is_trainable:
+                    self.eval()
 
 
 def _check_base(model: object) -> None:

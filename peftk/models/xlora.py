@@ -18,6 +18,7 @@ from ..checkpoint.container import shown
 from ..nn import LoraConfig, PeftConfig, XLoraConfig
 from ..nn.base.adapter_layer import give_memory
 from ..nn.base.config import check_int, check_number
+from ..nn.base.undo import put_back
 from ..nn.xlora.layer import GATED, Gates, XLoraClassifier
 from .adapters import Tuner
 from .loading import config_values, naming_the_file, read_config, read_into_plan
@@ -159,8 +160,7 @@ class XLoraTuner(Tuner):
     def _expert(self, name: str, folder: str, autocast: bool) -> tuple[Plan, Callable[[], None]]:
         where = f"adapters: expert {folder!r}"
         saved = config_values(folder)
-        with naming_the_file(folder):
-            config = PeftConfig.from_dict(saved)
+        config = naming_the_file(folder, lambda: PeftConfig.from_dict(saved))
         if not isinstance(config, LoraConfig):
             raise ValueError(f"{where} is {config.peft_type.value}; only LoRA adapters can be experts")
         for field_name, wanted in (("bias", "none"), ("lora_bias", False), ("use_dora", False)):
@@ -272,13 +272,14 @@ class XLoraTuner(Tuner):
 
             return checkpointed
 
-        try:
+        def restore() -> None:
+            for module, function in zip(modules, before, strict=True):
+                module._gradient_checkpointing_func = function
+
+        with put_back(restore):
             for module, function in zip(modules, before, strict=True):
                 module._gradient_checkpointing_func = remembering(function)
             yield
-        finally:
-            for module, function in zip(modules, before, strict=True):
-                module._gradient_checkpointing_func = function
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate without a cache: every step runs the model twice."""
@@ -295,13 +296,16 @@ class XLoraTuner(Tuner):
                 return forward(*inner_args, **inner_kwargs)
 
         replaced = self.model.__dict__.get("forward")
-        self.model.forward = two_passes
-        try:
-            return self.model.generate(*args, **kwargs)
-        finally:
-            del self.model.forward
+
+        def restore() -> None:
             if replaced is not None:
                 self.model.forward = replaced
+            else:
+                self.model.__dict__.pop("forward", None)
+
+        with put_back(restore):
+            self.model.forward = two_passes
+            return self.model.generate(*args, **kwargs)
 
     def _off(self) -> bool:
         return all(layer.disable_adapters for _, layer in self._layers())

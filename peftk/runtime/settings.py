@@ -8,7 +8,8 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -23,31 +24,44 @@ def _keep_for_threads(key: str, value: tuple) -> None:
 
     Releases of torch before 2.12 take a reference that they never counted, and drop it when the object is replaced.
     """
+    # Ours comes first and goes if torch takes its own: an interruption leaves one too many, never one too few.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
     before = sys.getrefcount(value)
     torch._C._stash_obj_in_tls(key, value)
-    if sys.getrefcount(value) == before:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    if sys.getrefcount(value) != before:
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
 
 
 class _Block:
-    """One open ``with`` block, told from others by identity."""
+    """One ``with`` block, told from others by identity."""
 
-    __slots__ = ("name",)
+    __slots__ = ("name", "running")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.running: Callable[[], Generator[None] | None] = lambda: None
+
+    def is_open(self) -> bool:
+        """Return whether the generator that opened it still waits for the end of the block.
+
+        It ends by whatever exception there is, KeyboardInterrupt on any of its lines included. A note that it makes of
+        its end could be prevented by that.
+        """
+        generator = self.running()
+        return generator is not None and generator.gi_frame is not None
 
 
 class Choice:
     """A name that ``with`` blocks choose, which may overlap: in threads, in tasks, or left in another order.
 
-    A block ends by leaving the set of open ones. Nothing is put back, so nothing old can be put back. Threads and
+    A block is open as long as its generator runs. Nothing is put back, so nothing old can be put back. Threads and
     tasks see their own blocks alone. Autograd runs the backward pass of other devices on threads of its own: to them
     it hands what torch keeps for the thread that asked for the gradients, so the choice is noted there too.
     """
 
     def __init__(self, key: str) -> None:
         self._key = key
+        # Those that an interruption kept from leaving are taken out when they are met.
         self._open: set[_Block] = set()
         self._entered: ContextVar[tuple[_Block, ...]] = ContextVar(key, default=())
 
@@ -55,12 +69,12 @@ class Choice:
         """Return the name that the innermost open block chose, or None outside of all."""
         if not self._open:
             return None
-        for block in reversed(self._entered.get()):
-            if block in self._open:
+        for block in (*reversed(self._entered.get()), *reversed(self._handed_over()[1])):
+            if block.is_open():
                 return block.name
-        for block in reversed(self._handed_over()[1]):
-            if block in self._open:
-                return block.name
+        for block in [*self._open]:
+            if not block.is_open():
+                self._open.discard(block)
         return None
 
     def _handed_over(self) -> tuple[int, tuple[_Block, ...]]:
@@ -76,16 +90,21 @@ class Choice:
     def _note(self, *entered: _Block) -> None:
         """Keep the open blocks of this thread or task, and those entered now, for itself and for autograd."""
         # Blocks that ended in another thread or task go here.
-        own = (*(b for b in self._entered.get() if b in self._open), *entered)
+        own = (*(b for b in self._entered.get() if b.is_open()), *entered)
         self._entered.set(own)
         thread, blocks = self._handed_over()
-        outer = (b for b in blocks if b in self._open and b not in own)
+        outer = (b for b in blocks if b.is_open() and b not in own)
         _keep_for_threads(self._key, (thread, (*outer, *own)))
 
-    @contextlib.contextmanager
-    def named(self, name: str) -> Iterator[None]:
-        """Choose a name inside a ``with`` block."""
+    def named(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager that chooses a name inside its ``with`` block."""
         block = _Block(name)
+        manager = self._holding(block)
+        block.running = weakref.ref(manager.gen)
+        return manager
+
+    @contextlib.contextmanager
+    def _holding(self, block: _Block) -> Iterator[None]:
         self._open.add(block)
         try:
             self._note(block)

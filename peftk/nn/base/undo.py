@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -69,14 +69,62 @@ def all_or_nothing(
     try:
         yield
     except BaseException:
-        while True:
-            try:
-                before.restore()
-                break
-            except KeyboardInterrupt:
-                # The first one is on its way already.
-                continue
+        _insist(before.restore)
         raise
 
 
-__all__ = ["all_or_nothing"]
+@contextlib.contextmanager
+def process_kept() -> Iterator[None]:
+    """Put torch's random numbers, default device and grad mode back if a block ends in an exception.
+
+    The ``with`` blocks of torch end in Python: an interruption there would leave their device, or their mode, for good.
+    """
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        generators.extend(torch.cuda.default_generators)
+    drawn = [generator.get_state() for generator in generators]
+    modes, grad = torch._C._len_torch_function_stack(), torch.is_grad_enabled()
+
+    def restore() -> None:
+        while torch._C._len_torch_function_stack() > modes:
+            torch.overrides._get_current_function_mode().__exit__(None, None, None)
+        torch.set_grad_enabled(grad)
+        for generator, state in zip(generators, drawn, strict=True):
+            generator.set_state(state)
+
+    try:
+        yield
+    except BaseException:
+        _insist(restore)
+        raise
+
+
+@contextlib.contextmanager
+def put_back(restore: Callable[[], None]) -> Iterator[None]:
+    """Call `restore` after a block, however it ends.
+
+    Args:
+        restore: What may be called again where an exception has stopped it: it then does the rest.
+    """
+    try:
+        try:
+            yield
+        finally:
+            restore()
+    except BaseException:
+        _insist(restore)
+        raise
+
+
+def _insist(restore: Callable[[], None]) -> None:
+    """Call what puts things back until nobody interrupts it."""
+    while True:
+        try:
+            restore()
+            break
+        except KeyboardInterrupt:
+            # The exception that brought us here is on its way already.
+            continue
+
+
+__all__ = ["all_or_nothing", "process_kept", "put_back"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...methods import xlora
 from ...methods.lora import LowRank
 from ..base.adapter_layer import AdapterLayer
+from ..base.undo import put_back
 from ..lora.conv import LoRAConv2d
 from ..lora.embedding import LoRAEmbedding
 from ..lora.linear import LoRALinear
@@ -101,11 +102,10 @@ class Gates:
     @contextlib.contextmanager
     def resuming(self, state: tuple[Tensor | None, dict[tuple, Tensor]]) -> Iterator[None]:
         """Run a part of a pass, whose `state` was kept, once more."""
-        before, self.state = self.state, state
-        try:
+        before = self.state
+        with put_back(lambda: setattr(self, "state", before)):
+            self.state = state
             yield
-        finally:
-            self.state = before
 
     def of(self, layer: XLoraLayer) -> Tensor | None:
         """Return the gate of a layer, (batch, tokens, total rank) or (total rank,); None switches its experts off."""
