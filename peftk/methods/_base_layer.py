@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes of a weight that is not packed."""
-
-NONE: Mapping[str, Any] = {}
-"""No keyword arguments; nobody writes to it."""
+from ..ops.plain import DENSE, NONE, observed, plain_tensors
 
 _FEATURES = {
     "Linear": ("in_features", "out_features"),
@@ -91,51 +85,15 @@ def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def observed(kind: type[nn.Module], *modules: nn.Module) -> bool:
-    """Whether somebody would notice that modules of an adapter are not called: hooks, or other forwards than their own.
-
-    Args:
-        kind: The class that they have where nobody has replaced or wrapped them.
-        *modules: Those of whose parameters the arithmetic is done elsewhere.
-    """
-    for module in modules:
-        if (
-            type(module) is not kind
-            or "forward" in module.__dict__
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
-            return True
-    return False
-
-
-def plain_tensors(
-    base: Any, x: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
-) -> tuple[Tensor, Tensor | None] | None:
-    """Return weight and bias of a plain dense nn.Linear or nn.Conv2d whose call nobody observes or replaces, or None.
-
-    With them an operator may run the layer itself. Anything else is reached by calling it, so that hooks, sharding,
-    quantisation and nested wrappers keep working. Under autocast torch caches the cast of the weight, which only the
-    call profits from.
-    """
-    linear = type(base) is nn.Linear
-    if not (linear or type(base) is nn.Conv2d) or args or kwargs:
-        return None
-    own, parameters = base.__dict__, base._parameters
-    # FSDP puts views of its flat parameter beside the parameters. A parametrized weight is in neither place.
-    weight = own["weight"] if "weight" in own else parameters.get("weight")
-    if (
-        (type(weight) is nn.Parameter or type(weight) is Tensor)
-        and not weight.requires_grad
-        and weight.dtype is x.dtype
-        and (weight.shape == (base.out_features, base.in_features) if linear else weight.dim() == 4)
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-        and not base._backward_pre_hooks
-        and not _has_any_global_hook()
-        and "forward" not in own
-        and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
-    ):
-        return weight, own["bias"] if "bias" in own else parameters["bias"]
-    return None
+__all__ = [
+    "DENSE",
+    "NONE",
+    "call",
+    "features_of",
+    "foreign_forward",
+    "kind_of",
+    "observed",
+    "opaque_weight",
+    "plain_tensors",
+    "rows_of",
+]

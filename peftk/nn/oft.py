@@ -190,35 +190,32 @@ class Rotation(nn.Module):
                 # Not through autograd's version counter: a layer that is used twice in one pass projects twice, the
                 # second time without changing anything.
                 self.weight.data.copy_(oft.project(self.weight, self.eps))
-        kept = self._draw()
+        kept = self._draw() if self.training and self.dropout > 0 else None
         blocks = oft.rotations(self.weight, self.block_size, self.neumann_terms, kept, dtype)
         # A dtype is given where somebody else looks: at merging.
         if dtype is None and self.neumann_terms is not None and not torch.compiler.is_compiling():
-            self._look(blocks)
+            state = self.__dict__  # nn.Module's own __setattr__ takes longer than all of this.
+            count = state["_passes"] = state["_passes"] + 1
+            if not count & (count - 1) or not count % CHECKED_EVERY:
+                self._look(blocks, count)
         return blocks
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate x, (..., features); for those who call the module, or listen to its call."""
         return F.block_rotate(x, self.blocks())
 
-    def _draw(self) -> Tensor | None:
-        """Draw which blocks rotate in this pass: None for all of them."""
-        if not (self.training and self.dropout > 0):
-            return None
+    def _draw(self) -> Tensor:
+        """Draw which blocks rotate in this pass."""
         _seed.refuse_capture(self.weight.device)
         # Drawn on the CPU's default generator, so that activation checkpointing replays it.
         return torch.rand(self.block_count, device="cpu") >= self.dropout
 
-    def _look(self, blocks: Tensor) -> None:
+    def _look(self, blocks: Tensor, count: int) -> None:
         """Warn, now and then, if a series left its radius.
 
         On a CPU at passes 1, 2, 4, ... and then at every `CHECKED_EVERY`th. Reading a number from another device waits
         for it, so there only the first pass in evaluation mode looks.
         """
-        state = self.__dict__  # nn.Module's own __setattr__ takes longer than all of this.
-        count = state["_passes"] = state["_passes"] + 1
-        if count & (count - 1) and count % CHECKED_EVERY:
-            return
         if type(blocks) is not Tensor or "passes" in self._told.occasions:
             return
         where = blocks.device.type
@@ -396,13 +393,16 @@ class OFTConv2d(OFTLinear):
         return base_layer.weight[0].numel()
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        blocks = []
         for name in names:
-            if observed(Rotation, self.oft_R._modules[name]):
+            rotation = self.oft_R._modules[name]
+            if observed(Rotation, rotation):
                 raise NotImplementedError(
                     f"oft_R.{name}: a hook, a wrapper or another forward is on the rotation of a convolution, which is "
                     "computed with its filters and never called; remove it"
                 )
-        return oft.conv2d(self._modules["base_layer"], x, [self.oft_R[name].blocks() for name in names], args, kwargs)
+            blocks.append(rotation.blocks())
+        return oft.conv2d(self._modules["base_layer"], x, blocks, args, kwargs)
 
 
 def _observed(device: str) -> bool:

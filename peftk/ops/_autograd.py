@@ -1,4 +1,4 @@
-"""How the autograd Functions are called: cheaply forward, and once only backward."""
+"""What the autograd Functions share: they give way to transforms, and are differentiated once only."""
 
 from __future__ import annotations
 
@@ -6,26 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
     """Whether a compiler or a function transform runs: both differentiate plain formulas better than Functions."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Call ``function.apply`` without the cost of binding default arguments, where nothing needs it.
-
-    ``Function.apply`` binds the signature of every setup_context Function anew, 40 us a call. Compilers and
-    function transforms get the ordinary call, which they recognise; everything else goes to the C++ base, or
-    straight to ``forward`` when nothing is recorded.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return function.forward(*args)
-    return super(torch.autograd.Function, function).apply(*args)
 
 
 class _OnceDifferentiable(torch.autograd.Function):

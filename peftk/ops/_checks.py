@@ -7,31 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FLOATING = frozenset(FLOATING)
+from .plain import DENSE
 
 LARGEST_SCALE = torch.finfo(torch.float32).max
 """The largest number that every operator takes as a scale: all but those on float64 compute in float32."""
-
-
-def ordinary(x: Tensor, *others: Tensor | None) -> bool:
-    """Say whether all arguments are what a call usually has: strided floating-point tensors on one device.
-
-    It is the short way around `check_tensor` for every argument: where it says no, those checks find the fault, or
-    that there is none. An argument that is no tensor raises AttributeError. Optional ones alone may be None: a caller
-    reads the shapes of the others first, which is also where a nested tensor raises RuntimeError.
-    """
-    dtype, on_cpu = x.dtype, x.is_cpu
-    if dtype not in _FLOATING or x.layout is not torch.strided:
-        return False
-    for other in others:
-        if other is not None and (
-            (other.dtype is not dtype and other.dtype not in _FLOATING)
-            or other.layout is not torch.strided
-            or (not other.is_cpu if on_cpu else other.device != x.device)
-        ):
-            return False
-    return True
 
 
 def check_tensor(name: str, value: object, like: Tensor | None = None) -> None:
@@ -43,7 +22,7 @@ def check_tensor(name: str, value: object, like: Tensor | None = None) -> None:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
-    if value.dtype not in FLOATING:
+    if value.dtype not in DENSE:
         raise TypeError(f"{name}: expected dtype float64, float32, bfloat16 or float16; got {value.dtype}")
     # Nested tensors say that they are strided, and raise where they are asked for a shape.
     if value.is_nested:

@@ -15,8 +15,8 @@ from ._checks import (
     check_shape,
     check_tensor,
     fold_zero,
-    ordinary,
 )
+from .plain import ordinary
 
 Scale = float | Tensor
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..kernels.shared.wide import wide_product
-from ._autograd import apply, run_backward, transformed
+from ..runtime import registry
+from ._autograd import run_backward, transformed
 from .hadamard import _khatri_rao, _khatri_rao_backward, _weight, _weight_backward, hadamard_weight, khatri_rao
 from .low_rank import _linear, _linear_backward, low_rank_add, low_rank_linear
 
@@ -160,7 +161,7 @@ def hadamard_linear(
 def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, four: Factors) -> Tensor:
     if transformed():
         return low_rank_linear(x, weight, bias, *khatri_rao(*four, dtype=x.dtype), scale)
-    return apply(_LowRank, x, weight, bias, *four, float(scale))[0]
+    return registry.apply(_LowRank, x, weight, bias, *four, float(scale))[0]
 
 
 def _written_linear(x: Tensor, weight: Tensor, bias: Tensor | None, written: list) -> Tensor:
@@ -169,7 +170,7 @@ def _written_linear(x: Tensor, weight: Tensor, bias: Tensor | None, written: lis
             weight = hadamard_weight(weight, *four, scale)
         return linear(x, weight, bias)
     scales = tuple(float(scale) for scale, _ in written)
-    return apply(_Written, x, weight, bias, scales, *(factor for _, four in written for factor in four))
+    return registry.apply(_Written, x, weight, bias, scales, *(factor for _, four in written for factor in four))
 
 
 def add_hadamard(base: Tensor, x: Tensor, scale: float, four: Factors) -> Tensor:

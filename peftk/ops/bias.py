@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.shared.wide import HALF, wide
-from ._autograd import apply, transformed
+from ..runtime import registry
+from ._autograd import transformed
 
 
 def add_bias(result: Tensor, bias: Tensor, dim: int = -1) -> Tensor:
@@ -21,7 +22,7 @@ def add_bias(result: Tensor, bias: Tensor, dim: int = -1) -> Tensor:
     """
     if transformed() or result.dtype not in HALF:
         return result + _along(bias.to(result.dtype), dim)
-    return apply(_AddBias, result, bias, dim)
+    return registry.apply(_AddBias, result, bias, dim)
 
 
 def _along(bias: Tensor, dim: int) -> Tensor:

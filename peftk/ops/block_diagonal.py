@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..runtime import registry
 from ..runtime.timings import power_bucket
-from ._autograd import apply, run_backward
-from ._checks import autocast_input, cast, check_frozen, check_shape, check_tensor, ordinary
+from ._autograd import run_backward
+from ._checks import autocast_input, cast, check_frozen, check_shape, check_tensor
+from .plain import ordinary
 
 __all__ = ["block_rotate", "block_rotate_linear"]
 
@@ -66,8 +67,9 @@ def _block_dtype(x: Tensor, blocks: Tensor) -> Tensor:
 def _prepare_rotate(x: Tensor, blocks: Tensor, *, transpose: bool = False) -> tuple:
     if not _fits_rotation(x, blocks):
         _check_rotation(x, blocks)
-    x = autocast_input(x)
-    return x, _block_dtype(x, blocks), bool(transpose)
+    if torch._C._is_any_autocast_enabled():
+        x = autocast_input(x)
+    return x, blocks if blocks.dtype is x.dtype else _block_dtype(x, blocks), bool(transpose)
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> None:
@@ -83,8 +85,12 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor
 def _prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> tuple:
     if not _fits_linear(x, weight, bias, blocks):
         _check_linear(x, weight, bias, blocks)
-    x = autocast_input(x)
-    return x, cast(weight, x.dtype), cast(bias, x.dtype), _block_dtype(x, blocks)
+    if torch._C._is_any_autocast_enabled():
+        x = autocast_input(x)
+    dtype = x.dtype
+    weight = weight if weight.dtype is dtype else cast(weight, dtype)
+    bias = bias if bias is None or bias.dtype is dtype else cast(bias, dtype)
+    return x, weight, bias, blocks if blocks.dtype is dtype else _block_dtype(x, blocks)
 
 
 def _rotate_flops(x: torch.Size, blocks: torch.Size, *_args: object, **_kwargs: object) -> int:
@@ -252,7 +258,7 @@ def block_rotate(x: Tensor, blocks: Tensor, *, transpose: bool = False) -> Tenso
         >>> peftk.functional.block_rotate(torch.tensor([1.0, 0.0, 0.0, 2.0]), quarter_turn)
         tensor([ 0.,  1., -2.,  0.])
     """
-    return apply(BlockRotate, *_prepare_rotate(x, blocks, transpose=transpose))
+    return registry.apply(BlockRotate, *_prepare_rotate(x, blocks, transpose=transpose))
 
 
 def block_rotate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor:
@@ -286,4 +292,4 @@ def block_rotate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: 
         >>> torch.equal(y, torch.nn.functional.linear(x, weight))
         True
     """
-    return apply(BlockRotateLinear, *_prepare_linear(x, weight, bias, blocks))
+    return registry.apply(BlockRotateLinear, *_prepare_linear(x, weight, bias, blocks))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime import registry
 from ..runtime.timings import power_bucket
-from ._autograd import apply, run_backward
+from ._autograd import run_backward
 from ._checks import autocast_input, cast, check_tensor
 
 __all__ = ["butterfly_compose", "butterfly_multiply", "scale_channels"]
@@ -243,7 +243,7 @@ def butterfly_compose(factors: Tensor) -> Tensor:
                 [ 0., -1.,  0.,  0.],
                 [ 1.,  0.,  0.,  0.]])
     """
-    return apply(ButterflyCompose, *_prepare_compose(factors))
+    return registry.apply(ButterflyCompose, *_prepare_compose(factors))
 
 
 def butterfly_multiply(x: Tensor, factors: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def butterfly_multiply(x: Tensor, factors: Tensor) -> Tensor:
         >>> torch.allclose(peftk.functional.butterfly_multiply(x, factors), x @ dense, atol=1e-4)
         True
     """
-    return apply(ButterflyMultiply, *_prepare_multiply(x, factors))
+    return registry.apply(ButterflyMultiply, *_prepare_multiply(x, factors))
 
 
 def scale_channels(x: Tensor, scale: Tensor, bias: Tensor | None = None, *, dim: int = -1) -> Tensor:
@@ -308,4 +308,4 @@ def scale_channels(x: Tensor, scale: Tensor, bias: Tensor | None = None, *, dim:
         >>> peftk.functional.scale_channels(x, scale, bias)
         tensor([[5., 3.]])
     """
-    return apply(ScaleChannels, *_prepare_scale(x, scale, bias, dim=dim))
+    return registry.apply(ScaleChannels, *_prepare_scale(x, scale, bias, dim=dim))

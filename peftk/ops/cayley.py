@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime import registry
 from ..runtime.timings import power_bucket
-from ._autograd import apply, run_backward
+from ._autograd import run_backward
 from ._checks import check_tensor
 
 __all__ = ["cayley"]
@@ -32,14 +32,14 @@ def _prepare(skew: Tensor, block_size: int, *, neumann_terms: int | None = None)
         )
     if skew.dtype in (torch.float16, torch.bfloat16):
         skew = skew.float()
-    return skew, block_size, [] if neumann_terms is None else _polynomial(neumann_terms)
-
-
-def _polynomial(terms: int) -> list[float]:
-    """Return the coefficients that a number of Neumann terms means in Hugging Face PEFT, the constant first."""
-    if terms <= 2:
-        return [1.0, 2.0][:terms]
-    return [1.0, *[2.0] * (max(terms, 4) - 2), 1.0]
+    # The coefficients that a number of terms means in Hugging Face PEFT, the constant first.
+    if neumann_terms is None:
+        polynomial = []
+    elif neumann_terms <= 2:
+        polynomial = [1.0, 2.0][:neumann_terms]
+    else:
+        polynomial = [1.0, *[2.0] * (max(neumann_terms, 4) - 2), 1.0]
+    return skew, block_size, polynomial
 
 
 def _flops(skew: torch.Size, block_size: int, polynomial: list, *_args: object, **_kwargs: object) -> int:
@@ -131,4 +131,4 @@ def cayley(skew: Tensor, block_size: int, *, neumann_terms: int | None = None) -
         tensor([[[ 0., -1.],
                  [ 1.,  0.]]])
     """
-    return apply(Cayley, *_prepare(skew, block_size, neumann_terms=neumann_terms))
+    return registry.apply(Cayley, *_prepare(skew, block_size, neumann_terms=neumann_terms))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime import registry
 from ..runtime.timings import power_bucket
-from ._autograd import apply, run_backward
+from ._autograd import run_backward
 from ._circulant_arguments import Scale, prepare_add, prepare_conv, prepare_linear, prepare_weight
 
 __all__ = ["circulant_linear", "circulant_weight", "circular_conv", "circular_conv_add"]
@@ -256,7 +256,7 @@ def circular_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
         >>> peftk.functional.circular_conv(torch.tensor([1.0, 2.0, 3.0]), shift).round()
         tensor([2., 3., 1.])
     """
-    return apply(CircularConv, *prepare_conv(x, kernel, scale))
+    return registry.apply(CircularConv, *prepare_conv(x, kernel, scale))
 
 
 def circular_conv_add(base: Tensor, x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
@@ -288,7 +288,7 @@ def circular_conv_add(base: Tensor, x: Tensor, kernel: Tensor, scale: Scale = 1.
         >>> peftk.functional.circular_conv_add(torch.zeros(1, 2), x, kernel).round()
         tensor([[2., 2.]])
     """
-    return apply(CircularConvAdd, *prepare_add(base, x, kernel, scale))
+    return registry.apply(CircularConvAdd, *prepare_add(base, x, kernel, scale))
 
 
 def circulant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
@@ -323,7 +323,7 @@ def circulant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Ten
         >>> torch.equal(peftk.functional.circulant_linear(x, weight, None, kernel), x @ weight.T)
         True
     """
-    return apply(CirculantLinear, *prepare_linear(x, weight, bias, kernel, scale))
+    return registry.apply(CirculantLinear, *prepare_linear(x, weight, bias, kernel, scale))
 
 
 def circulant_weight(weight: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
@@ -356,4 +356,4 @@ def circulant_weight(weight: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tens
                 [3., 1., 2.],
                 [2., 3., 1.]])
     """
-    return apply(CirculantWeight, *prepare_weight(weight, kernel, scale))
+    return registry.apply(CirculantWeight, *prepare_weight(weight, kernel, scale))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from ..kernels.shared.wide import HALF, widened
-from ._autograd import apply, run_backward, transformed
+from ..runtime import registry
+from ._autograd import run_backward, transformed
 
 _NAME = "an adapted convolution"
 
@@ -59,7 +60,9 @@ def convolve_with(
     # A compiler decides itself what it keeps.
     if plain is not None and not transformed() and x.dim() == 4:
         x, padding = _padded(base, x)
-        return apply(_ConvolveWith, derive, (base.stride, padding, base.dilation, base.groups), x, *plain, *values)
+        return registry.apply(
+            _ConvolveWith, derive, (base.stride, padding, base.dilation, base.groups), x, *plain, *values
+        )
     return _called_with(base, derive(base.weight, *values), x, *args, **(kwargs or {}))
 
 
@@ -97,7 +100,9 @@ def convolution_beside(derive: Callable[..., Tensor], base: nn.Conv2d, x: Tensor
     if transformed() or autocast or x.dim() != 4 or x.dtype is not weight.dtype:
         return convolve(base, x, derive(weight, *values), None, base.groups)
     x, padding = _padded(base, x)
-    return apply(_ConvolveWith, derive, (base.stride, padding, base.dilation, base.groups), x, weight, None, *values)
+    return registry.apply(
+        _ConvolveWith, derive, (base.stride, padding, base.dilation, base.groups), x, weight, None, *values
+    )
 
 
 def convolve_frozen(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ def convolve_frozen(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     if transformed() or weight.requires_grad or x.dim() != 4:
         return convolve(base, x, weight, None, base.groups)
     x, padding = _padded(base, x)
-    return apply(_Frozen, (base.stride, padding, base.dilation, base.groups), x, weight)
+    return registry.apply(_Frozen, (base.stride, padding, base.dilation, base.groups), x, weight)
 
 
 def expand(base: Tensor, hidden: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
@@ -122,7 +127,7 @@ def expand(base: Tensor, hidden: Tensor, b: Tensor, scale: float, in_place: bool
         scale: The factor.
         in_place: Whether nobody else reads `base`.
     """
-    return apply(_Expand, base, hidden, b, scale, in_place and not torch._C._are_functorch_transforms_active())
+    return registry.apply(_Expand, base, hidden, b, scale, in_place and not torch._C._are_functorch_transforms_active())
 
 
 def channels_last(x: Tensor) -> bool:
@@ -248,7 +253,7 @@ def convolve_thin(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     geometry = base.stride, padding, base.dilation, 1
     if transformed():
         return tf.conv2d(x.float(), weight.float(), None, *geometry)
-    return apply(_Thin, geometry, x, weight)
+    return registry.apply(_Thin, geometry, x, weight)
 
 
 class _Expand(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.shared.wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
-from ._autograd import apply, run_backward
+from ._autograd import run_backward
 from ._checks import autocast_input, cast, check_scale, check_scale_tensor, check_shape, check_tensor, fold_zero
 from .low_rank import _check_add, _fits_add, _low_rank_flops, _rounded_factors, _rows, _wanted
 
@@ -246,4 +246,4 @@ def dora_compose(
         >>> peftk.functional.dora_compose(torch.ones(1, 2), x, a, b, gain, bias)
         tensor([[7., 4.]])
     """
-    return apply(DoraCompose, *_prepare_compose(base, x, a, b, gain, bias, scale))[0]
+    return registry.apply(DoraCompose, *_prepare_compose(base, x, a, b, gain, bias, scale))[0]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tf
 
+from ..runtime import registry
 from . import _seed
-from ._autograd import apply, run_backward
+from ._autograd import run_backward
 
 
 class _Dropped(torch.autograd.Function):
@@ -87,7 +88,7 @@ class Dropout:
 
     def dropped(self) -> Tensor:
         """Return x with elements dropped; what reads it must not save it."""
-        return apply(_Dropped, self._x, self._p, self._seed) if self._made is None else self._made
+        return registry.apply(_Dropped, self._x, self._p, self._seed) if self._made is None else self._made
 
     def product(self, product: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> Tensor:
         """Return ``product(dropped x, weight)``, of which x and the weight are saved; it is computed again backward.
@@ -103,4 +104,4 @@ class Dropout:
             self._made = self.dropped()
         if self._made is not None:
             return product(self._made, weight)
-        return apply(_Product, product, self._x, weight, self._p, self._seed)
+        return registry.apply(_Product, product, self._x, weight, self._p, self._seed)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..runtime import registry
 from ..runtime.timings import power_bucket
-from ._autograd import apply, run_backward
-from ._checks import FLOATING, check_scale, check_scale_tensor, check_tensor, ordinary
+from ._autograd import run_backward
+from ._checks import check_scale, check_scale_tensor, check_tensor
+from .plain import DENSE, ordinary
 
 __all__ = ["hadamard_weight", "khatri_rao"]
 
@@ -61,7 +62,7 @@ def _prepare_khatri_rao(
 ) -> tuple:
     if not _fits_factors(w1_a, w1_b, w2_a, w2_b):
         _check_factors(w1_a, w1_b, w2_a, w2_b)
-    if dtype is not None and dtype not in FLOATING:
+    if dtype is not None and dtype not in DENSE:
         raise TypeError(f"dtype: expected None, float64, float32, bfloat16 or float16; got {dtype!r}")
     factors = _one_dtype(w1_a, w1_b, w2_a, w2_b)
     return (*factors, factors[0].dtype if dtype is None else dtype)
@@ -235,7 +236,7 @@ def khatri_rao(
         >>> torch.allclose(b @ a, (w[0] @ w[1]) * (w[2] @ w[3]), atol=1e-5)
         True
     """
-    return apply(KhatriRao, *_prepare_khatri_rao(w1_a, w1_b, w2_a, w2_b, dtype=dtype))
+    return registry.apply(KhatriRao, *_prepare_khatri_rao(w1_a, w1_b, w2_a, w2_b, dtype=dtype))
 
 
 def hadamard_weight(
@@ -273,4 +274,4 @@ def hadamard_weight(
         tensor([[0.5000, 0.5000, 0.5000],
                 [0.5000, 0.5000, 0.5000]])
     """
-    return apply(HadamardWeight, *_prepare_weight(weight, w1_a, w1_b, w2_a, w2_b, scale))
+    return registry.apply(HadamardWeight, *_prepare_weight(weight, w1_a, w1_b, w2_a, w2_b, scale))

@@ -8,8 +8,9 @@ from torch import Tensor
 from ..kernels.shared.wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
-from ._autograd import apply, run_backward
-from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, ordinary
+from ._autograd import run_backward
+from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor
+from .plain import ordinary
 
 __all__ = ["kronecker_add", "kronecker_linear", "kronecker_weight"]
 
@@ -322,7 +323,7 @@ def kronecker_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float 
         >>> peftk.functional.kronecker_add(torch.zeros(1, 3), x, w1, w2, scale=0.5)
         tensor([[-2., -2., -2.]])
     """
-    return apply(KroneckerAdd, *_prepare_add(base, x, w1, w2, scale))
+    return registry.apply(KroneckerAdd, *_prepare_add(base, x, w1, w2, scale))
 
 
 def kronecker_linear(
@@ -359,7 +360,7 @@ def kronecker_linear(
         >>> torch.equal(peftk.functional.kronecker_linear(x, weight, None, w1, w2), x @ weight.T)
         True
     """
-    return apply(KroneckerLinear, *_prepare_linear(x, weight, bias, w1, w2, scale))
+    return registry.apply(KroneckerLinear, *_prepare_linear(x, weight, bias, w1, w2, scale))
 
 
 def kronecker_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> Tensor:
@@ -393,4 +394,4 @@ def kronecker_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0)
         tensor([[1., 0., 2., 0.],
                 [0., 1., 0., 2.]])
     """
-    return apply(KroneckerWeight, *_prepare_weight(weight, w1, w2, scale))
+    return registry.apply(KroneckerWeight, *_prepare_weight(weight, w1, w2, scale))

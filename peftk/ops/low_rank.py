@@ -9,7 +9,7 @@ from ..kernels.shared.wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
 from . import _seed
-from ._autograd import apply, run_backward
+from ._autograd import run_backward
 from ._checks import (
     LARGEST_SCALE,
     autocast_input,
@@ -20,8 +20,8 @@ from ._checks import (
     check_shape,
     check_tensor,
     fold_zero,
-    ordinary,
 )
+from .plain import ordinary
 
 __all__ = ["low_rank_add", "low_rank_linear"]
 
@@ -160,10 +160,12 @@ def _prepare_linear(
 ) -> tuple:
     if not _fits_linear(x, weight, bias, a, b):
         _check_linear(x, weight, bias, a, b)
-    gate, scale = _prepare_gate(x, a, scale, gate)
+    if gate is not None or type(scale) is not float or not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        gate, scale = _prepare_gate(x, a, scale, gate)
     if scale == 0.0:
         b, scale = fold_zero(b, scale)
-    x = autocast_input(x)
+    if torch._C._is_any_autocast_enabled():
+        x = autocast_input(x)
     dtype = x.dtype
     weight = weight if weight.dtype is dtype else cast(weight, dtype)
     bias = bias if bias is None or bias.dtype is dtype else cast(bias, dtype)
@@ -338,8 +340,11 @@ class LowRankLinear(torch.autograd.Function):
         needs = need_x, *needs, need_bias
         a, b = a.to(x.dtype), b.to(x.dtype)
         args = grad, x, hidden, weight, a, b, gate, ctx.scale, ctx.dropout_p, seed, *needs
-        dx, da, db, dgate, dbias = _wanted(run_backward("low_rank_linear", _linear_backward, *args), needs)
-        return dx, None, dbias, da, db, dgate, None, None, None
+        dx, da, db, dgate, dbias = run_backward("low_rank_linear", _linear_backward, *args)
+        return (
+            *(dx if need_x else None, None, dbias if need_bias else None, da if needs[1] else None),
+            *(db if needs[2] else None, dgate if needs[3] else None, None, None, None),
+        )
 
 
 def low_rank_add(
@@ -386,7 +391,7 @@ def low_rank_add(
         >>> peftk.functional.low_rank_add(torch.zeros(1, 4), x, a, b, scale=0.5)
         tensor([[3., 3., 3., 3.]])
     """
-    return apply(LowRankAdd, *_prepare_add(base, x, a, b, scale, gate=gate, dropout_p=dropout_p, seed=seed))[0]
+    return registry.apply(LowRankAdd, *_prepare_add(base, x, a, b, scale, gate=gate, dropout_p=dropout_p, seed=seed))[0]
 
 
 def low_rank_linear(
@@ -435,6 +440,6 @@ def low_rank_linear(
         >>> torch.equal(peftk.functional.low_rank_linear(x, weight, None, a, b), x @ weight.T)
         True
     """
-    return apply(
+    return registry.apply(
         LowRankLinear, *_prepare_linear(x, weight, bias, a, b, scale, gate=gate, dropout_p=dropout_p, seed=seed)
     )[0]

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import settings, timings
@@ -130,7 +131,8 @@ class Operator:
         Raises:
             RuntimeError: if a backend was named and cannot run it; the message lists every reason.
         """
-        asked = settings.backend()
+        # Every call walks through here, and finds no frame of Python that it can do without.
+        asked = settings.backend() if settings.choice.open else settings.backend_of_environment()
         if asked != "auto":
             if (reason := self.reason(asked, args)) is None:
                 return self.function(asked)
@@ -138,8 +140,9 @@ class Operator:
                 f"backend: expected one that can run {self.name}; got {asked!r}, which cannot: {reason}\n"
                 + str(self.explain(args))
             )
-        measured = timings.lookup(self.name, args, self.bucket)
-        # Every call walks through here: what `reason` and `function` do stands here once more, without their frames.
+        cells = timings.cells_of(self.name, args[0].device)
+        measured = None if cells is None else cells.get(timings.cell(args, self.bucket))
+        # What `reason` and `function` do.
         for backend in measured or (self.on_gpus if args[0].is_cuda else settings.BACKENDS):
             kernel = self._kernels.get(backend) or self.kernel(backend)
             if isinstance(kernel, str):
@@ -185,17 +188,6 @@ class Operator:
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, list, type(None), torch.dtype))
 
 
-def _plain(args: tuple) -> bool:
-    """Say whether no mode, transform, profiler or tensor subclass would see a call in the dispatcher."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd._profiler_enabled()
-        and not torch.is_grad_enabled()
-        and _PLAIN_TYPES.issuperset(map(type, args))
-    )
-
-
 def define(
     family: str,
     schema: str,
@@ -239,14 +231,36 @@ def define(
     _library.impl(name, refuse_autograd, "Autograd")
 
     def call(*args: Any) -> Any:
-        # The dispatcher costs 9 us a call from Python. It is skipped where nothing listens to it.
-        if not torch.compiler.is_compiling() and _plain(args):
-            if finish is not None or torch._C._is_any_autocast_enabled():
-                return operator(*args)
-            return operator.select(args)(*args)
-        return overload(*args)
+        # The dispatcher costs 9 us a call from Python. It is skipped where nothing listens to it: no compiler, mode,
+        # transform, profiler or tensor subclass.
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._are_functorch_transforms_active()
+            or torch.autograd._profiler_enabled()
+            or torch.is_grad_enabled()
+            or not _PLAIN_TYPES.issuperset(map(type, args))
+        ):
+            return overload(*args)
+        if finish is not None or torch._C._is_any_autocast_enabled():
+            return operator(*args)
+        return operator.select(args)(*args)
 
     return call
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call ``function.apply`` without the cost of binding default arguments, where nothing needs it.
+
+    ``Function.apply`` binds the signature of every setup_context Function anew, 40 us a call. Compilers and
+    function transforms get the ordinary call, which they recognise; everything else goes to the C++ base, or
+    straight to ``forward`` when nothing is recorded.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:

@@ -62,19 +62,19 @@ class Choice:
     def __init__(self, key: str) -> None:
         self._key = key
         # Those that an interruption kept from leaving are taken out when they are met.
-        self._open: set[_Block] = set()
+        self.open: set[_Block] = set()
         self._entered: ContextVar[tuple[_Block, ...]] = ContextVar(key, default=())
 
     def get(self) -> str | None:
         """Return the name that the innermost open block chose, or None outside of all."""
-        if not self._open:
+        if not self.open:
             return None
         for block in (*reversed(self._entered.get()), *reversed(self._handed_over()[1])):
             if block.is_open():
                 return block.name
-        for block in [*self._open]:
+        for block in [*self.open]:
             if not block.is_open():
-                self._open.discard(block)
+                self.open.discard(block)
         return None
 
     def _handed_over(self) -> tuple[int, tuple[_Block, ...]]:
@@ -105,16 +105,17 @@ class Choice:
 
     @contextlib.contextmanager
     def _holding(self, block: _Block) -> Iterator[None]:
-        self._open.add(block)
+        self.open.add(block)
         try:
             self._note(block)
             yield
         finally:
-            self._open.discard(block)
+            self.open.discard(block)
             self._note()
 
 
-_backend = Choice("peftk.backend")
+choice = Choice("peftk.backend")
+"""The backend that `use_backend` chooses."""
 
 
 def _check(name: str, source: str) -> str:
@@ -125,12 +126,12 @@ def _check(name: str, source: str) -> str:
 
 def backend() -> str:
     """Return the backend that is asked for: ``auto`` or the name of one."""
-    # Every operator asks. Where no block is open in the process, this test is all that it costs.
-    return (_backend.get() if _backend._open else None) or _backend_from_environment()
+    return choice.get() or backend_of_environment()
 
 
 @functools.cache
-def _backend_from_environment() -> str:
+def backend_of_environment() -> str:
+    """Return the backend that is asked for where no `use_backend` block is open."""
     return _check(os.environ.get("PEFTK_BACKEND") or "auto", "PEFTK_BACKEND")
 
 
@@ -160,7 +161,7 @@ def use_backend(name: str) -> Iterator[None]:
             "use_backend: expected to be called outside a compiled function (operators choose their backend "
             "when they run, so the choice made here would be lost); got a call under torch.compile"
         )
-    with _backend.named(_check(name, "use_backend")):
+    with choice.named(_check(name, "use_backend")):
         yield
 
 

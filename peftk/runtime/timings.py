@@ -85,14 +85,15 @@ def table(name: str) -> Table:
 
 
 @functools.cache
-def _cells(operator: str, device: torch.device) -> dict[tuple, dict[str, float]] | None:
+def cells_of(operator: str, device: torch.device) -> dict[tuple, dict[str, float]] | None:
+    """Return what was measured of an operator on a class of devices, by cell, or None if nothing was."""
     return table(device_class(device.type, device.index)).get(operator)
 
 
 def clear() -> None:
     """Forget the tables, so that the next look-up reads them again."""
     table.cache_clear()
-    _cells.cache_clear()
+    cells_of.cache_clear()
 
 
 def _ranked(times: dict[str, float]) -> dict[str, float]:
@@ -107,5 +108,5 @@ def _order(backend: str) -> int:
 
 def lookup(operator: str, args: tuple, bucket: Callable[..., tuple]) -> dict[str, float] | None:
     """Return the measured microseconds of each backend for a call, best first, or None if untuned."""
-    cells = _cells(operator, args[0].device)
+    cells = cells_of(operator, args[0].device)
     return None if cells is None else cells.get(cell(args, bucket))

@@ -243,7 +243,7 @@ def test_a_fault_at_any_line_of_a_choice_leaves_no_choice() -> None:
             chosen(model)
         assert settings.backend() == "auto"
     # What could not leave by itself is taken out when it is met.
-    assert not settings._backend._open
+    assert not settings.choice.open
 
 
 @pytest.mark.long

@@ -27,17 +27,18 @@ def made_up(able: tuple[str, ...], **settled: tuple[str, ...]) -> tuple[Operator
     ],
 )
 def test_an_operator_may_prefer_another_order_on_gpus(able, cpu, gpu, monkeypatch) -> None:
-    monkeypatch.setattr(timings, "lookup", lambda *_: None)
+    monkeypatch.setattr(timings, "cells_of", lambda *_: None)
     operator, functions = made_up(able, on_gpus=("triton", "native", "torch"))
     usual, usual_functions = made_up(able)
     for is_cuda, expected in ((False, cpu), (True, gpu)):
-        args = (SimpleNamespace(is_cuda=is_cuda),)
+        args = (SimpleNamespace(is_cuda=is_cuda, device=None),)
         assert operator.select(args) is functions[expected]
         assert operator.explain(args).chosen == expected
         assert usual.select(args) is usual_functions[cpu]
 
 
 def test_measured_times_decide_before_the_order(monkeypatch) -> None:
-    monkeypatch.setattr(timings, "lookup", lambda *_: {"native": 1.0, "triton": 2.0})
+    monkeypatch.setattr(timings, "cells_of", lambda *_: {"cell": {"native": 1.0, "triton": 2.0}})
+    monkeypatch.setattr(timings, "cell", lambda *_: "cell")
     operator, functions = made_up(("native", "triton", "torch"), on_gpus=("triton", "native", "torch"))
-    assert operator.select((SimpleNamespace(is_cuda=True),)) is functions["native"]
+    assert operator.select((SimpleNamespace(is_cuda=True, device=None),)) is functions["native"]

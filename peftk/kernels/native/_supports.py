@@ -44,10 +44,14 @@ def device_reason(t: Tensor) -> str | None:
     return f"the C++ kernels take CPU and CUDA tensors; got one on {t.device}"
 
 
+ACTIVATIONS = frozenset((torch.float32, torch.bfloat16))
+"""The dtypes of activations that C++ on the CPU reads."""
+
+
 def supports_activations(x: Tensor) -> str | None:
     """Return None if C++ on the CPU reads activations like x, else the reason why it does not."""
     if not x.is_cpu:
         return f"the C++ kernels take CPU tensors; got one on {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in ACTIVATIONS:
         return f"the C++ kernels take float32 and bfloat16; got {x.dtype}"
     return None

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..shared.block_diagonal import linear_backward
-from ._supports import device_reason, supports_activations
+from ._supports import ACTIVATIONS, device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _rotate = torch.ops.peftk_native.block_rotate.default
@@ -21,8 +21,15 @@ CUDA_SIZES = range(2, 17)
 """Block sizes of the CUDA kernels: above, matrix instructions are faster, and Triton has them."""
 
 
-def _reason(x: Tensor, blocks: Tensor) -> str | None:
+def _matrices(blocks: Tensor) -> Tensor:
+    return blocks.float().contiguous()
+
+
+def block_rotate_supports(x: Tensor, blocks: Tensor, *args: object) -> str | None:
+    """Return None, or why C++ cannot rotate x."""
     if not x.is_cuda:
+        if x.is_cpu and x.dtype in ACTIVATIONS and blocks.shape[-1] <= CPU_SIZE:
+            return None
         if blocks.shape[-1] > CPU_SIZE:
             return f"the C++ kernels take blocks of at most {CPU_SIZE}; got {blocks.shape[-1]}"
         return supports_activations(x)
@@ -33,22 +40,13 @@ def _reason(x: Tensor, blocks: Tensor) -> str | None:
     return device_reason(x)
 
 
-def _matrices(blocks: Tensor) -> Tensor:
-    if blocks.dtype is torch.float32 and blocks.is_contiguous():
-        return blocks
-    return blocks.float().contiguous()
-
-
-def block_rotate_supports(x: Tensor, blocks: Tensor, transpose: bool) -> str | None:
-    """Return None, or why C++ cannot rotate x."""
-    return _reason(x, blocks)
-
-
 def block_rotate(x: Tensor, blocks: Tensor, transpose: bool) -> Tensor:
     """See `peftk.functional.block_rotate`."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _rotate(x, _matrices(blocks), transpose, out)
+    if blocks.dtype is not torch.float32 or not blocks.is_contiguous():
+        blocks = _matrices(blocks)
+    _rotate(x, blocks, transpose, out)
     return out
 
 
@@ -61,7 +59,7 @@ def _backward(grad: Tensor, x: Tensor, blocks: Tensor, transpose: bool, dx: Tens
 
 def block_rotate_backward_supports(grad: Tensor, x: Tensor, blocks: Tensor, *args: object) -> str | None:
     """Return None, or why C++ cannot run the backward pass."""
-    return _reason(grad, blocks)
+    return block_rotate_supports(grad, blocks)
 
 
 def block_rotate_backward(
@@ -74,7 +72,7 @@ def block_rotate_backward(
 
 def block_rotate_linear_supports(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> str | None:
     """Return None, or why C++ cannot rotate x."""
-    return _reason(x, blocks)
+    return block_rotate_supports(x, blocks)
 
 
 def block_rotate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ def block_rotate_linear_backward_supports(
     grad: Tensor, x: Tensor, weight: Tensor, blocks: Tensor, *args: object
 ) -> str | None:
     """Return None, or why C++ cannot run the backward pass."""
-    return _reason(grad, blocks)
+    return block_rotate_supports(grad, blocks)
 
 
 def _linear_backward(

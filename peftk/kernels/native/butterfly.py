@@ -10,8 +10,7 @@ from torch import Tensor
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..shared.butterfly import multiply, multiply_backward, passes
 from ._supports import device_reason, supports_activations
-from .block_diagonal import _reason as _rotation_reason
-from .block_diagonal import block_rotate, block_rotate_backward
+from .block_diagonal import block_rotate, block_rotate_backward, block_rotate_supports
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _compose = torch.ops.peftk_native.butterfly_compose.default
@@ -63,7 +62,9 @@ def _multiply_supports(x: Tensor, factors: Tensor) -> str | None:
     size = factors.shape[-1]
     for first, last in passes(size, len(factors)):
         group = size << (last - first - 1)
-        if reason := _supports(factors, last - first) or _rotation_reason(x, SimpleNamespace(shape=(1, group, group))):
+        if reason := _supports(factors, last - first) or block_rotate_supports(
+            x, SimpleNamespace(shape=(1, group, group))
+        ):
             return reason
     return None
 

@@ -28,6 +28,8 @@ def _supports(skew: Tensor, block_size: int, polynomial: list[float]) -> str | N
 
 def cayley_supports(skew: Tensor, block_size: int, polynomial: list[float]) -> str | None:
     """Return None, or why C++ cannot transform these blocks."""
+    if skew.is_cpu and skew.dtype is torch.float32 and block_size <= EXACT_SIZE:
+        return None
     return _supports(skew, block_size, polynomial)
 
 
@@ -40,6 +42,8 @@ def cayley(skew: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
 
 def cayley_backward_supports(grad: Tensor, skew: Tensor, blocks: Tensor, polynomial: list[float]) -> str | None:
     """Return None, or why C++ cannot run the backward pass."""
+    if skew.is_cpu and skew.dtype is torch.float32 and blocks.shape[-1] <= EXACT_SIZE:
+        return None
     return _supports(skew, blocks.shape[-1], polynomial)
 
 

@@ -37,10 +37,8 @@ def _like(rows: Tensor, x: Tensor) -> Tensor:
     return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
 
 
-def _dropped_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+def _dropped_rows(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     rows = _as_rows(x)
-    if seed is None:
-        return rows
     return _dropout_(rows.contiguous(), dropout_p, seed, rows.new_empty(rows.shape))
 
 
@@ -63,9 +61,7 @@ def _thin(rows: Tensor, rank: int) -> bool:
     return rows.dtype is torch.float32 and rank <= _THIN_RANK and rows.shape[0] >= _THIN_ROWS
 
 
-def _gate_rows(gate: Tensor | None) -> Tensor | None:
-    if gate is None:
-        return None
+def _gate_rows(gate: Tensor) -> Tensor:
     return (gate if gate.dim() == 1 else _as_rows(gate)).contiguous()
 
 
@@ -89,14 +85,19 @@ def _expand_(
     seed: Tensor | None,
 ) -> Tensor:
     """Add the low-rank product onto a contiguous buffer that nobody else holds; return the rank-sized product."""
-    rows, sums = _dropped_rows(x, dropout_p, seed), _as_rows(out)
+    flat = x.dim() == 2
+    rows = x if flat else _as_rows(x)
+    sums = out if flat else _as_rows(out)
+    if seed is not None:
+        rows = _dropped_rows(rows, dropout_p, seed)
     if _thin(rows, a.shape[0]):
         hidden = rows.new_empty(rows.shape[0], a.shape[0])
-        _fused(rows.contiguous(), a.contiguous(), b.contiguous(), _gate_rows(gate), scale, sums, hidden)
+        gate = None if gate is None else _gate_rows(gate)
+        _fused(rows.contiguous(), a.contiguous(), b.contiguous(), gate, scale, sums, hidden)
     else:
         hidden = linear(rows, a)
-        sums.addmm_(_gated(hidden, gate), b.mT, alpha=scale)
-    return _like(hidden, x)
+        sums.addmm_(hidden if gate is None else _gated(hidden, gate), b.mT, alpha=scale)
+    return hidden if flat else _like(hidden, x)
 
 
 def low_rank_add_supports(
@@ -129,14 +130,14 @@ def low_rank_add(
     if _thin(_as_rows(x), a.shape[0]):
         out = base.clone(memory_format=torch.contiguous_format)
         return out, _expand_(out, x, a, b, gate, scale, dropout_p, seed)
-    hidden = linear(_dropped_rows(x, dropout_p, seed), a)
+    hidden = linear(_as_rows(x) if seed is None else _dropped_rows(x, dropout_p, seed), a)
     rows = torch.addmm(_as_rows(base), _gated(hidden, gate), b.mT, alpha=scale)
     return _like(rows, base), _like(hidden, x)
 
 
 def low_rank_linear_supports(x: Tensor, *args: object) -> str | None:
     """Return None, or why the call cannot run in place."""
-    return _reason(x, args[-1])
+    return None if x.is_cpu and args[-1] is None else _reason(x, args[-1])
 
 
 def low_rank_linear(
@@ -172,7 +173,9 @@ def _gradients(
     need_b: bool,
     need_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, hidden, dropped = _as_rows(grad), _as_rows(hidden), _as_rows(x)
+    rows, dropped = grad, x
+    if grad.dim() != 2:
+        rows, hidden, dropped = _as_rows(grad), _as_rows(hidden), _as_rows(x)
     if need_a and seed is not None:
         dropped = _dropped_rows(x, dropout_p, seed)
     thin = _thin(rows, a.shape[0])
@@ -188,8 +191,8 @@ def _gradients(
         da, db = a.new_empty(a.shape) if need_a else da, b.new_empty(b.shape) if need_b else db
         dgate = gate.new_empty(gate.shape) if need_gate else dgate
         _fused_backward(
-            *(rows.contiguous(), dropped.contiguous(), hidden, a.contiguous(), b.contiguous(), _gate_rows(gate)),
-            *(scale, dx, da, db, dgate),
+            *(rows.contiguous(), dropped.contiguous(), hidden, a.contiguous(), b.contiguous()),
+            *(None if gate is None else _gate_rows(gate), scale, dx, da, db, dgate),
         )
     else:
         # Sums over tokens, and what they are sums of, are never rounded to half precision.
@@ -210,7 +213,7 @@ def _gradients(
             _dropout_(dx, dropout_p, seed, dx)
         if weight is not None and not onto_product:
             dx.addmm_(rows, weight)
-        dx = _like(dx, x)
+        dx = dx if x.dim() == 2 else _like(dx, x)
     return dx, da, db, dgate
 
 
@@ -230,7 +233,7 @@ def low_rank_linear_backward_supports(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *args: object
 ) -> str | None:
     """Return None, or why the backward pass cannot run in place."""
-    return _reason(x, args[5])
+    return None if x.is_cpu and args[5] is None else _reason(x, args[5])
 
 
 def low_rank_linear_backward(

@@ -144,6 +144,8 @@ class AdapterLayer(Mergeable, Scalable):
         self.kind: str = kind_of(base_layer)
         self.module_name = ""
         self.in_features, self.out_features = features_of(base_layer)
+        # The adapter of every sample, while a batch that mixes adapters runs.
+        self.batch_adapters: Sequence[str] | None = None
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
@@ -217,20 +219,27 @@ class AdapterLayer(Mergeable, Scalable):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer with the active adapters; extra arguments go to the base layer."""
-        if self._switched and not torch.compiler.is_compiling():
+        # Straight from the dictionary: a look-up that goes through nn.Module runs Python of its own.
+        own = self.__dict__
+        if own["_switched"] and not torch.compiler.is_compiling():
             note_rerun()
-        if self.disable_adapters or self.merged_adapters:
+        if own["batch_adapters"] is not None or "adapter_names" in kwargs:
+            return self._mixed(x, args, kwargs)
+        if own["disable_adapters"] or own["merged_adapters"]:
             return self.base_layer(x, *args, **kwargs)
-        # Straight from the dictionary: every look-up through nn.Module runs Python of its own.
-        attached = self.__dict__[self.other_param_names[0]]
-        names = self.active_adapters
+        attached = own[self.other_param_names[0]]
+        names = own["active_adapters"]
         if len(names) != 1 or names[0] not in attached:
             names = [name for name in names if name in attached]
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if "forward" in self._modules["base_layer"].__dict__:
+        if own["_strengths"] or "forward" in own["_modules"]["base_layer"].__dict__:
             return self._onloaded(self._chosen, x, names, args, kwargs)
-        return self._chosen(x, names, args, kwargs)
+        return self._adapted(x, names, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Return the output for a batch whose samples have adapters of their own."""
+        raise ValueError("adapter_names: only LoRA adapters can be mixed in a batch")
 
     def _chosen(self, x: Tensor, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if self.__dict__["_strengths"]:

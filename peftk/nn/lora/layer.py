@@ -24,17 +24,17 @@ BASE = "__base__"
 
 
 class LoRALayer(AdapterLayer):
-    """A layer with LoRA adapters, each of them plain or DoRA; a subclass is a kind of base layer."""
+    """A layer with LoRA adapters, each of them plain or DoRA; a subclass is a kind of base layer.
+
+    ``layer(x, adapter_names=names)`` runs a batch whose samples have adapters of their own: one name for each sample,
+    "__base__" for none, instead of the active ones. It raises ValueError if their number is not the batch size, if the
+    layer is merged or in training mode, or if one of them is a DoRA adapter.
+    """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_magnitude_vector")
     file_names = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}  # noqa: RUF012 - a ClassVar of the base
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora")
     config_class = LoraConfig
-
-    def _wrap(self, base_layer: nn.Module) -> None:
-        super()._wrap(base_layer)
-        # The adapter of every sample, while a batch that mixes adapters runs.
-        self.batch_adapters: Sequence[str] | None = None
 
     @classmethod
     def make(
@@ -193,22 +193,14 @@ class LoRALayer(AdapterLayer):
 
     # -- batches that mix adapters ----------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """Run the base layer with the active adapters.
-
-        Args:
-            x: The input of the base layer.
-            *args: Further arguments of the base layer.
-            adapter_names: The adapter of every sample of the batch, "__base__" for none; instead of the active ones.
-            **kwargs: Keyword arguments of the base layer.
-
-        Raises:
-            ValueError: With `adapter_names`: their number is not the batch size, the layer is merged or in training
-                mode, or one of them is a DoRA adapter.
-        """
-        names = self.batch_adapters if adapter_names is None else adapter_names
-        if names is None or self.disable_adapters:
-            return super().forward(x, *args, **kwargs)
+    def _mixed(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        kwargs = dict(kwargs)
+        names = kwargs.pop("adapter_names", None)
+        names = self.batch_adapters if names is None else names
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if names is None:
+            return self(x, *args, **kwargs)
         names = names.of(len(x)) if hasattr(names, "of") else names
         self._check_mixed(x, names)
         found = [name for name in dict.fromkeys(names) if name in self.r]

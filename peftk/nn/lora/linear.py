@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ...methods import lora
-from ...methods._base_layer import features_of, opaque_weight
+from ...methods._base_layer import features_of, observed, opaque_weight
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter
 from ..base.kinds import settle_fan_in_fan_out
@@ -80,9 +81,13 @@ class LoRALinear(LoRALayer):
         return LowRank(a, second.weight, scale, None, None if bias is None else bias * scale, p, magnitude)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if self._listened_to(names):
+        name = names[0]
+        alone = len(names) == 1 and not self.use_dora[name]
+        heard = _global_forward_hooks or _global_forward_pre_hooks or not alone
+        heard = heard or observed(nn.Linear, self.lora_A._modules[name], self.lora_B._modules[name])
+        if heard and self._listened_to(names):
             return self._called(x, names, args, kwargs)
-        adapters = [self.low_rank(names[0])] if len(names) == 1 else [self.low_rank(name) for name in names]
+        adapters = [self.low_rank(name)] if alone else [self.low_rank(name) for name in names]
         return lora.linear(self._modules["base_layer"], x, adapters, args, kwargs)
 
     def _with_mixed(
