@@ -21,11 +21,8 @@ from .plain import PLAIN
 
 Results = Tensor | tuple[Tensor, ...]
 
-# The naive formulas of the tests, except for one that goes entry by entry, which takes minutes at full size.
-FORMULAS: dict[str, Callable[..., Tensor]] = {
-    **{case.operator: case.formula for case in all_cases()},
-    "cayley": lambda skew, block_size, neumann_terms=None: truth.cayley(skew, block_size, neumann_terms == 5),
-}
+# The naive formulas of the tests.
+FORMULAS: dict[str, Callable[..., Tensor]] = {case.operator: case.formula for case in all_cases()}
 
 # Of a frozen layer.
 FROZEN = ("weight", "bias")

@@ -15,77 +15,55 @@ from torch import Tensor
 import peftk
 from peftk.runtime import registry, settings
 from peftk.testing.calls import KINDS, Call, operators
+from peftk.testing.cases.cayley import transform
 from peftk.testing.compare import LIMITS, error
 
-from . import plain, truth
+from . import truth
 from .arms import Arm, environment
 from .gpu_timing import inspect, time_arms
 from .methods import Cell, available
 from .peers import Bench, why_no_compiler
+from .plain import PLAIN
 
 BF16, F32 = torch.bfloat16, torch.float32
 TOKENS, FEATURES, RANK = 8192, 4096, 16
 OUTS = (4096, 11008, 14336)
-METHODS = (
-    ("lora", 16),
-    ("oft-neumann", 32),
-    ("oft-exact", 32),
-    ("lora", 64),
-    ("oft-neumann", 64),
-    ("oft-neumann", 256),
-    ("oft-exact", 64),
-    ("oft-exact", 256),
-)
-# The other methods of the table of targets, and AdaLoRA, whose product is LoRA's.
-RELATIVES = (("dora", 16), ("loha", 8), ("lokr", 8), ("boft", 4), ("c3a", 128), ("adalora", 12))
-# The operators of those methods, at the sizes of the table.
-RELATIVE_CALLS = {
-    "butterfly_compose": 4,
-    "circular_conv_add": 128,
-    "circulant_weight": 128,
-    "dora_compose": 16,
-    "dora_norm": 16,
-    "khatri_rao": 8,
-    "hadamard_weight": 8,
-    "kronecker_add": 8,
-    "kronecker_weight": 8,
-    # It has no size of its own.
-    "scale_channels": 4,
-}
 Info = dict[str, Any]
+
+
+def _headline() -> list[tuple[str, int]]:
+    """Return the methods of the first table, each with its sizes: all of them at their first one, then at the next."""
+    methods = [method for method in available().values() if method.headline]
+    most = max(len(method.gpu_sizes) for method in methods)
+    return [(m.name, m.gpu_sizes[i]) for i in range(most) for m in methods if i < len(m.gpu_sizes)]
 
 
 def layer_cells(out: int) -> list[Cell]:
     """Return the layers of one width; the square ones with float32 adapters too, which are the default of the field."""
     width = 0 if out == FEATURES else out
-    cells = [Cell(method, size, FEATURES, TOKENS, BF16, BF16, width) for method, size in METHODS]
+    sizes = _headline()
+    cells = [Cell(method, size, FEATURES, TOKENS, BF16, BF16, width) for method, size in sizes]
     if not width:
-        cells[2:2] = [Cell(method, size, FEATURES, TOKENS, BF16, F32) for method, size in METHODS[:2]]
+        cells[2:2] = [Cell(method, size, FEATURES, TOKENS, BF16, F32) for method, size in sizes[:2]]
     return cells
 
 
 def relative_cells() -> list[Cell]:
-    """Return the square layers of the other methods that peftk has."""
-    return [Cell(method, size, FEATURES, TOKENS, BF16, BF16) for method, size in RELATIVES if method in available()]
+    """Return the square layers of the other methods."""
+    others = (method for method in available().values() if not method.headline)
+    return [Cell(m.name, size, FEATURES, TOKENS, BF16, BF16) for m in others for size in m.gpu_sizes]
 
 
 def kernel_calls() -> list[Call]:
     """Return the raw operators at the sizes of the table."""
     found = []
-    for suffix in ("", "_backward"):
-        for size in (32, 64, 256):
-            for variant in ("neumann", "exact"):
-                found.append(Call(f"cayley{suffix}", 0, FEATURES, FEATURES, size, F32, variant))
-            found.append(Call(f"block_rotate{suffix}", TOKENS, FEATURES, FEATURES, size, BF16))
-        # C++ takes small blocks.
-        found.append(Call(f"block_rotate{suffix}", TOKENS, FEATURES, FEATURES, 8, BF16))
-        for rank in (16, 64):
-            found.append(Call(f"low_rank_add{suffix}", TOKENS, FEATURES, FEATURES, rank, BF16))
-        for name, size in RELATIVE_CALLS.items():
-            if name in KINDS and f"{name}{suffix}" in operators(name):
-                dtype = BF16 if BF16 in KINDS[name].dtypes else F32
-                tokens = TOKENS if KINDS[name].tokens else 0
-                found.append(Call(f"{name}{suffix}", tokens, FEATURES, FEATURES, size, dtype))
+    for name, kind in KINDS.items():
+        dtype = BF16 if BF16 in kind.dtypes else F32
+        tokens = TOKENS if kind.tokens else 0
+        for operator in operators(name):
+            for size in kind.gpu_sizes:
+                for variant in kind.variants if len(kind.variants) > 1 else ("",):
+                    found.append(Call(operator, tokens, FEATURES, FEATURES, size, dtype, variant))
     return found
 
 
@@ -212,8 +190,9 @@ def cayley(size: int, neumann: bool, device: str, seconds: float, features: int 
     count, triangle = features // size, size * (size - 1) // 2
     values = 0.3 / size * torch.randn(count, triangle, generator=generator, device=device)
     grad = torch.randn(count, size, size, generator=generator, device=device)
-    exact = truth.differentiate(lambda packed: truth.cayley(packed, size, neumann), {"packed": values}, grad)
     terms = 5 if neumann else None
+    exact = truth.differentiate(lambda packed: transform(packed, size, terms), {"packed": values}, grad)
+    plain = PLAIN["cayley"]
 
     def arm(name: str, forward: Callable[[Tensor], Tensor], note: str, backend: str | None = None) -> Arm:
         leaf = values.clone().requires_grad_()
@@ -240,12 +219,12 @@ def cayley(size: int, neumann: bool, device: str, seconds: float, features: int 
 
     arms = [(arm("peftk", ours, "the backends are named in the row"), None)]
     arms += [(arm(f"peftk-{b}", ours, f"backend {b!r} named", b), b) for b in settings.BACKENDS]
-    arms.append((arm("eager", lambda packed: plain.cayley(packed, size, terms), "plain PyTorch"), None))
+    arms.append((arm("eager", lambda packed: plain(packed, size, terms), "plain PyTorch"), None))
     if reason := why_no_compiler(device):
         arms.append((Arm("compile", skip=reason), None))
     else:
         torch._dynamo.reset()
-        graph = torch.compile(lambda packed: plain.cayley(packed, size, terms), fullgraph=True, dynamic=False)
+        graph = torch.compile(lambda packed: plain(packed, size, terms), fullgraph=True, dynamic=False)
         arms.append((arm("compile", graph, "plain PyTorch, torch.compile (inductor)"), None))
     try:
         from peft.tuners.oft.layer import OFTRotationModule

@@ -1,24 +1,18 @@
-"""What the benchmark of the layers knows about each method; a method is written down in one class."""
+"""What the benchmark of the layers knows about each method; the file of its name says it, in `METHODS`."""
 
 from __future__ import annotations
 
-from ._method import SCALE, Cell, Method, Values
-from .additive import C3A, AdaLora, Dora, LoHa, LoKr, Lora
-from .rotations import Boft, Oft
+import importlib
+import pkgutil
 
+from ._method import SCALE, Cell, Method, Values
+
+_FILES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
 METHODS: dict[str, Method] = {
+    # LoRA is what the others are compared with.
     method.name: method
-    for method in (
-        Lora(),
-        Dora(),
-        AdaLora(),
-        LoHa(),
-        LoKr(),
-        C3A(),
-        Oft(neumann=False),
-        Oft(neumann=True),
-        Boft(),
-    )
+    for file in sorted(_FILES, key=lambda file: not file.__name__.endswith(".lora"))
+    for method in getattr(file, "METHODS", ())
 }
 """Every method by its name, in the order of the report."""
 

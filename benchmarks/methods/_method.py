@@ -82,6 +82,8 @@ class Method:
         parameters: the name of each value in the formulas to the path of the parameter in a layer, the same in both.
         no_lycoris: why LyCORIS has no such layer, if it has none.
         size: the size in the tables of the CPU.
+        gpu_sizes: those in the tables of GPUs, that of the first row first.
+        headline: whether it stands in the first table of GPUs, at every width, and not in that of the others.
     """
 
     name: ClassVar[str]
@@ -91,6 +93,8 @@ class Method:
     parameters: ClassVar[dict[str, str]]
     no_lycoris: str | None = None
     size: ClassVar[int] = 16
+    gpu_sizes: ClassVar[tuple[int, ...]]
+    headline: ClassVar[bool] = False
 
     def size_for(self, features: int) -> int:
         """Return the size of a cell with so many features."""

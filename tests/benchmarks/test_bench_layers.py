@@ -21,7 +21,7 @@ FEATURES = 64
 
 
 def bench_of(method: str, dtypes: str = "f32", out: int = 0, tokens: int = 24) -> Bench:
-    size = 8 if method.startswith("oft") else METHODS[method].size_for(FEATURES)
+    size = METHODS[method].size_for(FEATURES)
     return Bench(Cell(method, size, FEATURES, tokens, *DTYPES[dtypes], out))
 
 

@@ -9,12 +9,12 @@ import peft
 import pytest
 import torch
 from support.layer_cases import I, make, reference
-from support.layer_cases.c3a import circulant
 from support.parity_cases import MLP
 from torch import nn
 
 from peftk import PeftModel, get_peft_model
 from peftk.nn import C3AConfig, C3AConv2d, C3ALinear
+from peftk.testing.cases import circulant
 from peftk.testing.compare import assert_close, error
 
 
@@ -44,7 +44,7 @@ def test_the_gradient_in_the_input_is_right_and_that_of_peft_is_not(size):
         y = layer(leaf)
         y.backward(grad)
         found.append((y.detach(), leaf.grad, layer.c3a_kernel["default"].grad))
-    dense = circulant(ours.c3a_kernel["default"].detach()) / 12
+    dense = circulant.dense(ours.c3a_kernel["default"].detach().double()) / 12
     truth = grad.double() @ dense
     assert_close(found[0][0], x.double() @ dense.T + ours.bias.double(), torch.float32)
     assert_close(found[0][1], truth, torch.float32)
@@ -73,7 +73,7 @@ def test_several_adapters_are_summed_over_the_input_of_the_layer():
     theirs = model.base_model.model[0]
     theirs.set_adapter(names[:2])
     expected = theirs.base_layer(x).double() + sum(
-        x.double() @ circulant(theirs.c3a_kernel[name].detach()).T / I for name in names[:2]
+        x.double() @ circulant.dense(theirs.c3a_kernel[name].detach().double()).T / I for name in names[:2]
     )
     assert error(theirs(x), expected).norm > 1e-2
 
@@ -148,7 +148,7 @@ def test_a_young_adapter_is_not_lost_in_a_half_precision_weight(conv):
     x = torch.cat([half, -half], 1).bfloat16()
     x = x[..., None, None] if conv else x
     # A constant weight makes nothing of such an input: all that comes out is the adapter's.
-    delta = x.flatten(1).double() @ circulant(layer.c3a_kernel["default"].detach()).T / 64
+    delta = x.flatten(1).double() @ circulant.dense(layer.c3a_kernel["default"].detach().double()).T / 64
     assert_close(layer(x).flatten(1), delta, torch.bfloat16)
     layer.merge()
     assert bool((base.weight == 8.0).all()), "all of it is below the rounding of the weight"

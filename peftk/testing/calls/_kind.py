@@ -61,6 +61,7 @@ class Kind:
         sums: the dtype of the results of half-precision calls: that of the "activations"; of the
             "parameters", which are all there is and computed with in float32; or "float32".
         timed: what the benchmarks time.
+        gpu_sizes: its sizes in the table of GPUs, on square layers; none of an operator that is made of others there.
         square: whether it has no out_features of its own, so that each in_features is swept once.
         tokens: whether it reads activations; parameters and weights have no tokens.
         dtypes: what it is timed in.
@@ -76,6 +77,7 @@ class Kind:
     threads: Literal["equal bits", "torch's products"] = field(kw_only=True)
     sums: Literal["activations", "parameters", "float32"] = field(kw_only=True)
     timed: Timed = field(kw_only=True)
+    gpu_sizes: tuple[int, ...] = field(kw_only=True)
     square: bool = False
     tokens: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)

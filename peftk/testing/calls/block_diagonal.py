@@ -45,6 +45,7 @@ KINDS = {
         threads="equal bits",
         sums="activations",
         timed=Timed.at(32, 8, 256, dtypes=(torch.float32, torch.bfloat16)),
+        gpu_sizes=(8, 32, 64, 256),
     ),
     "block_rotate_linear": Kind(
         _rotate_linear,
@@ -55,5 +56,6 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed.at(32),
+        gpu_sizes=(),
     ),
 }

@@ -58,6 +58,7 @@ KINDS = {
         threads="equal bits",
         sums="parameters",
         timed=Timed.at(4),
+        gpu_sizes=(4,),
     ),
     "butterfly_multiply": Kind(
         _multiply,
@@ -70,6 +71,7 @@ KINDS = {
         threads="equal bits",
         sums="activations",
         timed=Timed.at(4),
+        gpu_sizes=(),
     ),
     # It has no size of its own: one is swept.
     "scale_channels": Kind(
@@ -82,5 +84,6 @@ KINDS = {
         threads="equal bits",
         sums="activations",
         timed=Timed.at(4),
+        gpu_sizes=(4,),
     ),
 }

@@ -43,5 +43,6 @@ KINDS = {
         threads="equal bits",
         sums="parameters",
         timed=Timed.at(32, 256),
+        gpu_sizes=(32, 64, 256),
     )
 }

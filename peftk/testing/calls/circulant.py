@@ -48,6 +48,7 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed(lambda width: (32,), widths=(1024,)),
+        gpu_sizes=(),
     ),
     "circular_conv_add": Kind(
         _conv,
@@ -58,6 +59,7 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed(lambda width: (width // 8, 32)),
+        gpu_sizes=(128,),
     ),
     "circulant_linear": Kind(
         _linear,
@@ -68,6 +70,7 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed(lambda width: (width // 8,)),
+        gpu_sizes=(),
     ),
     "circulant_weight": Kind(
         _weight,
@@ -79,5 +82,6 @@ KINDS = {
         threads="equal bits",
         sums="activations",
         timed=Timed(lambda width: (width // 8, 32)),
+        gpu_sizes=(128,),
     ),
 }

@@ -37,6 +37,7 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed.at(16),
+        gpu_sizes=(16,),
     ),
     "dora_norm": Kind(
         _norm,
@@ -48,5 +49,6 @@ KINDS = {
         threads="equal bits",
         sums="float32",
         timed=Timed.at(16),
+        gpu_sizes=(16,),
     ),
 }

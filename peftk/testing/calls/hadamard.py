@@ -46,6 +46,7 @@ KINDS = {
         threads="equal bits",
         sums="activations",
         timed=Timed.at(8),
+        gpu_sizes=(8,),
     ),
     "hadamard_weight": Kind(
         _weight,
@@ -56,5 +57,6 @@ KINDS = {
         threads="equal bits",
         sums="activations",
         timed=Timed.at(8),
+        gpu_sizes=(8,),
     ),
 }

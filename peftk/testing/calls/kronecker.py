@@ -54,6 +54,7 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed.at(8),
+        gpu_sizes=(8,),
     ),
     "kronecker_linear": Kind(
         _linear,
@@ -64,6 +65,7 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed.at(8),
+        gpu_sizes=(),
     ),
     "kronecker_weight": Kind(
         _weight,
@@ -75,5 +77,6 @@ KINDS = {
         threads="equal bits",
         sums="activations",
         timed=Timed.at(8),
+        gpu_sizes=(8,),
     ),
 }

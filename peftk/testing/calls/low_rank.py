@@ -37,6 +37,7 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed.at(16),
+        gpu_sizes=(16, 64),
     ),
     "low_rank_linear": Kind(
         _arguments,
@@ -46,5 +47,6 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed(lambda width: (16, 64) if width == 1024 else (16,)),
+        gpu_sizes=(),
     ),
 }

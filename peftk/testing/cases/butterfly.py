@@ -24,7 +24,7 @@ def stages(factors: Tensor) -> list[Tensor]:
     """Return every stage as a dense matrix, the first stage first."""
     dense = []
     for stage, blocks in enumerate(factors):
-        order = permutation(blocks.shape[0] * blocks.shape[1], blocks.shape[1], stage)
+        order = permutation(blocks.shape[0] * blocks.shape[1], blocks.shape[1], stage).to(factors.device)
         dense.append(torch.block_diag(*blocks).index_select(0, order).index_select(1, order))
     return dense
 

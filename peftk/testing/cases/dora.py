@@ -13,6 +13,13 @@ def norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> T
     return (weight + scale * (b @ a)).square().sum(1).sqrt()
 
 
+def decomposed(weight: Tensor, magnitude: Tensor, detached: bool = True) -> Tensor:
+    """Give the rows of an adapted weight, (out, ...), these norms; `detached`: no gradient goes through its own."""
+    rows = weight.flatten(1)
+    norms = (rows.detach() if detached else rows).square().sum(1).sqrt()
+    return ((magnitude.flatten() / norms)[:, None] * rows).view(weight.shape)
+
+
 def compose(
     base: Tensor,
     x: Tensor,

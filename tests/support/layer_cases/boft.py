@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import BOFTConfig
+from peftk.testing.cases import butterfly, cayley
 from support.layer_cases import Case, Toy
 
 FIRST_NEXT_TO_WEIGHT = True
@@ -64,20 +65,9 @@ def dense(layer, name, weight, bias):
 
 
 def rotation(square):
-    """The dense matrix R, with permutations as matrices."""
-    count, size = square.shape[1:3]
-    eye, features = torch.eye(size, dtype=torch.float64), count * size
-    product = torch.eye(features, dtype=torch.float64)
-    for stage, matrices in enumerate(square):
-        skews = [(q - q.T) / 2 for q in matrices]
-        factor = torch.block_diag(*((eye - s) @ torch.linalg.inv(eye + s) for s in skews))
-        if stage:
-            half, order = size // 2, []
-            for start in range(0, features, size << stage):
-                halves = [range(at, at + half) for at in range(start, start + (size << stage), half)]
-                for part in halves[0::2] + halves[1::2]:
-                    order += part
-            permutation = torch.eye(features, dtype=torch.float64)[order]
-            factor = permutation @ factor @ permutation.T
-        product = factor @ product
+    """The dense matrix R."""
+    factors = torch.stack([cayley.transform(stage, stage.shape[-1]) for stage in square])
+    product = torch.eye(square.shape[1] * square.shape[2], dtype=torch.float64)
+    for stage in butterfly.stages(factors):
+        product = stage @ product
     return product

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from peftk.nn import C3AConfig
+from peftk.testing.cases import circulant
 from support.layer_cases import Case, Toy
 
 
@@ -40,13 +39,4 @@ ROTATES = False
 
 
 def dense(layer, name, weight, bias):
-    return weight + circulant(layer.c3a_kernel[name]).view(weight.shape) / weight.shape[1], bias
-
-
-def circulant(kernel):
-    """The matrix of circulant blocks: every row of a block is the one above, rolled to the right."""
-    rows = []
-    for line in kernel.double():
-        for p in range(kernel.shape[-1]):
-            rows.append(torch.cat([first.roll(p) for first in line]))
-    return torch.stack(rows)
+    return weight + circulant.dense(layer.c3a_kernel[name].double()).view(weight.shape) / weight.shape[1], bias

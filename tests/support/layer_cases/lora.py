@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import LoraConfig
+from peftk.testing.cases import dora
 from support.layer_cases import Case, Toy
 
 
@@ -103,6 +104,4 @@ def _decomposed(layer, name, weight):
     """The weight with DoRA's magnitudes as the norms of its rows; no gradient goes through the norms of before."""
     if not layer.use_dora[name]:
         return weight
-    norms = weight.detach().flatten(1).square().sum(1).sqrt()
-    gains = layer.lora_magnitude_vector[name].weight.double().view(-1) / norms
-    return weight * gains.view(-1, *[1] * (weight.dim() - 1))
+    return dora.decomposed(weight, layer.lora_magnitude_vector[name].weight.double())

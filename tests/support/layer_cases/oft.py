@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import OFTConfig
+from peftk.testing.cases import cayley
 from support.layer_cases import Case, Toy
 
 
@@ -60,19 +61,5 @@ def dense(layer, name, weight, bias):
 
 def rotation(parameters):
     """The dense matrix R of ``y = (x R) W^T``."""
-    size = parameters.block_size
-    rows, columns = torch.triu_indices(size, size, 1)
-    eye = torch.eye(size, dtype=torch.float64)
-    blocks = []
-    for packed in parameters.weight.double():
-        s = torch.zeros(size, size, dtype=torch.float64).index_put((rows, columns), packed)
-        s = s - s.T
-        terms = parameters.neumann_terms
-        if terms is None:
-            blocks.append((eye - s) @ torch.linalg.inv(eye + s))
-        elif terms == 3:
-            blocks.append(eye + 2 * s + 2 * s @ s + s @ s @ s)
-        else:
-            assert terms == 5
-            blocks.append(eye + 2 * (s + s @ s + s @ s @ s) + s @ s @ s @ s)
-    return torch.block_diag(*(blocks * parameters.block_count if parameters.block_share else blocks))
+    blocks = cayley.transform(parameters.weight.double(), parameters.block_size, parameters.neumann_terms)
+    return torch.block_diag(*(blocks.expand(parameters.block_count, -1, -1) if parameters.block_share else blocks))

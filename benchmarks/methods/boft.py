@@ -1,4 +1,4 @@
-"""Methods that rotate the input: OFT and BOFT."""
+"""BOFT."""
 
 # The base class says what the methods are for.
 # ruff: noqa: D102
@@ -13,60 +13,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .. import plain, truth
+from peftk.testing.cases import block_diagonal, butterfly, cayley
+
+from ..plain import butterfly as plain
 from ._method import Cell, Method, Values, Variant
 
 if TYPE_CHECKING:
     from ..peers import Bench
 
 
-class Oft(Method):
-    """OFT, by the exact transform or by the series."""
+def exact(x: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor) -> Tensor:
+    """Multiply by the dense butterfly, by the weight, and by the scale of every output."""
+    blocks = torch.stack([cayley.transform(stage, stage.shape[-1]) for stage in factors])
+    return butterfly.multiply(x, blocks) @ (scale * weight).mT + bias
 
-    letter, config, size = "b", "OFTConfig", 32
-    parameters: ClassVar = {"packed": "oft_R.weight"}
 
-    def __init__(self, neumann: bool) -> None:
-        self.neumann = neumann
-        self.name, self.title = ("oft-neumann", "OFT Neumann") if neumann else ("oft-exact", "OFT exact")
-        self.no_lycoris = "LyCORIS has no Cayley-Neumann series" if neumann else None
-
-    def fields(self, cell: Cell) -> dict[str, Any]:
-        return {"r": 0, "oft_block_size": cell.size, "use_cayley_neumann": self.neumann}
-
-    def values(self, cell: Cell, normal: Callable[..., Tensor]) -> Values:
-        return {"packed": normal(cell.features // cell.size, cell.size * (cell.size - 1) // 2, spread=0.02)}
-
-    def kept(self, cell: Cell) -> tuple[int, int]:
-        return 0, 2 * cell.features * cell.size
-
-    def exact(self, cell: Cell, x: Tensor, weight: Tensor, bias: Tensor, **values: Tensor) -> Tensor:
-        return truth.oft(x, weight, bias, cell.size, self.neumann, values["packed"])
-
-    def plain(self, cell: Cell, x: Tensor, weight: Tensor, bias: Tensor, **values: Tensor) -> Tensor:
-        blocks = plain.cayley(values["packed"].float(), cell.size, 5 if self.neumann else None)
-        return linear(plain.rotate(x, blocks.to(x.dtype)), weight, bias)
-
-    def lycoris(self, bench: Bench, base: nn.Linear) -> tuple[nn.Module, Values, str, Variant | None]:
-        from lycoris.modules.diag_oft import DiagOFTModule
-
-        cell = bench.cell
-        layer = DiagOFTModule("bench", base, 1.0, cell.size, bypass_mode=True)
-        if layer.block_size != cell.size:
-            raise ValueError(f"LyCORIS chooses blocks of {layer.block_size} here")
-        rows, columns = torch.triu_indices(cell.size, cell.size, 1, device=bench.device)
-        blocks = torch.zeros(layer.oft_blocks.shape, dtype=cell.parameters, device=bench.device)
-        blocks[:, rows, columns] = bench.values["packed"]
-        layer.oft_blocks.data = blocks
-        found = {"oft_blocks": layer.oft_blocks}
-        remark = "LyCORIS diag-oft, bypass form: rotates the OUTPUT, a different layer of about the same cost"
-        return layer, found, remark, Variant(remark, bench.exactly(truth.oft_of_output, found))
+def _of_output(x: Tensor, weight: Tensor, bias: Tensor, oft_blocks: Tensor, rescale: Tensor) -> Tensor:
+    """Multiply by the weight, then by the butterfly, its first factor first, as LyCORIS' boft does."""
+    y = x @ weight.mT + bias
+    for stage, blocks in enumerate(oft_blocks):
+        # Its transform is the transposed one, its factors are multiplied from the other side, and its pairs of
+        # half-blocks lie otherwise.
+        halves = torch.arange(y.shape[-1], device=x.device).view(-1, 2, 2**stage * blocks.shape[-1] // 2)
+        order = halves.mT.flatten()
+        turned = block_diagonal.rotate(y[..., order], cayley.transform(blocks - blocks.mT, blocks.shape[-1]))
+        y = torch.empty_like(turned).index_copy(-1, order, turned)
+    return y * rescale[:, 0]
 
 
 class Boft(Method):
     """BOFT with two butterfly factors."""
 
     name, title, letter, config, size = "boft", "BOFT", "b", "BOFTConfig", 4
+    gpu_sizes = (4,)
     parameters: ClassVar = {"factors": "boft_R", "scale": "boft_s"}
     stages = 2
 
@@ -87,13 +66,13 @@ class Boft(Method):
         return cell.tokens * cell.out_features, parameters
 
     def exact(self, cell: Cell, x: Tensor, weight: Tensor, bias: Tensor, **values: Tensor) -> Tensor:
-        return truth.boft(x, weight, bias, **values)
+        return exact(x, weight, bias, **values)
 
     def plain(self, cell: Cell, x: Tensor, weight: Tensor, bias: Tensor, **values: Tensor) -> Tensor:
         skew = (values["factors"] - values["factors"].mT).float() / 2
         eye = torch.eye(cell.size, dtype=skew.dtype, device=skew.device)
         blocks = torch.linalg.solve(eye + skew, eye - skew, left=False).to(x.dtype)
-        return linear(plain.butterfly(x, blocks), weight) * values["scale"][:, 0].to(x.dtype) + bias
+        return linear(plain.multiply(x, blocks), weight) * values["scale"][:, 0].to(x.dtype) + bias
 
     def prepare_peft(self, peft: ModuleType) -> None:
         # Compiling its extension takes minutes, and fails with the versions of torch that peftk needs.
@@ -107,7 +86,7 @@ class Boft(Method):
             return None
         values = {"factors": bench.values["factors"][:found], "scale": bench.values["scale"]}
         remark = f"PEFT runs m={found} without its CUDA extension, whatever the configuration says: less than m=2"
-        return Variant(remark, bench.exactly(truth.boft, values))
+        return Variant(remark, bench.exactly(exact, values))
 
     def peft_work(self, cell: Cell) -> float:
         # Three products of two square matrices of the input's size forward, and twice as many backward.
@@ -130,4 +109,7 @@ class Boft(Method):
             "LyCORIS boft, bypass form, given two factors (of its own it takes as many as fit): rotates the OUTPUT, "
             "a different layer of about the same cost"
         )
-        return layer, found, remark, Variant(remark, bench.exactly(truth.boft_of_output, found))
+        return layer, found, remark, Variant(remark, bench.exactly(_of_output, found))
+
+
+METHODS = (Boft(),)
