@@ -1,7 +1,6 @@
 """What the table of methods and layers tries: small layers of every kind with random adapters, and what they refuse.
 
-The kinds of layers come from the layer classes themselves; only the configurations are written down here, and a class
-without one is an error.
+The kinds of layers come from the layer classes, and small configurations from the classes of configurations.
 """
 
 from __future__ import annotations
@@ -22,27 +21,6 @@ from peftk.nn.base.kinds import KINDS
 
 FEATURES = 16
 WORDS = 11
-
-CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
-    "LoraConfig": {"LoRA": {"r": 4}, "DoRA": {"r": 4, "use_dora": True}},
-    "AdaLoraConfig": {"AdaLoRA": {"init_r": 4, "target_r": 2, "total_step": 9}},
-    "LoHaConfig": {"LoHa": {"r": 2}, "LoHa, Tucker": {"r": 2, "use_effective_conv2d": True}},
-    "LoKrConfig": {
-        "LoKr": {"r": 8, "decompose_factor": 4},
-        "LoKr, factored": {"r": 1, "decompose_both": True, "use_effective_conv2d": True},
-    },
-    "OFTConfig": {
-        "OFT, exact": {"oft_block_size": 4, "use_cayley_neumann": False},
-        "OFT, series": {"oft_block_size": 4},
-    },
-    "BOFTConfig": {"BOFT": {"boft_block_size": 4, "boft_n_butterfly_factor": 2}},
-    "C3AConfig": {"C3A": {"block_size": 4}},
-    "AdaptionPromptConfig": {"Llama-Adapter": {"adapter_len": 3, "adapter_layers": 1}},
-}
-"""The class of a configuration to the methods that it configures, each with the fields that it is tried with."""
-
-ONLY_CONVOLUTIONS = frozenset({"LoHa, Tucker"})
-"""Methods that are another one on anything but a convolution."""
 
 
 @dataclass(frozen=True)
@@ -362,18 +340,16 @@ def subjects() -> Iterator[Subject]:
     """Yield every method on every kind of layer that it wraps.
 
     Raises:
-        KeyError: A layer class has a configuration that is not in `CONFIGS`.
+        AttributeError: The configuration of a layer class has no `_forms`.
     """
     for config_class in dict.fromkeys(layer.config_class for layer in LAYERS):
         classes = [layer for layer in LAYERS if layer.config_class is config_class]
         kinds = [kind for kind in KINDS if any(kind in layer.base_kinds for layer in classes)]
-        for name, fields in CONFIGS[config_class.__name__].items():
+        for form in config_class._forms:
             if not kinds:
-                yield from _attention(name, fields)
-            for kind in kinds:
-                if name in ONLY_CONVOLUTIONS and kind != "Conv2d":
-                    continue
-                found = _of_kind(name, lambda c=config_class, f=fields: c(**f), kind)
+                yield from _attention(form.name, form.fields)
+            for kind in form.kinds or kinds:
+                found = _of_kind(form.name, lambda c=config_class, f=form.fields: c(**f), kind)
                 if found is not None:
                     yield found
     yield from _experts()

@@ -16,10 +16,13 @@ METHODS: dict[str, Method] = {
 }
 """Every method by its name, in the order of the report."""
 
+NOT_TIMED: dict[str, str] = {config: why for file in _FILES for config, why in getattr(file, "NOT_TIMED", {}).items()}
+"""The configurations of methods that have no row, and why."""
+
 
 def available() -> dict[str, Method]:
     """Return the methods that this version of peftk has."""
     return {name: method for name, method in METHODS.items() if method.why_missing() is None}
 
 
-__all__ = ["METHODS", "SCALE", "Cell", "Method", "Values", "available"]
+__all__ = ["METHODS", "NOT_TIMED", "SCALE", "Cell", "Method", "Values", "available"]

@@ -14,7 +14,7 @@ from ..methods._base_layer import features_of
 from ..methods.boft import Butterfly
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
-from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
+from .base.config import Form, PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
 from .base.kinds import settle_fan_in_fan_out
 from .base.merging import Merged
 
@@ -67,6 +67,7 @@ class BOFTConfig(PeftConfig, method=PeftType.BOFT):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
+    _forms = (Form("BOFT", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}),)
     _meaning = ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "bias", "modules_to_save")
 
     def __post_init__(self) -> None:

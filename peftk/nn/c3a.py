@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..methods import c3a
 from ..methods._base_layer import features_of
 from .base.adapter_layer import Adapter, AdapterLayer
-from .base.config import PeftConfig, PeftType, check_choice, check_int
+from .base.config import Form, PeftConfig, PeftType, check_choice, check_int
 from .base.merging import Merged
 
 MAX_BLOCK = 2**20
@@ -59,6 +59,7 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
     init_weights: bool | str = "xavier_uniform"
     exclude_modules: list[str] | str | None = None
 
+    _forms = (Form("C3A", {"block_size": 4}),)
     _meaning = ("block_size", "block_size_pattern", "bias", "modules_to_save")
     _pattern = r".*\.{}$"
     _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",))

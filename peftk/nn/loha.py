@@ -13,7 +13,7 @@ from ..methods import loha
 from ..methods.loha import Hadamard
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
-from .base.config import PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
+from .base.config import Form, PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
 from .base.kinds import weight_shape
 from .base.merging import Merged
 from .lora.config import MAX_ALPHA, MAX_RANK
@@ -65,6 +65,10 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
 
+    _forms = (
+        Form("LoHa", {"r": 2}),
+        Form("LoHa, Tucker", {"r": 2, "use_effective_conv2d": True}, ("Conv2d",)),
+    )
     _meaning = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d", "modules_to_save")
 
     def __post_init__(self) -> None:

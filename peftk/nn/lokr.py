@@ -17,6 +17,7 @@ from ..methods.lokr import Kronecker
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import (
+    Form,
     PeftConfig,
     PeftType,
     check_bool,
@@ -91,6 +92,10 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
 
+    _forms = (
+        Form("LoKr", {"r": 8, "decompose_factor": 4}),
+        Form("LoKr, factored", {"r": 1, "decompose_both": True, "use_effective_conv2d": True}),
+    )
     _meaning = (
         "r",
         "alpha",

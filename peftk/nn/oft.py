@@ -18,7 +18,7 @@ from ..methods._base_layer import features_of, observed
 from ..methods.oft import orthogonality_error
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
-from .base.config import PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
+from .base.config import Form, PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
 from .base.kinds import settle_fan_in_fan_out
 from .base.merging import Merged
 
@@ -85,6 +85,10 @@ class OFTConfig(PeftConfig, method=PeftType.OFT):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
 
+    _forms = (
+        Form("OFT, exact", {"oft_block_size": 4, "use_cayley_neumann": False}),
+        Form("OFT, series", {"oft_block_size": 4}),
+    )
     _meaning = (
         "r",
         "oft_block_size",

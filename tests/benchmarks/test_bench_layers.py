@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks import arms
-from benchmarks.methods import METHODS, Cell, available
+from benchmarks.methods import METHODS, NOT_TIMED, Cell, available
 from benchmarks.peers import Bench
+from peftk import PeftConfig
 from peftk.testing.memory import saved_bytes
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -34,6 +35,9 @@ def inspected(arm: arms.Arm) -> arms.Arm:
 
 def test_every_method_is_here() -> None:
     assert available() == METHODS
+    kinds = {kind.__name__ for kind in PeftConfig._by_type.values()}
+    assert {method.config for method in METHODS.values()} | NOT_TIMED.keys() == kinds
+    assert all(NOT_TIMED.values())
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

@@ -12,9 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 import peftk
+from peftk import PeftConfig
 from peftk.__main__ import app
 from peftk.commands.demo import data as demo_data
-from peftk.commands.demo import methods
+from peftk.commands.demo import recipes as methods
 
 RUNNER = CliRunner()
 # Relative to the largest: what another order of the same sums may change in float32.
@@ -199,8 +200,8 @@ def test_images(tmp_path: Path) -> None:
 
 
 def test_every_method_is_in_the_demo_or_its_absence_is_explained() -> None:
-    kinds = {name for name in peftk.__all__ if name.endswith("Config") and name != "PeftConfig"}
-    assert len(kinds) == 9
+    kinds = {kind.__name__ for kind in PeftConfig._by_type.values()}
+    assert kinds == {name for name in peftk.__all__ if name.endswith("Config") and name != "PeftConfig"}
     assert kinds == {m.config for m in methods.METHODS.values()} | {m.config for m in methods.ELSEWHERE.values()}
     examples = Path(__file__).resolve().parents[2] / "examples"
     for method in methods.ELSEWHERE.values():

@@ -225,3 +225,12 @@ def test_every_field_is_checked_or_refused():
     plain = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "fan_in_fan_out", "lora_bias"}
     plain |= {"exclude_modules", "runtime_config"}
     assert used | plain == {f.name for f in dataclasses.fields(LoraConfig)}
+
+
+@pytest.mark.parametrize("kind", PeftConfig._by_type.values(), ids=lambda kind: kind.__name__)
+def test_every_configuration_has_examples_of_what_it_configures(kind):
+    forms = kind._forms
+    assert forms or kind is XLoraConfig
+    for form in forms:
+        assert isinstance(kind(**form.fields), kind), form.name
+    assert len({form.name for form in forms}) == len(forms)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .methods import ELSEWHERE, METHODS
+from .recipes import ELSEWHERE, METHODS
 
 # X-LoRA has fewer, because its experts take some of the time.
 STEPS = {"one": 80, "mixed": 60, "all": 60, "images": 200}

@@ -17,7 +17,7 @@ from torch import nn
 from ... import PeftModel, get_peft_model
 from ... import nn as layers
 from . import experts, training
-from .methods import Method, Sizes
+from .recipes import Method, Sizes
 from .training import FROZEN, OURS, PEFT, Arm, Task
 
 

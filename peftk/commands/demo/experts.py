@@ -9,7 +9,7 @@ from typing import Any
 
 from ... import LoraConfig, get_peft_model
 from . import training
-from .methods import METHODS, Method
+from .recipes import METHODS, Method
 from .training import Task
 
 

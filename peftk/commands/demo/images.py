@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from ...nn import LAYERS
-from .methods import Method
+from .recipes import Method
 from .text import need
 from .training import Batches, Task
 

@@ -10,8 +10,8 @@ import torch
 
 from ..._version import __version__
 from .contest import Limits, contest
-from .methods import Method
 from .plots import draw
+from .recipes import Method
 from .training import PEFT, Task, with_trained_head
 
 COMPARED = 128

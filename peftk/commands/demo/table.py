@@ -14,8 +14,8 @@ from ..._version import __version__
 from . import training
 from .contest import Limits, contest
 from .experts import expert_steps
-from .methods import Method
 from .plots import draw_all
+from .recipes import Method
 from .training import FROZEN, OURS, PEFT, Task, with_trained_head
 
 # The peers are there for the time of a step: these many steps, of Hugging Face PEFT at most these many seconds of them.

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..base.config import PeftType, check_int, check_number, warn_of_field
+from ..base.config import Form, PeftType, check_int, check_number, warn_of_field
 from ..lora.config import MAX_ALPHA, MAX_RANK, LoraConfig
 
 MAX_STEPS = 2**53
@@ -63,6 +63,7 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
     orth_reg_weight: float = 0.5
     total_step: int | None = None
 
+    _forms = (Form("AdaLoRA", {"init_r": 4, "target_r": 2, "total_step": 9}),)
     _meaning = ("init_r", "lora_alpha", "bias", "modules_to_save")
     _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "t5": ("q", "k", "v", "o", "wi", "wo"),

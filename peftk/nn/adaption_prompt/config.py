@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..base.config import PeftConfig, PeftType, check_int
+from ..base.config import Form, PeftConfig, PeftType, check_int
 
 MAX_LENGTH = 1_000_000
 MAX_LAYERS = 1_000_000
@@ -63,6 +63,7 @@ class AdaptionPromptConfig(PeftConfig, method=PeftType.ADAPTION_PROMPT):
     adapter_len: int | None = None
     adapter_layers: int | None = None
 
+    _forms = (Form("Llama-Adapter", {"adapter_len": 3, "adapter_layers": 1}),)
     _meaning = ("adapter_len", "adapter_layers")
     # The wrapped attention hides its projections from other methods.
     _alone = True

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -157,6 +157,20 @@ def check_patterns(config: PeftConfig, most_rank: int, most_alpha: float) -> Non
                 check_number(f"{name}[{shown(key)}]", value, 0, most_alpha, above=True)
 
 
+class Form(NamedTuple):
+    """One of the methods that a class of configurations configures.
+
+    Attributes:
+        name: Its name.
+        fields: Those of an adapter on a layer of 16 features.
+        kinds: The kinds of layers on which it is another one than the others of the class; all of them if empty.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    kinds: tuple[str, ...] = ()
+
+
 @dataclass
 class PeftConfig:
     """The fields that every adapter configuration has; names and defaults are those of Hugging Face PEFT.
@@ -195,6 +209,8 @@ class PeftConfig:
     _pattern: ClassVar[str] = r"(.*\.)?({})$"
     # What is adapted where no target is named, by the `model_type` of a transformers model, if not `DEFAULT_TARGETS`.
     _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # The methods that it configures, each with a small example, for what tries all of them on all layers.
+    _forms: ClassVar[tuple[Form, ...]]
 
     if TYPE_CHECKING:
         # Code for all methods reads fields that only some of them have.

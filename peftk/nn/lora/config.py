@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..base.config import (
+    Form,
     PeftConfig,
     PeftType,
     check_bool,
@@ -106,6 +107,10 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
 
+    _forms = (
+        Form("LoRA", {"r": 4}),
+        Form("DoRA", {"r": 4, "use_dora": True}),
+    )
     _meaning = (
         "r",
         "lora_alpha",

@@ -58,6 +58,8 @@ class XLoraConfig(PeftConfig, method=PeftType.XLORA):
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
 
+    # What it adapts are layers of LoRA, whose experts need a pass that weights them.
+    _forms = ()
     _meaning = (
         "hidden_size",
         "enable_softmax",
