@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..kernels.shared.low_rank import Needs, Parameters
 from ..runtime import settings
 from . import _launch, low_rank_gemm
 from .low_rank_gradients import factor_gradient, hidden_gradient, sum_chunks, visit, worth_visiting
@@ -95,17 +97,9 @@ def low_rank_add_supports(
     return _reason(x, a, b, gate)
 
 
-def low_rank_add(
-    base: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def low_rank_add(base: Tensor, x: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
+    a, b, gate, scale, dropout_p, seed = Parameters(*parameters)
     hidden, matrix = _hidden(x, as_rows(x), a, dropout_p, seed)
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     rows = as_rows(base)
@@ -120,18 +114,9 @@ def low_rank_linear_supports(
     return _reason(x, a, b, gate)
 
 
-def low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Any) -> tuple[Tensor, Tensor]:
     """Return the output and the rank-sized product; see `peftk.functional.low_rank_linear`."""
+    a, b, gate, scale, dropout_p, seed = Parameters(*parameters)
     rows, strides = as_rows(x), (b.stride(1), b.stride(0))
     chosen = _design(rows, weight, weight.shape[0], a.shape[0])
     hidden, matrix = _hidden(x, rows, a, dropout_p, seed)
@@ -159,23 +144,10 @@ def low_rank_add_backward_supports(
 
 
 def low_rank_add_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_gate: bool,
+    grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    needs = need_x, need_a, need_b, need_gate
-    return _gradients(grad, x, hidden, None, a, b, gate, scale, dropout_p, seed, *needs)
+    return _gradients(grad, x, hidden, None, Parameters(*arguments[:6]), Needs(*arguments[6:]))
 
 
 def low_rank_linear_backward_supports(
@@ -186,26 +158,11 @@ def low_rank_linear_backward_supports(
 
 
 def low_rank_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_gate: bool,
-    need_bias: bool,
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b, the gate and the bias; an empty tensor for one not needed."""
-    needs = need_x, need_a, need_b, need_gate
-    gradients = _gradients(grad, x, hidden, weight, a, b, gate, scale, dropout_p, seed, *needs)
-    return *gradients, as_rows(grad).sum(0) if need_bias else grad.new_empty(0)
+    found = _gradients(grad, x, hidden, weight, Parameters(*arguments[:6]), Needs(*arguments[6:10]))
+    return *found, as_rows(grad).sum(0) if arguments[10] else grad.new_empty(0)
 
 
 def _gradients(
@@ -213,37 +170,30 @@ def _gradients(
     x: Tensor,
     hidden: Tensor,
     weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_gate: bool,
+    parameters: Parameters,
+    need: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, gate, scale, dropout_p, seed = parameters
     dx = da = db = dgate = grad.new_empty(0)
     grad, hidden, rank = as_rows(grad), as_rows(hidden), a.shape[0]
-    need_hidden = need_x or need_a or need_gate
-    if need_hidden and need_b and worth_visiting(rank, grad.dtype):
+    need_hidden = need.x or need.a or need.gate
+    if need_hidden and need.b and worth_visiting(rank, grad.dtype):
         sums, db_sums = visit(grad, hidden, as_rows(b), gate)
     else:
         if need_hidden:
             sums = torch.empty(1, grad.shape[0], rank, dtype=torch.float32, device=grad.device)
             shrink(grad, b, (b.stride(1), b.stride(0)), rank, sums[0])
-        if need_b:
+        if need.b:
             db_sums = factor_gradient(hidden, grad, gate, rank_first=False)
     if need_hidden:
-        dhidden, found = hidden_gradient(sums, hidden, gate, scale, need_gate)
-        dgate = found if need_gate else dgate
+        dhidden, found = hidden_gradient(sums, hidden, gate, scale, need.gate)
+        dgate = found if need.gate else dgate
     # The large product first: while it runs, the host enqueues the rest.
-    if need_x:
+    if need.x:
         dx = _input_gradient(grad, weight, dhidden, a, dropout_p, seed).view(x.shape)
-    if need_b:
+    if need.b:
         db = sum_chunks(db_sums, b.shape, scale)
-    if need_a:
+    if need.a:
         da_sums = factor_gradient(dhidden, as_rows(x), None, rank_first=True, dropout_p=dropout_p, seed=seed)
         da = sum_chunks(da_sums, a.shape, 1.0 / (1.0 - dropout_p))
     return dx, da, db, dgate

@@ -200,10 +200,11 @@ def test_operator_is_whole(name):
         expected = [a.name for a in packet.default._schema.arguments]
         kernel = registry.OPERATORS[operator].kernel("torch")
         assert not isinstance(kernel, str), kernel
-        names = list(inspect.signature(kernel[0]).parameters)
-        # *args at the end passes the rest on.
-        assert names[-1] == "args" or names == expected
-        assert names[: len(names) - (names[-1] == "args")] == expected[: len(names) - (names[-1] == "args")]
+        *named, last = inspect.signature(kernel[0]).parameters.values()
+        # What belongs together may stand behind a star, which passes it on or gives it a name of its own.
+        rest = last.kind is inspect.Parameter.VAR_POSITIONAL
+        names = [parameter.name for parameter in named] + ([] if rest else [last.name])
+        assert names == (expected[: len(names)] if rest else expected)
 
 
 def test_every_operator_has_a_public_function():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ..shared.low_rank import Needs, Parameters
 from ..shared.philox import dropout_threshold
 from ..shared.wide import widened
 from ._supports import supports_activations
@@ -74,17 +77,9 @@ def shrink(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return hidden
 
 
-def _expand_(
-    out: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
+def _expand_(out: Tensor, x: Tensor, parameters: Parameters) -> Tensor:
     """Add the low-rank product onto a contiguous buffer that nobody else holds; return the rank-sized product."""
+    a, b, gate, scale, dropout_p, seed = parameters
     flat = x.dim() == 2
     rows = x if flat else _as_rows(x)
     sums = out if flat else _as_rows(out)
@@ -100,61 +95,34 @@ def _expand_(
     return hidden if flat else _like(hidden, x)
 
 
-def low_rank_add_supports(
-    base: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> str | None:
+def low_rank_add_supports(base: Tensor, x: Tensor, *parameters: Any) -> str | None:
     """Return None, or why the call cannot run in place."""
     if base.dtype is not x.dtype:
         return f"base and x must share a dtype to be accumulated in place; got {base.dtype} and {x.dtype}"
-    return _reason(x, seed)
+    return _reason(x, parameters[-1])
 
 
-def low_rank_add(
-    base: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def low_rank_add(base: Tensor, x: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
+    a, b, gate, scale, dropout_p, seed = adapter = Parameters(*parameters)
     if _thin(_as_rows(x), a.shape[0]):
         out = base.clone(memory_format=torch.contiguous_format)
-        return out, _expand_(out, x, a, b, gate, scale, dropout_p, seed)
+        return out, _expand_(out, x, adapter)
     hidden = linear(_as_rows(x) if seed is None else _dropped_rows(x, dropout_p, seed), a)
     rows = torch.addmm(_as_rows(base), _gated(hidden, gate), b.mT, alpha=scale)
     return _like(rows, base), _like(hidden, x)
 
 
-def low_rank_linear_supports(x: Tensor, *args: object) -> str | None:
+def low_rank_linear_supports(x: Tensor, *args: Any) -> str | None:
     """Return None, or why the call cannot run in place."""
     return None if x.is_cpu and args[-1] is None else _reason(x, args[-1])
 
 
-def low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Any) -> tuple[Tensor, Tensor]:
     """Return the output and the rank-sized product; see `peftk.functional.low_rank_linear`."""
     # Base first: where b is zero, the output keeps every bit of the base layer's.
     y = linear(x, weight, bias)
-    return y, _expand_(y, x, a, b, gate, scale, dropout_p, seed)
+    return y, _expand_(y, x, Parameters(*parameters))
 
 
 def _gradients(
@@ -162,34 +130,27 @@ def _gradients(
     x: Tensor,
     hidden: Tensor,
     weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_gate: bool,
+    parameters: Parameters,
+    need: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, gate, scale, dropout_p, seed = parameters
     rows, dropped = grad, x
     if grad.dim() != 2:
         rows, hidden, dropped = _as_rows(grad), _as_rows(hidden), _as_rows(x)
-    if need_a and seed is not None:
+    if need.a and seed is not None:
         dropped = _dropped_rows(x, dropout_p, seed)
     thin = _thin(rows, a.shape[0])
     # Without a mask the thin product is added onto the large one: it costs less than a fresh buffer of its own.
     onto_product = weight is not None and seed is None
     dx = da = db = dgate = grad.new_empty(0)
-    if need_x:
+    if need.x:
         if onto_product:
             dx = torch.mm(rows, weight)
         else:
             dx = rows.new_zeros(dropped.shape)
     if thin:
-        da, db = a.new_empty(a.shape) if need_a else da, b.new_empty(b.shape) if need_b else db
-        dgate = gate.new_empty(gate.shape) if need_gate else dgate
+        da, db = a.new_empty(a.shape) if need.a else da, b.new_empty(b.shape) if need.b else db
+        dgate = gate.new_empty(gate.shape) if need.gate else dgate
         _fused_backward(
             *(rows.contiguous(), dropped.contiguous(), hidden, a.contiguous(), b.contiguous()),
             *(None if gate is None else _gate_rows(gate), scale, dx, da, db, dgate),
@@ -198,17 +159,17 @@ def _gradients(
         # Sums over tokens, and what they are sums of, are never rounded to half precision.
         wide_rows, hidden = widened(rows), widened(hidden)
         dhidden = _scaled_(torch.mm(wide_rows, widened(b)), scale)
-        if need_b:
+        if need.b:
             db = _scaled_(torch.mm(wide_rows.mT, _gated(hidden, gate)), scale)
-        if need_gate:
+        if need.gate:
             dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
             dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
         dhidden = _gated(dhidden, gate)
-        if need_a:
+        if need.a:
             da = torch.mm(dhidden.mT, widened(dropped))
-        if need_x:
+        if need.x:
             dx.addmm_(dhidden.to(dx.dtype), a)
-    if need_x:
+    if need.x:
         if seed is not None:
             _dropout_(dx, dropout_p, seed, dx)
         if weight is not None and not onto_product:
@@ -217,29 +178,28 @@ def _gradients(
     return dx, da, db, dgate
 
 
-def low_rank_add_backward_supports(grad: Tensor, x: Tensor, hidden: Tensor, *args: object) -> str | None:
+def low_rank_add_backward_supports(grad: Tensor, x: Tensor, hidden: Tensor, *args: Any) -> str | None:
     """Return None, or why the backward pass cannot run in place."""
     return _reason(x, args[5])
 
 
 def low_rank_add_backward(
-    grad: Tensor, x: Tensor, hidden: Tensor, a: Tensor, b: Tensor, *args: object
+    grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    return _gradients(grad, x, hidden, None, a, b, *args)
+    return _gradients(grad, x, hidden, None, Parameters(*arguments[:6]), Needs(*arguments[6:]))
 
 
 def low_rank_linear_backward_supports(
-    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *args: object
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *args: Any
 ) -> str | None:
     """Return None, or why the backward pass cannot run in place."""
     return None if x.is_cpu and args[5] is None else _reason(x, args[5])
 
 
 def low_rank_linear_backward(
-    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, a: Tensor, b: Tensor, *args: object
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b, the gate and the bias; an empty tensor for one not needed."""
-    *args, need_bias = args
-    dbias = _as_rows(grad).sum(0) if need_bias else grad.new_empty(0)
-    return *_gradients(grad, x, hidden, weight, a, b, *args), dbias
+    found = _gradients(grad, x, hidden, weight, Parameters(*arguments[:6]), Needs(*arguments[6:10]))
+    return *found, _as_rows(grad).sum(0) if arguments[10] else grad.new_empty(0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..shared.low_rank import Needs, Parameters
 from ..shared.philox import dropout
 from ..shared.wide import wide_product, widened
 
@@ -17,94 +20,49 @@ def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
     return hidden if gate is None else (hidden * gate).to(hidden.dtype)
 
 
-def low_rank_add(
-    base: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def low_rank_add(base: Tensor, x: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product ``dropout(x) @ a.T``; see `peftk.functional.low_rank_add`."""
+    a, b, gate, scale, dropout_p, seed = Parameters(*parameters)
     hidden = linear(_dropped(x, dropout_p, seed), a)
     delta = linear(_gated(hidden, gate), b) * scale
     return (base + delta).to(base.dtype), hidden
 
 
-def low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Any) -> tuple[Tensor, Tensor]:
     """Return the output and the rank-sized product; see `peftk.functional.low_rank_linear`."""
-    return low_rank_add(linear(x, weight, bias), x, a, b, gate, scale, dropout_p, seed)
+    return low_rank_add(linear(x, weight, bias), x, *parameters)
 
 
 def low_rank_add_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_gate: bool,
+    grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    empty = grad.new_empty(0)
+    (a, b, gate, scale, dropout_p, seed), need = Parameters(*arguments[:6]), Needs(*arguments[6:])
+    dx = da = db = dgate = grad.new_empty(0)
     rank = a.shape[0]
     rows = widened(grad.reshape(-1, b.shape[0]))
     gated = rows @ widened(b) * scale
     hidden = widened(hidden)
-    dgate = empty
-    if need_gate:
+    if need.gate and gate is not None:
         dgate = gated.view(hidden.shape).to(gate.dtype) * hidden.to(gate.dtype)
         dgate = dgate.reshape(-1, rank).sum(0) if gate.dim() == 1 else dgate
-    db = empty
-    if need_b:
+    if need.b:
         db = rows.mT @ _gated(hidden, gate).reshape(-1, rank) * scale
     dhidden = _gated(gated.view(hidden.shape), gate)
-    da = empty
-    if need_a:
+    if need.a:
         da = wide_product(dhidden.reshape(-1, rank).mT, _dropped(x, dropout_p, seed).reshape(-1, x.shape[-1]))
-    dx = _dropped((dhidden @ widened(a)).to(x.dtype), dropout_p, seed) if need_x else empty
+    if need.x:
+        dx = _dropped((dhidden @ widened(a)).to(x.dtype), dropout_p, seed)
     return dx, da, db, dgate
 
 
 def low_rank_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_gate: bool,
-    need_bias: bool,
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b, the gate and the bias; an empty tensor for one not needed."""
-    needs = need_x, need_a, need_b, need_gate
-    dx, da, db, dgate = low_rank_add_backward(grad, x, hidden, a, b, gate, scale, dropout_p, seed, *needs)
-    if need_x:
+    *arguments, need_bias = arguments
+    dx, da, db, dgate = low_rank_add_backward(grad, x, hidden, *arguments)
+    if Needs(*arguments[6:]).x:
         dx = grad @ weight + dx
     dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
     return dx, da, db, dgate, dbias
