@@ -8,6 +8,7 @@ read again for every tile of rows instead of being kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -407,6 +408,6 @@ def _linear_backward(
     return dx, _backward(product, x, blocks, False, dx, need_x, need_blocks)
 
 
-def block_rotate_linear_backward(*args: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
+def block_rotate_linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
     return linear_backward(_linear_backward, *args)

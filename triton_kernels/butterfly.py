@@ -419,6 +419,6 @@ def scale_channels_backward(
         product, total = partial[0] if chunks == 1 else partial.sum(0)
         if need_scale:
             dscale = product.to(scale.dtype)
-        if need_bias:
+        if bias is not None and need_bias:
             dbias = ((1 - scale.float()) * total).to(bias.dtype)
     return dx, dscale, dbias

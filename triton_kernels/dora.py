@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -208,6 +210,6 @@ def dora_compose_backward_supports(
     return low_rank_add_backward_supports(grad, x, hidden, a, b, None) or _reason(grad, x)
 
 
-def dora_compose_backward(*args: Tensor | float | bool | None) -> tuple[Tensor, ...]:
+def dora_compose_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients in base, x, a, b, the gain and the bias; an empty tensor for one not needed."""
     return compose_backward(scale_channels_backward, low_rank_add_backward, *args)

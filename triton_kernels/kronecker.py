@@ -75,7 +75,7 @@ def _gradients(
         out = dx if need_x else None
         found = product(out, base, grad, w1, w2, scale, transposed=True, other=x if need_w1 else None)
         # (l, m), as the product has the rows of the gradient.
-        dw1 = found if need_w1 else dw1
+        dw1 = dw1 if found is None else found
     if need_w2:
         dw2 = large_factor_gradient(grad, x, w1, w2, scale)
     return dx, dw1, dw2

@@ -129,9 +129,8 @@ def weight_gradients(
     # As many parts of dw2 as keep them together far smaller than the weight.
     per_chunk = triton.cdiv(left, max(1, min(left, middle, 8)))
     chunks = triton.cdiv(left, per_chunk)
-    new = {"dtype": torch.float32, "device": grad.device}
-    dw1 = torch.empty((tiles, left, middle) if need_w1 else 0, **new)
-    dw2 = torch.empty((chunks, rows, columns) if need_w2 else 0, **new)
+    dw1 = torch.empty((tiles, left, middle) if need_w1 else (0,), dtype=torch.float32, device=grad.device)
+    dw2 = torch.empty((chunks, rows, columns) if need_w2 else (0,), dtype=torch.float32, device=grad.device)
     if need_w1 or need_w2:
         launch(
             _kronecker_weight_backward_kernel,

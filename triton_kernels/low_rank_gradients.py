@@ -382,6 +382,6 @@ def hidden_gradient(
         **config,
         **gate_arguments(gate),
     )
-    if dgate is not None:
+    if gate is not None and dgate is not None:
         dgate = sum_chunks(dgate, gate.shape, 1.0, gate.dtype) if shared else dgate.view(gate.shape)
     return dhidden, dgate

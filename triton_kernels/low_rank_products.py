@@ -6,6 +6,8 @@ reported to miscompile accumulators of rank tile 128.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -165,7 +167,7 @@ def mask_arguments(columns: int, dropout_p: float, seed: Tensor | None) -> dict[
     return {**keep_arguments(dropout_p, seed), "DROPOUT": True, "ALIGNED": columns % 4 == 0}
 
 
-def gate_arguments(gate: Tensor | None) -> dict[str, Tensor | int | None]:
+def gate_arguments(gate: Tensor | None) -> dict[str, Any]:
     """Return a kernel's arguments of the gate."""
     if gate is None:
         return {"gate_ptr": None, "stride_gate_row": 0}

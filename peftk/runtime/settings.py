@@ -9,9 +9,10 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from types import GeneratorType
 
 import torch
 
@@ -39,7 +40,7 @@ class _Block:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.running: Callable[[], Generator[None] | None] = lambda: None
+        self.running: Callable[[], GeneratorType[None, None, None] | None] = lambda: None
 
     def is_open(self) -> bool:
         """Return whether the generator that opened it still waits for the end of the block.

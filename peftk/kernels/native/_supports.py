@@ -14,6 +14,7 @@ from ... import _C
 def holds(built: str, capability: tuple[int, int]) -> bool:
     """Say whether code built for an architecture, as TORCH_CUDA_ARCH_LIST names it, runs on a GPU."""
     match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", built)
+    assert match is not None, built
     major, minor, kind = int(match[1]), int(match[2]), match[3]
     if kind == "a":
         return (major, minor) == capability

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -25,7 +28,7 @@ def _matrices(blocks: Tensor) -> Tensor:
     return blocks.float().contiguous()
 
 
-def block_rotate_supports(x: Tensor, blocks: Tensor, *args: object) -> str | None:
+def block_rotate_supports(x: Tensor, blocks: Tensor | SimpleNamespace, *args: object) -> str | None:
     """Return None, or why C++ cannot rotate x."""
     if not x.is_cuda:
         if x.is_cpu and x.dtype in ACTIVATIONS and blocks.shape[-1] <= CPU_SIZE:
@@ -95,6 +98,6 @@ def _linear_backward(
     return dx, _backward(product, x, blocks, False, dx, need_blocks)
 
 
-def block_rotate_linear_backward(*args: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
+def block_rotate_linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
     return linear_backward(_linear_backward, *args)

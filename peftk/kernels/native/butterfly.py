@@ -94,8 +94,8 @@ def butterfly_multiply_backward(
     )
 
 
-def _vector(value: Tensor | None) -> Tensor | None:
-    if value is None or (value.dtype is torch.float32 and value.is_contiguous()):
+def _vector(value: Tensor) -> Tensor:
+    if value.dtype is torch.float32 and value.is_contiguous():
         return value
     return value.float().contiguous()
 
@@ -109,7 +109,7 @@ def scale_channels(x: Tensor, scale: Tensor, bias: Tensor | None, inner: int) ->
     """See `peftk.functional.scale_channels`."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _scale(x, _vector(scale), _vector(bias), inner, out)
+    _scale(x, _vector(scale), None if bias is None else _vector(bias), inner, out)
     return out
 
 
@@ -133,5 +133,5 @@ def scale_channels_backward(
     dx = grad.new_empty(grad.shape if need_x else 0)
     dscale = vector.new_empty(vector.shape if need_scale else 0)
     dbias = vector.new_empty(vector.shape if need_bias else 0)
-    _scale_backward(grad, x.contiguous(), vector, _vector(bias), inner, dx, dscale, dbias)
+    _scale_backward(grad, x.contiguous(), vector, None if bias is None else _vector(bias), inner, dx, dscale, dbias)
     return dx, dscale.to(scale.dtype), dbias.to((grad if bias is None else bias).dtype)

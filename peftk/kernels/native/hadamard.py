@@ -74,7 +74,8 @@ def khatri_rao_backward(
     factors = _floats(w1_a, w1_b, w2_a, w2_b)
     found = _like(factors, (need_w1_a, need_w1_b, need_w2_a, need_w2_b))
     _khatri_rao_backward(grad_a.contiguous(), grad_b.contiguous(), *factors, *found)
-    return tuple(f.to(w1_a.dtype) for f in found)
+    dw1_a, dw1_b, dw2_a, dw2_b = (f.to(w1_a.dtype) for f in found)
+    return dw1_a, dw1_b, dw2_a, dw2_b
 
 
 def hadamard_weight_supports(weight: Tensor, w1_a: Tensor, *args: object) -> str | None:
@@ -115,4 +116,5 @@ def hadamard_weight_backward(
     factors = _floats(w1_a, w1_b, w2_a, w2_b)
     found = _like(factors, (need_w1_a, need_w1_b, need_w2_a, need_w2_b))
     _weight_backward(grad.contiguous(), *factors, scale, *found)
-    return tuple(f.to(w1_a.dtype) for f in found)
+    dw1_a, dw1_b, dw2_a, dw2_b = (f.to(w1_a.dtype) for f in found)
+    return dw1_a, dw1_b, dw2_a, dw2_b

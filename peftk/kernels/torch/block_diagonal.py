@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -45,6 +47,6 @@ def _linear_backward(grad: Tensor, x: Tensor, blocks: Tensor, need_x: bool, need
     return block_rotate_backward(grad, x, blocks, False, need_x, need_blocks)
 
 
-def block_rotate_linear_backward(*args: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
+def block_rotate_linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x, in the blocks and in the bias; an empty tensor for one not needed."""
     return linear_backward(_linear_backward, *args)

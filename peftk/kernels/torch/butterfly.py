@@ -112,6 +112,6 @@ def scale_channels_backward(
         if bias is not None:
             values = values - bias.to(wide)[:, None]
         dscale = (rows * values).sum((0, 2)).to(scale.dtype)
-    if need_bias:
+    if bias is not None and need_bias:
         dbias = ((1 - factor) * rows.sum((0, 2))).to(bias.dtype)
     return dx, dscale, dbias

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -16,15 +18,15 @@ _PIECE = 1 << 20
 
 def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """See `peftk.functional.dora_norm`."""
-    pieces = (weight,)
+    pieces: tuple[Tensor, ...] = (weight,)
     if weight.dtype is not b.dtype:
         pieces = weight.split(max(1, _PIECE // max(weight.shape[1], 1)))
-    own, cross = [], []
+    norms, products = [], []
     for piece in pieces:
         wide = piece.to(b.dtype)
-        own.append(torch.linalg.vector_norm(wide, dim=1))
-        cross.append(wide @ a.mT)
-    own, cross = torch.cat(own), torch.cat(cross)
+        norms.append(torch.linalg.vector_norm(wide, dim=1))
+        products.append(wide @ a.mT)
+    own, cross = torch.cat(norms), torch.cat(products)
     # ||W||^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>, row by row.
     update = 2 * scale * (b * cross).sum(1) + scale**2 * (b @ (a @ a.mT) * b).sum(1)
     # The root of a square is the number itself, so that an update of zero changes no bit.
@@ -42,6 +44,6 @@ def dora_compose(
     return y.to(base.dtype).contiguous(), hidden
 
 
-def dora_compose_backward(*args: Tensor | float | bool | None) -> tuple[Tensor, ...]:
+def dora_compose_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients in base, x, a, b, the gain and the bias; an empty tensor for one not needed."""
     return compose_backward(scale_channels_backward, low_rank_add_backward, *args)
