@@ -26,11 +26,11 @@ class _OnceDifferentiable(torch.autograd.Function):
         return operator(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.name = inputs[1]
 
     @staticmethod
-    def backward(ctx, *grads: Any) -> tuple:
+    def backward(ctx: Any, *grads: Any) -> tuple:
         raise RuntimeError(f"{ctx.name}: double backward is not supported; got a gradient for its backward pass")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -102,6 +103,18 @@ def check_scale_tensor(scale: Tensor, like: Tensor) -> Tensor:
     if not scale.is_cpu:
         check_tensor("scale", scale, like=like)
     return scale.to(like.device)
+
+
+@overload
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+@overload
+def cast(value: None, dtype: torch.dtype) -> None: ...
+
+
+@overload
+def cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 
 
 def cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -21,7 +21,7 @@ from .plain import ordinary
 Scale = float | Tensor
 
 
-def _check_kernel(kernel: object, like: Tensor) -> None:
+def _check_kernel(kernel: Tensor, like: Tensor) -> None:
     check_tensor("kernel", kernel, like=like)
     if kernel.dim() != 3 or 0 in kernel.shape:
         raise ValueError(f"kernel: expected shape (out / b, in / b, b) with no size 0; got {tuple(kernel.shape)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,16 @@ class _LowRank(torch.autograd.Function):
     """The low-rank product of rank r1 * r2, whose factors are computed again for the backward pass."""
 
     @staticmethod
-    def forward(x, weight, bias, w1_a, w1_b, w2_a, w2_b, scale) -> tuple[Tensor, Tensor]:
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        w1_a: Tensor,
+        w1_b: Tensor,
+        w2_a: Tensor,
+        w2_b: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
         a, b = _khatri_rao(w1_a, w1_b, w2_a, w2_b, x.dtype)
         return _linear(x, weight, bias, a, b, None, scale, 0.0, None)
 
@@ -60,7 +69,7 @@ def _low_rank_gradients(
     a, b = _khatri_rao(*factors, x.dtype)
     wanted = need_x, need_a, need_b, False, need_bias
     dx, da, db, _, dbias = _linear_backward(grad, x, hidden, weight, a, b, None, scale, 0.0, None, *wanted)
-    found = (None,) * 4
+    found: Iterable[Tensor | None] = (None,) * 4
     if any(four):
         da, db = da if need_a else torch.zeros_like(a), db if need_b else torch.zeros_like(b)
         found = _khatri_rao_backward(da, db, *factors, *four)
@@ -72,7 +81,7 @@ class _Written(torch.autograd.Function):
     """A product with the written weight, which is written again for the backward pass."""
 
     @staticmethod
-    def forward(x, weight, bias, scales, *factors) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[float, ...], *factors: Tensor) -> Tensor:
         return linear(x, _write(weight, scales, factors), bias)
 
     @staticmethod
@@ -164,7 +173,7 @@ def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: floa
     return registry.apply(_LowRank, x, weight, bias, *four, float(scale))[0]
 
 
-def _written_linear(x: Tensor, weight: Tensor, bias: Tensor | None, written: list) -> Tensor:
+def _written_linear(x: Tensor, weight: Tensor, bias: Tensor | None, written: list[tuple[float, Factors]]) -> Tensor:
     if transformed():
         for scale, four in written:
             weight = hadamard_weight(weight, *four, scale)

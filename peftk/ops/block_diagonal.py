@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -180,13 +182,13 @@ class BlockRotate(torch.autograd.Function):
         return _rotate(x, blocks, transpose)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save x (for the blocks) and the blocks (for x)."""
         x, blocks, ctx.transpose = inputs
         ctx.save_for_backward(x, blocks)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         """Run the backward operator."""
         x, blocks = ctx.saved_tensors
         need_x, need_blocks, _ = ctx.needs_input_grad
@@ -205,13 +207,13 @@ class BlockRotateLinear(torch.autograd.Function):
         return _rotate_linear(x, weight, bias, blocks)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save x, the blocks and a reference to the frozen weight."""
         x, weight, _bias, blocks = inputs
         ctx.save_for_backward(x, weight, blocks)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         """Run the backward operator."""
         x, weight, blocks = ctx.saved_tensors
         need_x, _, need_bias, need_blocks = ctx.needs_input_grad

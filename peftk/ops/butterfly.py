@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -155,12 +157,12 @@ class ButterflyCompose(torch.autograd.Function):
         return _compose(factors)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save the factors; the products of the first stages are made again."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Run the backward operator."""
         return run_backward("butterfly_compose", _compose_backward, grad, *ctx.saved_tensors)
 
@@ -174,12 +176,12 @@ class ButterflyMultiply(torch.autograd.Function):
         return _multiply(x, factors)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save x and the factors; what lies between two passes is made again."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         """Run the backward operator."""
         need_x, need_factors = ctx.needs_input_grad
         dx, dfactors = run_backward(
@@ -197,13 +199,13 @@ class ScaleChannels(torch.autograd.Function):
         return _scale(x, scale, bias, inner)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save x for the gradient of the scale."""
         x, scale, bias, ctx.inner = inputs
         ctx.save_for_backward(x, scale, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         """Run the backward operator."""
         x, scale, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -85,13 +87,13 @@ class Cayley(torch.autograd.Function):
         return _forward(skew, block_size, polynomial)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save the result, which makes the exact backward pass two products instead of a second solve."""
         skew, _, ctx.polynomial = inputs
         ctx.save_for_backward(skew, output)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         """Run the backward operator."""
         skew, blocks = ctx.saved_tensors
         return run_backward("cayley", _backward, grad, skew, blocks, ctx.polynomial), None, None

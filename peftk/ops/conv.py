@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
+from torch.nn.grad import conv2d_input
 
 from ..kernels.shared.wide import HALF, widened
 from ..runtime import registry
@@ -162,7 +163,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (weight,) = ctx.saved_tensors
-        dx = run_backward(_NAME, torch.nn.grad.conv2d_input, ctx.shape, weight, grad, *ctx.geometry)
+        dx = run_backward(_NAME, conv2d_input, ctx.shape, weight, grad, *ctx.geometry)
         return None, dx, None
 
 
@@ -236,7 +237,7 @@ class _Thin(torch.autograd.Function):
         )
 
 
-def _thin_gradients(geometry: tuple, needs: tuple, grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
+def _thin_gradients(geometry: tuple, needs: tuple[bool, bool], grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
     found = _convolution_gradients(grad, x.float(), weight.float(), geometry, *needs, False)
     return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight), strict=False))
 
@@ -262,6 +263,7 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(base: Tensor, h: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
         h, b = h.to(base.dtype), b.to(base.dtype)
+        add: Callable[..., Tensor]
         if channels_last(base):
             rows, hidden = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (base, h))
             add = rows.addmm_ if in_place else rows.addmm

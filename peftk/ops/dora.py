@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,10 +51,9 @@ def _prepare_compose(
 ) -> tuple:
     if not _fits_add(base, x, a, b):
         _check_add(base, x, a, b)
-    for name, value in (("gain", gain), ("bias", bias)):
-        if value is not None or name == "gain":
-            check_tensor(name, value, like=x)
-            check_shape(name, value, (b.shape[0],), "(out_features,)")
+    for name, value in [("gain", gain)] if bias is None else [("gain", gain), ("bias", bias)]:
+        check_tensor(name, value, like=x)
+        check_shape(name, value, (b.shape[0],), "(out_features,)")
     b, scale = _scaled(b, scale, x.dtype)
     x = autocast_input(x)
     # The gain, whose gradient is a long sum, stays exact.
@@ -144,12 +144,14 @@ class DoraCompose(torch.autograd.Function):
     """Autograd for `dora_compose`."""
 
     @staticmethod
-    def forward(base, x, a, b, gain, bias, scale) -> tuple[Tensor, Tensor]:
+    def forward(
+        base: Tensor, x: Tensor, a: Tensor, b: Tensor, gain: Tensor, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
         return _compose(*_rounded_factors((base, x, a, b, gain, bias, scale), 2))
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Save the base output for the gradient of the gain, x and the rank-sized product."""
         base, x, a, b, gain, bias, ctx.scale = inputs
         ctx.mark_non_differentiable(output[1])
@@ -157,7 +159,7 @@ class DoraCompose(torch.autograd.Function):
         ctx.save_for_backward(base, x, output[1], a, b, gain, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         """Run the backward operator."""
         if grad is None:
             return (None,) * 7

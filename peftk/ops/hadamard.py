@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -161,17 +163,19 @@ class KhatriRao(torch.autograd.Function):
     """Autograd for `khatri_rao`."""
 
     @staticmethod
-    def forward(w1_a, w1_b, w2_a, w2_b, dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
         """Run the operator."""
         return _khatri_rao(w1_a, w1_b, w2_a, w2_b, dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Save the four factors."""
         ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
-    def backward(ctx, grad_a: Tensor, grad_b: Tensor) -> tuple:
+    def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> tuple:
         """Run the backward operator."""
         needs = ctx.needs_input_grad[:4]
         found = run_backward("khatri_rao", _khatri_rao_backward, grad_a, grad_b, *ctx.saved_tensors, *needs)
@@ -182,18 +186,18 @@ class HadamardWeight(torch.autograd.Function):
     """Autograd for `hadamard_weight`."""
 
     @staticmethod
-    def forward(weight, w1_a, w1_b, w2_a, w2_b, scale) -> Tensor:
+    def forward(weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float) -> Tensor:
         """Run the operator."""
         return _weight(weight, w1_a, w1_b, w2_a, w2_b, scale)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save the four factors."""
         _weight, *factors, ctx.scale = inputs
         ctx.save_for_backward(*factors)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         """Run the backward operator; the gradient of the weight is the incoming one."""
         need_weight, *needs = ctx.needs_input_grad[:5]
         args = grad, *ctx.saved_tensors, ctx.scale, *needs

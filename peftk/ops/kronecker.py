@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -215,19 +217,19 @@ class KroneckerAdd(torch.autograd.Function):
     """Autograd for `kronecker_add`."""
 
     @staticmethod
-    def forward(base, x, w1, w2, scale) -> Tensor:
+    def forward(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float) -> Tensor:
         """Run the operator. w2 is rounded here, so that no gradient of it passes through a rounding."""
         return _add(*_rounded_factor((base, x, w1, w2, scale), 3))
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save x and the factors."""
         _base, x, w1, w2, ctx.scale = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w1, w2)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
         """Run the backward operator; the gradient of the base output is the incoming one."""
         if grad is None:
             return (None,) * 5
@@ -242,19 +244,19 @@ class KroneckerLinear(torch.autograd.Function):
     """Autograd for `kronecker_linear`."""
 
     @staticmethod
-    def forward(x, weight, bias, w1, w2, scale) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, w2: Tensor, scale: float) -> Tensor:
         """Run the operator. w2 is rounded here, so that no gradient of it passes through a rounding."""
         return _linear(*_rounded_factor((x, weight, bias, w1, w2, scale), 4))
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save x, the factors and a reference to the frozen weight."""
         x, weight, _bias, w1, w2, ctx.scale = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, w1, w2)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
         """Run the backward operator."""
         if grad is None:
             return (None,) * 6
@@ -270,19 +272,19 @@ class KroneckerWeight(torch.autograd.Function):
     """Autograd for `kronecker_weight`."""
 
     @staticmethod
-    def forward(weight, w1, w2, scale) -> Tensor:
+    def forward(weight: Tensor, w1: Tensor, w2: Tensor, scale: float) -> Tensor:
         """Run the operator."""
         return _weight(weight, w1, w2, scale)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """Save the factors."""
         _weight, w1, w2, ctx.scale = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(w1, w2)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
         """Run the backward operator; the gradient of the weight is the incoming one."""
         if grad is None:
             return (None,) * 4

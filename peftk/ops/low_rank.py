@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -288,12 +290,21 @@ class LowRankAdd(torch.autograd.Function):
     """Autograd for `low_rank_add`."""
 
     @staticmethod
-    def forward(base, x, a, b, gate, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    def forward(
+        base: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
         return _add(*_rounded_factors((base, x, a, b, gate, scale, dropout_p, seed), 2))
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Save x and the rank-sized product."""
         _base, x, a, b, gate, ctx.scale, ctx.dropout_p, seed = inputs
         ctx.mark_non_differentiable(output[1])
@@ -301,7 +312,7 @@ class LowRankAdd(torch.autograd.Function):
         ctx.save_for_backward(x, output[1], a, b, gate, seed)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         """Run the backward operator; the gradient of the base output is the incoming one."""
         if grad is None:
             return (None,) * 8
@@ -316,14 +327,24 @@ class LowRankLinear(torch.autograd.Function):
     """Autograd for `low_rank_linear`."""
 
     @staticmethod
-    def forward(x, weight, bias, a, b, gate, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
         if a.dtype is x.dtype and b.dtype is x.dtype:
             return _linear(x, weight, bias, a, b, gate, scale, dropout_p, seed)
         return _linear(*_rounded_factors((x, weight, bias, a, b, gate, scale, dropout_p, seed), 3))
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Save x, the rank-sized product and a reference to the frozen weight."""
         x, weight, _bias, a, b, gate, ctx.scale, ctx.dropout_p, seed = inputs
         ctx.mark_non_differentiable(output[1])
@@ -331,7 +352,7 @@ class LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(x, output[1], weight, a, b, gate, seed)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         """Run the backward operator."""
         if grad is None:
             return (None,) * 9

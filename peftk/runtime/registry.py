@@ -237,7 +237,7 @@ def define(
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._are_functorch_transforms_active()
-            or torch.autograd._profiler_enabled()
+            or torch._C._autograd._profiler_enabled()
             or torch.is_grad_enabled()
             or not _PLAIN_TYPES.issuperset(map(type, args))
         ):
@@ -260,7 +260,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # The stub lacks the base.
 
 
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:

@@ -101,7 +101,9 @@ class Choice:
         """Return a context manager that chooses a name inside its ``with`` block."""
         block = _Block(name)
         manager = self._holding(block)
-        block.running = weakref.ref(manager.gen)
+        generator = manager.gen
+        assert isinstance(generator, GeneratorType)
+        block.running = weakref.ref(generator)
         return manager
 
     @contextlib.contextmanager

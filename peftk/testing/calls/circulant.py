@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ def _fits(features: int, out: int, size: int) -> bool:
     return features % size == 0 and out % size == 0
 
 
-def _kernel(call: Call, normal: Normal):
+def _kernel(call: Call, normal: Normal) -> Tensor:
     return normal(call.out // call.size, call.features // call.size, call.size, spread=call.features**-0.5)
 
 

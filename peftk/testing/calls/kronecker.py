@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
@@ -14,12 +16,12 @@ def _fits(features: int, out: int, size: int) -> bool:
     return features % size == 0 and out % size == 0
 
 
-def _factors(call: Call, normal: Normal, **kwargs) -> tuple:
+def _factors(call: Call, normal: Normal, **kwargs: Any) -> tuple:
     rows, columns = call.out // call.size, call.features // call.size
     return normal(call.size, call.size, spread=call.size**-0.5), normal(rows, columns, spread=columns**-0.5, **kwargs)
 
 
-def _weight_of(call: Call, normal: Normal):
+def _weight_of(call: Call, normal: Normal) -> Tensor:
     return normal(call.out, call.features, spread=call.features**-0.5, dtype=call.dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-FORMULAS = {
+FORMULAS: dict[str, Callable[..., Tensor]] = {
     "circular_conv": conv,
     "circular_conv_add": conv_add,
     "circulant_linear": linear,
@@ -52,7 +54,15 @@ FORMULAS = {
 
 
 def _case(
-    operator: str, name: str, lead: tuple, out: int, blocks: int, size: int, *, bias: bool = True, scale=1.0
+    operator: str,
+    name: str,
+    lead: tuple,
+    out: int,
+    blocks: int,
+    size: int,
+    *,
+    bias: bool = True,
+    scale: float | list[float] = 1.0,
 ) -> Case:
     """Make a case of (out * size) x (blocks * size); a scale in a list is a tensor."""
     features, out_features = blocks * size, out * size

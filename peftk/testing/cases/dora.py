@@ -43,7 +43,9 @@ def _scale(scale: float | list[float]) -> float | Tensor:
     return torch.tensor(scale[0], dtype=torch.float64) if isinstance(scale, list) else scale
 
 
-def _norm_case(name: str, out: int, features: int, rank: int, scale=0.5, transposed: bool = False) -> Case:
+def _norm_case(
+    name: str, out: int, features: int, rank: int, scale: float | list[float] = 0.5, transposed: bool = False
+) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         weight = _normal(generator, features, out).mT if transposed else _normal(generator, out, features)
         a, b = _normal(generator, rank, features), _normal(generator, out, rank) / rank**0.5
@@ -53,7 +55,15 @@ def _norm_case(name: str, out: int, features: int, rank: int, scale=0.5, transpo
 
 
 def _compose_case(
-    name: str, lead: tuple, features: int, out: int, rank: int, *, bias: bool = True, scale=2.0, positive: bool = False
+    name: str,
+    lead: tuple,
+    features: int,
+    out: int,
+    rank: int,
+    *,
+    bias: bool = True,
+    scale: float | list[float] = 2.0,
+    positive: bool = False,
 ) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         inputs: Inputs = {

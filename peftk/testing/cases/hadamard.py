@@ -22,8 +22,8 @@ def weight(
     weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float | Tensor = 1.0
 ) -> Tensor:
     """Add up the dense matrices of every rank, one at a time."""
-    first = sum(torch.outer(w1_a[:, i], w1_b[i]) for i in range(w1_b.shape[0]))
-    second = sum(torch.outer(w2_a[:, j], w2_b[j]) for j in range(w2_b.shape[0]))
+    first = sum((torch.outer(w1_a[:, i], w1_b[i]) for i in range(w1_b.shape[0])), start=weight.new_zeros(()))
+    second = sum((torch.outer(w2_a[:, j], w2_b[j]) for j in range(w2_b.shape[0])), start=weight.new_zeros(()))
     return weight + scale * (first * second).view(weight.shape)
 
 
@@ -48,7 +48,14 @@ def _khatri_rao_case(name: str, out: int, features: int, r1: int, r2: int | None
 
 
 def _weight_case(
-    name: str, out: int, row: tuple[int, ...], r1: int, r2: int | None = None, *, scale=1.5, frozen: bool = False
+    name: str,
+    out: int,
+    row: tuple[int, ...],
+    r1: int,
+    r2: int | None = None,
+    *,
+    scale: float | list[float] = 1.5,
+    frozen: bool = False,
 ) -> Case:
     features = torch.Size(row).numel()
 
@@ -65,7 +72,7 @@ def _weight_case(
         # A scale that is a tensor is multiplied into a factor of its own.
         return 8 * (out * r1 + 1) if isinstance(scale, list) else 0
 
-    gradients = _FACTORS if frozen else ("weight", *_FACTORS)
+    gradients: tuple[str, ...] = _FACTORS if frozen else ("weight", *_FACTORS)
     gradients += ("scale",) if isinstance(scale, list) else ()
     # The weight may have more dimensions than the factors, whose rows are its rows, too.
     rows = Rows(("weight", "w1_a", "w2_a"), 1, len(row)) if len(row) == 1 else Rows(("weight",), len(row), len(row))

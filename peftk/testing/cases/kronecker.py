@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +36,11 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-_FORMULAS = {"kronecker_add": add, "kronecker_linear": linear, "kronecker_weight": weight}
+_FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "kronecker_add": add,
+    "kronecker_linear": linear,
+    "kronecker_weight": weight,
+}
 Sizes = tuple[int, int, int, int]
 
 
@@ -81,12 +88,12 @@ def _case(
     return Case(operator, name, make, _FORMULAS[operator], (*first, "w1", "w2"), activations, saved, rows=independent)
 
 
-def _both(name: str, *args, **kwargs) -> list[Case]:
+def _both(name: str, *args: Any, **kwargs: Any) -> list[Case]:
     without = {k: v for k, v in kwargs.items() if k != "bias"}
     return [_case("kronecker_linear", name, *args, **kwargs), _case("kronecker_add", name, *args, **without)]
 
 
-def _weight(name: str, sizes: Sizes, **kwargs) -> Case:
+def _weight(name: str, sizes: Sizes, **kwargs: Any) -> Case:
     return _case("kronecker_weight", name, (), sizes, **kwargs)
 
 

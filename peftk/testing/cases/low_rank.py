@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ from . import Case, Inputs, Rows
 
 def philox(seed: int, count: int) -> list[int]:
     """Philox4x32-10 on Python's integers, one block of four words at a time (Salmon et al., SC 2011)."""
-    low, words = 0xFFFFFFFF, []
+    low = 0xFFFFFFFF
+    words: list[int] = []
     for block in range((count + 3) // 4):
         counter, key = (block & low, block >> 32, 0, 0), (seed & low, seed >> 32 & low)
         for _ in range(10):
@@ -27,6 +30,7 @@ def philox(seed: int, count: int) -> list[int]:
 def _mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if not p:
         return torch.ones_like(x)
+    assert seed is not None
     kept = [(word >> 8) / 2**24 >= p for word in philox(int(seed), x.numel())]
     return torch.tensor(kept, dtype=x.dtype).view(x.shape) / (1 - p)
 
@@ -50,7 +54,7 @@ def add(
     return base + scale * torch.einsum("...oi,...i->...o", dense, dropped)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *args, **kwargs) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Multiply by the weight, then add the dense low-rank product."""
     base = x @ weight.mT
     return add(base if bias is None else base + bias, x, a, b, *args, **kwargs)
@@ -61,9 +65,16 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _factors(
-    generator: torch.Generator, lead: tuple, features: int, out: int, rank: int, scale, gate: str | None, p: float
+    generator: torch.Generator,
+    lead: tuple,
+    features: int,
+    out: int,
+    rank: int,
+    scale: float | list[float],
+    gate: str | None,
+    p: float,
 ) -> Inputs:
-    gates = {None: None, "rank": (rank,), "token": (*lead, rank)}
+    gates = {"rank": (rank,), "token": (*lead, rank)}
     return {
         "a": _normal(generator, rank, features) / features**0.5,
         "b": _normal(generator, out, rank) / rank**0.5,
@@ -83,7 +94,7 @@ def _case(
     rank: int,
     *,
     bias: bool = True,
-    scale=2.0,
+    scale: float | list[float] = 2.0,
     gate: str | None = None,
     p: float = 0.0,
     positive: bool = False,
@@ -104,7 +115,7 @@ def _case(
             inputs |= {k: inputs[k].abs() for k in ("x", "a", "b", "gate") if inputs[k] is not None}
         return inputs
 
-    optional = ("gate",) if gate else ()
+    optional: tuple[str, ...] = ("gate",) if gate else ()
     optional += ("scale",) if isinstance(scale, list) else ()
     first = (("x", "bias") if bias else ("x",)) if fused else ("base", "x")
 
@@ -127,7 +138,7 @@ def _case(
     )
 
 
-def _both(name: str, *args, **kwargs) -> list[Case]:
+def _both(name: str, *args: Any, **kwargs: Any) -> list[Case]:
     add_kwargs = {k: v for k, v in kwargs.items() if k != "bias"}
     return [_case("low_rank_linear", name, *args, **kwargs), _case("low_rank_add", name, *args, **add_kwargs)]
 
