@@ -141,8 +141,7 @@ def linear_mixed(
     x = x.to(result.dtype)
     middle = [1] * (x.dim() - 2)
     for group in mixed_groups(adapters):
-        a = torch.cat([adapters[i].a for i in group])
-        b = torch.cat([adapters[i].b for i in group], dim=1)
+        a, b = side_by_side(adapters, group)
         gate = mixed_gate(adapters, group, choice, b)
         gate = gate.view(len(gate), *middle, -1).expand(*x.shape[:-1], -1)
         result = F.low_rank_add(result, x, a, b, gate=gate)
@@ -166,15 +165,22 @@ def mixed_groups(adapters: Sequence[LowRank]) -> list[list[int]]:
     return groups
 
 
+def side_by_side(adapters: Sequence[LowRank], group: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return A (total rank, in) and B (out, total rank) of a group of adapters; those of a single one as they are."""
+    if len(group) == 1:
+        return adapters[group[0]].a, adapters[group[0]].b
+    return torch.cat([adapters[i].a for i in group]), torch.cat([adapters[i].b for i in group], dim=1)
+
+
 def mixed_gate(adapters: Sequence[LowRank], group: Sequence[int], choice: Sequence[int], like: Tensor) -> Tensor:
     """Return one row for each sample, (batch, total rank): its adapter's scale where that adapter's rank stands."""
     ranks = [adapters[i].a.shape[0] for i in group]
-    table = like.new_zeros(len(group) + 1, sum(ranks))
-    start = 0
-    for row, (index, rank) in enumerate(zip(group, ranks, strict=True)):
-        table[row, start : start + rank] = adapters[index].scale
-        start += rank
-    return table[_row_of_each(group, choice, table)]
+    scales = [(index, adapters[index].scale) for index in group]
+    rows = [[scale if index == chosen else 0.0 for index, scale in scales] for chosen in choice]
+    gate = torch.tensor(rows, dtype=like.dtype, device=like.device)
+    if len(group) == 1:
+        return gate.expand(-1, ranks[0])
+    return gate[:, [column for column, rank in enumerate(ranks) for _ in range(rank)]]
 
 
 def mixed_bias(

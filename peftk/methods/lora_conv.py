@@ -16,7 +16,7 @@ from ..ops.conv import channels_last, convolve_frozen, convolve_thin, expand
 from ..ops.dropout import Dropout
 from . import dora
 from ._base_layer import NONE, plain_tensors
-from .lora import LowRank, mixed_bias, mixed_gate, mixed_groups
+from .lora import LowRank, mixed_bias, mixed_gate, mixed_groups, side_by_side
 
 
 def conv2d(
@@ -106,8 +106,7 @@ def conv2d_mixed(
     if base.groups > 1:
         groups = [[index] for group in groups for index in group]
     for group in groups:
-        a = torch.cat([adapters[i].a for i in group])
-        b = torch.cat([adapters[i].b for i in group], dim=1)
+        a, b = side_by_side(adapters, group)
         gate = mixed_gate(adapters, group, choice, x)
         result = expanded(base, result, convolve_thin(base, x, a) * gate.view(*gate.shape, 1, 1), b, 1.0)
         bias = mixed_bias(adapters, group, choice, result, base.out_channels)

@@ -13,7 +13,7 @@ from .. import functional as F
 from ..kernels.shared.wide import wide
 from . import dora
 from ._base_layer import NONE
-from .lora import LowRank, mixed_gate, mixed_groups
+from .lora import LowRank, mixed_gate, mixed_groups, side_by_side
 
 
 def embedding(
@@ -85,8 +85,7 @@ def embedding_mixed(
     """Return the output of an embedding on a batch whose samples have different adapters; see `lora.linear_mixed`."""
     result = base(x, *args, **kwargs)
     for group in mixed_groups(adapters):
-        a = torch.cat([adapters[i].a for i in group])
-        b = torch.cat([adapters[i].b for i in group], dim=1)
+        a, b = side_by_side(adapters, group)
         gate = mixed_gate(adapters, group, choice, result)
         hidden = look_up(base, x, a, result.dtype) * gate.view(len(gate), *[1] * (x.dim() - 1), -1)
         result = added(result, hidden, b, 1.0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from ..nn.adalora.rank_allocator import RankAllocator, orthogonality_loss
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import check_adapter_name, check_int
 from ..nn.base.freezing import set_trainable
-from ..nn.base.merging import check_finite
+from ..nn.base.merging import check_finite, check_keep_base
 from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.saved import ModulesToSaveWrapper
-from ..nn.base.undo import all_or_nothing, process_kept, put_back
+from ..nn.base.undo import Before, all_or_nothing, process_kept, put_back
+from ..nn.base.walking import all_modules, all_parameters
 from .batch_statistics import batches_seen
+from .names import inner_name, unwrapped
 from .plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
 from .targets import candidates, describe_unknown, places
 from .ties import note_untied
@@ -118,6 +121,12 @@ class Tuner(nn.Module):
             if isinstance(module, AdapterLayer):
                 yield path, module
 
+    def _parts(self) -> list[AdapterLayer | ModulesToSaveWrapper]:
+        """Return every adapted layer, and after them every module that is trained in full: one walk for both."""
+        found = candidates(self.model).values()
+        layers = [module for module in found if isinstance(module, AdapterLayer)]
+        return [*layers, *(module for module in found if isinstance(module, ModulesToSaveWrapper))]
+
     def _wrappers(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
         """Yield the path and the wrapper of every module that is trained in full."""
         for path, module in candidates(self.model).items():
@@ -172,24 +181,24 @@ class Tuner(nn.Module):
         return file_tensors(self.model, plan)
 
     @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Undo what a block does to the model and its adapters if it fails, whatever it is."""
-        with process_kept(), all_or_nothing([*self.modules()], [*self.parameters()]):
-            yield
+    def _whole(self, root: nn.Module | None = None) -> Iterator[Before]:
+        """Undo what a block does to the model and its adapters, and to the module around them, if it fails.
+
+        Numbers in tensors that the model has already are not among that, but for those that the block asks to keep.
+        """
+        modules = all_modules(self, *([] if root is None else [root]))
+        with process_kept(), all_or_nothing(modules, all_parameters(modules)) as before:
+            yield before
 
     @contextlib.contextmanager
-    def _switches(self) -> Iterator[None]:
+    def _switches(self, parts: Sequence[AdapterLayer | ModulesToSaveWrapper]) -> Iterator[None]:
         """Undo what a block does to the choice of adapters and to what is trained or merged if it fails."""
-        parts = [part for _, layer in self._layers() for part in layer.switched()]
-        with process_kept(), all_or_nothing([self, *parts, *(w for _, w in self._wrappers())], [*self.parameters()]):
+        switched = [m for part in parts for m in (part.switched() if isinstance(part, AdapterLayer) else (part,))]
+        with process_kept(), all_or_nothing([self, *switched], all_parameters(all_modules(self))):
             yield
 
     def _commit(self, plan: Plan) -> None:
-        """Add a planned adapter. The first one becomes active; a later one waits for `set_adapter`."""
-        with self._whole():
-            self._add(plan)
-
-    def _add(self, plan: Plan) -> None:
+        """Add a planned adapter, inside of `_whole`. The first one becomes active; a later one waits to be chosen."""
         first = not self.peft_config
         if first:
             self._counted = batches_seen(self.model)
@@ -197,7 +206,7 @@ class Tuner(nn.Module):
         attach(self.model, plan)
         self.peft_config[plan.name] = plan.config
         if first:
-            self.set_adapter(plan.name, inference_mode=plan.config.inference_mode)
+            self._choose(self._parts(), [plan.name], plan.config.inference_mode)
         else:
             for _, layer in self._layers():
                 layer.active_adapters = list(self.active_adapters)
@@ -205,31 +214,36 @@ class Tuner(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters, and no others, active and (unless `inference_mode`) trainable."""
         names = self._known(adapter_name)
-        for _, module in (*self._layers(), *self._wrappers()):
-            module.check_set_adapter(names)
-        self._check_unmerge()
-        with self._switches():
-            self._choose(names, inference_mode)
+        parts = self._parts()
+        for part in parts:
+            part.check_set_adapter(names)
+        self._check_unmerge(parts)
+        with self._switches(parts):
+            self._choose(parts, names, inference_mode)
 
-    def _choose(self, names: list[str], inference_mode: bool) -> None:
-        for _, wrapper in self._wrappers():
-            wrapper.set_adapter(names, inference_mode)
-        for _, layer in self._layers():
-            layer.set_adapter(names, inference_mode)
+    def _choose(
+        self, parts: Sequence[AdapterLayer | ModulesToSaveWrapper], names: list[str], inference_mode: bool
+    ) -> None:
+        # Those that are trained in full first: a layer has the last word about a parameter of both.
+        for part in reversed(parts):
+            part.set_adapter(names, inference_mode)
         self.active_adapters = names
         for name in [n for n in self.peft_config if n not in names] + names:
-            for _, bias in biases(self.model, plan_of(self.model, name, self.peft_config[name])):
-                set_trainable(bias, name in names and not inference_mode)
+            if self.peft_config[name].bias_mode != "none":
+                for _, bias in biases(self.model, plan_of(self.model, name, self.peft_config[name])):
+                    set_trainable(bias, name in names and not inference_mode)
         # With bias="all" the originals of fully trained modules are listed too; they are never trained.
-        for _, wrapper in self._wrappers():
-            wrapper.original_module.requires_grad_(False)
+        for part in parts:
+            if isinstance(part, ModulesToSaveWrapper):
+                part.original_module.requires_grad_(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters without activating them."""
         names = self._known(adapter_names, "adapter_names")
-        with self._switches():
-            for _, module in (*self._layers(), *self._wrappers()):
-                module.set_requires_grad(names, requires_grad)
+        parts = self._parts()
+        with self._switches(parts):
+            for part in parts:
+                part.set_requires_grad(names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, the first that remains becomes active."""
@@ -243,8 +257,8 @@ class Tuner(nn.Module):
             self._delete(adapter_name)
 
     def _delete(self, adapter_name: str) -> None:
-        for _, module in (*self._layers(), *self._wrappers()):
-            module.delete_adapter(adapter_name)
+        for part in self._parts():
+            part.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
         self._allocators.pop(adapter_name, None)
         remaining = [name for name in self.active_adapters if name != adapter_name]
@@ -310,9 +324,10 @@ class Tuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Switch all adapters on."""
-        with self._switches():
-            for _, module in (*self._layers(), *self._wrappers()):
-                module.enable_adapters(True)
+        parts = self._parts()
+        with self._switches(parts):
+            for part in parts:
+                part.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off; merged layers are unmerged."""
@@ -324,15 +339,16 @@ class Tuner(nn.Module):
                     "is not that of the original model",
                     stacklevel=3,
                 )
-        self._check_unmerge()
-        with self._switches():
-            for _, module in (*self._layers(), *self._wrappers()):
-                module.enable_adapters(False)
+        parts = self._parts()
+        self._check_unmerge(parts)
+        with self._switches(parts):
+            for part in parts:
+                part.enable_adapters(False)
 
     @contextlib.contextmanager
     def _disabled(self) -> Iterator[None]:
         """Switch all adapters off for a block, and restore every layer exactly, merged ones too."""
-        modules = [module for _, module in (*self._layers(), *self._wrappers())]
+        modules = self._parts()
         was_disabled = [module.disable_adapters for module in modules]
         was_merged = [(m, *_merge_state(m)) for m in modules if isinstance(m, AdapterLayer) and m.merged]
 
@@ -354,49 +370,72 @@ class Tuner(nn.Module):
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
         names = None if adapter_names is None else self._known(adapter_names, "adapter_names")
-        owners: dict[int, list[str]] = {}
-        held = places(self.model)
-        for _, module in self.model.named_modules():
-            for key, parameter in module._parameters.items():
-                owners.setdefault(id(parameter), []).extend(f"{path}.{key}" for path in held.get(id(module), ()))
+        holders = self._holders()
         for path, layer in self._layers():
+            if not layer._to_merge(names):
+                continue
             try:
                 layer.check_merge(names)
-            except ValueError as error:
-                raise ValueError(f"module {path!r}: {error}") from None
-            if not any(name in layer.adapter_names for name in (layer.active_adapters if names is None else names)):
-                continue
-            sharing = owners[id(layer.base_layer.weight)]
-            if len(sharing) > 1:
-                raise ValueError(
-                    f"merge: the weight of {path!r} is shared by {sharing}, and merging would change all of them; give "
-                    "the layer a copy of the weight first"
-                )
-        return names
-
-    def _check_unmerge(self) -> None:
-        for path, layer in self._layers():
-            try:
                 layer.check_written()
             except ValueError as error:
                 raise ValueError(f"module {path!r}: {error}") from None
+            if holders[id(layer.base_layer.weight)] > 1:
+                raise ValueError(
+                    f"merge: the weight of {path!r} is shared by {self._sharing(layer.base_layer.weight)}, and merging "
+                    "would change all of them; give the layer a copy of the weight first"
+                )
+        return names
+
+    def _holders(self) -> Counter[int]:
+        """Count in how many places of the model every parameter stands, by its id."""
+        modules = [module for module in all_modules(self.model) if inner_name(module) is None]
+        held = Counter(
+            id(unwrapped(child)) for module in modules for child in module._modules.values() if child is not None
+        )
+        found: Counter[int] = Counter()
+        for module in modules:
+            for parameter in module._parameters.values():
+                found[id(parameter)] += held[id(module)]
+        return found
+
+    def _sharing(self, parameter: Tensor) -> list[str]:
+        held = places(self.model)
+        return [
+            f"{path}.{key}"
+            for _, module in self.model.named_modules()
+            for key, other in module._parameters.items()
+            if other is parameter
+            for path in held.get(id(module), ())
+        ]
+
+    def _check_unmerge(self, parts: Iterable[AdapterLayer | ModulesToSaveWrapper]) -> None:
+        for layer in parts:
+            if isinstance(layer, AdapterLayer) and layer.merged_adapters:
+                try:
+                    layer.check_written()
+                except ValueError as error:
+                    path = next(path for path, other in self._layers() if other is layer)
+                    raise ValueError(f"module {path!r}: {error}") from None
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, keep_base: str = "device"
     ) -> None:
         """Merge adapters into the base weights, in every layer or, if one of them fails, in none."""
+        check_keep_base(keep_base)
         names = self._check_merge(adapter_names)
-        with self._switches():
-            for _, layer in self._layers():
-                layer.merge(safe_merge, names, keep_base=keep_base)
+        layers = [layer for _, layer in self._layers()]
+        with self._switches(layers):
+            for layer in layers:
+                layer.merge_checked(safe_merge, names, keep_base=keep_base)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit, or raise ValueError: see `AdapterLayer.unmerge`."""
-        self._check_unmerge()
-        with self._switches():
-            for _, layer in self._layers():
+        layers = [layer for _, layer in self._layers()]
+        self._check_unmerge(layers)
+        with self._switches(layers):
+            for layer in layers:
                 if layer.merged:
-                    layer.unmerge()
+                    layer.unmerge_checked()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -412,7 +451,7 @@ class Tuner(nn.Module):
 
     def _merge_for_good(self, names: list[str] | None, progressbar: bool) -> nn.Module:
         for path, layer in _progress(list(self._layers()), progressbar, "Merging"):
-            layer.merge(adapter_names=names)
+            layer.merge_checked(adapter_names=names)
             replace_module(self.model, path, layer.unwrap())
         for path, wrapper in list(self._wrappers()):
             found = wrapper.active_adapters if names is None else wrapper.check_set_adapter(names)

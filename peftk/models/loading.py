@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,20 @@ def naming_the_file(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
         raise type(error)(f"{file}: {said}") from None
 
 
+class Reading(NamedTuple):
+    """A saved adapter that was read and checked.
+
+    Attributes:
+        plan: The adapter.
+        fill: Copies the values in; it cannot be refused.
+        changed: Tensors of the model that `fill` writes to.
+    """
+
+    plan: Plan
+    fill: Callable[[], None]
+    changed: list[Tensor]
+
+
 def read_into_plan(
     tuner: Tuner,
     folder: str | os.PathLike[str],
@@ -77,8 +91,8 @@ def read_into_plan(
     autocast: bool,
     saved: Mapping[str, Any] | None = None,
     key_mapping: Mapping[str, str] | None = None,
-) -> tuple[Plan, Callable[[], None]]:
-    """Read and check a saved adapter; return its plan and the function that copies the values in, which cannot fail.
+) -> Reading:
+    """Read and check a saved adapter; nothing is written to the model yet.
 
     `saved` is the content of the configuration file, if the caller has read it: what it has checked there must be what
     is loaded. A new adapter is planned without memory, and gets it once the shapes in the file are those of the plan:
@@ -110,7 +124,9 @@ def read_into_plan(
     targets = {**tuner._file_tensors(plan), **embeddings}
     _check_not_merged(tuner, targets)
     _check_there(targets)
-    return plan, lambda: copy_into(targets, values)
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    changed = [targets[key] for key in values if id(targets[key]) in own]
+    return Reading(plan, lambda: copy_into(targets, values), changed)
 
 
 def _plan_from_file(

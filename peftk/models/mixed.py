@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..nn import LoraConfig
+from ..nn.base.adapter_layer import AdapterLayer
+from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import put_back
 from ..nn.lora.layer import BASE, LoRALayer
 from .adapters import Tuner
@@ -29,7 +31,7 @@ class _Names(list):
         return list(self)
 
 
-def check(tuner: Tuner, adapter_names: Any) -> list[str]:
+def check(tuner: Tuner, parts: Iterable[nn.Module], adapter_names: Any) -> list[str]:
     """Return the adapters of a batch as a list, or raise if they cannot be mixed in one."""
     if isinstance(adapter_names, str) or not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"adapter_names: expected a list with one name for each sample, got {adapter_names!r}")
@@ -49,16 +51,16 @@ def check(tuner: Tuner, adapter_names: Any) -> list[str]:
                 f"adapter_names: adapter {name!r} trains biases of the base model (bias={config.bias!r}), which all "
                 "samples share; only adapters with bias='none' can be mixed in a batch"
             )
-        if any(name in wrapper.modules_to_save for _, wrapper in tuner._wrappers()):
+        if any(name in part.modules_to_save for part in parts if isinstance(part, ModulesToSaveWrapper)):
             raise ValueError(
                 f"adapter_names: adapter {name!r} has its own copy of modules in modules_to_save, which cannot be "
                 "mixed in a batch"
             )
     if tuner.training:
         raise ValueError("adapter_names: the model is in training mode; call eval() first")
-    merged = [path for path, layer in tuner._layers() if layer.merged_adapters]
-    if merged:
-        raise ValueError(f"adapter_names: layer {merged[0]!r} is merged; unmerge it first")
+    if any(part.merged_adapters for part in parts if isinstance(part, AdapterLayer)):
+        merged = next(path for path, layer in tuner._layers() if layer.merged_adapters)
+        raise ValueError(f"adapter_names: layer {merged!r} is merged; unmerge it first")
     return names
 
 
@@ -70,22 +72,24 @@ def mixed_batch(tuner: Tuner, kwargs: dict[str, Any]) -> Iterator[None]:
         yield
         return
     copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-    names = _Names(check(tuner, adapter_names), copies)
+    parts = tuner._parts()
+    names = _Names(check(tuner, parts, adapter_names), copies)
     changed: list[tuple[nn.Module, str, Any]] = []
 
     def restore() -> None:
         for module, attribute, value in changed:
-            setattr(module, attribute, value)
+            # `nn.Module.__setattr__` looks for parameters and modules everywhere first.
+            module.__dict__[attribute] = value
 
     with put_back(restore):
         # Everything that is no LoRA layer runs as the base model has it.
-        for _, module in (*tuner._layers(), *tuner._wrappers()):
+        for module in parts:
             if isinstance(module, LoRALayer):
                 changed.append((module, "batch_adapters", module.batch_adapters))
-                module.batch_adapters = names
+                module.__dict__["batch_adapters"] = names
             else:
                 changed.append((module, "disable_adapters", module.disable_adapters))
-                module.disable_adapters = True
+                module.__dict__["disable_adapters"] = True
         yield
 
 

@@ -42,17 +42,27 @@ def without_wrappers(key: str) -> str:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield what `model.named_modules()` does, every wrapped module in place of its wrappers and under their name."""
-    seen: set[int] = set()
+    seen: set[nn.Module] = set()
     # A stack and not a recursion: one generator inside the other would cost every name the depth of its module.
     stack = [("", unwrapped(model))]
     while stack:
         path, module = stack.pop()
-        if id(module) in seen:
+        if module in seen:
             continue
-        seen.add(id(module))
+        seen.add(module)
         yield path, module
-        children = [(name, child) for name, child in module._modules.items() if child is not None]
-        stack += [(f"{path}.{name}" if path else name, unwrapped(child)) for name, child in reversed(children)]
+        stack += named_children(path, module)
+
+
+def named_children(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the children of a module by their full names, the last one first, without wrappers."""
+    prefix = f"{path}." if path else ""
+    return [
+        # Most modules hold nothing, and so wrap nothing.
+        (prefix + name, unwrapped(child) if child._modules else child)
+        for name, child in reversed(module._modules.items())
+        if child is not None
+    ]
 
 
 def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -90,4 +100,12 @@ def clean_state(module: nn.Module, key: str) -> str:
     return ".".join(kept)
 
 
-__all__ = ["clean_state", "inner_name", "named_modules", "place_of", "unwrapped", "without_wrappers"]
+__all__ = [
+    "clean_state",
+    "inner_name",
+    "named_children",
+    "named_modules",
+    "place_of",
+    "unwrapped",
+    "without_wrappers",
+]

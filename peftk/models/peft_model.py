@@ -14,7 +14,6 @@ from ..nn import AdapterLayer, PeftConfig
 from ..nn.base.config import check_bool, check_choice
 from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.scaling import note_attention_scale
-from ..nn.base.undo import all_or_nothing, process_kept
 from .adapters import Tuner
 from .loading import read_into_plan
 from .mixed import mixed_batch
@@ -72,8 +71,13 @@ def get_peft_model(
             f"{type(peft_config).__name__}"
         )
     _check_base(model)
-    with process_kept(), all_or_nothing([*model.modules()], [*model.parameters()]):
-        result = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+    result = PeftModel.__new__(PeftModel)
+    tuner = tuner_for(model, peft_config)
+    tuner._check_new(adapter_name, peft_config)
+    with tuner._whole() as before:
+        plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        before.keep(plan.changed())
+        result._start(tuner, plan)
         config = result.peft_config[adapter_name]
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
         config.revision = revision or config.revision
@@ -109,8 +113,9 @@ class PeftModel(nn.Module):
         _check_base(model)
         tuner = tuner_for(model, peft_config)
         tuner._check_new(adapter_name, peft_config)
-        with process_kept(), tuner._whole():
+        with tuner._whole() as before:
             plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+            before.keep(plan.changed())
             self._start(tuner, plan)
 
     def _start(self, tuner: Tuner, plan: Plan) -> None:
@@ -212,7 +217,7 @@ class PeftModel(nn.Module):
             raise TypeError(f"peft_config: expected a configuration of peftk, got {type(peft_config).__name__}")
         tuner = self.base_model
         tuner._check_new(adapter_name, peft_config)
-        with process_kept():
+        with tuner._whole():
             plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
             tuner._commit(plan)
 
@@ -392,16 +397,16 @@ class PeftModel(nn.Module):
         _check_base(model)
         tuner = tuner_for_file(model, model_id, adapters, key_mapping)
         result = cls.__new__(cls)
-        with process_kept():
-            plan, commit = read_into_plan(
+        with tuner._whole() as before:
+            read = read_into_plan(
                 tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
             )
-            with tuner._whole():
-                result._start(tuner, plan)
-                commit()
-                if not is_trainable:
-                    result.eval()
-                return result
+            before.keep([*read.changed, *read.plan.changed()])
+            result._start(tuner, read.plan)
+            read.fill()
+            if not is_trainable:
+                result.eval()
+            return result
 
     def load_adapter(
         self,
@@ -419,18 +424,18 @@ class PeftModel(nn.Module):
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         tuner = self.base_model
-        with process_kept():
-            plan, commit = read_into_plan(
+        with tuner._whole(self) as before:
+            read = read_into_plan(
                 tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
             )
-            with all_or_nothing([*self.modules()], [*self.parameters()]):
-                if adapter_name not in self.peft_config:
-                    tuner._commit(plan)
-                    if is_trainable:
-                        tuner.set_requires_grad(adapter_name)
-                commit()
-                if not is_trainable:
-                    self.eval()
+            before.keep(read.changed)
+            if adapter_name not in self.peft_config:
+                tuner._commit(read.plan)
+                if is_trainable:
+                    tuner.set_requires_grad(adapter_name)
+            read.fill()
+            if not is_trainable:
+                self.eval()
 
 
 def _check_base(model: object) -> None:

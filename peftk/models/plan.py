@@ -18,7 +18,6 @@ from ..nn.base.adapter_layer import Adapter, AdapterLayer
 from ..nn.base.config import warn_of_field
 from ..nn.base.offloading import copy_onloaded
 from ..nn.base.saved import ModulesToSaveWrapper
-from ..nn.base.undo import all_or_nothing
 from .names import clean_state, place_of, unwrapped
 from .targets import HEADS, candidates, describe_unknown, places, resolve, resolve_saved
 
@@ -52,6 +51,10 @@ class Plan:
                 )
         for adapter in self.adapters.values():
             adapter.materialise()
+
+    def changed(self) -> list[Tensor]:
+        """Return the tensors of the model whose numbers change when the plan is attached."""
+        return []
 
 
 def make_plan(
@@ -271,9 +274,8 @@ def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Copy values that were read, and checked to fit, into the tensors of the model."""
-    with all_or_nothing([], [], [targets[key] for key in values]):
-        for key, value in values.items():
-            targets[key].copy_(value)
+    for key, value in values.items():
+        targets[key].copy_(value)
 
 
 def same_meaning(ours: PeftConfig, theirs: PeftConfig, paths: Iterable[str]) -> None:

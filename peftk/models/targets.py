@@ -16,7 +16,8 @@ from ..nn.base.config import PeftConfig, TaskType, warn_of_field
 from ..nn.base.kinds import QUANTISERS, quantised_by
 from ..nn.base.patterns import matcher
 from ..nn.base.saved import ModulesToSaveWrapper
-from .names import named_modules, unwrapped, without_wrappers
+from ..nn.base.walking import all_modules
+from .names import named_children, named_modules, unwrapped, without_wrappers
 
 _QV = ("q_proj", "v_proj")
 _FUSED = ("query_key_value",)
@@ -131,14 +132,21 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     Names are those of the model without wrappers, such as activation checkpointing puts around its blocks.
     """
     result: dict[str, nn.Module] = {}
-    inside = "."
-    for name, module in named_modules(model):
-        # What is inside of a module follows it directly.
-        if not name or name.startswith(inside):
+    seen: set[nn.Module] = set()
+    stack = [("", unwrapped(model))]
+    while stack:
+        name, module = stack.pop()
+        if module in seen:
             continue
-        if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
-            inside = f"{name}."
-        result[name] = module
+        seen.add(module)
+        if name:
+            result[name] = module
+        if name and isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
+            # What such a layer wraps has no second name either, where something else holds it too.
+            wrapped = module.base_layer if isinstance(module, AdapterLayer) else module
+            seen.update(all_modules(wrapped) if wrapped._modules else (wrapped,))
+        else:
+            stack += named_children(name, module)
     return result
 
 

@@ -21,7 +21,7 @@ from ..nn.base.config import check_int, check_number
 from ..nn.base.undo import put_back
 from ..nn.xlora.layer import GATED, Gates, XLoraClassifier
 from .adapters import Tuner
-from .loading import config_values, naming_the_file, read_config, read_into_plan
+from .loading import Reading, config_values, naming_the_file, read_config, read_into_plan
 from .plan import Plan, attach
 
 PREFIX = "base_model.internal_xlora_classifier."
@@ -34,16 +34,20 @@ class XLoraPlan(Plan):
     Attributes:
         classifier: Its classifier.
         device: Where the classifier belongs, if it has no memory yet.
-        experts: The plan of every expert, and the function that copies its values in.
+        experts: Every expert, read and checked.
     """
 
     classifier: XLoraClassifier | None = None
-    experts: list[tuple[Plan, Callable[[], None]]] = field(default_factory=list)
+    experts: list[Reading] = field(default_factory=list)
     device: torch.device | None = None
 
     def materialise(self) -> None:
         """See `Plan.materialise`; the experts have memory already."""
         give_memory(self.classifier, self.device)
+
+    def changed(self) -> list[Tensor]:
+        """See `Plan.changed`; an expert's file may hold embeddings of the base model."""
+        return [tensor for read in self.experts for tensor in read.changed]
 
 
 def tuner_for(model: nn.Module, config: PeftConfig) -> Tuner:
@@ -150,14 +154,14 @@ class XLoraTuner(Tuner):
         if config.top_k_lora is not None:
             check_int("top_k_lora", config.top_k_lora, 1, len(folders))
         experts = [self._expert(str(index), folder, autocast_adapter_dtype) for index, folder in enumerate(folders)]
-        adapted = {path for plan, _ in experts for path in plan.adapters}
+        adapted = {path for read in experts for path in read.plan.adapters}
         first = next(self.model.parameters())
         device = first.device if initialise else torch.device("meta")
         with contextlib.nullcontext() if initialise else device:
             classifier = XLoraClassifier(config, len(experts), len(adapted)).to(device=device, dtype=first.dtype)
         return XLoraPlan(name, config, {}, {}, classifier, experts, first.device)
 
-    def _expert(self, name: str, folder: str, autocast: bool) -> tuple[Plan, Callable[[], None]]:
+    def _expert(self, name: str, folder: str, autocast: bool) -> Reading:
         where = f"adapters: expert {folder!r}"
         saved = config_values(folder)
         config = naming_the_file(folder, lambda: PeftConfig.from_dict(saved))
@@ -166,30 +170,27 @@ class XLoraTuner(Tuner):
         for field_name, wanted in (("bias", "none"), ("lora_bias", False), ("use_dora", False)):
             if getattr(config, field_name) != wanted:
                 raise NotImplementedError(f"{where} has {field_name}={getattr(config, field_name)!r}")
-        plan, fill = read_into_plan(Tuner(self.model), folder, name, True, autocast, saved, self._key_mapping)
+        read = read_into_plan(Tuner(self.model), folder, name, True, autocast, saved, self._key_mapping)
+        plan = read.plan
         if plan.saved:
             raise NotImplementedError(f"{where} has modules_to_save: {sorted(plan.saved)}")
         for path, adapter in plan.adapters.items():
             if adapter.layer_class not in GATED:
                 raise NotImplementedError(f"{where}: X-LoRA has no {adapter.layer_class.__name__}, as on {path!r}")
             adapter.layer_class = GATED[adapter.layer_class]
-        return plan, fill
+        return read
 
     def _commit(self, plan: Plan) -> None:
         """Attach the experts and the classifier."""
-        with self._whole():
-            self._add(plan)
-
-    def _add(self, plan: Plan) -> None:
         self.model.requires_grad_(False)
         self.peft_config[plan.name] = plan.config
-        for expert, fill in plan.experts:
-            attach(self.model, expert)
-            fill()
-            self.peft_config[expert.name] = expert.config
+        for read in plan.experts:
+            attach(self.model, read.plan)
+            read.fill()
+            self.peft_config[read.plan.name] = read.plan.config
         self.internal_xlora_classifier = plan.classifier
         self.internal_xlora_classifier.train(self.training)
-        names = [expert.name for expert, _ in plan.experts]
+        names = [read.plan.name for read in plan.experts]
         self._gates = Gates(plan.config, names)
         for number, (path, layer) in enumerate(self._layers()):
             layer.gates, layer.number, layer.module_name = self._gates, number, path

@@ -178,7 +178,12 @@ def inject(change: str, name: str, folder: Path, points: int, within: str = ROOT
         warnings.simplefilter("ignore")
         saved = folder / "saved"
         if not saved.exists():
-            adapted(name).save_pretrained(saved)
+            other = adapted(name)
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    if parameter.requires_grad:
+                        parameter.mul_(2)
+            other.save_pretrained(saved)
             for path in saved.glob("*"):
                 assert path.is_file()
         torch.manual_seed(1)
@@ -258,7 +263,7 @@ def test_restoring_survives_a_second_interrupt(monkeypatch: pytest.MonkeyPatch) 
     calls = []
     from peftk.nn.base import undo
 
-    restore = undo._Before.restore
+    restore = undo.Before.restore
 
     def interrupted(self) -> None:
         calls.append(1)
@@ -266,7 +271,7 @@ def test_restoring_survives_a_second_interrupt(monkeypatch: pytest.MonkeyPatch) 
             raise KeyboardInterrupt
         restore(self)
 
-    monkeypatch.setattr(undo._Before, "restore", interrupted)
+    monkeypatch.setattr(undo.Before, "restore", interrupted)
     with pytest.raises(ZeroDivisionError), all_or_nothing([layer], [layer.weight], [layer.bias]):
         layer.extra = 1
         layer.weight.requires_grad_(False)

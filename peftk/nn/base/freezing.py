@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from .walking import all_modules, all_parameters
+
 _KEPT = "peftk: keeps the gradient"
 # The backward pass in which adapted layers were run again last, as activation checkpointing does.
 _rerun_in = -1
@@ -17,10 +19,11 @@ def set_trainable(part: nn.Module | nn.Parameter, trainable: bool) -> None:
 
     Autograd drops what arrives at a parameter that has been frozen since, silently.
     """
-    for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+    for parameter in all_parameters(all_modules(part)) if isinstance(part, nn.Module) else [part]:
         if parameter.requires_grad and not trainable:
             _keep_gradient(parameter)
-        parameter.requires_grad_(trainable)
+        if parameter.requires_grad is not trainable:
+            parameter.requires_grad_(trainable)
 
 
 def _keep_gradient(parameter: nn.Parameter) -> None:

@@ -13,6 +13,7 @@ from ...methods._base_layer import foreign_forward, opaque_weight
 from .kinds import HALF, KINDS
 from .offloading import TAKE_OFF
 from .undo import all_or_nothing
+from .walking import all_modules, all_parameters
 
 
 class Merged(dict[str, Tensor]):
@@ -62,9 +63,8 @@ class Mergeable(nn.Module):
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
         names = self.active_adapters if adapter_names is None else adapter_names
-        return [
-            name for name in dict.fromkeys(names) if name in self.adapter_names and name not in self.merged_adapters
-        ]
+        attached = self.adapter_names
+        return [name for name in dict.fromkeys(names) if name in attached and name not in self.merged_adapters]
 
     def _merge_order(self, names: list[str]) -> list[str]:
         """Return the adapters in the order in which they are multiplied onto the weight."""
@@ -87,8 +87,9 @@ class Mergeable(nn.Module):
                 "merge: the base weight is on the meta device, offloaded or not loaded yet, where nothing can be "
                 "written; load the model without offloading to merge, or keep the adapter unmerged"
             )
-        away = next((name for name, p in self.named_parameters() if p.is_meta), None)
-        if away is not None:
+        containers = (self._modules[name] for name in self.adapter_layer_names)
+        if any(p.is_meta for p in all_parameters(all_modules(*containers))):
+            away = next(name for name, p in self.named_parameters() if p.is_meta)
             raise ValueError(f"merge: {away} is on the meta device, offloaded; {TAKE_OFF} before merging")
         foreign = foreign_forward(self.base_layer)
         if foreign is not None:
@@ -114,7 +115,10 @@ class Mergeable(nn.Module):
         """
         self.check_merge(adapter_names)
         self.check_written()
-        names = [*self.merged_adapters, *self._to_merge(adapter_names)]
+        return self._merged_tensors(self._to_merge(adapter_names))
+
+    def _merged_tensors(self, names: list[str]) -> Merged:
+        names = [*self.merged_adapters, *names]
         base = {"weight": self.base_layer.weight, "bias": self.bias}
         weight = base["weight"]
         if weight.numel() == 0 and self.in_features * self.out_features:
@@ -158,27 +162,36 @@ class Mergeable(nn.Module):
             ValueError: With `safe_merge`, the merged weight would not be finite, or a rotation is far from orthogonal;
                 or `keep_base` is unknown.
         """
-        if keep_base not in ("device", "cpu"):
-            raise ValueError(f"keep_base: expected 'device' or 'cpu', got {keep_base!r}")
+        check_keep_base(keep_base)
+        if not self._to_merge(adapter_names):
+            return
+        self.check_merge(adapter_names)
+        self.check_written()
+        with all_or_nothing([self], all_parameters([self.base_layer])):
+            self.merge_checked(safe_merge, adapter_names, keep_base=keep_base)
+
+    @torch.no_grad()
+    def merge_checked(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_base: str = "device"
+    ) -> None:
+        """As `merge`, for a caller who has called `check_merge` and `check_written`, and undoes what fails."""
         names = self._to_merge(adapter_names)
         if not names:
             return
-        tensors = self.merged_tensors(names)
+        tensors = self._merged_tensors(names)
         if safe_merge:
             check_finite(tensors, names)
         for tell in tensors.warnings:
             tell()
-        with all_or_nothing([self], [getattr(self.base_layer, key) for key in tensors]):
-            for key, tensor in tensors.items():
-                parameter = getattr(self.base_layer, key)
-                if key not in self._original:
-                    self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
-                _replace(parameter, tensor)
-                if not parameter.is_inference():
-                    self._versions[key] = parameter._version
-            self.merged_adapters.extend(names)
+        for key, tensor in tensors.items():
+            parameter = getattr(self.base_layer, key)
+            if key not in self._original:
+                self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
+            _replace(parameter, tensor)
+            if not parameter.is_inference():
+                self._versions[key] = parameter._version
+        self.merged_adapters.extend(names)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the original tensors back, bit for bit.
 
@@ -190,11 +203,16 @@ class Mergeable(nn.Module):
             return
         self.check_written()
         with all_or_nothing([self], [getattr(self.base_layer, key) for key in self._original]):
-            for key, tensor in self._original.items():
-                parameter = getattr(self.base_layer, key)
-                _replace(parameter, tensor.to(device=parameter.device, dtype=parameter.dtype))
-            self._original, self._versions = {}, {}
-            self.merged_adapters = []
+            self.unmerge_checked()
+
+    @torch.no_grad()
+    def unmerge_checked(self) -> None:
+        """As `unmerge`, for a caller who has called `check_written`, and undoes what fails."""
+        for key, tensor in self._original.items():
+            parameter = getattr(self.base_layer, key)
+            _replace(parameter, tensor.to(device=parameter.device, dtype=parameter.dtype))
+        self._original, self._versions = {}, {}
+        self.merged_adapters = []
 
     def check_written(self) -> None:
         """Raise ValueError if a merged tensor was written to, by an optimizer say: unmerging it would lose that."""
@@ -232,6 +250,12 @@ class Mergeable(nn.Module):
         # Called before the modules inside are loaded.
         self.check_load(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def check_keep_base(keep_base: object) -> None:
+    """Raise ValueError unless `keep_base` says where the original tensors can be kept."""
+    if keep_base not in ("device", "cpu"):
+        raise ValueError(f"keep_base: expected 'device' or 'cpu', got {keep_base!r}")
 
 
 def _replace(parameter: nn.Parameter, tensor: Tensor) -> None:

@@ -12,30 +12,36 @@ from torch import Tensor, nn
 _CONTAINERS = (dict, list, set)
 
 
-class _Before:
+class Before:
     """What modules, parameters and tensors were; references where a change puts something else in their place."""
 
     def __init__(
         self, modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter], values: Iterable[Tensor]
     ) -> None:
-        self._modules: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = []
+        self._modules: list[tuple[nn.Module, dict[str, Any], list[Any], list[tuple[Any, Any]]]] = []
         for module in modules:
-            own = dict(module.__dict__)
+            own = module.__dict__.copy()
+            containers = [value for value in own.values() if isinstance(value, _CONTAINERS)]
             # Most are empty, as the tables of hooks are: nothing of those is kept but that.
-            held = [(v, v.copy() if v else ()) for v in own.values() if isinstance(v, _CONTAINERS)]
-            self._modules.append((module, own, held))
+            self._modules.append((module, own, containers, [(value, value.copy()) for value in containers if value]))
         # Nobody changes the memory of a packed weight, and not everybody may look at it.
         self._parameters = [(p, p.requires_grad, p.data if type(p) is nn.Parameter else None) for p in parameters]
-        self._values = [(value, value.detach().clone()) for value in values]
+        self._values: list[tuple[Tensor, Tensor]] = []
+        self.keep(values)
+
+    def keep(self, values: Iterable[Tensor]) -> None:
+        """Keep the numbers in these tensors, too, before they are changed in place."""
+        self._values += [(value, value.detach().clone()) for value in values]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back; calling it again, if it was interrupted, does the rest."""
-        for module, own, held in self._modules:
+        for module, own, containers, held in self._modules:
             module.__dict__.clear()
             module.__dict__.update(own)
-            for container, content in held:
+            for container in containers:
                 container.clear()
+            for container, content in held:
                 container.extend(content) if isinstance(container, list) else container.update(content)
         moved = set()
         for parameter, required, data in self._parameters:
@@ -46,7 +52,7 @@ class _Before:
             parameter.requires_grad_(required)
         for tensor, value in self._values:
             tensor.data.copy_(value)
-        for module, own, _ in self._modules:
+        for module, own, *_ in self._modules:
             # The counters of merged tensors went on while other values stood in them.
             for key in own.get("_versions", ()):
                 parameter = getattr(own["_modules"]["base_layer"], key)
@@ -57,17 +63,19 @@ class _Before:
 @contextlib.contextmanager
 def all_or_nothing(
     modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter] = (), values: Iterable[Tensor] = ()
-) -> Iterator[None]:
+) -> Iterator[Before]:
     """Undo what a block has done if it ends in an exception, KeyboardInterrupt and lack of memory included.
+
+    Gives the block what is kept, for values that only the block can name.
 
     Args:
         modules: Those whose attributes, children, parameters and hooks the block may change; not those below them.
         parameters: Those that it may freeze, unfreeze or give other memory; nothing is copied.
         values: Tensors whose numbers it may change in place; they are copied.
     """
-    before = _Before(modules, parameters, values)
+    before = Before(modules, parameters, values)
     try:
-        yield
+        yield before
     except BaseException:
         _insist(before.restore)
         raise
@@ -87,7 +95,7 @@ def process_kept() -> Iterator[None]:
 
     def restore() -> None:
         while torch._C._len_torch_function_stack() > modes:
-            torch.overrides._get_current_function_mode().__exit__(None, None, None)
+            torch.overrides._pop_mode()
         torch.set_grad_enabled(grad)
         for generator, state in zip(generators, drawn, strict=True):
             generator.set_state(state)
@@ -127,4 +135,4 @@ def _insist(restore: Callable[[], None]) -> None:
             continue
 
 
-__all__ = ["all_or_nothing", "process_kept", "put_back"]
+__all__ = ["Before", "all_or_nothing", "process_kept", "put_back"]

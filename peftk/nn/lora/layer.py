@@ -211,7 +211,9 @@ class LoRALayer(AdapterLayer):
             self._check_unheard(found, "a batch that mixes adapters")
             return self._with_mixed(x, [self.low_rank(name) for name in found], choice, args, kwargs)
 
-        return self._onloaded(mix, x, found, args, kwargs)
+        if "forward" in self._modules["base_layer"].__dict__:
+            return self._onloaded(mix, x, found, args, kwargs)
+        return mix(x, found, args, kwargs)
 
     def _check_mixed(self, x: Tensor, names: Sequence[str]) -> None:
         if isinstance(names, str) or len(names) != len(x):
