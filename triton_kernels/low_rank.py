@@ -67,7 +67,8 @@ def _design(x: Tensor, weight: Tensor, out: int, rank: int) -> str:
         if named == "D1" and reason:
             raise RuntimeError(f"design: expected one that can run this product; got 'D1', which cannot: {reason}")
         return named
-    chosen = design(*x.shape, out, rank, low_rank_gemm.capability(x.device))
+    rows, features = x.shape
+    chosen = design(rows, features, out, rank, low_rank_gemm.capability(x.device))
     return "D0" if chosen == "D1" and reason else chosen
 
 
@@ -151,7 +152,7 @@ def low_rank_add_backward(
 
 
 def low_rank_linear_backward_supports(
-    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *args: object
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *args: Any
 ) -> str | None:
     """Return None, or why the kernels cannot run the backward pass."""
     return low_rank_add_backward_supports(grad, x, hidden, *args)
@@ -187,7 +188,7 @@ def _gradients(
             db_sums = factor_gradient(hidden, grad, gate, rank_first=False)
     if need_hidden:
         dhidden, found = hidden_gradient(sums, hidden, gate, scale, need.gate)
-        dgate = found if need.gate else dgate
+        dgate = dgate if found is None else found
     # The large product first: while it runs, the host enqueues the rest.
     if need.x:
         dx = _input_gradient(grad, weight, dhidden, a, dropout_p, seed).view(x.shape)

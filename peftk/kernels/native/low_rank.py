@@ -141,16 +141,16 @@ def _gradients(
         dropped = _dropped_rows(x, dropout_p, seed)
     thin = _thin(rows, a.shape[0])
     # Without a mask the thin product is added onto the large one: it costs less than a fresh buffer of its own.
-    onto_product = weight is not None and seed is None
+    onto = weight if seed is None else None
     dx = da = db = dgate = grad.new_empty(0)
     if need.x:
-        if onto_product:
-            dx = torch.mm(rows, weight)
+        if onto is not None:
+            dx = torch.mm(rows, onto)
         else:
             dx = rows.new_zeros(dropped.shape)
     if thin:
         da, db = a.new_empty(a.shape) if need.a else da, b.new_empty(b.shape) if need.b else db
-        dgate = gate.new_empty(gate.shape) if need.gate else dgate
+        dgate = gate.new_empty(gate.shape) if gate is not None and need.gate else dgate
         _fused_backward(
             *(rows.contiguous(), dropped.contiguous(), hidden, a.contiguous(), b.contiguous()),
             *(None if gate is None else _gate_rows(gate), scale, dx, da, db, dgate),
@@ -161,7 +161,7 @@ def _gradients(
         dhidden = _scaled_(torch.mm(wide_rows, widened(b)), scale)
         if need.b:
             db = _scaled_(torch.mm(wide_rows.mT, _gated(hidden, gate)), scale)
-        if need.gate:
+        if gate is not None and need.gate:
             dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
             dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
         dhidden = _gated(dhidden, gate)
@@ -172,7 +172,7 @@ def _gradients(
     if need.x:
         if seed is not None:
             _dropout_(dx, dropout_p, seed, dx)
-        if weight is not None and not onto_product:
+        if weight is not None and onto is None:
             dx.addmm_(rows, weight)
         dx = dx if x.dim() == 2 else _like(dx, x)
     return dx, da, db, dgate

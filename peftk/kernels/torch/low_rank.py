@@ -60,9 +60,9 @@ def low_rank_linear_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b, the gate and the bias; an empty tensor for one not needed."""
-    *arguments, need_bias = arguments
-    dx, da, db, dgate = low_rank_add_backward(grad, x, hidden, *arguments)
-    if Needs(*arguments[6:]).x:
+    *others, need_bias = arguments
+    dx, da, db, dgate = low_rank_add_backward(grad, x, hidden, *others)
+    if Needs(*others[6:]).x:
         dx = grad @ weight + dx
     dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
     return dx, da, db, dgate, dbias
