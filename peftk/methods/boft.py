@@ -54,7 +54,7 @@ def composed(factors: Tensor) -> Tensor:
 
 
 def linear(
-    base: nn.Module,
+    base: Any,
     x: Tensor,
     adapters: Sequence[Butterfly],
     args: Sequence[Any] = (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .lora import LowRank
 
 
-def norms(base: nn.Module, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+def norms(base: Any, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """Return the norms of the rows of ``W + scale * B A``, (out,), through which no gradient passes."""
     weight = rows_of(base, base.weight)
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
@@ -34,10 +34,11 @@ def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 def gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
     """Return DoRA's factor of every output of a layer with an adapter, (out,)."""
+    assert adapter.magnitude is not None
     return gain(adapter.magnitude, norms(base, adapter.a, adapter.b, adapter.scale))
 
 
-def rescale_linear(base: nn.Module, result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
+def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
     """Apply an adapter with magnitudes to the output of a linear layer, (..., out), whose input was x, (..., in)."""
     a, b, scale, p = adapter.a, adapter.b, adapter.scale, adapter.dropout_p
     g = gain_of(base, adapter)

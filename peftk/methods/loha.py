@@ -110,7 +110,8 @@ def conv2d(
 
         def write(weight: Tensor, *values: Tensor) -> Tensor:
             for i, scale in enumerate(scales):
-                weight = F.hadamard_weight(weight, *values[4 * i : 4 * i + 4], scale)
+                w1_a, w1_b, w2_a, w2_b = values[4 * i : 4 * i + 4]
+                weight = F.hadamard_weight(weight, w1_a, w1_b, w2_a, w2_b, scale)
             return weight
 
         plain = plain_tensors(base, x, args, kwargs)

@@ -35,7 +35,7 @@ class Kronecker(NamedTuple):
 def first(adapter: Kronecker, dtype: torch.dtype | None = None) -> Tensor:
     """Return w1, (l, m), computed in a dtype if one is given."""
     parts = adapter.w1
-    return _cast(parts[0], dtype) if len(parts) == 1 else _product(*parts, dtype)
+    return _cast(parts[0], dtype) if len(parts) == 1 else _product(parts[0], parts[1], dtype)
 
 
 def second(adapter: Kronecker, dtype: torch.dtype | None = None) -> Tensor:
@@ -44,7 +44,7 @@ def second(adapter: Kronecker, dtype: torch.dtype | None = None) -> Tensor:
     if len(parts) == 1:
         return _cast(parts[0], dtype).flatten(1)
     if len(parts) == 2:
-        return _product(*parts, dtype)
+        return _product(parts[0], parts[1], dtype)
     a, b, core = parts
     taps = _product(b.mT, core.transpose(0, 1).flatten(1), dtype)  # (n, r * height * width)
     taps = taps.view(b.shape[1], core.shape[0], -1).transpose(0, 1).flatten(1)
@@ -80,13 +80,13 @@ def linear(
         kwargs: Its keyword arguments.
     """
     head = adapters[0]
-    plain = None
-    if head.kept is None and not thin(head) and not isinstance(head.scale, Tensor):
+    plain, scale = None, head.scale
+    if head.kept is None and not thin(head) and not isinstance(scale, Tensor):
         plain = plain_tensors(base, x, args, kwargs)
-    if plain is None:
+    if plain is None or isinstance(scale, Tensor):
         y = call(base, x, *args, **kwargs)
     else:
-        y = F.kronecker_linear(x, *plain, first(head), second(head), head.scale)
+        y = F.kronecker_linear(x, *plain, first(head), second(head), scale)
         adapters = adapters[1:]
     for adapter in adapters:
         y = add(y, x, adapter)
@@ -101,9 +101,9 @@ def thin(adapter: Kronecker) -> bool:
     return 2 * r * (k + n) <= k * n
 
 
-def _scaled(adapter: Kronecker) -> tuple[Tensor, float]:
+def _scaled(adapter: Kronecker, dtype: torch.dtype | None = None) -> tuple[Tensor, float]:
     """Return w1, with the scale in it if that is a tensor, and the scale that is left."""
-    w1, scale = first(adapter), adapter.scale
+    w1, scale = first(adapter, dtype), adapter.scale
     return (w1 * scale.to(w1.dtype), 1.0) if isinstance(scale, Tensor) else (w1, scale)
 
 
@@ -160,12 +160,12 @@ def _written(scales: list[float], masked: list[bool], weight: Tensor, *values: T
 @torch.no_grad()
 def update(adapter: Kronecker) -> Tensor:
     """Return the dense update, (out, in * height * width of the kernel), in the dtype of the factors."""
-    w1, w2 = first(adapter), second(adapter)
+    (w1, scale), w2 = _scaled(adapter), second(adapter)
     zeros = torch.zeros(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], dtype=w1.dtype, device=w1.device)
-    return F.kronecker_weight(zeros, w1, w2, adapter.scale)
+    return F.kronecker_weight(zeros, w1, w2, scale)
 
 
 def merged(weight: Tensor, adapter: Kronecker) -> Tensor:
     """Return a weight, (out, in) or (out, in, height, width), with one adapter in it."""
-    w1, w2 = first(adapter, weight.dtype), second(adapter, weight.dtype)
-    return F.kronecker_weight(weight.flatten(1), w1, w2, adapter.scale).view(weight.shape)
+    (w1, scale), w2 = _scaled(adapter, weight.dtype), second(adapter, weight.dtype)
+    return F.kronecker_weight(weight.flatten(1), w1, w2, scale).view(weight.shape)

@@ -70,8 +70,9 @@ def linear(
     for a, b, scale, gate, bias, p, _ in adapters:
         if a.shape[0] == 0:
             continue
-        options = {} if gate is None and p == 0 else {"gate": gate, "dropout_p": p}
-        if result is None and plain is not None:
+        options: dict[str, Any] = {} if gate is None and p == 0 else {"gate": gate, "dropout_p": p}
+        if result is None:
+            assert plain is not None
             result = F.low_rank_linear(x, *plain, a, b, scale, **options)
         else:
             result = F.low_rank_add(result, x, a, b, scale, **options)

@@ -46,8 +46,9 @@ def linear(
         x = x.to(result.dtype)
     for p, part, columns in _groups(experts):
         a, b = _together(part)
-        options = {"gate": gate[..., columns].contiguous(), "dropout_p": p}
-        if result is None and plain is not None:
+        options: dict[str, Any] = {"gate": gate[..., columns].contiguous(), "dropout_p": p}
+        if result is None:
+            assert plain is not None
             result = F.low_rank_linear(x, *plain, a, b, **options)
         else:
             result = F.low_rank_add(result, x, a, b, **options)
@@ -112,7 +113,8 @@ def _groups(experts: Sequence[LowRank], apart: bool = False) -> list[tuple[float
     """Return the experts that run together, their dropout probability, and where their ranks stand in the gate."""
     if not apart and len({expert.dropout_p for expert in experts}) == 1:
         return [(experts[0].dropout_p, experts, slice(None))]
-    groups, start = [], 0
+    groups: list[tuple[float, Sequence[LowRank], slice]] = []
+    start = 0
     for expert in experts:
         rank = expert.a.shape[0]
         groups.append((expert.dropout_p, [expert], slice(start, start + rank)))
