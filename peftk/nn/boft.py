@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ class BOFTLinear(AdapterLayer):
         torch.Size([2, 8])
     """
 
-    base_kinds = ("Linear", "Conv1D")
+    base_kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     adapter_layer_names = ("boft_R", "boft_s")
     parameter_names = frozenset(adapter_layer_names)
     other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
@@ -188,7 +188,7 @@ class BOFTLinear(AdapterLayer):
         )
 
     @staticmethod
-    def _rotated_features(base_layer: nn.Module, module_name: str) -> int:
+    def _rotated_features(base_layer: Any, module_name: str) -> int:
         return features_of(base_layer)[0]
 
     @staticmethod
@@ -261,7 +261,7 @@ class BOFTConv2d(BOFTLinear):
     base_kinds = ("Conv2d",)
 
     @staticmethod
-    def _rotated_features(base_layer: nn.Module, module_name: str) -> int:
+    def _rotated_features(base_layer: nn.Conv2d, module_name: str) -> int:
         if base_layer.groups != 1:
             raise ValueError(
                 f"target_modules: module {module_name!r} is a convolution with groups={base_layer.groups}; BOFT "

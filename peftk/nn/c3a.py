@@ -122,17 +122,17 @@ class C3ALinear(AdapterLayer):
         torch.Size([2, 12])
     """
 
-    base_kinds = ("Linear", "Conv1D")
+    base_kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     adapter_layer_names = ("c3a_kernel",)
     parameter_names = frozenset(("c3a_kernel",))
     other_param_names = ("block_size",)
     config_class = C3AConfig
 
     @classmethod
-    def _create(cls, base_layer: nn.Module, config: C3AConfig, module_name: str, initialise: bool) -> Adapter:
+    def _create(cls, base_layer: Any, config: C3AConfig, module_name: str, initialise: bool) -> Adapter:
         inputs, outputs = features_of(base_layer)
-        key = config.pattern_key(config.block_size_pattern, module_name)
-        size = config.block_size_pattern.get(key, config.block_size)
+        key = config.pattern_key(config.block_size_pattern or {}, module_name)
+        size = config._of_module(config.block_size_pattern, module_name, config.block_size)
         if inputs % size or outputs % size:
             common = math.gcd(inputs, outputs)
             fitting = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
@@ -186,7 +186,7 @@ class C3AConv2d(C3ALinear):
     base_kinds = ("Conv2d",)
 
     @classmethod
-    def _create(cls, base_layer: nn.Module, config: C3AConfig, module_name: str, initialise: bool) -> Adapter:
+    def _create(cls, base_layer: nn.Conv2d, config: C3AConfig, module_name: str, initialise: bool) -> Adapter:
         if base_layer.kernel_size != (1, 1) or base_layer.groups != 1:
             raise ValueError(
                 f"target_modules: module {module_name!r} is a convolution with kernel_size={base_layer.kernel_size} "

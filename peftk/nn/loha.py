@@ -122,8 +122,8 @@ class LoHaLinear(AdapterLayer):
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoHaConfig, module_name: str, initialise: bool) -> Adapter:
-        r = config.rank_pattern.get(config.pattern_key(config.rank_pattern, module_name), config.r)
-        alpha = config.alpha_pattern.get(config.pattern_key(config.alpha_pattern, module_name), config.alpha)
+        r = config._of_module(config.rank_pattern, module_name, config.r)
+        alpha = config._of_module(config.alpha_pattern, module_name, config.alpha)
         parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in cls._shapes(base_layer, config, r).items()}
         if initialise:
             # In PEFT's order, so that equal seeds give equal bits.
@@ -131,19 +131,19 @@ class LoHaLinear(AdapterLayer):
                 if name != "hada_w2_b" or not config.init_weights:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         dropout = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
-        return Adapter(parts, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
+        return Adapter({**parts}, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
 
     @classmethod
-    def _shapes(cls, base_layer: nn.Module, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(cls, base_layer: Any, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
         outputs, *inputs = weight_shape(base_layer)
         left, right = (outputs, r), (r, math.prod(inputs))
         return dict(zip(_PAIRS, (left, right, left, right), strict=True))
 
     def hadamard(self, name: str, drop: bool = True) -> Hadamard:
         """Return the tensors and settings of one adapter, as its arithmetic takes them, with dropout in training."""
-        four = (getattr(self, container)[name] for container in _PAIRS)
-        cores = (getattr(self, core).get(name) for core in _CORES)
-        return Hadamard(*four, self.scaling[name], *cores, self._draw(name) if drop else None)
+        w1_a, w1_b, w2_a, w2_b = (getattr(self, container)[name] for container in _PAIRS)
+        t1, t2 = (getattr(self, core).get(name) for core in _CORES)
+        return Hadamard(w1_a, w1_b, w2_a, w2_b, self.scaling[name], t1, t2, self._draw(name) if drop else None)
 
     def _draw(self, name: str) -> Tensor | None:
         """Draw a factor for every row of the update in this pass: None for no dropout."""
@@ -204,7 +204,7 @@ class LoHaConv2d(LoHaLinear):
     base_kinds = ("Conv2d",)
 
     @classmethod
-    def _shapes(cls, base_layer: nn.Module, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(cls, base_layer: nn.Conv2d, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
         out, channels, *kernel = base_layer.weight.shape
         if not config.use_effective_conv2d or kernel == [1, 1]:
             return super()._shapes(base_layer, config, r)

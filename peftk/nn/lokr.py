@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ MAX_FULL_RANK = 2**53
 """Largest rank and alpha. A rank from half of a factor's size on means the whole matrix, whatever it is: LyCORIS' users
 write 100 000 and 10^10 for that, and no parameter grows with it."""
 MAX_DECOMPOSE_FACTOR = MAX_RANK
+
+
+_NOT_IN_FILE: Mapping[tuple[int, int], set[tuple[int, int]]] = MappingProxyType({})
 
 
 @dataclass
@@ -108,8 +111,9 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
     )
 
     # What `settle_with_file` found: (outputs, numbers in a filter) to the pairs l, m of such layers in the file.
-    _in_file: ClassVar[Mapping[tuple[int, int], set[tuple[int, int]]]] = MappingProxyType({})
-    _told: ClassVar[bool] = False
+    # Without annotations, which would make them fields.
+    _in_file = _NOT_IN_FILE
+    _told = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -167,10 +171,10 @@ def _factors_in(shapes: Mapping[str, torch.Size]) -> dict[tuple[int, int], set[t
         layers.setdefault(path, {})[part] = shape
     found: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for parts in layers.values():
-        sizes = [_sizes(parts, which) for which in ("lokr_w1", "lokr_w2")]
-        if None in sizes:
+        first, second = (_sizes(parts, which) for which in ("lokr_w1", "lokr_w2"))
+        if first is None or second is None:
             continue
-        (left, middle), (rows, rest) = sizes
+        (left, middle), (rows, rest) = first, second
         found.setdefault((left * rows, middle * rest), set()).add((left, middle))
     return found
 
@@ -224,8 +228,8 @@ class LoKrLinear(AdapterLayer):
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoKrConfig, module_name: str, initialise: bool) -> Adapter:
-        r = config.rank_pattern.get(config.pattern_key(config.rank_pattern, module_name), config.r)
-        alpha = config.alpha_pattern.get(config.pattern_key(config.alpha_pattern, module_name), config.alpha)
+        r = config._of_module(config.rank_pattern, module_name, config.r)
+        alpha = config._of_module(config.alpha_pattern, module_name, config.alpha)
         shapes = _shapes(weight_shape(base_layer), config, r, module_name)
         parts = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         if initialise:
@@ -236,7 +240,7 @@ class LoKrLinear(AdapterLayer):
                 if name not in zero[config.init_weights]:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         dropout = {name: getattr(config, name) for name in ("rank_dropout", "module_dropout", "rank_dropout_scale")}
-        return Adapter(parts, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
+        return Adapter({**parts}, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
 
     def kronecker(self, name: str, drop: bool = True) -> Kronecker:
         """Return the tensors and settings of one adapter, as its arithmetic takes them, with dropout in training."""

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -288,7 +288,7 @@ class OFTLinear(AdapterLayer):
         torch.Size([2, 8])
     """
 
-    base_kinds = ("Linear", "Conv1D")
+    base_kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     adapter_layer_names = ("oft_R",)
     other_param_names = ("r", "oft_block_size")
     config_class = OFTConfig
@@ -318,7 +318,7 @@ class OFTLinear(AdapterLayer):
         return Adapter({"oft_R": rotation}, {"r": features // block_size, "oft_block_size": block_size})
 
     @staticmethod
-    def _rotated_features(base_layer: nn.Module, module_name: str) -> int:
+    def _rotated_features(base_layer: Any, module_name: str) -> int:
         return features_of(base_layer)[0]
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -327,7 +327,9 @@ class OFTLinear(AdapterLayer):
             for rotation in rotations:
                 x = rotation(x)
             return self.base_layer(x, *args, **kwargs)
-        return oft.linear(self._modules["base_layer"], x, [rotation.blocks() for rotation in rotations], args, kwargs)
+        base = self._modules["base_layer"]
+        assert base is not None
+        return oft.linear(base, x, [rotation.blocks() for rotation in rotations], args, kwargs)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -388,7 +390,7 @@ class OFTConv2d(OFTLinear):
     base_kinds = ("Conv2d",)
 
     @staticmethod
-    def _rotated_features(base_layer: nn.Module, module_name: str) -> int:
+    def _rotated_features(base_layer: nn.Conv2d, module_name: str) -> int:
         if base_layer.groups != 1:
             raise ValueError(
                 f"target_modules: module {module_name!r} is a convolution with groups={base_layer.groups}; OFT rotates "
@@ -406,7 +408,9 @@ class OFTConv2d(OFTLinear):
                     "computed with its filters and never called; remove it"
                 )
             blocks.append(rotation.blocks())
-        return oft.conv2d(self._modules["base_layer"], x, blocks, args, kwargs)
+        base = self._modules["base_layer"]
+        assert isinstance(base, nn.Conv2d)
+        return oft.conv2d(base, x, blocks, args, kwargs)
 
 
 def _observed(device: str) -> bool:
@@ -414,7 +418,7 @@ def _observed(device: str) -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch imports it and exports it no further.
         or (device == "cuda" and torch.cuda.is_current_stream_capturing())
     )
 

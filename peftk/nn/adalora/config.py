@@ -64,7 +64,7 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
     total_step: int | None = None
 
     _forms = (Form("AdaLoRA", {"init_r": 4, "target_r": 2, "total_step": 9}),)
-    _meaning = ("init_r", "lora_alpha", "bias", "modules_to_save")
+    _meaning: ClassVar[tuple[str, ...]] = ("init_r", "lora_alpha", "bias", "modules_to_save")
     _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "t5": ("q", "k", "v", "o", "wi", "wo"),
         "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),

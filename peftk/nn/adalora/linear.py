@@ -87,7 +87,9 @@ class AdaLoRALinear(AdapterLayer):
         return adalora.low_rank(adalora.Triplets(*factors, self.scaling[name], self.init_r[name], p))
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        return adalora.linear(self._modules["base_layer"], x, [self.low_rank(name) for name in names], args, kwargs)
+        base = self._modules["base_layer"]
+        assert base is not None
+        return adalora.linear(base, x, [self.low_rank(name) for name in names], args, kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense update of one adapter, (out, in), in the adapter's dtype."""

@@ -76,20 +76,25 @@ class RankAllocator:
         """Return the parameters that pruning writes to."""
         return self._parameters("lora_E")
 
+    def _steps(self) -> int:
+        # The configuration refuses None.
+        assert self.config.total_step is not None
+        return self.config.total_step
+
     def budget(self, step: int) -> tuple[int, bool]:
         """Return how many triplets a step may keep, and whether it prunes."""
         c = self.config
         if step <= c.tinit:
             return self.init_budget, False
-        if step > c.total_step - c.tfinal:
+        if step > self._steps() - c.tfinal:
             return self.target_budget, True
-        left = 1 - (step - c.tinit) / (c.total_step - c.tfinal - c.tinit)
+        left = 1 - (step - c.tinit) / (self._steps() - c.tfinal - c.tinit)
         return int((self.init_budget - self.target_budget) * left**3 + self.target_budget), step % c.deltaT == 0
 
     @torch.no_grad()
     def update_and_allocate(self, step: int) -> None:
         """Take in the gradients of a step and prune if it is time; see `PeftModel.update_and_allocate`."""
-        last = self.config.total_step - self.config.tfinal
+        last = self._steps() - self.config.tfinal
         if step > last:
             self.mask_by_pattern()
             return
@@ -108,7 +113,9 @@ class RankAllocator:
         Raises:
             ValueError: No parameter has a gradient.
         """
-        parameters, importance, uncertainty = [], [], []
+        parameters: list[Tensor] = []
+        importance: list[Tensor] = []
+        uncertainty: list[Tensor] = []
         for container in _CONTAINERS:
             mine = self._parameters(container)
             if container not in self._groups:
@@ -146,7 +153,7 @@ class RankAllocator:
                 for index, vector in zip(group.indices, means.unbind(), strict=True):
                     parts[container][index] = vector
         ab = torch._foreach_add(parts["lora_A"], parts["lora_B"])
-        return torch._foreach_add(parts["lora_E"], ab)
+        return list(torch._foreach_add(parts["lora_E"], ab))
 
     @torch.no_grad()
     def prune_to(self, budget: int) -> Tensor | None:
@@ -189,7 +196,7 @@ class RankAllocator:
         masks = [mask.to(entries[ids[0]].device) for mask, ids in zip(self._mask[1], groups, strict=True)]
         self._mask = pattern, masks
         for mask, ids in zip(masks, groups, strict=True):
-            mine = [entries[i] for i in ids]
+            mine: list[Tensor] = [entries[i] for i in ids]
             torch._foreach_copy_(mine, torch.stack(mine).masked_fill_(mask, 0.0).unbind())
 
     def _pruned(self, index: int, flags: dict[str, list[bool]]) -> list[bool]:

@@ -12,6 +12,7 @@ from ...methods import adaption_prompt
 from ..base.adapter_layer import Adapter, AdapterLayer
 from ..base.config import PeftConfig, check_adapter_name
 from ..base.freezing import note_rerun, set_trainable
+from ..base.merging import Merged
 from .config import ATTENTIONS, AdaptionPromptConfig
 
 
@@ -55,7 +56,7 @@ class AdaptedAttention(AdapterLayer):
     adapter_layer_names = ("adaption_prompt", "adaption_gate")
     config_class = AdaptionPromptConfig
 
-    def _wrap(self, base_layer: nn.Module) -> None:
+    def _wrap(self, base_layer: Any) -> None:
         nn.Module.__init__(self)
         self.model = base_layer
         self.adaption_prompt: nn.Parameter | None
@@ -96,7 +97,7 @@ class AdaptedAttention(AdapterLayer):
     @classmethod
     def make(
         cls,
-        base_layer: nn.Module,
+        base_layer: Any,
         config: PeftConfig,
         module_name: str = "",
         *,
@@ -128,7 +129,10 @@ class AdaptedAttention(AdapterLayer):
         if initialise:
             prompt.normal_()
         gate = torch.zeros(1, device=device, dtype=dtype)
-        parts = {"adaption_prompt": nn.Parameter(prompt), "adaption_gate": nn.Parameter(gate)}
+        parts: dict[str, nn.Module | nn.Parameter] = {
+            "adaption_prompt": nn.Parameter(prompt),
+            "adaption_gate": nn.Parameter(gate),
+        }
         return Adapter(parts, layer_class=cls, device=weight.device)
 
     @classmethod
@@ -188,15 +192,16 @@ class AdaptedAttention(AdapterLayer):
 
     def _share(self, projected: Tensor) -> Tensor:
         """Return what the prompts add to the heads' output: (batch, tokens, heads * head_dim)."""
-        prompt = self.adaption_prompt
+        prompt, gate, head_dim = self.adaption_prompt, self.adaption_gate, self.model.head_dim
+        assert gate is not None and self._current is not None and isinstance(head_dim, int)
         if len(self.attention.keys) == 1:
             query, *_ = projected.chunk(3, -1)
             _, key, value = getattr(self.model, self.attention.keys[0])(prompt).chunk(3, -1)
         else:
             query = projected
             key, value = (getattr(self.model, name)(prompt) for name in self.attention.keys)
-        gate = self.adaption_gate * self._strengths.get(self._current, 1.0)
-        return adaption_prompt.share(query, key, value, gate, self.model.head_dim, self._rotary)
+        strength = self._strengths.get(self._current, 1.0)
+        return adaption_prompt.share(query, key, value, gate * strength, head_dim, self._rotary)
 
     # -- adapters ---------------------------------------------------------------------------------------------
 
@@ -217,7 +222,8 @@ class AdaptedAttention(AdapterLayer):
             raise ValueError(f"adapter_name: {adapter_name!r} exists already on this layer")
         for parameter in adapter.parts.values():
             parameter.requires_grad_(False)
-        self.inactive[adapter_name] = Prompt(**adapter.parts)
+        parts = {name: part for name, part in adapter.parts.items() if isinstance(part, nn.Parameter)}
+        self.inactive[adapter_name] = Prompt(**parts)
         self._names.append(adapter_name)
 
     def check_set_adapter(self, adapter_names: str | Sequence[str]) -> None:
@@ -238,7 +244,8 @@ class AdaptedAttention(AdapterLayer):
         self._put_away()
         if found:
             chosen = self.inactive.pop(found[0])
-            self.adaption_prompt, self.adaption_gate = chosen.adaption_prompt, chosen.adaption_gate
+            for name in self.adapter_layer_names:
+                setattr(self, name, getattr(chosen, name))
             self._current = found[0]
         for name in self._names:
             for parameter in self.adapter(name).parts.values():
@@ -251,6 +258,7 @@ class AdaptedAttention(AdapterLayer):
 
     def _put_away(self) -> None:
         if self._current is not None:
+            assert self.adaption_prompt is not None and self.adaption_gate is not None
             self.inactive[self._current] = Prompt(self.adaption_prompt, self.adaption_gate)
             self.adaption_prompt = self.adaption_gate = self._current = None
 
@@ -290,10 +298,10 @@ class AdaptedAttention(AdapterLayer):
                 "use unload to take it off the model"
             )
 
-    def merged_tensors(self, adapter_names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def merged_tensors(self, adapter_names: Sequence[str] | None = None) -> Merged:
         """Raise ValueError: see `check_merge`."""
         self.check_merge(adapter_names)
-        return {}
+        return Merged({})
 
     def merge(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_base: str = "device"
@@ -307,7 +315,8 @@ class AdaptedAttention(AdapterLayer):
 
     def extra_repr(self) -> str:
         """Name the active adapter and the length of every prompt."""
-        lengths = {name: self.adapter(name).parts["adaption_prompt"].shape[1] for name in self._names}
+        prompts = {name: self.adapter(name).parts["adaption_prompt"] for name in self._names}
+        lengths = {name: prompt.shape[1] for name, prompt in prompts.items() if isinstance(prompt, nn.Parameter)}
         disabled = ", disabled" if self.disable_adapters else ""
         return f"active_adapters={self.active_adapters}{disabled}, adapter_len={lengths}"
 

@@ -104,6 +104,7 @@ class AdaptionPromptConfig(PeftConfig, method=PeftType.ADAPTION_PROMPT):
         if self.target_modules is None:
             self.target_modules = ATTENTIONS[kind].target
         self._check_complete()
+        assert self.adapter_layers is not None
         found = [name for name in names if name.endswith(f".{self.target_modules}")]
         if not found:
             raise ValueError(

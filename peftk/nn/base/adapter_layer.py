@@ -33,7 +33,7 @@ class Adapter:
 
     parts: dict[str, nn.Module | nn.Parameter]
     settings: dict[str, Any] = field(default_factory=dict)
-    layer_class: type[AdapterLayer] | None = None
+    layer_class: type[AdapterLayer] = field(default_factory=lambda: AdapterLayer)
     device: torch.device | None = None
 
     def materialise(self) -> None:
@@ -141,7 +141,7 @@ class AdapterLayer(Mergeable, Scalable):
             setattr(self, name, nn.ParameterDict() if name in self.parameter_names else nn.ModuleDict())
         for name in self.other_param_names:
             setattr(self, name, {})
-        self.kind: str = kind_of(base_layer)
+        self.kind = kind_of(base_layer)
         self.module_name = ""
         self.in_features, self.out_features = features_of(base_layer)
         # The adapter of every sample, while a batch that mixes adapters runs.
@@ -191,7 +191,7 @@ class AdapterLayer(Mergeable, Scalable):
 
     @classmethod
     def _made(
-        cls, base_layer: nn.Module, config: PeftConfig, module_name: str, autocast_adapter_dtype: bool, initialise: bool
+        cls, base_layer: Any, config: PeftConfig, module_name: str, autocast_adapter_dtype: bool, initialise: bool
     ) -> Adapter:
         with contextlib.nullcontext() if initialise else torch.device("meta"):
             adapter = cls._create(base_layer, config, module_name, initialise)
@@ -210,7 +210,8 @@ class AdapterLayer(Mergeable, Scalable):
         return why_unsupported(layer, cls.base_kinds)
 
     @classmethod
-    def _create(cls, base_layer: nn.Module, config: PeftConfig, module_name: str, initialise: bool) -> Adapter:
+    def _create(cls, base_layer: Any, config: Any, module_name: str, initialise: bool) -> Adapter:
+        # Every class takes its own kinds of layers, and its own configuration.
         raise NotImplementedError
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:

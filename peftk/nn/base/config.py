@@ -215,6 +215,7 @@ class PeftConfig:
     if TYPE_CHECKING:
         # Code for all methods reads fields that only some of them have.
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init_subclass__(cls, method: PeftType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -254,9 +255,10 @@ class PeftConfig:
                 setattr(self, name, set(value))
         if isinstance(self.target_modules, set) and not self.target_modules:
             raise ValueError("target_modules: expected at least one module name, got an empty list")
-        if self.modules_to_save is not None:
-            check_names("modules_to_save", self.modules_to_save)
-            self.modules_to_save = list(self.modules_to_save)
+        for name in ("modules_to_save",):
+            if (value := getattr(self, name)) is not None:
+                check_names(name, value)
+                setattr(self, name, list(value))
         indices = self.layers_to_transform
         if indices is not None:
             for index in indices if isinstance(indices, (list, tuple)) else [indices]:
@@ -299,6 +301,12 @@ class PeftConfig:
             return None
         found = keys_of(cls._pattern, tuple(patterns)).first(module_name)
         return module_name if found is None and module_name in patterns else found
+
+    @classmethod
+    def _of_module(cls, patterns: Mapping[str, Any] | None, module_name: str, default: Any) -> Any:
+        """Return what a field like `rank_pattern` says of a module, or the default."""
+        key = cls.pattern_key(patterns or (), module_name)
+        return default if patterns is None or key is None else patterns.get(key, default)
 
     def unused_keys(self, patterns: Collection[str], module_names: Collection[str]) -> list[str]:
         """Return the keys of a field like `rank_pattern` that mean none of these modules, whatever other keys do."""
@@ -368,6 +376,11 @@ class PeftConfig:
         return getattr(self, "bias", "none")
 
     @property
+    @property
+    def _kind(self) -> str:
+        """What messages call the method."""
+        return type(self).__name__ if self.peft_type is None else PeftType(self.peft_type).value
+
     def is_prompt_learning(self) -> bool:
         """False: peftk has no prompt methods."""
         return False
@@ -383,7 +396,9 @@ def refuse_unimplemented(config: PeftConfig, names: Iterable[str]) -> None:
     defaults = {f.name: f for f in dataclasses.fields(config)}
     for name in names:
         field = defaults[name]
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         value = getattr(config, name)
         # An empty dict where the default is None asks for the feature with its own defaults.
         empty = value is None or value is False or (isinstance(value, (list, tuple, set)) and not value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ _KEPT = "peftk: keeps the gradient"
 _rerun_in = -1
 
 
-def set_trainable(part: nn.Module | nn.Parameter, trainable: bool) -> None:
+def set_trainable(part: nn.Module | Tensor, trainable: bool) -> None:
     """Freeze or unfreeze parameters; those that are frozen still get the gradient of earlier forward passes.
 
     Autograd drops what arrives at a parameter that has been frozen since, silently.
@@ -26,17 +27,18 @@ def set_trainable(part: nn.Module | nn.Parameter, trainable: bool) -> None:
             parameter.requires_grad_(trainable)
 
 
-def _keep_gradient(parameter: nn.Parameter) -> None:
+def _keep_gradient(parameter: Tensor) -> None:
     with torch.inference_mode(False), torch.enable_grad():
         node = torch.autograd.graph.get_gradient_edge(parameter).node
     # The node belongs to the graphs of earlier passes; without any, it ends here, and the hook with it.
-    if _KEPT not in node.metadata:
-        node.metadata[_KEPT] = True
+    metadata: dict[Any, Any] = node.metadata  # type: ignore[assignment]  # torch declares a method and has a dict.
+    if _KEPT not in metadata:
+        metadata[_KEPT] = True
         node.register_prehook(functools.partial(_accumulate, parameter))
 
 
 @torch.no_grad()
-def _accumulate(parameter: nn.Parameter, grads: tuple[Tensor | None, ...]) -> None:
+def _accumulate(parameter: Tensor, grads: tuple[Tensor | None, ...]) -> None:
     (grad,) = grads
     if parameter.requires_grad or grad is None:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,14 +31,18 @@ _NAMES = [str(dtype).removeprefix("torch.") for dtype in DENSE]
 
 def settle_fan_in_fan_out(config: PeftConfig, layer: nn.Module) -> None:
     """Set `config.fan_in_fan_out` to what the layer is, with a warning if that is a change, as PEFT does."""
-    stored = kind_of(layer) == "Conv1D"
+    kind = kind_of(layer)
+    stored = kind == "Conv1D"
     if config.fan_in_fan_out != stored:
         reason = "stores its weight as (in, out)" if stored else "does not store its weight as (in, out)"
-        warnings.warn(f"fan_in_fan_out: {KINDS[kind_of(layer)]} {reason}; it is set to {stored}", stacklevel=2)
+        warnings.warn(
+            f"fan_in_fan_out: {KINDS[kind] if kind else type(layer).__name__} {reason}; it is set to {stored}",
+            stacklevel=2,
+        )
         config.fan_in_fan_out = stored
 
 
-def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+def weight_shape(layer: Any) -> tuple[int, ...]:
     """Return the shape that the weight of a linear layer or a convolution has when it is dense; it may be packed."""
     return features_of(layer)[::-1] if kind_of(layer) == "Linear" else tuple(layer.weight.shape)
 
@@ -46,24 +51,24 @@ def quantised_by(layer: nn.Module) -> str | None:
     """Return what quantised the weight of a layer, in PEFT's words or as the type of the weight, or None."""
     if kind_of(layer) is None:
         return None
-    name = opaque_weight(layer)
+    name = opaque_weight(layer) or ""
     if type(layer.weight).__module__.partition(".")[0] == "torchao":
         return "torchao"
-    return {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}.get(name, name)
+    return {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}.get(name, name) or None
 
 
-def dtype_of(layer: nn.Module) -> torch.dtype:
+def dtype_of(layer: Any) -> torch.dtype:
     """Return the dtype in which an adapter is initialised: that of the weight, or float32 if it is stored in another.
 
     A layer with packed weights may say in `compute_dtype` what it computes in, as those of bitsandbytes do.
     """
-    dtype = layer.weight.dtype
+    dtype: torch.dtype = layer.weight.dtype
     if hasattr(layer, "compute_dtype") and opaque_weight(layer) is not None:
         dtype = layer.compute_dtype
     return dtype if dtype in DENSE else torch.float32
 
 
-def why_unsupported(layer: nn.Module, kinds: Sequence[str] = tuple(KINDS)) -> str | None:
+def why_unsupported(layer: Any, kinds: Sequence[str] = tuple(KINDS)) -> str | None:
     """Say why an adapter for these kinds of layers cannot wrap `layer`, or return None if it can.
 
     A linear layer may store its weight as it likes, as long as calling it works: adapters there only call it.

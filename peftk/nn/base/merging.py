@@ -36,16 +36,21 @@ class Mergeable(nn.Module):
     adapter_layer_names: ClassVar[tuple[str, ...]]
     # Any class of layer, whose attributes differ.
     base_layer: Any
-    bias: Tensor | None
-    kind: str
+    kind: str | None
     in_features: int
     out_features: int
-    adapter_names: list[str]
     active_adapters: list[str]
     merged_adapters: list[str]
     if TYPE_CHECKING:
         # Containers are dictionaries of modules or of parameters, which the checker cannot tell apart.
         def __getattr__(self, name: str) -> Any: ...
+        @property
+        def adapter_names(self) -> list[str]:
+            """The names of all adapters on this layer."""
+
+        @property
+        def bias(self) -> Tensor | None:
+            """The bias of the base layer, if it has one."""
 
     _original: dict[str, Tensor]
     _versions: dict[str, int]
@@ -92,7 +97,7 @@ class Mergeable(nn.Module):
             away = next(name for name, p in self.named_parameters() if p.is_meta)
             raise ValueError(f"merge: {away} is on the meta device, offloaded; {TAKE_OFF} before merging")
         foreign = foreign_forward(self.base_layer)
-        if foreign is not None:
+        if foreign is not None and self.kind is not None:
             raise ValueError(
                 f"merge: this layer has the forward of {foreign}, which may compute something else from its weight "
                 f"than that of {KINDS[self.kind]}; unload() the adapter, or keep it unmerged, where it acts on the "

@@ -28,10 +28,13 @@ class Scalable(nn.Module):
     base_layer: Any
     active_adapters: list[str]
     merged_adapters: list[str]
-    adapter_names: list[str]
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
+
+        @property
+        def adapter_names(self) -> list[str]:
+            """The names of all adapters on this layer."""
 
         def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor: ...
 

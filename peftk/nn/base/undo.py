@@ -45,8 +45,7 @@ class Before:
                 container.extend(content) if isinstance(container, list) else container.update(content)
         moved = set()
         for parameter, required, data in self._parameters:
-            moves = data is not None and parameter.data.data_ptr() != data.data_ptr()
-            if moves or (data is not None and parameter.shape != data.shape):
+            if data is not None and (parameter.data.data_ptr() != data.data_ptr() or parameter.shape != data.shape):
                 moved.add(id(parameter))
                 parameter.data = data
             parameter.requires_grad_(required)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..base.config import (
     Form,
@@ -107,11 +107,11 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
 
-    _forms = (
+    _forms: ClassVar[tuple[Form, ...]] = (
         Form("LoRA", {"r": 4}),
         Form("DoRA", {"r": 4, "use_dora": True}),
     )
-    _meaning = (
+    _meaning: ClassVar[tuple[str, ...]] = (
         "r",
         "lora_alpha",
         "use_rslora",
@@ -154,7 +154,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
             raise NotImplementedError(
                 f"init_lora_weights={init!r}: not implemented; expected True, False, 'gaussian' or 'orthogonal'"
             )
-        if init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+        if init == "orthogonal" and any(r % 2 for r in (self.r, *(self.rank_pattern or {}).values())):
             raise ValueError(f"r: init_lora_weights='orthogonal' needs an even rank, got {self.r}")
         if self.lora_bias and isinstance(init, str):
             raise ValueError(f"lora_bias: needs init_lora_weights True or False, got {init!r}")

@@ -51,7 +51,7 @@ class LoRAConv2d(LoRALayer):
     base_kinds = ("Conv2d",)
 
     @classmethod
-    def _create(cls, base_layer: nn.Module, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
+    def _create(cls, base_layer: nn.Conv2d, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
         where = f"module {module_name!r} is a convolution"
         settings = cls._settings(config, module_name)
         groups, r = base_layer.groups, settings["r"]
@@ -62,14 +62,14 @@ class LoRAConv2d(LoRALayer):
         if config.init_lora_weights == "orthogonal":
             raise ValueError(f"init_lora_weights: {where}, for which 'orthogonal' has no meaning")
         cls._warn_about_bias(base_layer, config, module_name)
-        geometry = {
+        geometry: dict[str, Any] = {
             name: getattr(base_layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         }
         a = nn.Conv2d(base_layer.in_channels, r, **geometry, bias=False)
         b = nn.Conv2d(r, base_layer.out_channels, 1, groups=groups, bias=config.lora_bias)
         if initialise:
             initialise_factors(a, b, config.init_lora_weights)
-        parts = {"lora_A": a, "lora_B": b}
+        parts: dict[str, nn.Module | nn.Parameter] = {"lora_A": a, "lora_B": b}
         if config.use_dora:
             parts["lora_magnitude_vector"] = Magnitude(1, base_layer.out_channels, 1, 1)
         return Adapter(parts, settings)

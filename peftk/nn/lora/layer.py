@@ -15,6 +15,7 @@ from ...methods import dora, lora
 from ...methods._base_layer import observed, rows_of
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter, AdapterLayer
+from ..base.config import PeftConfig
 from ..base.merging import Merged
 from ..base.offloading import onloaded
 from .config import LoraConfig
@@ -40,7 +41,7 @@ class LoRALayer(AdapterLayer):
     def make(
         cls,
         base_layer: nn.Module,
-        config: LoraConfig,
+        config: PeftConfig,
         module_name: str = "",
         *,
         autocast_adapter_dtype: bool = True,
@@ -57,13 +58,14 @@ class LoRALayer(AdapterLayer):
         with onloaded([base_layer]), torch.no_grad():
             adapter = super().make(base_layer, config, module_name, **options)
             if config.use_dora and initialise:
-                magnitude = adapter.parts["lora_magnitude_vector"].weight
+                magnitude = adapter.parts["lora_magnitude_vector"]
+                assert isinstance(magnitude, Magnitude)
                 # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
                 norms = dora.norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
-                magnitude.copy_(norms.view_as(magnitude))
+                magnitude.weight.copy_(norms.view_as(magnitude.weight))
         return adapter
 
-    def check_add(self, config: LoraConfig, initialise: bool = True) -> None:
+    def check_add(self, config: PeftConfig, initialise: bool = True) -> None:
         """Raise ValueError if the norms of the base weight are needed and adapters are merged into it."""
         super().check_add(config, initialise)
         if initialise and config.use_dora and self.merged_adapters:
@@ -74,8 +76,8 @@ class LoRALayer(AdapterLayer):
 
     @classmethod
     def _settings(cls, config: LoraConfig, module_name: str) -> dict[str, Any]:
-        r = config.rank_pattern.get(config.pattern_key(config.rank_pattern, module_name), config.r)
-        alpha = config.alpha_pattern.get(config.pattern_key(config.alpha_pattern, module_name), config.lora_alpha)
+        r = config._of_module(config.rank_pattern, module_name, config.r)
+        alpha = config._of_module(config.alpha_pattern, module_name, config.lora_alpha)
         return {
             "r": r,
             "lora_alpha": alpha,
@@ -129,8 +131,8 @@ class LoRALayer(AdapterLayer):
 
     def _check_dora_unheard(self, name: str, kind: type[nn.Module] | None) -> None:
         magnitude = self.lora_magnitude_vector[name]
-        factors = () if kind is None else (self.lora_A[name], self.lora_B[name])
-        if (factors and observed(kind, *factors)) or observed(Magnitude, magnitude):
+        factors = kind is not None and observed(kind, self.lora_A[name], self.lora_B[name])
+        if factors or observed(Magnitude, magnitude):
             where = f"module {self.module_name!r}: " if self.module_name else ""
             raise NotImplementedError(
                 f"{where}a hook, a wrapper or another forward is on a module of DoRA adapter {name!r} (lora_A, lora_B, "

@@ -66,7 +66,7 @@ class LoRALinear(LoRALayer):
         b = linear(settings["r"], outputs, bias=config.lora_bias)
         if initialise:
             initialise_factors(a, b, config.init_lora_weights)
-        parts = {"lora_A": a, "lora_B": b}
+        parts: dict[str, nn.Module | nn.Parameter] = {"lora_A": a, "lora_B": b}
         if config.use_dora:
             parts["lora_magnitude_vector"] = Magnitude(outputs)
         return Adapter(parts, settings)
@@ -88,7 +88,9 @@ class LoRALinear(LoRALayer):
         if heard and self._listened_to(names):
             return self._called(x, names, args, kwargs)
         adapters = [self.low_rank(name)] if alone else [self.low_rank(name) for name in names]
-        return lora.linear(self._modules["base_layer"], x, adapters, args, kwargs)
+        base = self._modules["base_layer"]
+        assert base is not None
+        return lora.linear(base, x, adapters, args, kwargs)
 
     def _with_mixed(
         self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
@@ -102,21 +104,21 @@ class _Bare(nn.Linear):
 
 
 def _uninitialised_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    layer = _Bare(in_features, out_features, bias=bias)
+    layer: nn.Linear = _Bare(in_features, out_features, bias=bias)
     layer.__class__ = nn.Linear
     return layer
 
 
 @torch.no_grad()
-def initialise_factors(a: nn.Module, b: nn.Module, how: bool | str) -> None:
+def initialise_factors(a: nn.Linear | nn.Conv2d, b: nn.Linear | nn.Conv2d, how: bool | str) -> None:
     """Initialise the factors, two linear layers or two convolutions, as `init_lora_weights` says."""
     if how is False:
         return
     r = a.weight.shape[0]
     if how == "orthogonal":
         q, _ = torch.linalg.qr(torch.randn(r, r))
-        a.weight.copy_((torch.randn(a.in_features, r // 2) @ q[0::2]).T / 10)
-        b.weight.copy_((torch.randn(r // 2, b.out_features).T @ q[1::2]) / 10)
+        a.weight.copy_((torch.randn(a.weight.shape[1], r // 2) @ q[0::2]).T / 10)
+        b.weight.copy_((torch.randn(r // 2, b.weight.shape[0]).T @ q[1::2]) / 10)
         return
     if how == "gaussian":
         nn.init.normal_(a.weight, std=1 / r)

@@ -36,6 +36,7 @@ class XLoraClassifier(nn.Module):
         self.config = config
         self.experts = experts
         self.adapted = layers
+        assert config.hidden_size is not None
         widths = [config.hidden_size] + [config.xlora_size] * (config.xlora_depth - 1)
         parts: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
@@ -47,7 +48,7 @@ class XLoraClassifier(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the weights, (batch, tokens, layers, experts), for hidden states (batch, tokens, hidden_size)."""
-        logits = self.layers(hidden.to(self.layers[-1].weight.dtype))
+        logits = self.layers(hidden.to(next(self.layers[-1].parameters()).dtype))
         rows = self.adapted if self.config.layerwise_scalings else 1
         logits = logits.unflatten(-1, (rows, self.experts))
         if self.config.enable_softmax:
@@ -140,9 +141,10 @@ class Gates:
 class XLoraLayer(AdapterLayer):
     """What the adapted layers of an X-LoRA model have in common, beside what they are as LoRA layers."""
 
+    gates: Gates
+
     def _wrap(self, base_layer: nn.Module) -> None:
         super()._wrap(base_layer)
-        self.gates: Gates | None = None
         self.number = 0
 
     def expert_names(self) -> list[str]:
