@@ -6,12 +6,13 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import AdaLoraConfig, PeftConfig
+from ..nn.adalora.linear import AdaLoRALinear
 from ..nn.adalora.rank_allocator import RankAllocator, orthogonality_loss
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import check_adapter_name, check_int
@@ -80,13 +81,19 @@ class Tuner(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.add_module("model", model)
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
         self._allocators: dict[str, RankAllocator] = {}
         # What training has changed since is not in any adapter.
         self._counted: dict[str, int] = {}
         self.train(model.training)
+
+    if TYPE_CHECKING:
+        # A property of `XLoraTuner`: nobody puts another one here.
+        @property
+        def model(self) -> nn.Module:
+            """The base model."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the adapted model."""
@@ -151,8 +158,8 @@ class Tuner(nn.Module):
         for other, present in self.peft_config.items():
             if type(present) is not type(config) and (present._alone or config._alone):
                 raise ValueError(
-                    f"peft_config: {config.peft_type.value} cannot be added to a model with adapter {other!r}, which "
-                    f"is {present.peft_type.value}; one of the two must be the only method of its model"
+                    f"peft_config: {config._kind} cannot be added to a model with adapter {other!r}, which "
+                    f"is {present._kind}; one of the two must be the only method of its model"
                 )
         with_bias = [other for other, c in self.peft_config.items() if c.bias_mode != "none"]
         if with_bias and config.bias_mode != "none":
@@ -289,8 +296,10 @@ class Tuner(nn.Module):
         if not names:
             raise ValueError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
         if names[0] not in self._allocators:
-            layers = [(path, layer) for path, layer in self._layers() if names[0] in layer.adapter_names]
-            self._allocators[names[0]] = RankAllocator(layers, names[0], self.peft_config[names[0]])
+            config = self.peft_config[names[0]]
+            assert isinstance(config, AdaLoraConfig)
+            layers = ((path, layer) for path, layer in self._layers() if isinstance(layer, AdaLoRALinear))
+            self._allocators[names[0]] = RankAllocator(layers, names[0], config)
         return self._allocators[names[0]]
 
     def update_and_allocate(self, global_step: int) -> None:

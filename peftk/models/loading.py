@@ -138,7 +138,9 @@ def _plan_from_file(
 
 def _rename_fields(model: nn.Module, config: PeftConfig, mapping: Mapping[str, str] | None) -> None:
     """Let names of a configuration that the model does not have go through `key_mapping` as the keys do."""
-    for field in ("target_modules", "modules_to_save") if mapping else ():
+    if not mapping:
+        return
+    for field in ("target_modules", "modules_to_save"):
         names = getattr(config, field, None)
         if names and not isinstance(names, str):
             unknown = unknown_names(model, names)

@@ -44,7 +44,7 @@ def check(tuner: Tuner, parts: Iterable[nn.Module], adapter_names: Any) -> list[
         if config is None:
             continue
         if type(config) is not LoraConfig or config.use_dora:
-            kind = "DORA" if isinstance(config, LoraConfig) and config.use_dora else config.peft_type.value
+            kind = "DORA" if isinstance(config, LoraConfig) and config.use_dora else config._kind
             raise ValueError(f"adapter_names: adapter {name!r} is {kind}; only LoRA adapters can be mixed in a batch")
         if config.bias != "none":
             raise ValueError(

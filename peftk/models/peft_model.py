@@ -130,8 +130,9 @@ class PeftModel(nn.Module):
         # none would.
         renamed = hasattr(type(model), "is_activation_checkpointing")
         flag = "is_activation_checkpointing" if renamed else "is_gradient_checkpointing"
-        if getattr(model, flag, False) and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+        enable = getattr(model, "enable_input_require_grads", None)
+        if getattr(model, flag, False) and enable is not None:
+            enable()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the adapted model.
@@ -141,7 +142,7 @@ class PeftModel(nn.Module):
         """
         if not torch.compiler.is_compiling():
             note_attention_scale(kwargs)
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # torch imports it and exports it no further.
             # An autograd.Function is traced as a call into Python: it cannot be saved, and is missing from the trace
             # without gradients with which torch checks the first. What is traced in its place has gradients too.
             with torch.no_grad(), mixed_batch(self.base_model, kwargs):

@@ -180,9 +180,9 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` is."""
     parent, name = place_of(model, path)
     setattr(parent, name, module)
-    if hasattr(parent, "_torchdynamo_orig_callable"):
+    if hasattr(parent, "_torchdynamo_orig_callable") and callable(initialize := getattr(parent, "_initialize", None)):
         # A compiled module remembers what it calls.
-        parent._initialize()
+        initialize()
     if isinstance(parent, nn.TransformerEncoderLayer):
         _choose_path(parent)
 
@@ -222,11 +222,11 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
                 if name == "bias" or name.endswith(".bias"):
                     yield f"{inner}.{name}", tensor
         else:
-            tensor = module._parameters.get("bias")
-            if tensor is None and "bias" not in module._non_persistent_buffers_set:
-                tensor = module._buffers.get("bias")
-            if tensor is not None:
-                yield f"{path}.bias", tensor
+            own: Tensor | None = module._parameters.get("bias")
+            if own is None and "bias" not in module._non_persistent_buffers_set:
+                own = module._buffers.get("bias")
+            if own is not None:
+                yield f"{path}.bias", own
 
 
 def _own_bias(module: nn.Module) -> Tensor:
@@ -245,7 +245,7 @@ def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
     The mapping is the same before and after the plan is attached. The adapter's name is in no key.
     """
-    tensors = {
+    tensors: dict[str, Tensor] = {
         f"{path}.{name}": tensor for path, adapter in plan.adapters.items() for name, tensor in adapter.saved_tensors()
     }
     for path, module in plan.saved.items():
@@ -281,13 +281,11 @@ def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 def same_meaning(ours: PeftConfig, theirs: PeftConfig, paths: Iterable[str]) -> None:
     """Raise ValueError if tensors trained under `theirs` on the modules `paths` mean something else under `ours`."""
     if type(ours) is not type(theirs):
-        raise ValueError(
-            f"adapter: the file is a {theirs.peft_type.value}, the loaded adapter a {ours.peft_type.value}"
-        )
+        raise ValueError(f"adapter: the file is a {theirs._kind}, the loaded adapter a {ours._kind}")
     for field in dataclasses.fields(ours):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name == "modules_to_save":
-            a, b = set(a or ()), set(b or ()) | set(HEADS.get(theirs.task_type, ()))
+            a, b = set(a or ()), set(b or ()) | set(HEADS.get(theirs.task_type or "", ()))
         if field.name not in ours._meaning:
             continue
         differ = a != b

@@ -51,7 +51,7 @@ MOST_ENDINGS = 20
 MOST_COMPARED, MOST_LETTERS = 2_000, 200
 # The output projection of nn.MultiheadAttention, which reads its weight and never calls it.
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
-HEADS: dict[TaskType, tuple[str, ...]] = {
+HEADS: dict[str, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
@@ -194,8 +194,8 @@ def fill_default_targets(model: nn.Module, config: PeftConfig) -> None:
 
 def _all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     model, heads = unwrapped(model), []
-    if callable(getattr(model, "get_output_embeddings", None)):
-        heads.append(model.get_output_embeddings())
+    if callable(output := getattr(model, "get_output_embeddings", None)):
+        heads.append(output())
     if all(head is None for head in heads) and config.task_type == TaskType.SEQ_CLS:
         heads = [getattr(model, name, None) for name in HEADS[TaskType.SEQ_CLS]]
     names = {

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .names import unwrapped
 
+_TIED = "_tied_weights_keys"
+
 
 def note_untied(model: nn.Module) -> None:
     """Turn off those ties of a transformers model that no longer hold, and no others.
@@ -77,8 +79,8 @@ def _one(module: nn.Module, first: str, second: str) -> bool:
 
 def _keep_only(model: nn.Module, kept: list[tuple[nn.Module, dict[str, str]]], broken: list[str]) -> None:
     for module, left in kept:
-        if getattr(module, "_tied_weights_keys", None):
-            module._tied_weights_keys = left
+        if getattr(module, _TIED, None):
+            setattr(module, _TIED, left)
     known = getattr(model, "all_tied_weights_keys", None)
     if isinstance(known, dict):
         for name in broken:

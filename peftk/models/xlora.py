@@ -19,11 +19,13 @@ from ..nn import LoraConfig, PeftConfig, XLoraConfig
 from ..nn.base.adapter_layer import give_memory
 from ..nn.base.config import check_int, check_number
 from ..nn.base.undo import put_back
-from ..nn.xlora.layer import GATED, Gates, XLoraClassifier
+from ..nn.xlora.layer import GATED, Gates, XLoraClassifier, XLoraLayer
 from .adapters import Tuner
 from .loading import Reading, config_values, naming_the_file, read_config, read_into_plan
 from .plan import Plan, attach
 
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where a module of transformers keeps what it checkpoints with."""
 PREFIX = "base_model.internal_xlora_classifier."
 
 
@@ -37,7 +39,7 @@ class XLoraPlan(Plan):
         experts: Every expert, read and checked.
     """
 
-    classifier: XLoraClassifier | None = None
+    classifier: XLoraClassifier
     experts: list[Reading] = field(default_factory=list)
     device: torch.device | None = None
 
@@ -69,18 +71,18 @@ def tuner_for_file(
     config = read_config(folder)
     if not isinstance(config, XLoraConfig):
         if adapters is not None:
-            raise ValueError(f"adapters: only for X-LoRA, and {os.fspath(folder)!r} holds {config.peft_type.value}")
+            raise ValueError(f"adapters: only for X-LoRA, and {os.fspath(folder)!r} holds {config._kind}")
         return Tuner(model)
+    experts = config.adapters or {}
     if adapters is not None:
         if not isinstance(adapters, Mapping):
             raise TypeError(f"adapters: expected a dict of names to folders, got {adapters!r}")
-        if len(adapters) != len(config.adapters):
+        if len(adapters) != len(experts):
             raise ValueError(
-                f"adapters: expected the folders of {len(config.adapters)} experts, {list(config.adapters)}, got "
-                f"{len(adapters)}"
+                f"adapters: expected the folders of {len(experts)} experts, {list(experts)}, got {len(adapters)}"
             )
         return XLoraTuner(model, [os.fspath(path) for path in adapters.values()], key_mapping)
-    inside = [os.path.join(folder, str(index)) for index in range(len(config.adapters))]
+    inside = [os.path.join(folder, str(index)) for index in range(len(experts))]
     missing = [path for path in inside if not os.path.isdir(path)]
     if missing:
         raise ValueError(
@@ -102,6 +104,8 @@ class XLoraTuner(Tuner):
         key_mapping: What the keys of their files go through; see `PeftModel.from_pretrained`.
     """
 
+    _gates: Gates
+
     def __init__(
         self,
         model: nn.Module,
@@ -114,7 +118,6 @@ class XLoraTuner(Tuner):
         self.active_adapters: list[str] = []
         self._folders, self._key_mapping = experts, key_mapping
         self._allocators = {}
-        self._gates: Gates | None = None
         self.train(model.training)
 
     @property
@@ -146,7 +149,7 @@ class XLoraTuner(Tuner):
         hidden = getattr(settings, "hidden_size", config.hidden_size)
         if hidden != config.hidden_size:
             raise ValueError(f"hidden_size: expected {hidden}, that of the model, got {config.hidden_size}")
-        folders = list(config.adapters.values()) if self._folders is None else list(self._folders)
+        folders = list((config.adapters or {}).values()) if self._folders is None else list(self._folders)
         if not folders:
             raise ValueError("adapters: expected at least one expert, got none")
         if name in map(str, range(len(folders))):
@@ -166,7 +169,7 @@ class XLoraTuner(Tuner):
         saved = config_values(folder)
         config = naming_the_file(folder, lambda: PeftConfig.from_dict(saved))
         if not isinstance(config, LoraConfig):
-            raise ValueError(f"{where} is {config.peft_type.value}; only LoRA adapters can be experts")
+            raise ValueError(f"{where} is {config._kind}; only LoRA adapters can be experts")
         for field_name, wanted in (("bias", "none"), ("lora_bias", False), ("use_dora", False)):
             if getattr(config, field_name) != wanted:
                 raise NotImplementedError(f"{where} has {field_name}={getattr(config, field_name)!r}")
@@ -182,6 +185,7 @@ class XLoraTuner(Tuner):
 
     def _commit(self, plan: Plan) -> None:
         """Attach the experts and the classifier."""
+        assert isinstance(plan, XLoraPlan) and isinstance(plan.config, XLoraConfig)
         self.model.requires_grad_(False)
         self.peft_config[plan.name] = plan.config
         for read in plan.experts:
@@ -193,6 +197,7 @@ class XLoraTuner(Tuner):
         names = [read.plan.name for read in plan.experts]
         self._gates = Gates(plan.config, names)
         for number, (path, layer) in enumerate(self._layers()):
+            assert isinstance(layer, XLoraLayer)
             layer.gates, layer.number, layer.module_name = self._gates, number, path
             layer.set_adapter(names)
         self.set_adapter(plan.name, inference_mode=plan.config.inference_mode)
@@ -253,14 +258,16 @@ class XLoraTuner(Tuner):
         if not modules or not torch.is_grad_enabled():
             yield
             return
-        before = [module._gradient_checkpointing_func for module in modules]
+        before = [getattr(module, _CHECKPOINT) for module in modules]
         if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in before):
             raise NotImplementedError(
                 "gradient checkpointing: X-LoRA needs use_reentrant=False; pass it to gradient_checkpointing_enable"
             )
         state = self._gates.state
+        assert state is not None
         # Gates that one layer makes for several would be made in other places the second time.
         for _, layer in self._layers():
+            assert isinstance(layer, XLoraLayer)
             self._gates.of(layer)
 
         def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,11 +282,11 @@ class XLoraTuner(Tuner):
 
         def restore() -> None:
             for module, function in zip(modules, before, strict=True):
-                module._gradient_checkpointing_func = function
+                setattr(module, _CHECKPOINT, function)
 
         with put_back(restore):
             for module, function in zip(modules, before, strict=True):
-                module._gradient_checkpointing_func = remembering(function)
+                setattr(module, _CHECKPOINT, remembering(function))
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -287,9 +294,10 @@ class XLoraTuner(Tuner):
         if kwargs.get("use_cache"):
             raise ValueError("use_cache: expected False; X-LoRA runs the model twice at every step")
         kwargs["use_cache"] = False
+        model: Any = self.model
         if self._off():
-            return self.model.generate(*args, **kwargs)
-        forward = self.model.forward
+            return model.generate(*args, **kwargs)
+        forward = model.forward
 
         @functools.wraps(forward)
         def two_passes(*inner_args: Any, **inner_kwargs: Any) -> Any:
@@ -306,7 +314,7 @@ class XLoraTuner(Tuner):
 
         with put_back(restore):
             self.model.forward = two_passes
-            return self.model.generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
 
     def _off(self) -> bool:
         return all(layer.disable_adapters for _, layer in self._layers())
@@ -322,7 +330,7 @@ class XLoraTuner(Tuner):
         if "logits_to_keep" in inspect.signature(forward).parameters:
             kwargs["logits_to_keep"] = 1
         value = config.scaling_pass_value
-        first = self.internal_xlora_classifier.layers[-1].weight
+        first = next(self.internal_xlora_classifier.layers[-1].parameters())
         weights = first.new_full((len(self._gates.experts),), value) if value else None
         with torch.no_grad(), self._gates.using(weights):
             output = forward(*args, **kwargs)
