@@ -6,6 +6,8 @@ coefficients of the form c I + c' S (two degrees for one product), and all trans
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -298,7 +300,7 @@ def _supports(packed: Tensor, size: int, polynomial: list[float]) -> str | None:
     return None
 
 
-def _options(size: int, count: int, polynomial: list[float], forward: bool) -> tuple[int, dict]:
+def _options(size: int, count: int, polynomial: list[float], forward: bool) -> tuple[int, dict[str, Any]]:
     """Return the number of programs, and the arguments that forward and backward share."""
     width = max(triton.next_power_of_2(size), 16)
     pack = width // size
@@ -317,7 +319,7 @@ def _options(size: int, count: int, polynomial: list[float], forward: bool) -> t
     }
 
 
-def _panel_options(size: int, polynomial: list[float]) -> dict:
+def _panel_options(size: int, polynomial: list[float]) -> dict[str, Any]:
     """Return the arguments that forward and backward share when programs share a block."""
     return {
         "num_warps": 4 if size <= 64 else 8,

@@ -144,7 +144,9 @@ def khatri_rao(
     a = torch.empty(rank, features, dtype=dtype, device=w1_a.device)
     b = torch.empty(out, rank, dtype=dtype, device=w1_a.device)
 
-    def write(result: Tensor, left: Tensor, right: Tensor, length: int, strides: dict[str, int], config: dict) -> None:
+    def write(
+        result: Tensor, left: Tensor, right: Tensor, length: int, strides: dict[str, int], config: dict[str, int]
+    ) -> None:
         launch(
             _khatri_rao_kernel,
             (triton.cdiv(length, config["BLOCK_FEATURES"]) * triton.cdiv(rank, config["BLOCK_RANK"]),),

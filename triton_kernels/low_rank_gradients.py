@@ -6,6 +6,8 @@ adds them in order: equal inputs give equal bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -231,7 +233,7 @@ def _backward_config(rank_tile: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_ROWS": 64, "BLOCK_FEATURES": 256, "num_warps": 8}
 
 
-def _factor_config(dtype: torch.dtype, mask: dict, wide: bool) -> dict[str, int]:
+def _factor_config(dtype: torch.dtype, mask: dict[str, Any], wide: bool) -> dict[str, int]:
     """Return the tile of a factor's gradient, for the reasons of `low_rank_products`; no timing picked it."""
     if wide and (mask["ALIGNED"] or not mask["DROPOUT"]):
         # Three sums and twice the operands: with the columns of other dtypes they spill.

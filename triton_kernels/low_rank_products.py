@@ -177,7 +177,7 @@ def gate_arguments(gate: Tensor | None) -> dict[str, Any]:
     return {"gate_ptr": rows, "stride_gate_row": rows.stride(0)}
 
 
-def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, mask: dict) -> dict[str, int]:
+def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, mask: dict[str, Any]) -> dict[str, int]:
     """Return the tile of a shrink.
 
     float32 tiles stay below 64 rows of output: from there on Triton 3.7 may compute an "ieee" dot of masked float32
@@ -195,7 +195,7 @@ def _shrink_config(rows: int, rank_tile: int, dtype: torch.dtype, mask: dict) ->
     return {"BLOCK_ROWS": 64 if rows > 4096 else 16, "BLOCK_FEATURES": columns, "num_warps": 4, "num_stages": 3}
 
 
-def _expand_config(dtype: torch.dtype, mask: dict) -> dict[str, int]:
+def _expand_config(dtype: torch.dtype, mask: dict[str, Any]) -> dict[str, int]:
     """Return the tile of an expand, small for the reasons of `_shrink_config`."""
     if dtype is torch.float32 or (mask["DROPOUT"] and not mask["ALIGNED"]):
         return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 64, "num_warps": 4}

@@ -37,7 +37,7 @@ class Measurement:
     """
 
     call: Call
-    bucket: tuple
+    bucket: tuple[Any, ...]
     reasons: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     microseconds: dict[str, float] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def write_table(path: Path, device_class: str, measurements: Iterable[Measuremen
 
     The file is replaced as a whole, so that a reader never sees half of it.
     """
-    operators: dict[str, dict[tuple, dict]] = {}
+    operators: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
     if path.is_file():
         for operator, rows in json.loads(path.read_text())["operators"].items():
             operators[operator] = {(row["dtype"], *row["bucket"]): row for row in rows}

@@ -485,7 +485,7 @@ def _merge_state(layer: AdapterLayer) -> tuple[list[str], str]:
     return list(layer.merged_adapters), "cpu" if on_cpu else "device"
 
 
-def _progress(items: list, show: bool, description: str) -> Any:
+def _progress(items: list[Any], show: bool, description: str) -> Any:
     if not show:
         return items
     from tqdm import tqdm

@@ -17,7 +17,7 @@ from .adapters import Tuner
 from .targets import describe_unknown
 
 
-class _Names(list):
+class _Names(list[str]):
     """The adapter of every sample; generation may run several copies of each."""
 
     def __init__(self, names: Sequence[str], copies: int) -> None:

@@ -156,7 +156,7 @@ def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
     return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 
 
-def _agreed(values: Iterable, default: object = False) -> Any:
+def _agreed(values: Iterable[Any], default: object = False) -> Any:
     """Return the value that all have, or "irregular"."""
     first, *others = [*values] or [default]
     return first if all(other == first for other in others) else "irregular"
@@ -184,7 +184,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     trained, total = count_parameters(model.parameters())
     tuner = _tuner_of(model)
 
-    def of_adapter(values: Callable[[TunerLayerStatus], dict]) -> dict:
+    def of_adapter(values: Callable[[TunerLayerStatus], dict[str, Any]]) -> dict[str, Any]:
         return {a: [values(layer)[a] for layer in layers if a in layer.available_adapters] for a in adapters}
 
     # A layer that lacks an adapter neither merges nor activates it.

@@ -319,7 +319,9 @@ class XLoraTuner(Tuner):
     def _off(self) -> bool:
         return all(layer.disable_adapters for _, layer in self._layers())
 
-    def _predict(self, args: tuple, kwargs: dict[str, Any], forward: Callable[..., Any] | None = None) -> Tensor:
+    def _predict(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any] | None = None
+    ) -> Tensor:
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             raise ValueError("use_cache: expected False and no past_key_values; X-LoRA runs the model twice")
         forward = forward or self.model.forward

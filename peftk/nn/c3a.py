@@ -55,7 +55,7 @@ class C3AConfig(PeftConfig, method=PeftType.C3A):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    block_size_pattern: dict | None = field(default_factory=dict)
+    block_size_pattern: dict[str, Any] | None = field(default_factory=dict)
     init_weights: bool | str = "xavier_uniform"
     exclude_modules: list[str] | str | None = None
 

@@ -78,8 +78,8 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         8
     """
 
-    rank_pattern: dict | None = field(default_factory=dict)
-    alpha_pattern: dict | None = field(default_factory=dict)
+    rank_pattern: dict[str, Any] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, Any] | None = field(default_factory=dict)
     r: int = 8
     alpha: int = 8
     rank_dropout: float = 0.0

@@ -22,19 +22,19 @@ class _OnceDifferentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(operator: Callable, name: str, *args: Any) -> Any:
+    def forward(operator: Callable[..., Any], name: str, *args: Any) -> Any:
         return operator(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.name = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         raise RuntimeError(f"{ctx.name}: double backward is not supported; got a gradient for its backward pass")
 
 
-def run_backward(name: str, operator: Callable, *args: Any) -> Any:
+def run_backward(name: str, operator: Callable[..., Any], *args: Any) -> Any:
     """Run the backward operator of the public function ``name``, or of what a name with a blank describes.
 
     Raises:

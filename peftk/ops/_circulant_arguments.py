@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -106,7 +108,7 @@ def _kernel_like(x: Tensor, kernel: Tensor) -> Tensor:
     return cast(kernel, x.dtype) if x.dtype is torch.float64 or kernel.dtype is torch.float64 else kernel
 
 
-def prepare_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
+def prepare_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple[Any, ...]:
     """Return the arguments of the operator behind `circular_conv`."""
     if not _fits_conv(x, kernel):
         _check_conv(x, kernel)
@@ -115,14 +117,16 @@ def prepare_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
     return x, _kernel_like(x, kernel), scale
 
 
-def prepare_add(base: Tensor, x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
+def prepare_add(base: Tensor, x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple[Any, ...]:
     """Return the arguments of the operator behind `circular_conv_add`."""
     if not _fits_add(base, x, kernel):
         _check_add(base, x, kernel)
     return base, *prepare_conv(x, kernel, scale)
 
 
-def prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: Scale = 1.0) -> tuple:
+def prepare_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: Scale = 1.0
+) -> tuple[Any, ...]:
     """Return the arguments of the operator behind `circulant_linear`."""
     if not _fits_linear(x, weight, bias, kernel):
         _check_linear(x, weight, bias, kernel)
@@ -130,7 +134,7 @@ def prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tenso
     return x, cast(weight, x.dtype), cast(bias, x.dtype), kernel, scale
 
 
-def prepare_weight(weight: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple:
+def prepare_weight(weight: Tensor, kernel: Tensor, scale: Scale = 1.0) -> tuple[Any, ...]:
     """Return the arguments of the operator behind `circulant_weight`."""
     check_tensor("weight", weight)
     _check_kernel(kernel, weight)

@@ -46,14 +46,14 @@ class _LowRank(torch.autograd.Function):
         return _linear(x, weight, bias, a, b, None, scale, 0.0, None)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _bias, *factors, ctx.scale = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, output[1], weight, *factors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 8
         needs = ctx.needs_input_grad
@@ -63,7 +63,7 @@ class _LowRank(torch.autograd.Function):
 
 def _low_rank_gradients(
     needs: Sequence[bool], scale: float, grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *factors: Tensor
-) -> tuple:
+) -> tuple[Any, ...]:
     need_x, _, need_bias, *four = needs[:7]
     need_a, need_b = four[1] or four[3], four[0] or four[2]
     a, b = _khatri_rao(*factors, x.dtype)
@@ -85,12 +85,12 @@ class _Written(torch.autograd.Function):
         return linear(x, _write(weight, scales, factors), bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _bias, ctx.scales, *factors = inputs
         ctx.save_for_backward(x, weight, *factors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         dx, dbias, *found = run_backward(_NAME, _written_gradients, needs, ctx.scales, grad, *ctx.saved_tensors)
         return dx, None, dbias, None, *found
@@ -98,7 +98,7 @@ class _Written(torch.autograd.Function):
 
 def _written_gradients(
     needs: Sequence[bool], scales: Sequence[float], grad: Tensor, x: Tensor, weight: Tensor, *factors: Tensor
-) -> tuple:
+) -> tuple[Any, ...]:
     need_x, _, need_bias, _, *four = needs
     dx = grad @ _write(weight, scales, factors) if need_x else None
     rows, inputs = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])

@@ -37,11 +37,11 @@ class _AddBias(torch.autograd.Function):
         return result + _along(bias.to(result.dtype), dim)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _result, _bias, ctx.dim = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         need_result, need_bias, _ = ctx.needs_input_grad
         others = [d for d in range(grad.dim()) if d != grad.dim() + ctx.dim]
         dbias = grad.sum(others, dtype=wide(grad.dtype)) if need_bias else None

@@ -66,7 +66,7 @@ def _block_dtype(x: Tensor, blocks: Tensor) -> Tensor:
     return cast(blocks, x.dtype) if x.dtype is torch.float64 or blocks.dtype is torch.float64 else blocks
 
 
-def _prepare_rotate(x: Tensor, blocks: Tensor, *, transpose: bool = False) -> tuple:
+def _prepare_rotate(x: Tensor, blocks: Tensor, *, transpose: bool = False) -> tuple[Any, ...]:
     if not _fits_rotation(x, blocks):
         _check_rotation(x, blocks)
     if torch._C._is_any_autocast_enabled():
@@ -84,7 +84,7 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor
         check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
 
 
-def _prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> tuple:
+def _prepare_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> tuple[Any, ...]:
     if not _fits_linear(x, weight, bias, blocks):
         _check_linear(x, weight, bias, blocks)
     if torch._C._is_any_autocast_enabled():
@@ -182,13 +182,13 @@ class BlockRotate(torch.autograd.Function):
         return _rotate(x, blocks, transpose)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x (for the blocks) and the blocks (for x)."""
         x, blocks, ctx.transpose = inputs
         ctx.save_for_backward(x, blocks)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         x, blocks = ctx.saved_tensors
         need_x, need_blocks, _ = ctx.needs_input_grad
@@ -207,13 +207,13 @@ class BlockRotateLinear(torch.autograd.Function):
         return _rotate_linear(x, weight, bias, blocks)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x, the blocks and a reference to the frozen weight."""
         x, weight, _bias, blocks = inputs
         ctx.save_for_backward(x, weight, blocks)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         x, weight, blocks = ctx.saved_tensors
         need_x, _, need_bias, need_blocks = ctx.needs_input_grad

@@ -31,12 +31,12 @@ def _check_factors(factors: Tensor, x: Tensor | None = None) -> None:
         )
 
 
-def _prepare_compose(factors: Tensor) -> tuple:
+def _prepare_compose(factors: Tensor) -> tuple[Any, ...]:
     _check_factors(factors)
     return (cast(factors, torch.float32) if factors.dtype in (torch.float16, torch.bfloat16) else factors,)
 
 
-def _prepare_multiply(x: Tensor, factors: Tensor) -> tuple:
+def _prepare_multiply(x: Tensor, factors: Tensor) -> tuple[Any, ...]:
     check_tensor("x", x)
     _check_factors(factors, x)
     features = factors.shape[1] * factors.shape[2]
@@ -50,7 +50,7 @@ def _prepare_multiply(x: Tensor, factors: Tensor) -> tuple:
     return x, cast(factors, torch.float32)
 
 
-def _prepare_scale(x: Tensor, scale: Tensor, bias: Tensor | None = None, *, dim: int = -1) -> tuple:
+def _prepare_scale(x: Tensor, scale: Tensor, bias: Tensor | None = None, *, dim: int = -1) -> tuple[Any, ...]:
     check_tensor("x", x)
     check_tensor("scale", scale, like=x)
     if isinstance(dim, bool) or not isinstance(dim, int):
@@ -157,7 +157,7 @@ class ButterflyCompose(torch.autograd.Function):
         return _compose(factors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the factors; the products of the first stages are made again."""
         ctx.save_for_backward(*inputs)
 
@@ -176,12 +176,12 @@ class ButterflyMultiply(torch.autograd.Function):
         return _multiply(x, factors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x and the factors; what lies between two passes is made again."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         need_x, need_factors = ctx.needs_input_grad
         dx, dfactors = run_backward(
@@ -199,13 +199,13 @@ class ScaleChannels(torch.autograd.Function):
         return _scale(x, scale, bias, inner)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x for the gradient of the scale."""
         x, scale, bias, ctx.inner = inputs
         ctx.save_for_backward(x, scale, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         x, scale, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

@@ -17,7 +17,7 @@ __all__ = ["cayley"]
 MAX_TERMS = 64
 
 
-def _prepare(skew: Tensor, block_size: int, *, neumann_terms: int | None = None) -> tuple:
+def _prepare(skew: Tensor, block_size: int, *, neumann_terms: int | None = None) -> tuple[Any, ...]:
     check_tensor("skew", skew)
     for name, value in (("block_size", block_size), ("neumann_terms", neumann_terms)):
         if (not isinstance(value, int) and not (name == "neumann_terms" and value is None)) or isinstance(value, bool):
@@ -44,19 +44,19 @@ def _prepare(skew: Tensor, block_size: int, *, neumann_terms: int | None = None)
     return skew, block_size, polynomial
 
 
-def _flops(skew: torch.Size, block_size: int, polynomial: list, *_args: object, **_kwargs: object) -> int:
+def _flops(skew: torch.Size, block_size: int, polynomial: list[float], *_args: object, **_kwargs: object) -> int:
     products = max(len(polynomial) - 2, 0) if polynomial else 4 / 3
     return int(2 * products * skew[0] * block_size**3)
 
 
 def _backward_flops(
-    grad: torch.Size, _skew: object, blocks: torch.Size, polynomial: list, *_args: object, **_kwargs: object
+    grad: torch.Size, _skew: object, blocks: torch.Size, polynomial: list[float], *_args: object, **_kwargs: object
 ) -> int:
     products = 3 * max(len(polynomial) - 2, 0) if polynomial else 2
     return 2 * products * blocks[0] * blocks[1] ** 3
 
 
-def _bucket(count: int, size: int, polynomial: list) -> tuple:
+def _bucket(count: int, size: int, polynomial: list[float]) -> tuple[Any, ...]:
     return (*power_bucket(count, size), bool(polynomial))
 
 
@@ -82,18 +82,18 @@ class Cayley(torch.autograd.Function):
     """Autograd for `cayley`."""
 
     @staticmethod
-    def forward(skew: Tensor, block_size: int, polynomial: list) -> Tensor:
+    def forward(skew: Tensor, block_size: int, polynomial: list[float]) -> Tensor:
         """Run the operator."""
         return _forward(skew, block_size, polynomial)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the result, which makes the exact backward pass two products instead of a second solve."""
         skew, _, ctx.polynomial = inputs
         ctx.save_for_backward(skew, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         skew, blocks = ctx.saved_tensors
         return run_backward("cayley", _backward, grad, skew, blocks, ctx.polynomial), None, None

@@ -44,12 +44,12 @@ def _linear_backward_flops(
     return product + _backward_flops(grad, x, kernel, scale, *needs[:2])
 
 
-def _bucket(x: Tensor, kernel: Tensor) -> tuple:
+def _bucket(x: Tensor, kernel: Tensor) -> tuple[Any, ...]:
     out_blocks, in_blocks, size = kernel.shape
     return power_bucket(_leading(x.shape), out_blocks * size, in_blocks * size, size)
 
 
-def _out_shape(x: Tensor, kernel: Tensor) -> tuple:
+def _out_shape(x: Tensor, kernel: Tensor) -> tuple[Any, ...]:
     return (*x.shape[:-1], kernel.shape[0] * kernel.shape[2])
 
 
@@ -141,13 +141,13 @@ class CircularConv(torch.autograd.Function):
         return _conv(x, kernel, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x (for the kernel) and the kernel (for x)."""
         x, kernel, ctx.scale = inputs
         ctx.save_for_backward(x, kernel)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         x, kernel = ctx.saved_tensors
         need_x, need_kernel, _ = ctx.needs_input_grad
@@ -164,13 +164,13 @@ class CircularConvAdd(torch.autograd.Function):
         return _add(base, x, kernel, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x and the kernel."""
         _base, x, kernel, ctx.scale = inputs
         ctx.save_for_backward(x, kernel)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator; the gradient of the base output is the incoming one."""
         x, kernel = ctx.saved_tensors
         need_base, need_x, need_kernel, _ = ctx.needs_input_grad
@@ -190,13 +190,13 @@ class CirculantLinear(torch.autograd.Function):
         return _linear(x, weight, bias, kernel, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x, the kernel and a reference to the frozen weight."""
         x, weight, _bias, kernel, ctx.scale = inputs
         ctx.save_for_backward(x, weight, kernel)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         x, weight, kernel = ctx.saved_tensors
         need_x, _, need_bias, need_kernel, _ = ctx.needs_input_grad
@@ -214,13 +214,13 @@ class CirculantWeight(torch.autograd.Function):
         return _weight(weight, kernel, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the kernel, for its shape and dtype."""
         _, kernel, ctx.scale = inputs
         ctx.save_for_backward(kernel)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator; the gradient of the weight is the incoming one."""
         (kernel,) = ctx.saved_tensors
         need_weight, need_kernel, _ = ctx.needs_input_grad

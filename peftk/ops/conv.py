@@ -151,17 +151,17 @@ class _Frozen(torch.autograd.Function):
     """A convolution that saves its weight alone."""
 
     @staticmethod
-    def forward(geometry: tuple, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(geometry: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
         return tf.conv2d(x, weight, None, *geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.geometry, x, weight = inputs
         ctx.shape = x.shape
         ctx.save_for_backward(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
         dx = run_backward(_NAME, conv2d_input, ctx.shape, weight, grad, *ctx.geometry)
         return None, dx, None
@@ -172,25 +172,36 @@ class _ConvolveWith(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        derive: Callable, geometry: tuple, x: Tensor, weight: Tensor, bias: Tensor | None, *values: Tensor
+        derive: Callable[..., Any],
+        geometry: tuple[Any, ...],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *values: Tensor,
     ) -> Tensor:
         return tf.conv2d(x, derive(weight, *values), bias, *geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.derive, ctx.geometry, x, weight, _bias, *values = inputs
         ctx.save_for_backward(x, weight, *values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
         dx, dbias, *found = run_backward(_NAME, _gradients, ctx.derive, ctx.geometry, needs, grad, *ctx.saved_tensors)
         return None, None, dx, None, dbias, *found
 
 
 def _gradients(
-    derive: Callable, geometry: tuple, needs: tuple, grad: Tensor, x: Tensor, weight: Tensor, *values: Tensor
-) -> tuple:
+    derive: Callable[..., Any],
+    geometry: tuple[Any, ...],
+    needs: tuple[Any, ...],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *values: Tensor,
+) -> tuple[Any, ...]:
     need_x, need_bias, need_values = needs
     leaves = [value.detach().requires_grad_(need) for value, need in zip(values, need_values, strict=True)]
     with torch.enable_grad():
@@ -205,7 +216,7 @@ def _gradients(
 
 
 def _convolution_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, need_x: bool, need_weight: bool, need_bias: bool
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, ...], need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of a convolution; those that are sums over images are not rounded to half precision."""
     stride, padding, dilation, groups = geometry
@@ -222,22 +233,24 @@ class _Thin(torch.autograd.Function):
     """A convolution with few filters in float32, which keeps the images as they are."""
 
     @staticmethod
-    def forward(geometry: tuple, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(geometry: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
         return tf.conv2d(x.float(), weight.float(), None, *geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.geometry, x, weight = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return None, *run_backward(
             _NAME, _thin_gradients, ctx.geometry, ctx.needs_input_grad[1:], grad, *ctx.saved_tensors
         )
 
 
-def _thin_gradients(geometry: tuple, needs: tuple[bool, bool], grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
+def _thin_gradients(
+    geometry: tuple[Any, ...], needs: tuple[bool, bool], grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Any, ...]:
     found = _convolution_gradients(grad, x.float(), weight.float(), geometry, *needs, False)
     return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight), strict=False))
 
@@ -276,14 +289,14 @@ class _Expand(torch.autograd.Function):
         return base if in_place else out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         base, h, b, ctx.scale, _ = inputs
         if output is base:
             ctx.mark_dirty(base)
         ctx.save_for_backward(h, b)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         h, b = ctx.saved_tensors
         need_base, need_h, need_b = ctx.needs_input_grad[:3]
         # Sums over pixels, and what they are sums of, are never rounded to half precision.

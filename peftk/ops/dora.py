@@ -25,7 +25,7 @@ def _scaled(b: Tensor, scale: float | Tensor, dtype: torch.dtype) -> tuple[Tenso
     return b * check_scale_tensor(scale, b), 1.0
 
 
-def _prepare_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> tuple:
+def _prepare_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> tuple[Any, ...]:
     check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (out_features, in_features); got {tuple(weight.shape)}")
@@ -48,7 +48,7 @@ def _prepare_compose(
     gain: Tensor,
     bias: Tensor | None = None,
     scale: float | Tensor = 1.0,
-) -> tuple:
+) -> tuple[Any, ...]:
     if not _fits_add(base, x, a, b):
         _check_add(base, x, a, b)
     for name, value in [("gain", gain)] if bias is None else [("gain", gain), ("bias", bias)]:
@@ -151,7 +151,7 @@ class DoraCompose(torch.autograd.Function):
         return _compose(*_rounded_factors((base, x, a, b, gain, bias, scale), 2))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the base output for the gradient of the gain, x and the rank-sized product."""
         base, x, a, b, gain, bias, ctx.scale = inputs
         ctx.mark_non_differentiable(output[1])
@@ -159,7 +159,7 @@ class DoraCompose(torch.autograd.Function):
         ctx.save_for_backward(base, x, output[1], a, b, gain, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         """Run the backward operator."""
         if grad is None:
             return (None,) * 7

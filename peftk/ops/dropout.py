@@ -24,11 +24,11 @@ class _Dropped(torch.autograd.Function):
         return torch.where(keep, x / (1 - p), 0.0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _x, ctx.p, ctx.seed = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _Dropped.forward(grad, ctx.p, ctx.seed), None, None
 
 
@@ -40,12 +40,12 @@ class _Product(torch.autograd.Function):
         return product(_Dropped.forward(x, p, seed), weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.product, x, weight, ctx.p, ctx.seed = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[1:3]
         found = run_backward(
             "the dropout of an adapter", _gradients, ctx.product, ctx.p, ctx.seed, needs, grad, *ctx.saved_tensors
@@ -53,7 +53,9 @@ class _Product(torch.autograd.Function):
         return None, *found, None, None
 
 
-def _gradients(product: Callable, p: float, seed: int, needs: tuple, grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
+def _gradients(
+    product: Callable[..., Any], p: float, seed: int, needs: tuple[Any, ...], grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Any, ...]:
     factors = [
         t.detach().requires_grad_(need) for t, need in zip((_Dropped.forward(x, p, seed), weight), needs, strict=True)
     ]

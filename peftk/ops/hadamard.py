@@ -61,7 +61,7 @@ def _one_dtype(*factors: Tensor) -> tuple[Tensor, ...]:
 
 def _prepare_khatri_rao(
     w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, *, dtype: torch.dtype | None = None
-) -> tuple:
+) -> tuple[Any, ...]:
     if not _fits_factors(w1_a, w1_b, w2_a, w2_b):
         _check_factors(w1_a, w1_b, w2_a, w2_b)
     if dtype is not None and dtype not in DENSE:
@@ -72,7 +72,7 @@ def _prepare_khatri_rao(
 
 def _prepare_weight(
     weight: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float | Tensor = 1.0
-) -> tuple:
+) -> tuple[Any, ...]:
     if not _fits_factors(w1_a, w1_b, w2_a, w2_b):
         _check_factors(w1_a, w1_b, w2_a, w2_b)
     check_tensor("weight", weight, like=w1_a)
@@ -100,17 +100,17 @@ def _weight_flops(w1_a: torch.Size, w1_b: torch.Size, w2_a: torch.Size) -> int:
     return 2 * w1_a[0] * w1_b[1] * (w1_a[1] + w2_a[1] + 1)
 
 
-def _bucket(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, *_: object) -> tuple:
+def _bucket(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, *_: object) -> tuple[Any, ...]:
     return power_bucket(w1_a.shape[0], w1_b.shape[1], w1_a.shape[1], w2_a.shape[1])
 
 
-def _fake_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, dtype: torch.dtype | None) -> tuple:
+def _fake_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, dtype: torch.dtype | None) -> tuple[Any, ...]:
     rank = w1_a.shape[1] * w2_a.shape[1]
     dtype = w1_a.dtype if dtype is None else dtype
     return w1_a.new_empty(rank, w1_b.shape[1], dtype=dtype), w1_a.new_empty(w1_a.shape[0], rank, dtype=dtype)
 
 
-def _gradients(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, needs: tuple) -> tuple:
+def _gradients(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, needs: tuple[Any, ...]) -> tuple[Any, ...]:
     factors = (w1_a, w1_b, w2_a, w2_b)
     return tuple(f.new_empty(f.shape if need else 0) for f, need in zip(factors, needs, strict=True))
 
@@ -155,7 +155,7 @@ _weight_backward = registry.define(
 )
 
 
-def _wanted(gradients: tuple, needs: tuple) -> tuple:
+def _wanted(gradients: tuple[Any, ...], needs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
@@ -170,12 +170,12 @@ class KhatriRao(torch.autograd.Function):
         return _khatri_rao(w1_a, w1_b, w2_a, w2_b, dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the four factors."""
         ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
-    def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> tuple:
+    def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         needs = ctx.needs_input_grad[:4]
         found = run_backward("khatri_rao", _khatri_rao_backward, grad_a, grad_b, *ctx.saved_tensors, *needs)
@@ -191,13 +191,13 @@ class HadamardWeight(torch.autograd.Function):
         return _weight(weight, w1_a, w1_b, w2_a, w2_b, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the four factors."""
         _weight, *factors, ctx.scale = inputs
         ctx.save_for_backward(*factors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator; the gradient of the weight is the incoming one."""
         need_weight, *needs = ctx.needs_input_grad[:5]
         args = grad, *ctx.saved_tensors, ctx.scale, *needs

@@ -98,7 +98,7 @@ def _wide(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(factor, torch.float64 if dtype is torch.float64 else torch.float32)
 
 
-def _prepare_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> tuple:
+def _prepare_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> tuple[Any, ...]:
     if not _fits_add(base, x, w1, w2):
         _check_add(base, x, w1, w2)
     scale, x = check_scale(scale, x.dtype), autocast_input(x)
@@ -107,7 +107,7 @@ def _prepare_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float =
 
 def _prepare_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, w2: Tensor, scale: float = 1.0
-) -> tuple:
+) -> tuple[Any, ...]:
     if not _fits_linear(x, weight, bias, w1, w2):
         _check_linear(x, weight, bias, w1, w2)
     scale, x = check_scale(scale, x.dtype), autocast_input(x)
@@ -115,13 +115,13 @@ def _prepare_linear(
     return x, cast(weight, dtype), cast(bias, dtype), _wide(w1, dtype), w2, scale
 
 
-def _rounded_factor(args: tuple, at: int) -> tuple:
+def _rounded_factor(args: tuple[Any, ...], at: int) -> tuple[Any, ...]:
     """Return the arguments of an operator, w2, which stands at this place, in the dtype of x."""
     dtype = args[1 if at == 3 else 0].dtype
     return args if args[at].dtype is dtype else (*args[:at], args[at].to(dtype), *args[at + 1 :])
 
 
-def _prepare_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> tuple:
+def _prepare_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> tuple[Any, ...]:
     _check_weight(weight, w1, w2)
     return weight, _wide(w1, weight.dtype), _wide(w2, weight.dtype), check_scale(scale, weight.dtype)
 
@@ -141,7 +141,7 @@ def _bucket(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[int, ...]:
     return power_bucket(_rows(x), *w1.shape, *w2.shape)
 
 
-def _gradients(x: Tensor, w1: Tensor, w2: Tensor, need_x: bool, need_w1: bool, need_w2: bool) -> tuple:
+def _gradients(x: Tensor, w1: Tensor, w2: Tensor, need_x: bool, need_w1: bool, need_w2: bool) -> tuple[Any, ...]:
     return (
         x.new_empty(x.shape if need_x else 0),
         w1.new_empty(w1.shape if need_w1 else 0),
@@ -209,7 +209,7 @@ _weight_backward = registry.define(
 )
 
 
-def _wanted(gradients: tuple, needs: tuple) -> tuple:
+def _wanted(gradients: tuple[Any, ...], needs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
@@ -222,14 +222,14 @@ class KroneckerAdd(torch.autograd.Function):
         return _add(*_rounded_factor((base, x, w1, w2, scale), 3))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x and the factors."""
         _base, x, w1, w2, ctx.scale = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w1, w2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         """Run the backward operator; the gradient of the base output is the incoming one."""
         if grad is None:
             return (None,) * 5
@@ -249,14 +249,14 @@ class KroneckerLinear(torch.autograd.Function):
         return _linear(*_rounded_factor((x, weight, bias, w1, w2, scale), 4))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x, the factors and a reference to the frozen weight."""
         x, weight, _bias, w1, w2, ctx.scale = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, w1, w2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         """Run the backward operator."""
         if grad is None:
             return (None,) * 6
@@ -277,14 +277,14 @@ class KroneckerWeight(torch.autograd.Function):
         return _weight(weight, w1, w2, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the factors."""
         _weight, w1, w2, ctx.scale = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(w1, w2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         """Run the backward operator; the gradient of the weight is the incoming one."""
         if grad is None:
             return (None,) * 4

@@ -139,7 +139,7 @@ def _prepare_add(
     gate: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple:
+) -> tuple[Any, ...]:
     if not _fits_add(base, x, a, b):
         _check_add(base, x, a, b)
     gate, scale = _prepare_gate(x, a, scale, gate)
@@ -159,7 +159,7 @@ def _prepare_linear(
     gate: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple:
+) -> tuple[Any, ...]:
     if not _fits_linear(x, weight, bias, a, b):
         _check_linear(x, weight, bias, a, b)
     if gate is not None or type(scale) is not float or not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
@@ -177,7 +177,7 @@ def _prepare_linear(
     return x, weight, bias, a, b, gate, scale, *_prepare_dropout(dropout_p, seed, x.device)
 
 
-def _rounded_factors(args: tuple, first: int) -> tuple:
+def _rounded_factors(args: tuple[Any, ...], first: int) -> tuple[Any, ...]:
     """Return the arguments of an operator, the factors, which stand from `first` on, in the dtype of x."""
     a, b = args[first : first + 2]
     dtype = args[1].dtype if first == 2 else args[0].dtype
@@ -282,7 +282,7 @@ _linear_backward = registry.define(
 )
 
 
-def _wanted(gradients: tuple, needs: tuple) -> tuple:
+def _wanted(gradients: tuple[Any, ...], needs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple([g if need else None for g, need in zip(gradients, needs, strict=True)])
 
 
@@ -304,7 +304,7 @@ class LowRankAdd(torch.autograd.Function):
         return _add(*_rounded_factors((base, x, a, b, gate, scale, dropout_p, seed), 2))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save x and the rank-sized product."""
         _base, x, a, b, gate, ctx.scale, ctx.dropout_p, seed = inputs
         ctx.mark_non_differentiable(output[1])
@@ -312,7 +312,7 @@ class LowRankAdd(torch.autograd.Function):
         ctx.save_for_backward(x, output[1], a, b, gate, seed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         """Run the backward operator; the gradient of the base output is the incoming one."""
         if grad is None:
             return (None,) * 8
@@ -344,7 +344,7 @@ class LowRankLinear(torch.autograd.Function):
         return _linear(*_rounded_factors((x, weight, bias, a, b, gate, scale, dropout_p, seed), 3))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save x, the rank-sized product and a reference to the frozen weight."""
         x, weight, _bias, a, b, gate, ctx.scale, ctx.dropout_p, seed = inputs
         ctx.mark_non_differentiable(output[1])
@@ -352,7 +352,7 @@ class LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(x, output[1], weight, a, b, gate, seed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         """Run the backward operator."""
         if grad is None:
             return (None,) * 9

@@ -91,14 +91,14 @@ class Operator:
 
     name: str
     family: str
-    bucket: Callable[..., tuple]
-    prepare: Callable[..., tuple] | None = None
+    bucket: Callable[..., tuple[Any, ...]]
+    prepare: Callable[..., tuple[Any, ...]] | None = None
     finish: Callable[..., Any] | None = None
     on_gpus: tuple[str, ...] = settings.BACKENDS
-    _kernels: dict[str, tuple[Callable, Callable | None] | str] = field(default_factory=dict)
+    _kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None] | str] = field(default_factory=dict)
     _stepped_down: set[str] = field(default_factory=set)
 
-    def kernel(self, backend: str) -> tuple[Callable, Callable | None] | str:
+    def kernel(self, backend: str) -> tuple[Callable[..., Any], Callable[..., Any] | None] | str:
         """Return a backend's function and predicate, or the reason why it has none."""
         found = self._kernels.get(backend)
         if found is None:
@@ -112,20 +112,20 @@ class Operator:
             self._kernels[backend] = found
         return found
 
-    def function(self, backend: str) -> Callable:
+    def function(self, backend: str) -> Callable[..., Any]:
         """Return a backend's function, which must be there."""
         kernel = self.kernel(backend)
         assert not isinstance(kernel, str), kernel
         return kernel[0]
 
-    def reason(self, backend: str, args: tuple) -> str | None:
+    def reason(self, backend: str, args: tuple[Any, ...]) -> str | None:
         """Return None if a backend can run the call, else why it cannot."""
         kernel = self.kernel(backend)
         if isinstance(kernel, str):
             return kernel
         return None if kernel[1] is None else kernel[1](*args)
 
-    def select(self, args: tuple) -> Callable:
+    def select(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """Return the function that runs a call.
 
         Raises:
@@ -156,7 +156,7 @@ class Operator:
                 logger.info("%s: %s is not used: %s", self.name, backend, reason)
         return self.function("torch")
 
-    def explain(self, args: tuple) -> Explanation:
+    def explain(self, args: tuple[Any, ...]) -> Explanation:
         """Say what `select` does for these arguments, and why."""
         measured = timings.lookup(self.name, args, self.bucket)
         order = self.on_gpus if args[0].is_cuda else settings.BACKENDS
@@ -175,7 +175,7 @@ class Operator:
         result = self._run(self.select(args), args)
         return result if self.finish is None else self.finish(result, *args)
 
-    def _run(self, kernel: Callable, args: tuple) -> Any:
+    def _run(self, kernel: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if torch._C._is_any_autocast_enabled():
             # The public function has cast the operands. Autocast would cast them again, and CPU autocast
             # crashes in-place products of mixed dtypes.
@@ -192,10 +192,10 @@ def define(
     family: str,
     schema: str,
     *,
-    fake: Callable,
-    flops: Callable,
-    bucket: Callable[..., tuple],
-    prepare: Callable[..., tuple] | None = None,
+    fake: Callable[..., Any],
+    flops: Callable[..., Any],
+    bucket: Callable[..., tuple[Any, ...]],
+    prepare: Callable[..., tuple[Any, ...]] | None = None,
     finish: Callable[..., Any] | None = None,
     on_gpus: tuple[str, ...] = settings.BACKENDS,
 ) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from types import GeneratorType
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ BACKENDS = ("native", "triton", "torch")
 """Every backend, in the order in which an untuned operator prefers them."""
 
 
-def _keep_for_threads(key: str, value: tuple) -> None:
+def _keep_for_threads(key: str, value: tuple[Any, ...]) -> None:
     """Keep a new object in what torch hands to the threads that it starts for a backward pass.
 
     Releases of torch before 2.12 take a reference that they never counted, and drop it when the object is replaced.

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ logger = logging.getLogger("peftk")
 
 SHIPPED = Path(__file__).parent / "tuned"
 
-Table = dict[str, dict[tuple, dict[str, float]]]
+Table = dict[str, dict[tuple[Any, ...], dict[str, float]]]
 
 TIE = 1.1
 """Times this close are the same: what differs is the noise. The backend that untuned calls prefer then comes first."""
@@ -45,7 +46,7 @@ def power_bucket(*sizes: int) -> tuple[int, ...]:
     return tuple([(int(size) - 1).bit_length() if size > 0 else -1 for size in sizes])
 
 
-def cell(args: tuple, bucket: Callable[..., tuple]) -> tuple:
+def cell(args: tuple[Any, ...], bucket: Callable[..., tuple[Any, ...]]) -> tuple[Any, ...]:
     """Return the key of a call in a table: the first argument's dtype and the operator's own bucket."""
     return (_dtype_name(args[0].dtype), *bucket(*args))
 
@@ -85,7 +86,7 @@ def table(name: str) -> Table:
 
 
 @functools.cache
-def cells_of(operator: str, device: torch.device) -> dict[tuple, dict[str, float]] | None:
+def cells_of(operator: str, device: torch.device) -> dict[tuple[Any, ...], dict[str, float]] | None:
     """Return what was measured of an operator on a class of devices, by cell, or None if nothing was."""
     return table(device_class(device.type, device.index)).get(operator)
 
@@ -106,7 +107,7 @@ def _order(backend: str) -> int:
     return settings.BACKENDS.index(backend) if backend in settings.BACKENDS else len(settings.BACKENDS)
 
 
-def lookup(operator: str, args: tuple, bucket: Callable[..., tuple]) -> dict[str, float] | None:
+def lookup(operator: str, args: tuple[Any, ...], bucket: Callable[..., tuple[Any, ...]]) -> dict[str, float] | None:
     """Return the measured microseconds of each backend for a call, best first, or None if untuned."""
     cells = cells_of(operator, args[0].device)
     return None if cells is None else cells.get(cell(args, bucket))

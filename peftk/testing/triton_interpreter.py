@@ -281,7 +281,7 @@ def _repack(result: np.ndarray) -> TensorHandle:
 def _repair_arithmetic() -> None:
     builder = InterpreterBuilder
 
-    def in_float32(original: Callable, operands: int) -> Callable:
+    def in_float32(original: Callable[..., Any], operands: int) -> Callable[..., Any]:
         def repaired(self: InterpreterBuilder, *args: Any) -> TensorHandle:
             if any(_is_bf16(a) for a in args[:operands]):
                 return _repack(original(self, *map(_wide, args[:operands]), *args[operands:]).data)
@@ -365,8 +365,8 @@ def _repair_reductions() -> None:
         found = extreme(self, wide(tensor), *args, **kwargs)
         return (slim(found[0]), found[1]) if isinstance(found, tuple) else slim(found)
 
-    def repaired_scan(original: Callable) -> Callable:
-        def repaired(self: Any, tensor: tl.tensor) -> list:
+    def repaired_scan(original: Callable[..., Any]) -> Callable[..., Any]:
+        def repaired(self: Any, tensor: tl.tensor) -> list[Any]:
             return [slim(t) for t in original(self, wide(tensor))] if is_bf16(tensor) else original(self, tensor)
 
         return repaired

@@ -65,7 +65,7 @@ def contest(
     folder: Path,
     seed: int,
     compare: bool,
-    track: Callable[[Iterable], Iterable],
+    track: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> dict[str, Any]:
     """Train, merge, save and reload one method's adapter, and return every number about it.
 

@@ -24,7 +24,7 @@ def prepare(
     steps: int,
     folder: Path,
     seed: int,
-    track: Callable[[Iterable], Iterable],
+    track: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> dict[str, Any]:
     """Train and save the experts under the head of the task's model; return the fields that name them."""
     adapters = {}

@@ -74,7 +74,7 @@ def _progress(console: Any, total: int) -> Iterator[Any]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         line = bar.add_task("", total=total)
 
-        def follow(name: str, numbers: Iterable) -> Iterator:
+        def follow(name: str, numbers: Iterable[Any]) -> Iterator[Any]:
             bar.update(line, description=name)
             for number in numbers:
                 yield number
@@ -103,7 +103,7 @@ def run_all(
     with _progress(console, sum(_steps(method, steps) for method in methods)) as follow:
         for method in methods:
 
-            def track(numbers: Iterable, name: str = method.title) -> Iterator:
+            def track(numbers: Iterable[Any], name: str = method.title) -> Iterator[Any]:
                 return follow(name, numbers)
 
             row = contest(task, method, limits, output / method.name, seed, compare, track)

@@ -121,7 +121,7 @@ def frozen_copy(model: nn.Module, targets: list[str]) -> nn.Module:
     frozen.requires_grad_(False)
     frozen.classifier.requires_grad_(True)
 
-    def ask_for_gradient(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def ask_for_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
 
@@ -207,7 +207,7 @@ def step(arm: Arm, part: Batches) -> None:
 
 
 def train(
-    arms: list[Arm], data: Batches, steps: int, batch: int, seed: int, track: Callable[[Iterable], Iterable]
+    arms: list[Arm], data: Batches, steps: int, batch: int, seed: int, track: Callable[[Iterable[Any]], Iterable[Any]]
 ) -> None:
     """Train all arms on the same batches, one step of each in turn, so that a busy moment hits them alike."""
     source = orders(len(data.labels), batch, seed)

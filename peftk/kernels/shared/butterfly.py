@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ def _scatter_factors(chosen: Tensor, first: int, last: int) -> Tensor:
 
 
 def multiply(
-    x: Tensor, factors: Tensor, compose: Callable, rotate: Callable, product: bool = True
-) -> tuple[Tensor, list[tuple]]:
+    x: Tensor, factors: Tensor, compose: Callable[..., Any], rotate: Callable[..., Any], product: bool = True
+) -> tuple[Tensor, list[tuple[Any, ...]]]:
     """Multiply x pass by pass, with a backend's own functions; return what `multiply_backward` needs of every pass.
 
     Without `product` the last rotation, which only the product needs, is left out.
@@ -73,10 +74,10 @@ def multiply_backward(
     factors: Tensor,
     need_x: bool,
     need_factors: bool,
-    compose: Callable,
-    compose_backward: Callable,
-    rotate: Callable,
-    rotate_backward: Callable,
+    compose: Callable[..., Any],
+    compose_backward: Callable[..., Any],
+    rotate: Callable[..., Any],
+    rotate_backward: Callable[..., Any],
 ) -> tuple[Tensor, Tensor]:
     """Run the passes again and then backward, with a backend's own functions."""
     size, dfactors = factors.shape[-1], torch.empty_like(factors) if need_factors else factors.new_empty(0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -227,7 +228,7 @@ class Paths:
         return dkernel.to(kernel.dtype)
 
 
-def operators(paths: Paths, reason: Callable[[Tensor], str | None]) -> dict[str, Callable]:
+def operators(paths: Paths, reason: Callable[[Tensor], str | None]) -> dict[str, Callable[..., Any]]:
     """Return the operators of a backend and their predicates by name, from its small steps.
 
     `reason` says why the backend cannot convolve activations like these, or returns None.
@@ -244,7 +245,7 @@ def operators(paths: Paths, reason: Callable[[Tensor], str | None]) -> dict[str,
     def second_reason(grad: Tensor, x: Tensor, *args: object) -> str | None:
         return reason(x)
 
-    found: dict[str, tuple[Callable, Callable]] = {
+    found: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "circular_conv": (paths.circular_conv, first_reason),
         "circular_conv_backward": (paths.circular_conv_backward, second_reason),
         "circular_conv_add": (paths.circular_conv_add, add_reason),

@@ -35,7 +35,9 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def compose_backward(scale_backward: Callable, low_rank_backward: Callable, *arguments: Any) -> tuple[Tensor, ...]:
+def compose_backward(
+    scale_backward: Callable[..., Any], low_rank_backward: Callable[..., Any], *arguments: Any
+) -> tuple[Tensor, ...]:
     """Return the gradients of `dora_compose`, with a backend's own functions; an empty tensor for one not needed.
 
     The output is a scale of channels plus a low-rank product whose b is ``gain * b``.

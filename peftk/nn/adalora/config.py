@@ -52,7 +52,7 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
         6
     """
 
-    rank_pattern: dict | None = None
+    rank_pattern: dict[str, Any] | None = None
     target_r: int = 8
     init_r: int = 12
     tinit: int = 0

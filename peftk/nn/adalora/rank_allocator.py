@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class _Group:
 
 def _by_shape(parameters: Sequence[Tensor]) -> list[list[int]]:
     """Group the indices of tensors that can be stacked."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index, p in enumerate(parameters):
         groups.setdefault((p.shape, p.dtype, p.device), []).append(index)
     return list(groups.values())
@@ -67,7 +68,7 @@ class RankAllocator:
     def reset(self) -> None:
         """Forget all averages."""
         self._groups: dict[str, list[_Group]] = {}
-        self._mask: tuple[dict, list[Tensor]] | None = None
+        self._mask: tuple[dict[str, Any], list[Tensor]] | None = None
 
     def _parameters(self, container: str) -> list[nn.Parameter]:
         return [getattr(layer, container)[self.adapter_name] for _, layer in self.layers]

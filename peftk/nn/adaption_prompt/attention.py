@@ -178,11 +178,11 @@ class AdaptedAttention(AdapterLayer):
             raise RuntimeError(f"adaption prompt: {type(self.model).__name__} did not call its {self.attention.query}")
         return result[0] + self._share(query).to(result[0].dtype), *result[1:]
 
-    def _keep_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _keep_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._listening and self._query is None:
             self._query = output
 
-    def _add_before_output(self, module: nn.Module, args: tuple) -> tuple | None:
+    def _add_before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self._listening or self._query is None:
             return None
         query, self._query = self._query, None

@@ -238,21 +238,21 @@ class AdapterLayer(Mergeable, Scalable):
             return self._onloaded(self._chosen, x, names, args, kwargs)
         return self._adapted(x, names, *args, **kwargs)
 
-    def _mixed(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the output for a batch whose samples have adapters of their own."""
         raise ValueError("adapter_names: only LoRA adapters can be mixed in a batch")
 
-    def _chosen(self, x: Tensor, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _chosen(self, x: Tensor, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.__dict__["_strengths"]:
             return self._at_strength(x, names, args, kwargs)
         return self._adapted(x, names, *args, **kwargs)
 
     def _onloaded(
         self,
-        run: Callable[[Tensor, list[str], tuple, dict[str, Any]], Tensor],
+        run: Callable[[Tensor, list[str], tuple[Any, ...], dict[str, Any]], Tensor],
         x: Tensor,
         names: list[str],
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Return what `run` does with the adapters `names`, where hooks bring parameters in for each call."""

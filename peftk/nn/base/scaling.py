@@ -113,7 +113,7 @@ class Scalable(nn.Module):
                 stacklevel=4,
             )
 
-    def _at_strength(self, x: Tensor, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _at_strength(self, x: Tensor, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the output with the adapters `names`, some of which have a strength other than 1."""
         strengths = {name: self._strengths.get(name, 1.0) for name in names}
         chosen = [name for name in names if strengths[name] != 0]
@@ -121,7 +121,12 @@ class Scalable(nn.Module):
         return self._between(x, chosen, partial, args, kwargs)
 
     def _between(
-        self, x: Tensor, names: list[str], partial: list[tuple[str, float]], args: tuple, kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        names: list[str],
+        partial: list[tuple[str, float]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         if not names:
             return self.base_layer(x, *args, **kwargs)

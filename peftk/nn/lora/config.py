@@ -83,12 +83,12 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict | None = field(default_factory=dict)
-    alpha_pattern: dict | None = field(default_factory=dict)
-    megatron_config: dict | None = None
+    rank_pattern: dict[str, Any] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, Any] | None = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict = field(default_factory=dict)
+    loftq_config: dict[str, Any] = field(default_factory=dict)
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None

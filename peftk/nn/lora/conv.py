@@ -80,7 +80,7 @@ class LoRAConv2d(LoRALayer):
         return lora_conv.conv2d(self.base_layer, x, [self.low_rank(name) for name in names], args, kwargs)
 
     def _with_mixed(
-        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         return lora_conv.conv2d_mixed(self.base_layer, x, adapters, choice, args, kwargs)
 

@@ -87,7 +87,7 @@ class LoRAEmbedding(LoRALayer):
         return lora_embedding.embedding(self.base_layer, x, [self.low_rank(name) for name in names], args, kwargs)
 
     def _with_mixed(
-        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         return lora_embedding.embedding_mixed(self.base_layer, x, adapters, choice, args, kwargs)
 

@@ -101,7 +101,7 @@ class LoRALayer(AdapterLayer):
         return parts["lora_A"].weight, parts["lora_B"].weight
 
     def _with_mixed(
-        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """Return the output for samples that choose among adapters, by index, or -1 for none."""
         raise NotImplementedError
@@ -147,7 +147,7 @@ class LoRALayer(AdapterLayer):
                 f"{' or '.join(repr(name) for name in names)}, whose modules {instead} does not call; remove it"
             )
 
-    def _called(self, x: Tensor, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _called(self, x: Tensor, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the output with every adapter's modules called, as somebody listens to them."""
         result = self.base_layer(x, *args, **kwargs)
         for name in names:
@@ -195,7 +195,7 @@ class LoRALayer(AdapterLayer):
 
     # -- batches that mix adapters ----------------------------------------------------------------------------
 
-    def _mixed(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         kwargs = dict(kwargs)
         names = kwargs.pop("adapter_names", None)
         names = self.batch_adapters if names is None else names
@@ -209,7 +209,7 @@ class LoRALayer(AdapterLayer):
         index = {name: i for i, name in enumerate(found)}
         choice = [index.get(name, -1) for name in names]
 
-        def mix(x: Tensor, found: list[str], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        def mix(x: Tensor, found: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             self._check_unheard(found, "a batch that mixes adapters")
             return self._with_mixed(x, [self.low_rank(name) for name in found], choice, args, kwargs)
 

@@ -93,7 +93,7 @@ class LoRALinear(LoRALayer):
         return lora.linear(base, x, adapters, args, kwargs)
 
     def _with_mixed(
-        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         return lora.linear_mixed(self.base_layer, x, adapters, choice, args, kwargs)
 

@@ -85,7 +85,7 @@ class Gates:
         self.log: list[Tensor] = []
         self.logging = False
         # The selected weights of the pass that is running, None for one without experts, and the gates made of them.
-        self.state: tuple[Tensor | None, dict[tuple, Tensor]] | None = None
+        self.state: tuple[Tensor | None, dict[tuple[Any, ...], Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a history can neither be copied nor pickled.
@@ -101,7 +101,7 @@ class Gates:
             yield
 
     @contextlib.contextmanager
-    def resuming(self, state: tuple[Tensor | None, dict[tuple, Tensor]]) -> Iterator[None]:
+    def resuming(self, state: tuple[Tensor | None, dict[tuple[Any, ...], Tensor]]) -> Iterator[None]:
         """Run a part of a pass, whose `state` was kept, once more."""
         before = self.state
         with put_back(lambda: setattr(self, "state", before)):
@@ -152,7 +152,7 @@ class XLoraLayer(AdapterLayer):
         return [name for name in self.gates.experts if name in self.scaling]
 
     def _with_mixed(
-        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple, kwargs: dict[str, Any]
+        self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         raise ValueError("adapter_names: the experts of an X-LoRA model act together and cannot be mixed in a batch")
 

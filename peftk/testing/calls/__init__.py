@@ -93,7 +93,7 @@ class Call:
             shape = [f"T{self.tokens}", width, size] if kind.tokens else [width, size]
         return "-".join([self.operator, *shape, *([self.variant] if self.variant else []), dtype])
 
-    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple:
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """Return the operator's arguments; on one device equal seeds give equal values. On "meta" they have none."""
         meta = torch.device(device).type == "meta"
         generator = None if meta else torch.Generator(device).manual_seed(seed)
@@ -105,11 +105,11 @@ class Call:
 
         return self.kind.arguments(self, normal)
 
-    def reason(self, backend: str, arguments: tuple) -> str | None:
+    def reason(self, backend: str, arguments: tuple[Any, ...]) -> str | None:
         """Return None if a backend can run the call, else why it cannot."""
         return registry.OPERATORS[self.operator].reason(backend, arguments)
 
-    def bind(self, backend: str, arguments: tuple) -> Callable[[], Any]:
+    def bind(self, backend: str, arguments: tuple[Any, ...]) -> Callable[[], Any]:
         """Return a function that runs the call on one backend, without the registry.
 
         Raises:
@@ -117,7 +117,7 @@ class Call:
         """
         return functools.partial(kernel(self.operator, backend), *arguments)
 
-    def truth(self, arguments: tuple) -> tuple[Tensor, ...]:
+    def truth(self, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Return the results in float64."""
         exact = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
         return _as_tuple(kernel(self.operator, "torch")(*exact))

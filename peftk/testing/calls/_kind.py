@@ -70,7 +70,7 @@ class Kind:
         differentiable: whether there is a backward operator.
     """
 
-    arguments: Callable[[Any, Normal], tuple]
+    arguments: Callable[[Any, Normal], tuple[Any, ...]]
     size: str
     usual: int
     backends: tuple[str, ...] = field(kw_only=True)
@@ -86,7 +86,7 @@ class Kind:
     differentiable: bool = True
 
 
-def kernel(operator: str, backend: str) -> Callable:
+def kernel(operator: str, backend: str) -> Callable[..., Any]:
     """Return a backend's function for an operator.
 
     Raises:

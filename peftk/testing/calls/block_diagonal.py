@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ def _fits(features: int, out: int, size: int) -> bool:
     return features % size == 0
 
 
-def _rotate(call: Call, normal: Normal) -> tuple:
+def _rotate(call: Call, normal: Normal) -> tuple[Any, ...]:
     x = normal(call.tokens, call.features, dtype=call.dtype)
     blocks = normal(call.features // call.size, call.size, call.size, spread=call.size**-0.5)
     if call.backward:
@@ -24,7 +24,7 @@ def _rotate(call: Call, normal: Normal) -> tuple:
     return x, blocks, False
 
 
-def _rotate_linear(call: Call, normal: Normal) -> tuple:
+def _rotate_linear(call: Call, normal: Normal) -> tuple[Any, ...]:
     x = normal(call.tokens, call.features, dtype=call.dtype)
     weight = normal(call.out, call.features, spread=call.features**-0.5, dtype=call.dtype)
     bias = normal(call.out, dtype=call.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ def _factors(call: Call, normal: Normal) -> Tensor:
     return normal(stages, call.features // call.size, call.size, call.size, spread=call.size**-0.5)
 
 
-def _compose(call: Call, normal: Normal) -> tuple:
+def _compose(call: Call, normal: Normal) -> tuple[Any, ...]:
     factors = _factors(call, normal)
     group = call.size << (len(factors) - 1)
     return (normal(call.features // group, group, group), factors) if call.backward else (factors,)
 
 
-def _multiply(call: Call, normal: Normal) -> tuple:
+def _multiply(call: Call, normal: Normal) -> tuple[Any, ...]:
     x, factors = normal(call.tokens, call.features, dtype=call.dtype), _factors(call, normal)
     return (
         (normal(call.tokens, call.features, dtype=call.dtype), x, factors, True, True)
@@ -40,7 +40,7 @@ def _multiply(call: Call, normal: Normal) -> tuple:
     )
 
 
-def _scale(call: Call, normal: Normal) -> tuple:
+def _scale(call: Call, normal: Normal) -> tuple[Any, ...]:
     x, scale = normal(call.tokens, call.features, dtype=call.dtype), normal(call.features)
     rest = x, scale, normal(call.features, dtype=call.dtype), 1
     return (normal(call.tokens, call.features, dtype=call.dtype), *rest, True, True, False) if call.backward else rest

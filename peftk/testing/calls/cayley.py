@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,7 @@ def _fits(features: int, out: int, size: int) -> bool:
     return features % size == 0
 
 
-def _cayley(call: Call, normal: Normal) -> tuple:
+def _cayley(call: Call, normal: Normal) -> tuple[Any, ...]:
     count, size = call.features // call.size, call.size
     packed = normal(count, size * (size - 1) // 2, spread=0.3 / size)
     polynomial = NEUMANN if call.variant == "neumann" else []

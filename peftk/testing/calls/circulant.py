@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def _kernel(call: Call, normal: Normal) -> Tensor:
     return normal(call.out // call.size, call.features // call.size, call.size, spread=call.features**-0.5)
 
 
-def _conv(call: Call, normal: Normal) -> tuple:
+def _conv(call: Call, normal: Normal) -> tuple[Any, ...]:
     x, kernel = normal(call.tokens, call.features, dtype=call.dtype), _kernel(call, normal)
     y = normal(call.tokens, call.out, dtype=call.dtype)
     if call.backward:
@@ -28,7 +28,7 @@ def _conv(call: Call, normal: Normal) -> tuple:
     return (y, x, kernel, 1.0) if call.forward == "circular_conv_add" else (x, kernel, 1.0)
 
 
-def _linear(call: Call, normal: Normal) -> tuple:
+def _linear(call: Call, normal: Normal) -> tuple[Any, ...]:
     x, kernel = normal(call.tokens, call.features, dtype=call.dtype), _kernel(call, normal)
     weight = normal(call.out, call.features, spread=call.features**-0.5, dtype=call.dtype)
     if call.backward:
@@ -36,7 +36,7 @@ def _linear(call: Call, normal: Normal) -> tuple:
     return x, weight, normal(call.out, dtype=call.dtype), kernel, 1.0
 
 
-def _weight(call: Call, normal: Normal) -> tuple:
+def _weight(call: Call, normal: Normal) -> tuple[Any, ...]:
     return normal(call.out, call.features, dtype=call.dtype), _kernel(call, normal), 1.0
 
 

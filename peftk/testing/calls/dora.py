@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from . import Call
 
 
-def _norm(call: Call, normal: Normal) -> tuple:
+def _norm(call: Call, normal: Normal) -> tuple[Any, ...]:
     weight = normal(call.out, call.features, spread=call.features**-0.5, dtype=call.dtype)
     # Parameters stay float32.
     return weight, normal(call.size, call.features), normal(call.out, call.size, spread=0.01), 2.0
 
 
-def _compose(call: Call, normal: Normal) -> tuple:
+def _compose(call: Call, normal: Normal) -> tuple[Any, ...]:
     tokens, features, out, dtype = call.tokens, call.features, call.out, call.dtype
     base, x = normal(tokens, out, dtype=dtype), normal(tokens, features, dtype=dtype)
     a = normal(call.size, features, spread=features**-0.5, dtype=dtype)

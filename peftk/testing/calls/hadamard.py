@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from . import Call
 
 
-def _factors(call: Call, normal: Normal) -> tuple:
+def _factors(call: Call, normal: Normal) -> tuple[Any, ...]:
     rank, spread = call.size, call.size**-0.5
     w1_a, w1_b = normal(call.out, rank), normal(rank, call.features, spread=spread)
     return w1_a, w1_b, normal(call.out, rank), normal(rank, call.features, spread=spread)
 
 
-def _khatri_rao(call: Call, normal: Normal) -> tuple:
+def _khatri_rao(call: Call, normal: Normal) -> tuple[Any, ...]:
     factors = _factors(call, normal)
     if not call.backward:
         return *factors, None
@@ -26,7 +26,7 @@ def _khatri_rao(call: Call, normal: Normal) -> tuple:
     return normal(rank, call.features), normal(call.out, rank), *factors, True, True, True, True
 
 
-def _weight(call: Call, normal: Normal) -> tuple:
+def _weight(call: Call, normal: Normal) -> tuple[Any, ...]:
     # The weight, or the incoming gradient.
     large = normal(call.out, call.features, dtype=call.dtype)
     needs = (True, True, True, True) if call.backward else ()

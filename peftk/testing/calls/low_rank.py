@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from . import Call
 
 
-def _arguments(call: Call, normal: Normal) -> tuple:
+def _arguments(call: Call, normal: Normal) -> tuple[Any, ...]:
     tokens, features, out, rank, dtype = call.tokens, call.features, call.out, call.size, call.dtype
     x = normal(tokens, features, dtype=dtype)
     weight = bias = None

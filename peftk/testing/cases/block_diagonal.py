@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _rotate_case(
-    name: str, lead: tuple, count: int, size: int, *, shared: bool = False, transpose: bool = False
+    name: str, lead: tuple[Any, ...], count: int, size: int, *, shared: bool = False, transpose: bool = False
 ) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         return {
@@ -43,7 +45,7 @@ def _rotate_case(
     return Case("block_rotate", name, make, rotate, ("x", "blocks"), ("x",), rows=Rows(("x",)))
 
 
-def _linear_case(name: str, lead: tuple, count: int, size: int, out: int, *, bias: bool = True) -> Case:
+def _linear_case(name: str, lead: tuple[Any, ...], count: int, size: int, out: int, *, bias: bool = True) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         features = count * size
         return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def _compose_case(stages: int, count: int, size: int) -> Case:
     return Case("butterfly_compose", f"m{stages}-{count}xb{size}", make, compose, ("factors",), (), rows=NO_ROWS)
 
 
-def _multiply_case(name: str, lead: tuple, stages: int, count: int, size: int) -> Case:
+def _multiply_case(name: str, lead: tuple[Any, ...], stages: int, count: int, size: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         return {"x": _normal(generator, *lead, count * size), "factors": _factors(generator, stages, count, size)}
 
@@ -79,7 +81,7 @@ def _multiply_case(name: str, lead: tuple, stages: int, count: int, size: int) -
     return Case("butterfly_multiply", name, make, multiply, ("x", "factors"), ("x",), saved, rows=Rows(("x",)))
 
 
-def _scale_case(name: str, shape: tuple, dim: int = -1, bias: bool = True) -> Case:
+def _scale_case(name: str, shape: tuple[Any, ...], dim: int = -1, bias: bool = True) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         # Numbers of one sign: their sums, of which there may be one only, are well conditioned in half precision.
         inputs: Inputs = {"x": 2 + _normal(generator, *shape).abs(), "scale": 1 + 0.3 * _normal(generator, shape[dim])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
 def _case(
     operator: str,
     name: str,
-    lead: tuple,
+    lead: tuple[Any, ...],
     out: int,
     blocks: int,
     size: int,

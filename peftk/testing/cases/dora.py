@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def _norm_case(
 
 def _compose_case(
     name: str,
-    lead: tuple,
+    lead: tuple[Any, ...],
     features: int,
     out: int,
     rank: int,

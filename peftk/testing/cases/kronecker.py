@@ -47,7 +47,7 @@ Sizes = tuple[int, int, int, int]
 def _case(
     operator: str,
     name: str,
-    lead: tuple,
+    lead: tuple[Any, ...],
     sizes: Sizes,
     *,
     bias: bool = True,

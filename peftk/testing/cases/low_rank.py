@@ -66,7 +66,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 def _factors(
     generator: torch.Generator,
-    lead: tuple,
+    lead: tuple[Any, ...],
     features: int,
     out: int,
     rank: int,
@@ -88,7 +88,7 @@ def _factors(
 def _case(
     operator: str,
     name: str,
-    lead: tuple,
+    lead: tuple[Any, ...],
     features: int,
     out: int,
     rank: int,
