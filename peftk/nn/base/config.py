@@ -376,11 +376,11 @@ class PeftConfig:
         return getattr(self, "bias", "none")
 
     @property
-    @property
     def _kind(self) -> str:
         """What messages call the method."""
         return type(self).__name__ if self.peft_type is None else PeftType(self.peft_type).value
 
+    @property
     def is_prompt_learning(self) -> bool:
         """False: peftk has no prompt methods."""
         return False

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 
-def all_modules(*roots: nn.Module) -> list[nn.Module]:
+def all_modules(*roots: nn.Module | None) -> list[nn.Module]:
     """Return modules and everything inside of them, wrappers included, each once and in no particular order."""
     found: dict[nn.Module, None] = {}
     stack: list[nn.Module | None] = [*roots]
