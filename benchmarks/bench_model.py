@@ -8,16 +8,20 @@ Every step ends where it began, by the operation that undoes it, so that it can 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.arms import Budget
+import peftk
+from benchmarks.arms import Arm, Budget, compare
 
 SIZES = (200, 800, 3200)
 FEATURES, RANK = 8, 4
@@ -186,3 +190,43 @@ OPERATIONS = {
     "save": Operation("save_pretrained", _save),
     "mixed": Operation("a forward pass of a mixed batch", _mixed),
 }
+
+
+def arm(name: str, subject: Subject, step: Callable[[Subject], None], note: str) -> Arm:
+    """Return an operation of one library; after it the model's output must be that of before, to the bit."""
+
+    def check() -> dict[str, float]:
+        before = subject.output()
+        step(subject)
+        return {"output": (subject.output() - before).abs().max().item()}
+
+    return Arm(name, functools.partial(step, subject), check, LIMIT, note=note)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Nothing here is large enough for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("layers", [SIZES[0], *(pytest.param(size, marks=pytest.mark.full_run) for size in SIZES[1:])])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operation(operation: str, layers: int, benchmark, budget: Budget, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    benchmark.group = f"model {operation}"
+    info = {
+        **{"suite": "model", "cell": f"{operation}-{layers}", "method": "lora", "mode": operation},
+        **{"tokens": 3, "in_features": FEATURES, "out_features": FEATURES, "size": layers},
+        **{"dtype": "float32", "parameters": "float32"},
+    }
+    step, title = OPERATIONS[operation].step, OPERATIONS[operation].title
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arms = [
+            arm("peftk", Subject(peftk, layers, tmp_path / "peftk"), step, title),
+            arm("hf", Subject(peft, layers, tmp_path / "hf"), step, title),
+        ]
+        compare(benchmark, arms, "hf", info, FEW if budget.least > 3 else budget)

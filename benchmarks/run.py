@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 SUITES = {
     "overhead": ("bench_overhead.py", ""),
     "operators": ("bench_operators.py", ""),
+    "model": ("bench_model.py", ""),
     "layers": ("bench_layers.py", "not bf16"),
     "layers-half": ("bench_layers.py", "bf16"),
 }

@@ -310,6 +310,33 @@ def _us(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def model(results: Results) -> Iterable[Table]:
+    """What operations on whole models take, and how that grows with the number of layers."""
+    found: dict[str, dict[int, Comparison]] = {}
+    for c in results.of("model"):
+        found.setdefault(c.info["mode"], {})[c.info["size"]] = c
+    rows = []
+    for operation, by_size in found.items():
+        sizes = sorted(by_size)
+        times = [[by_size[n].rows[a].found.get("median_us") for n in sizes] for a in ("peftk", "hf")]
+        growth = ("-" if t[-1] is None or t[0] is None or len(t) < 2 else f"{t[-1] / t[-2]:.1f}" for t in times)
+        ratio = by_size[sizes[-1]].rows["peftk"].found.get("ratio")
+        ms = (" / ".join("-" if t is None else f"{t / 1000:.1f}" for t in column) for column in times)
+        layers = " / ".join(map(str, sizes))
+        rows.append(
+            (operation, layers, *ms, *growth, "-" if ratio is None else f"{ratio:.2f}", _samples(by_size[sizes[-1]]))
+        )
+    if rows:
+        yield Table(
+            "Whole models: milliseconds an operation",
+            "Models of tiny layers with LoRA on all of them, so that the work for each layer is what counts. Each step "
+            "ends with what undoes it. Growth is the time at the largest model over that at the one before, which has "
+            "a fourth of its layers; the last ratio is that at the largest. One thread.",
+            ("operation", "layers", "peftk", "PEFT", "peftk grows", "PEFT grows", "peftk / PEFT", "N"),
+            rows,
+        )
+
+
 def missing(results: Results) -> Iterable[Table]:
     """Everything that has no times, and why."""
     rows = [(name.rpartition("::")[2], "", reason) for name, reason in results.not_measured.items()]
@@ -327,5 +354,11 @@ def everything(results: Results) -> list[Table]:
     """Return all tables in the order of the report."""
     from . import costs, gpu_tables
 
-    found = [*gpu_tables.everything(results), *layers(results), *operators(results), *overhead(results)]
+    found = [
+        *gpu_tables.everything(results),
+        *layers(results),
+        *operators(results),
+        *overhead(results),
+        *model(results),
+    ]
     return [*found, *costs.tables(results), *missing(results)]

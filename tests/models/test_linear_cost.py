@@ -1,0 +1,56 @@
+"""Operations on whole models take work in proportion to their layers, adapters and names: counted, not timed."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pytest
+
+import peftk
+from benchmarks.bench_model import OPERATIONS, Subject
+
+
+def calls(subject, operation):
+    """Count the calls of functions, of Python and of C, that an operation makes once it has run before."""
+    step = OPERATIONS[operation].step
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step(subject)
+        count = 0
+
+        def note(_frame, event, _argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(note)
+        try:
+            step(subject)
+        finally:
+            sys.setprofile(None)
+    return count
+
+
+def grows(make, operation, sizes):
+    """Return how many times as much work three times the additional size takes; 3 where it is linear."""
+    first, second, third = (calls(make(size), operation) for size in sizes)
+    return (third - first) / max(second - first, 1)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_work_is_linear_in_the_layers(operation, tmp_path):
+    # From 16 layers on 16, and 48.
+    growth = grows(lambda n: Subject(peftk, n, tmp_path / str(n)), operation, (16, 32, 64))
+    assert 2.5 < growth < 3.3
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_work_is_linear_in_the_adapters(operation, tmp_path):
+    few, some, many = (calls(Subject(peftk, 8, tmp_path / str(n), adapters=n), operation) for n in (1, 9, 25))
+    assert many - few <= 3.3 * max(some - few, 0.05 * few)
+
+
+@pytest.mark.parametrize("operation", ["wrap", "from-file", "add", "load"])
+def test_work_is_linear_in_the_names(operation, tmp_path):
+    few, some, many = (calls(Subject(peftk, 64, tmp_path / str(n), names=n), operation) for n in (0, 16, 48))
+    assert many - few <= 3.3 * max(some - few, 0.05 * few)
