@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import AdaLoraConfig, PeftConfig
-from ..nn.adalora.linear import AdaLoRALinear
-from ..nn.adalora.rank_allocator import RankAllocator, orthogonality_loss
+from ..nn import PeftConfig
 from ..nn.base.adapter_layer import AdapterLayer
-from ..nn.base.config import check_adapter_name, check_int
+from ..nn.base.config import check_adapter_name
 from ..nn.base.freezing import set_trainable
 from ..nn.base.merging import check_finite, check_keep_base
 from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import Before, all_or_nothing, process_kept, put_back
 from ..nn.base.walking import all_modules, all_parameters
+from .adalora import Allocating
 from .batch_statistics import batches_seen
+from .file_keys import biases, file_tensors
 from .names import inner_name, unwrapped
-from .plan import PREFIX, Plan, attach, biases, file_tensors, make_plan, plan_of, replace_module
+from .plan import Plan, attach, make_plan, plan_of, replace_module
 from .targets import candidates, describe_unknown, places
 from .ties import note_untied
 
@@ -72,7 +72,7 @@ ABSENT = {
 }
 
 
-class Tuner(nn.Module):
+class Tuner(Allocating):
     """Holds the adapted model under `model`, which gives parameters the names that PEFT gives them.
 
     Args:
@@ -84,7 +84,7 @@ class Tuner(nn.Module):
         self.add_module("model", model)
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
-        self._allocators: dict[str, RankAllocator] = {}
+        self._start_allocating()
         # What training has changed since is not in any adapter.
         self._counted: dict[str, int] = {}
         self.train(model.training)
@@ -167,13 +167,7 @@ class Tuner(nn.Module):
                 f"bias: adapter {with_bias[0]!r} trains biases of the base model already, and only one adapter can; "
                 f"use bias='none', got {config.bias_mode!r}"
             )
-
-        trained = self._trained_adalora()
-        if trained and isinstance(config, AdaLoraConfig) and not config.inference_mode:
-            raise ValueError(
-                f"inference_mode: adapter {trained[0]!r} is a trainable AdaLoRA adapter already, and only one can be; "
-                "set inference_mode=True for the others"
-            )
+        self._check_one_trained(config)
 
     def _plan(self, name: str, config: PeftConfig, **options: Any) -> Plan:
         """Make all tensors of a new adapter without touching the model; see `make_plan`."""
@@ -267,67 +261,13 @@ class Tuner(nn.Module):
         for part in self._parts():
             part.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        self._allocators.pop(adapter_name, None)
+        self._forget_allocator(adapter_name)
         remaining = [name for name in self.active_adapters if name != adapter_name]
         if not remaining and self.active_adapters and self.peft_config:
             remaining = [next(iter(self.peft_config))]
             warnings.warn(f"delete_adapter: {adapter_name!r} was active; {remaining[0]!r} is active now", stacklevel=4)
             self.set_adapter(remaining)
         self.active_adapters = remaining
-
-    # -- AdaLoRA ----------------------------------------------------------------------------------------------
-
-    def _trained_adalora(self) -> list[str]:
-        return [n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
-
-    @property
-    def rankallocator(self) -> RankAllocator:
-        """What chooses the ranks of the trainable AdaLoRA adapter.
-
-        Raises:
-            AttributeError: There is none; any other exception would break `hasattr` and whatever walks over a module.
-        """
-        if not self._trained_adalora():
-            raise AttributeError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
-        return self._allocator()
-
-    def _allocator(self) -> RankAllocator:
-        names = self._trained_adalora()
-        if not names:
-            raise ValueError("adapter: no adapter of this model is a trainable AdaLoRA adapter")
-        if names[0] not in self._allocators:
-            config = self.peft_config[names[0]]
-            assert isinstance(config, AdaLoraConfig)
-            layers = ((path, layer) for path, layer in self._layers() if isinstance(layer, AdaLoRALinear))
-            self._allocators[names[0]] = RankAllocator(layers, names[0], config)
-        return self._allocators[names[0]]
-
-    def update_and_allocate(self, global_step: int) -> None:
-        """Prune the trainable AdaLoRA adapter; see `PeftModel.update_and_allocate`."""
-        check_int("global_step", global_step, 0, 2**63)
-        allocator = self._allocator()
-        # What it masks is small; its averages are as good a step earlier or later.
-        pattern = allocator.config.rank_pattern
-        try:
-            with all_or_nothing([], [], allocator.masked()):
-                allocator.update_and_allocate(global_step)
-        except BaseException:
-            allocator.config.rank_pattern = pattern
-            raise
-
-    def orthogonality_loss(self) -> Tensor:
-        """Return the term that keeps A and B of AdaLoRA orthogonal; see `PeftModel.orthogonality_loss`."""
-        allocator = self._allocator()
-        return allocator.config.orth_reg_weight * orthogonality_loss(allocator.layers, allocator.adapter_name)
-
-    def _pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned."""
-        config = self.peft_config[name]
-        if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
-            for path, layer in self._layers():
-                if name in layer.adapter_names:
-                    layer.prune(name, config.kept_triplets(path), tensors, f"{PREFIX}{path}.")
-        return tensors
 
     # -- switching off ----------------------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
+from .file_keys import PREFIX, state_of
 from .names import named_modules, unwrapped
-from .plan import PREFIX, Plan, state_of
+from .plan import Plan
 from .targets import candidates
 
 _RESIZED = "save_embedding_layers: the vocabulary of the base model was resized"

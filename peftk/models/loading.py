@@ -19,8 +19,9 @@ from ..nn.base.config import check_bool, read_from
 from ..nn.base.offloading import TAKE_OFF
 from .adapters import Tuner
 from .embeddings import embedding_tensors, tell_missing
+from .file_keys import PREFIX, same_meaning
 from .names import unwrapped, without_wrappers
-from .plan import PREFIX, Plan, copy_into, same_meaning
+from .plan import Plan, copy_into
 from .targets import candidates, resolve, unknown_names
 
 MOST_SAID = 2_000

@@ -11,7 +11,7 @@ from ..nn.base.offloading import offloaded_values
 from .adapters import Tuner
 from .batch_statistics import tell_statistics
 from .embeddings import embeddings_to_save
-from .plan import unaliased
+from .file_keys import unaliased
 
 
 def save_adapter(tuner: Tuner, name: str, folder: str, save_embedding_layers: str | bool) -> None:

@@ -117,7 +117,7 @@ class XLoraTuner(Tuner):
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
         self._folders, self._key_mapping = experts, key_mapping
-        self._allocators = {}
+        self._start_allocating()
         self.train(model.training)
 
     @property
