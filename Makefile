@@ -16,11 +16,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DONE := $(VENV)/.peftk
 GPU_DONE := $(GPU_VENV)/.peftk
+TYPES := build/types
 GPU_PIP := $(GPU_VENV)/bin/python -m pip install --no-index --no-build-isolation --no-deps --editable .
 SOURCES := setup.py pyproject.toml peftk/_version.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long bench test-gpu bench-gpu lint format doctor setup clean
+.PHONY: help demo types test test-long bench test-gpu bench-gpu lint format doctor setup clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +30,7 @@ demo: $(DONE)-demo  ## Train, merge and save an adapter on a real model; METHOD=
 	$(BIN)/python -m peftk demo $(if $(METHOD),--method $(METHOD)) $(ARGS)
 
 # One thread for each of the workers, or they would take the cores from each other.
-test: $(DONE)-test  ## Check the style and run every test; ARGS="-k cayley" and the like
+test: $(DONE)-test types  ## Check style and types and run every test; ARGS="-k cayley" and the like
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
@@ -49,7 +50,14 @@ bench-gpu: $(GPU_DONE)-native  ## Measure on an NVIDIA GPU, within 10 minutes; A
 doctor: $(DONE)-native  ## Say what runs on this machine, and test it
 	$(BIN)/python -m peftk doctor $(ARGS)
 
-lint: $(DONE)-lint  ## Check the style of Python and C++
+# On the package as it is installed, where the folder triton_kernels is peftk.triton_kernels.
+types: $(DONE)-lint
+	@rm -rf $(TYPES)
+	@mkdir -p $(TYPES)/peftk
+	@ln -s $(CURDIR)/peftk/* $(CURDIR)/triton_kernels $(TYPES)/peftk
+	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p peftk
+
+lint: $(DONE)-lint types  ## Check the style and types of Python, and the style of C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
@@ -62,7 +70,7 @@ format: $(DONE)-lint  ## Rewrite Python and C++ in that style
 setup: $(DONE)-native  ## Only build and install, into $(VENV)
 
 clean:  ## Remove the environment and everything that was built
-	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info peftk/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info peftk/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DONE)-venv:

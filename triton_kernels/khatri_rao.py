@@ -204,7 +204,13 @@ def khatri_rao_backward(
     config = _backward_config(r2)
 
     def half(
-        grad: Tensor, left: Tensor, right: Tensor, length: int, strides: dict[str, int], need_left: bool, need_right
+        grad: Tensor,
+        left: Tensor,
+        right: Tensor,
+        length: int,
+        strides: dict[str, int],
+        need_left: bool,
+        need_right: bool,
     ) -> tuple[Tensor, Tensor]:
         dleft = torch.empty(left.shape if need_left else 0, dtype=left.dtype, device=left.device)
         dright = torch.empty(right.shape if need_right else 0, dtype=right.dtype, device=right.device)

@@ -167,7 +167,7 @@ def header_shapes(path: Path) -> dict[str, torch.Size]:
 def _tensor(stream: IO[bytes], entry: Entry, file: Path) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.code], device="cpu")
     if tensor.numel():
-        got = stream.readinto(memory(tensor))  # type: ignore[attr-defined]
+        got = stream.readinto(memory(tensor))  # type: ignore[attr-defined]  # BinaryIO of typeshed has no readinto.
         if got != entry.end - entry.begin:
             raise CheckpointError(
                 file,

@@ -130,8 +130,7 @@ class PeftModel(nn.Module):
         # none would.
         renamed = hasattr(type(model), "is_activation_checkpointing")
         flag = "is_activation_checkpointing" if renamed else "is_gradient_checkpointing"
-        enable = getattr(model, "enable_input_require_grads", None)
-        if getattr(model, flag, False) and enable is not None:
+        if getattr(model, flag, False) and (enable := getattr(model, "enable_input_require_grads", None)):
             enable()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

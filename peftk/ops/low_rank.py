@@ -290,18 +290,9 @@ class LowRankAdd(torch.autograd.Function):
     """Autograd for `low_rank_add`."""
 
     @staticmethod
-    def forward(
-        base: Tensor,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        gate: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
-        return _add(*_rounded_factors((base, x, a, b, gate, scale, dropout_p, seed), 2))
+        return _add(*_rounded_factors(arguments, 2))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -328,20 +319,12 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        gate: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        seed: Tensor | None,
+        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
         if a.dtype is x.dtype and b.dtype is x.dtype:
-            return _linear(x, weight, bias, a, b, gate, scale, dropout_p, seed)
-        return _linear(*_rounded_factors((x, weight, bias, a, b, gate, scale, dropout_p, seed), 3))
+            return _linear(x, weight, bias, a, b, *rest)
+        return _linear(*_rounded_factors((x, weight, bias, a, b, *rest), 3))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

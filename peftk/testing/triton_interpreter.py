@@ -253,7 +253,7 @@ def widen(bits: np.ndarray) -> np.ndarray:
 def narrow(values: np.ndarray) -> np.ndarray:
     """Round to bfloat16, to nearest even, and return the 16-bit integers."""
     values = np.asarray(values, np.float32)
-    bits = values.view(np.uint32)
+    bits: np.ndarray[Any, Any] = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 

@@ -524,3 +524,15 @@ def test_every_method_is_here() -> None:
                 f"peftk.methods.{module.name} is not run here"
             )
     assert "peftk" + ".nn" not in text.replace("`peftk.nn`", ""), "no layer of the package is in sight"
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_scale_of_lokr_may_be_a_tensor(pair: bool) -> None:
+    """In the dense update and in a merged weight as in a forward pass."""
+    first = (torch.randn(2, 1), torch.randn(1, 3)) if pair else (torch.randn(2, 3),)
+    w2, weight = torch.randn(4, 5), torch.randn(8, 15)
+    w1 = first[0].double() @ first[1].double() if pair else first[0].double()
+    dense = 0.75 * torch.kron(w1, w2.double())
+    adapter = lokr.Kronecker(first, (w2,), torch.tensor(0.75))
+    assert_close(lokr.update(adapter), dense, torch.float32)
+    assert_close(lokr.merged(weight, adapter), weight + dense, torch.float32)

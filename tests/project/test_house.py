@@ -138,6 +138,23 @@ def test_triton_functions_are_short(path):
 
 
 @pytest.mark.parametrize("path", TRITON, ids=relative)
+def test_host_functions_of_triton_have_types(path):
+    """mypy overlooks what has none in these files, for a kernel has none: Triton takes an annotation for an order."""
+    for function in functions(path, jitted=False):
+        given = function.args
+        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        bare = [a.arg for a in arguments if a is not None and a.annotation is None and a.arg not in ("self", "cls")]
+        assert not bare, f"{function.name}: {', '.join(bare)} without a type"
+        assert function.returns is not None, f"{function.name} without a type"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_what_mypy_is_told_to_ignore_says_why(path):
+    for rest in re.findall(r"# type: ignore(.*)", path.read_text()):
+        assert re.fullmatch(r"\[[a-z-]+\]  # \w.*", rest), f"{relative(path)}: expected [code]  # reason; got {rest!r}"
+
+
+@pytest.mark.parametrize("path", TRITON, ids=relative)
 def test_every_tile_of_a_kernel_states_its_shape(path):
     """``# [ROWS, COLUMNS]`` behind the first assignment of every name that holds a tile, or in the line above."""
     lines = path.read_text().splitlines()
