@@ -398,9 +398,8 @@ class PeftModel(nn.Module):
         tuner = tuner_for_file(model, model_id, adapters, key_mapping)
         result = cls.__new__(cls)
         with tuner._whole() as before:
-            read = read_into_plan(
-                tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
-            )
+            options = is_trainable, autocast_adapter_dtype, None, key_mapping
+            read = read_into_plan(tuner, model_id, adapter_name, *options)
             before.keep([*read.changed, *read.plan.changed()])
             result._start(tuner, read.plan)
             read.fill()

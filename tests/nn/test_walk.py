@@ -32,8 +32,8 @@ class Limit(NamedTuple):
     backward: int
 
 
-def lora():
-    return LoRALinear(nn.Linear(64, 64), LoraConfig(r=8)), torch.randn(64, 64)
+def lora(rows=64):
+    return LoRALinear(nn.Linear(64, 64), LoraConfig(r=8)), torch.randn(rows, 64)
 
 
 def oft(**values):
@@ -42,6 +42,8 @@ def oft(**values):
 
 LAYERS = {
     "lora": (lora, Limit(forward=26, files=7, backward=15)),
+    "lora_few_rows": (lambda: lora(8), Limit(forward=26, files=7, backward=15)),
+    # The fifth pass: the series is looked at in the first, second and fourth, and then ever more seldom.
     "oft_conv": (oft, Limit(forward=35, files=13, backward=40)),
     "oft_conv_exact": (lambda: oft(use_cayley_neumann=False), Limit(forward=35, files=13, backward=40)),
 }

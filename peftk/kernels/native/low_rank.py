@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..shared.low_rank import Needs, Parameters
 from ..shared.philox import dropout_threshold
-from ..shared.wide import widened
+from ..shared.wide import HALF, widened
 from ._supports import supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
@@ -49,10 +49,6 @@ def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
         return hidden
     return (hidden * (gate if gate.dim() == 1 else _as_rows(gate))).to(hidden.dtype)
-
-
-def _scaled_(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x.mul_(scale)
 
 
 # The range in which one pass in C++ beats the separate products of torch's libraries.
@@ -157,16 +153,21 @@ def _gradients(
         )
     else:
         # Sums over tokens, and what they are sums of, are never rounded to half precision.
-        wide_rows, hidden = widened(rows), widened(hidden)
-        dhidden = _scaled_(torch.mm(wide_rows, widened(b)), scale)
+        wide_rows, wide_b, wide_x = rows, b, dropped
+        if rows.dtype in HALF:
+            wide_rows, hidden, wide_b, wide_x = widened(rows), widened(hidden), widened(b), widened(dropped)
+        dhidden = torch.mm(wide_rows, wide_b)
         if need.b:
-            db = _scaled_(torch.mm(wide_rows.mT, _gated(hidden, gate)), scale)
+            db = torch.mm(wide_rows.mT, hidden if gate is None else _gated(hidden, gate))
+        if scale != 1.0:
+            dhidden.mul_(scale)
+            db = db.mul_(scale) if need.b else db
         if gate is not None and need.gate:
             dgate = dhidden.to(gate.dtype) * hidden.to(gate.dtype)
             dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
-        dhidden = _gated(dhidden, gate)
+        dhidden = dhidden if gate is None else _gated(dhidden, gate)
         if need.a:
-            da = torch.mm(dhidden.mT, widened(dropped))
+            da = torch.mm(dhidden.mT, wide_x)
         if need.x:
             dx.addmm_(dhidden.to(dx.dtype), a)
     if need.x:
