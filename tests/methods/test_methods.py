@@ -515,13 +515,13 @@ def test_norms_of_dora_are_constants() -> None:
 
 
 def test_every_method_is_here() -> None:
-    """A new method needs forms above, or a test of its own that names its module."""
-    text = Path(__file__).read_text()
+    """A new method needs a file beside this one, with tests from tensors alone that name its module."""
+    text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("test_*.py")))
     for module in pkgutil.iter_modules(peftk.methods.__path__):
         if not module.name.startswith("_"):
             importlib.import_module(f"peftk.methods.{module.name}")
             assert f"{module.name}." in text.replace("peftk.methods.", ""), (
-                f"peftk.methods.{module.name} is not run here"
+                f"peftk.methods.{module.name} is not run: put a test of it beside this file"
             )
     assert "peftk" + ".nn" not in text.replace("`peftk.nn`", ""), "no layer of the package is in sight"
 
