@@ -47,6 +47,8 @@ class Scalable(nn.Module):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the strength of an adapter: 1 is that of its configuration, 0 switches it off.
 
+        Of a DoRA adapter it is the strength of the low-rank update; the magnitudes stay at 0, as in PEFT.
+
         A name that this layer does not have is ignored, as in PEFT.
 
         Raises:
