@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.shared.hadamard import Needs
 from ._launch import launch
 from .khatri_rao import (
     contiguous,
@@ -228,20 +229,18 @@ def hadamard_weight_backward(
     w2_a: Tensor,
     w2_b: Tensor,
     scale: float,
-    need_w1_a: bool,
-    need_w1_b: bool,
-    need_w2_a: bool,
-    need_w2_b: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the four factors; an empty tensor for one not needed."""
+    need = Needs(*needs)
     w1_a, w1_b, w2_a, w2_b = contiguous(w1_a, w1_b, w2_a, w2_b)
     grad = grad.contiguous().view(w1_a.shape[0], w1_b.shape[1])
     empty = w1_a.new_empty(0)
     return (
-        _gradient(grad, w1_b.mT, w2_a, w2_b.mT, scale) if need_w1_a else empty,
-        _gradient(grad.mT, w1_a, w2_b.mT, w2_a, scale).mT if need_w1_b else empty,
-        _gradient(grad, w2_b.mT, w1_a, w1_b.mT, scale) if need_w2_a else empty,
-        _gradient(grad.mT, w2_a, w1_b.mT, w1_a, scale).mT if need_w2_b else empty,
+        _gradient(grad, w1_b.mT, w2_a, w2_b.mT, scale) if need.w1_a else empty,
+        _gradient(grad.mT, w1_a, w2_b.mT, w2_a, scale).mT if need.w1_b else empty,
+        _gradient(grad, w2_b.mT, w1_a, w1_b.mT, scale) if need.w2_a else empty,
+        _gradient(grad.mT, w2_a, w1_b.mT, w1_a, scale).mT if need.w2_b else empty,
     )
 
 

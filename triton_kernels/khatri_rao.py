@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.shared.hadamard import Needs
 from ._launch import launch, unsupported
 
 MAX_RANK = 64
@@ -193,12 +194,10 @@ def khatri_rao_backward(
     w1_b: Tensor,
     w2_a: Tensor,
     w2_b: Tensor,
-    need_w1_a: bool,
-    need_w1_b: bool,
-    need_w2_a: bool,
-    need_w2_b: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the four factors; an empty tensor for one not needed."""
+    need = Needs(*needs)
     w1_a, w1_b, w2_a, w2_b = contiguous(w1_a, w1_b, w2_a, w2_b)
     (out, r1), r2, features = w1_a.shape, w2_a.shape[1], w1_b.shape[1]
     config = _backward_config(r2)
@@ -234,7 +233,7 @@ def khatri_rao_backward(
         return dleft, dright
 
     rank_first = {"stride_grad_rank": features, "stride_left_rank": features, "stride_right_rank": features}
-    dw1_b, dw2_b = half(grad_a, w1_b, w2_b, features, _strides(rank_first, 1), need_w1_b, need_w2_b)
+    dw1_b, dw2_b = half(grad_a, w1_b, w2_b, features, _strides(rank_first, 1), need.w1_b, need.w2_b)
     rank_last = {"stride_grad_feature": r1 * r2, "stride_left_feature": r1, "stride_right_feature": r2}
-    dw1_a, dw2_a = half(grad_b, w1_a, w2_a, out, _strides(rank_last, 1), need_w1_a, need_w2_a)
+    dw1_a, dw2_a = half(grad_b, w1_a, w2_a, out, _strides(rank_last, 1), need.w1_a, need.w2_a)
     return dw1_a, dw1_b, dw2_a, dw2_b

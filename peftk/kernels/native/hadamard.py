@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ..shared.hadamard import Needs
 from ._supports import device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
@@ -65,14 +66,11 @@ def khatri_rao_backward(
     w1_b: Tensor,
     w2_a: Tensor,
     w2_b: Tensor,
-    need_w1_a: bool,
-    need_w1_b: bool,
-    need_w2_a: bool,
-    need_w2_b: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the four factors; an empty tensor for one not needed."""
     factors = _floats(w1_a, w1_b, w2_a, w2_b)
-    found = _like(factors, (need_w1_a, need_w1_b, need_w2_a, need_w2_b))
+    found = _like(factors, Needs(*needs))
     _khatri_rao_backward(grad_a.contiguous(), grad_b.contiguous(), *factors, *found)
     dw1_a, dw1_b, dw2_a, dw2_b = (f.to(w1_a.dtype) for f in found)
     return dw1_a, dw1_b, dw2_a, dw2_b
@@ -107,14 +105,11 @@ def hadamard_weight_backward(
     w2_a: Tensor,
     w2_b: Tensor,
     scale: float,
-    need_w1_a: bool,
-    need_w1_b: bool,
-    need_w2_a: bool,
-    need_w2_b: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the four factors; an empty tensor for one not needed."""
     factors = _floats(w1_a, w1_b, w2_a, w2_b)
-    found = _like(factors, (need_w1_a, need_w1_b, need_w2_a, need_w2_b))
+    found = _like(factors, Needs(*needs))
     _weight_backward(grad.contiguous(), *factors, scale, *found)
     dw1_a, dw1_b, dw2_a, dw2_b = (f.to(w1_a.dtype) for f in found)
     return dw1_a, dw1_b, dw2_a, dw2_b

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
-from ..shared.kronecker import w1_first_backward, w2_first
+from ..shared.kronecker import Needs, w1_first_backward, w2_first
 from ..shared.wide import wide_product
 from ._supports import device_reason, supports_activations
 
@@ -66,7 +66,7 @@ def kronecker_linear(x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor,
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor | None, w1: Tensor, w2: Tensor, scale: float, needs: tuple[bool, bool, bool]
+    grad: Tensor, x: Tensor, weight: Tensor | None, w1: Tensor, w2: Tensor, scale: float, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_w1, need_w2 = needs
     dx, dw2 = grad.new_empty(0), w2.new_empty(0, dtype=torch.float32)
@@ -102,10 +102,10 @@ def kronecker_add_backward_supports(grad: Tensor, *args: object) -> str | None:
 
 
 def kronecker_add_backward(
-    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float, need_x: bool, need_w1: bool, need_w2: bool
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x, w1 and w2; an empty tensor for one not needed."""
-    return _gradients(grad, x, None, w1, w2, scale, (need_x, need_w1, need_w2))
+    return _gradients(grad, x, None, w1, w2, scale, Needs(*needs))
 
 
 def kronecker_linear_backward_supports(grad: Tensor, *args: object) -> str | None:
@@ -120,14 +120,11 @@ def kronecker_linear_backward(
     w1: Tensor,
     w2: Tensor,
     scale: float,
-    need_x: bool,
-    need_w1: bool,
-    need_w2: bool,
-    need_bias: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, w1, w2 and the bias; an empty tensor for one not needed."""
-    dbias = _rows(grad, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
-    return *_gradients(grad, x, weight, w1, w2, scale, (need_x, need_w1, need_w2)), dbias
+    dbias = _rows(grad, grad.shape[-1]).sum(0) if needs[3] else grad.new_empty(0)
+    return *_gradients(grad, x, weight, w1, w2, scale, Needs(*needs[:3])), dbias
 
 
 CUDA_ROWS = 65_535

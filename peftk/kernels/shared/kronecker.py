@@ -1,8 +1,18 @@
-"""The order in which the two contractions of a Kronecker product cost least."""
+"""What the backends share of the Kronecker product: which gradients are asked for, and the order that costs least."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for, in the order of the operators."""
+
+    x: bool
+    w1: bool
+    w2: bool
 
 
 def w2_first(w1: Tensor, w2: Tensor) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..shared.hadamard import Needs
+
 
 def _common(*tensors: Tensor) -> torch.dtype:
     """Return the dtype to compute in: float64 where one tensor has it, else float32."""
@@ -29,22 +31,20 @@ def khatri_rao_backward(
     w1_b: Tensor,
     w2_a: Tensor,
     w2_b: Tensor,
-    need_w1_a: bool,
-    need_w1_b: bool,
-    need_w2_a: bool,
-    need_w2_b: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the four factors; an empty tensor for one not needed."""
+    need = Needs(*needs)
     wide = _common(w1_a, w1_b, w2_a, w2_b)
     r1, r2 = w1_b.shape[0], w2_b.shape[0]
     da = grad_a.to(wide).unflatten(0, (r1, r2))
     db = grad_b.to(wide).unflatten(1, (r1, r2))
     empty = w1_a.new_empty(0)
     return (
-        (db * w2_a.to(wide)[:, None, :]).sum(2).to(w1_a.dtype) if need_w1_a else empty,
-        (da * w2_b.to(wide)[None, :, :]).sum(1).to(w1_b.dtype) if need_w1_b else empty,
-        (db * w1_a.to(wide)[:, :, None]).sum(1).to(w2_a.dtype) if need_w2_a else empty,
-        (da * w1_b.to(wide)[:, None, :]).sum(0).to(w2_b.dtype) if need_w2_b else empty,
+        (db * w2_a.to(wide)[:, None, :]).sum(2).to(w1_a.dtype) if need.w1_a else empty,
+        (da * w2_b.to(wide)[None, :, :]).sum(1).to(w1_b.dtype) if need.w1_b else empty,
+        (db * w1_a.to(wide)[:, :, None]).sum(1).to(w2_a.dtype) if need.w2_a else empty,
+        (da * w1_b.to(wide)[:, None, :]).sum(0).to(w2_b.dtype) if need.w2_b else empty,
     )
 
 
@@ -64,21 +64,19 @@ def hadamard_weight_backward(
     w2_a: Tensor,
     w2_b: Tensor,
     scale: float,
-    need_w1_a: bool,
-    need_w1_b: bool,
-    need_w2_a: bool,
-    need_w2_b: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the four factors; an empty tensor for one not needed."""
+    need = Needs(*needs)
     wide = _common(grad, w1_a, w1_b, w2_a, w2_b)
     a1, b1, a2, b2 = (t.to(wide) for t in (w1_a, w1_b, w2_a, w2_b))
     grad = grad.reshape(w1_a.shape[0], w1_b.shape[1]).to(wide) * scale
     empty = w1_a.new_empty(0)
-    first = grad * (a2 @ b2) if need_w1_a or need_w1_b else empty
-    second = grad * (a1 @ b1) if need_w2_a or need_w2_b else empty
+    first = grad * (a2 @ b2) if need.w1_a or need.w1_b else empty
+    second = grad * (a1 @ b1) if need.w2_a or need.w2_b else empty
     return (
-        (first @ b1.mT).to(w1_a.dtype) if need_w1_a else empty,
-        (a1.mT @ first).to(w1_b.dtype) if need_w1_b else empty,
-        (second @ b2.mT).to(w2_a.dtype) if need_w2_a else empty,
-        (a2.mT @ second).to(w2_b.dtype) if need_w2_b else empty,
+        (first @ b1.mT).to(w1_a.dtype) if need.w1_a else empty,
+        (a1.mT @ first).to(w1_b.dtype) if need.w1_b else empty,
+        (second @ b2.mT).to(w2_a.dtype) if need.w2_a else empty,
+        (a2.mT @ second).to(w2_b.dtype) if need.w2_b else empty,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..shared.kronecker import w1_first_backward, w2_first
+from ..shared.kronecker import Needs, w1_first_backward, w2_first
 from ..shared.wide import wide, widened
 
 
@@ -33,9 +33,10 @@ def kronecker_linear(x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor,
 
 
 def kronecker_add_backward(
-    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float, need_x: bool, need_w1: bool, need_w2: bool
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients in x, w1 and w2; an empty tensor for one not needed."""
+    need = Needs(*needs)
     (left, middle), (rows, columns) = w1.shape, w2.shape
     dx, dw1, dw2 = grad.new_empty(0), w1.new_empty(0), w2.new_empty(0, dtype=wide(w2.dtype))
     # Sums over tokens, and what they are sums of, are never rounded to half precision.
@@ -44,19 +45,19 @@ def kronecker_add_backward(
     exact = w1.to(g.dtype)
     if w1_first_backward(w1, w2):
         mixed = torch.matmul(exact.mT, g) * scale  # (tokens, m, k)
-        if need_x:
+        if need.x:
             dx = (mixed @ w2).to(dtype).view(x.shape)
-        if need_w1:
+        if need.w1:
             dw1 = torch.einsum("tlk,tmk->lm", g, linear(matrices, w2)) * scale
-        if need_w2:
+        if need.w2:
             dw2 = torch.einsum("tmk,tmn->kn", mixed, matrices)
     else:
         product = g @ w2  # (tokens, l, n)
-        if need_x:
+        if need.x:
             dx = (torch.matmul(exact.mT, product) * scale).to(dtype).reshape(x.shape)
-        if need_w1:
+        if need.w1:
             dw1 = torch.einsum("tln,tmn->lm", product, matrices) * scale
-        if need_w2:
+        if need.w2:
             dw2 = torch.einsum("tlk,tln->kn", g, torch.matmul(exact, matrices) * scale)
     return dx, dw1.to(w1.dtype), dw2
 
@@ -68,16 +69,13 @@ def kronecker_linear_backward(
     w1: Tensor,
     w2: Tensor,
     scale: float,
-    need_x: bool,
-    need_w1: bool,
-    need_w2: bool,
-    need_bias: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, w1, w2 and the bias; an empty tensor for one not needed."""
-    dx, dw1, dw2 = kronecker_add_backward(grad, x, w1, w2, scale, need_x, need_w1, need_w2)
-    if need_x:
+    dx, dw1, dw2 = kronecker_add_backward(grad, x, w1, w2, scale, *needs[:3])
+    if needs[0]:
         dx = grad @ weight + dx
-    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else grad.new_empty(0)
+    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs[3] else grad.new_empty(0)
     return dx, dw1, dw2, dbias
 
 
