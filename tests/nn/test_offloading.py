@@ -286,3 +286,44 @@ def test_the_switch_of_diffusers_for_the_dtype_of_the_input():
         warnings.simplefilter("error")
         assert torch.equal(model(x), adapt("lora", base_of("lora"))(x))
     assert model.base_model.model[0].cast_input_dtype_enabled
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "loha", "oft", "lora_conv", "oft_conv", "lora_embedding"])
+def test_hooks_that_only_move_inputs_leave_training_as_it_is(name):
+    x = example(CASES[name])
+    right = gradients(adapt(name, base_of(name), training=True), x)
+    model = adapt(name, base_of(name), training=True)
+    for module in model.modules():
+        if len([*module.parameters(recurse=False)]):
+            add_hook_to_module(module, AlignDevicesHook(CPU))
+    found = gradients(model, x)
+    assert found.keys() == right.keys()
+    for key, gradient in found.items():
+        assert torch.equal(gradient, right[key])
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("second")
+    model(x).square().sum().backward()
+
+
+def test_training_an_adapted_model_that_is_spread_over_devices(tmp_path):
+    def trained(spread):
+        torch.manual_seed(1)
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(llama(), config).train()
+        if spread:
+            parts = {
+                "model.embed_tokens": "cpu",
+                "model.layers": "cpu",
+                "model.norm": "disk",
+                "model.rotary_emb": "cpu",
+            }
+            dispatch_model(
+                model.get_base_model(), {**parts, "lm_head": "disk"}, main_device="cpu", offload_dir=tmp_path
+            )
+        model(torch.arange(10).view(2, 5)).logits.square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    right, found = trained(False), trained(True)
+    assert found.keys() == right.keys()
+    for key, gradient in found.items():
+        assert torch.equal(gradient, right[key])

@@ -16,7 +16,7 @@ from .config import PeftConfig, check_adapter_name
 from .freezing import note_rerun, set_trainable
 from .kinds import HALF, dtype_of, why_unsupported
 from .merging import Mergeable
-from .offloading import TAKE_OFF, call_onloaded, cast_for_calls, comes_and_goes, onloaded
+from .offloading import TAKE_OFF, call_onloaded, cast_for_calls, comes_and_goes, hooked, onloaded
 from .scaling import Scalable
 
 
@@ -256,7 +256,7 @@ class AdapterLayer(Mergeable, Scalable):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Return what `run` does with the adapters `names`, where hooks bring parameters in for each call."""
-        parts = list(self._that_come_and_go(names))
+        parts = list(self._hooked(names))
         if self.training and torch.is_grad_enabled():
             self._check_trainable(parts)
         with onloaded(module for _, module in parts):
@@ -270,21 +270,21 @@ class AdapterLayer(Mergeable, Scalable):
                 "would find it as it is stored; train without that, or call eval()"
             )
         for name, module in parts:
-            if any(p.requires_grad for p in module.parameters(recurse=False)):
+            if comes_and_goes(module) and any(p.requires_grad for p in module.parameters(recurse=False)):
                 raise RuntimeError(
                     f"{where}the parameters of {name} are only there while it is called (offloaded, or cast for each "
                     "call), so that their gradients would be lost; train without that, or call eval()"
                 )
 
-    def _that_come_and_go(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the modules, with their names, that hold parameters of these adapters only while they are called."""
+    def _hooked(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules of these adapters, with their names, whose calls run hooks that may bring parameters in."""
         for container in self.adapter_layer_names:
             held = getattr(self, container)
-            if comes_and_goes(held):
+            if hooked(held):
                 yield container, held
             for name in names:
                 for module in held._modules[name].modules() if name in held._modules else ():
-                    if comes_and_goes(module):
+                    if hooked(module):
                         yield f"{container}.{name}", module
 
     # -- adapters ---------------------------------------------------------------------------------------------

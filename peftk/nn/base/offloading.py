@@ -49,14 +49,31 @@ def _hooks_and_forward(module: nn.Module) -> tuple[list[Any], Callable[..., Any]
     return (hooks, inner[0]) if len(inner) == 1 else ([], None)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks run before and after each call of a module, and may move what it is given, or its parameters."""
+    return bool(_hooks(module))
+
+
 def comes_and_goes(module: nn.Module) -> bool:
     """Whether the parameters of a module are only there, in the dtype it computes in, while it is called."""
-    return bool(_hooks(module))
+    return any(_takes_away(hook) for hook in _hooks(module))
+
+
+def _takes_away(hook: Any) -> bool:
+    several = getattr(hook, "hooks", None)
+    if isinstance(several, (list, tuple)):
+        return any(_takes_away(one) for one in several)
+    # One of accelerate may only move what the module is given to where its parameters stay.
+    return bool(getattr(hook, "offload", not type(hook).__module__.startswith("accelerate."))) or _casts(hook)
+
+
+def _casts(hook: Any) -> bool:
+    return hasattr(hook, "storage_dtype")
 
 
 def cast_for_calls(module: nn.Module) -> bool:
     """Whether the parameters of a module are stored in one dtype and cast to another while it is called."""
-    return any(hasattr(hook, "storage_dtype") for hook in _hooks(module))
+    return any(_casts(one) for hook in _hooks(module) for one in getattr(hook, "hooks", (hook,)))
 
 
 @contextlib.contextmanager
@@ -119,7 +136,7 @@ def copy_onloaded(module: nn.Module) -> nn.Module:
     """Return a deep copy of a module whose parameters stay where and what they are while it is called."""
     parts = list(module.modules())
     # What the hooks hold may be the weights of the whole model.
-    kept = [hook for part in parts for hook in map(part.__dict__.get, HOOK_NAMES[:2]) if hook and comes_and_goes(part)]
+    kept = [hook for part in parts for hook in map(part.__dict__.get, HOOK_NAMES[:2]) if hook and hooked(part)]
     with onloaded(parts):
         copied = copy.deepcopy(module, {id(hook): hook for hook in kept})
         for part in copied.modules():
@@ -152,6 +169,7 @@ __all__ = [
     "cast_for_calls",
     "comes_and_goes",
     "copy_onloaded",
+    "hooked",
     "offloaded_values",
     "onloaded",
 ]
