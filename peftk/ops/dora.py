@@ -13,7 +13,8 @@ from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import run_backward
 from ._checks import autocast_input, cast, check_scale, check_scale_tensor, check_shape, check_tensor, fold_zero
-from .low_rank import _check_add, _fits_add, _low_rank_flops, _rounded_factors, _rows, _wanted
+from ._low_rank_costs import _low_rank_flops, _rows
+from .low_rank import _check_add, _fits_add, _rounded_factors, _wanted
 
 __all__ = ["dora_compose", "dora_norm"]
 

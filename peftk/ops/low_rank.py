@@ -23,6 +23,14 @@ from ._checks import (
     check_tensor,
     fold_zero,
 )
+from ._low_rank_costs import (
+    _add_backward_flops,
+    _add_flops,
+    _hidden,
+    _linear_backward_flops,
+    _linear_flops,
+    _rows,
+)
 from .plain import ordinary
 
 __all__ = ["low_rank_add", "low_rank_linear"]
@@ -187,47 +195,6 @@ def _rounded_factors(args: tuple[Any, ...], first: int) -> tuple[Any, ...]:
     return *args[:first], a.to(dtype), b.to(dtype), *args[first + 2 :]
 
 
-def _rows(x: Tensor) -> int:
-    return x.numel() // max(x.shape[-1], 1)
-
-
-def _hidden(x: Tensor, a: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], a.shape[0])
-
-
-def _low_rank_flops(x: torch.Size, a: torch.Size, b: torch.Size) -> int:
-    return 2 * (x.numel() // max(x[-1], 1)) * a[0] * (a[1] + b[0])
-
-
-def _add_flops(_base: object, x: torch.Size, a: torch.Size, b: torch.Size, *_args: object, **_kw: object) -> int:
-    return _low_rank_flops(x, a, b)
-
-
-def _linear_flops(
-    x: torch.Size, weight: torch.Size, _bias: object, a: torch.Size, b: torch.Size, *_args: object, **_kw: object
-) -> int:
-    return 2 * x.numel() * weight[0] + _low_rank_flops(x, a, b)
-
-
-def _add_backward_flops(
-    grad: torch.Size, x: torch.Size, _hidden: object, a: torch.Size, b: torch.Size, *_args: object, **_kw: object
-) -> int:
-    return 2 * _low_rank_flops(x, a, b)
-
-
-def _linear_backward_flops(
-    grad: torch.Size,
-    x: torch.Size,
-    _hidden: object,
-    weight: torch.Size,
-    a: torch.Size,
-    b: torch.Size,
-    *_args: object,
-    **_kw: object,
-) -> int:
-    return 2 * grad.numel() * weight[1] + 2 * _low_rank_flops(x, a, b)
-
-
 def _gradients(
     x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, need_x: bool, need_a: bool, need_b: bool, need_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -289,10 +256,20 @@ def _wanted(gradients: tuple[Any, ...], needs: tuple[Any, ...]) -> tuple[Any, ..
 class LowRankAdd(torch.autograd.Function):
     """Autograd for `low_rank_add`."""
 
+    # Every argument by name: a compiler reads the signature to tell this from a forward that takes a context.
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        base: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
-        return _add(*_rounded_factors(arguments, 2))
+        return _add(*_rounded_factors((base, x, a, b, gate, scale, dropout_p, seed), 2))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -319,12 +296,20 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *rest: Any
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
         if a.dtype is x.dtype and b.dtype is x.dtype:
-            return _linear(x, weight, bias, a, b, *rest)
-        return _linear(*_rounded_factors((x, weight, bias, a, b, *rest), 3))
+            return _linear(x, weight, bias, a, b, gate, scale, dropout_p, seed)
+        return _linear(*_rounded_factors((x, weight, bias, a, b, gate, scale, dropout_p, seed), 3))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -144,6 +144,30 @@ def test_compiles_without_a_graph_break(name):
         assert_close(y, reference(layer, x.detach()), torch.float32)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_a_graph_break_in_inference(name):
+    layer = make(CASES[name], bias=CASES[name].base != "embedding").eval()
+    x = example(CASES[name])
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        layer.set_scale("default", 0.5)
+        half = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert_close(half, layer(x).double(), torch.float32)
+        layer.set_scale("default", 1.0)
+    assert_close(y, reference(layer, x).detach(), torch.float32)
+
+
+def test_batches_that_mix_adapters_compile_without_a_graph_break():
+    layer = make(CASES["lora"]).eval()
+    x = torch.randn(3, 12)
+    names = ["default", "__base__", "default"]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: layer(x, adapter_names=names), fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), layer(x, adapter_names=names).double(), torch.float32)
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_nothing_of_the_size_of_the_weight_is_made_in_float32(name):
     """Of a half-precision layer, inside the operators included: no update, no rotation, no permutation."""

@@ -256,6 +256,8 @@ class AdapterLayer(Mergeable, Scalable):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Return what `run` does with the adapters `names`, where hooks bring parameters in for each call."""
+        if "forward" not in self._modules["base_layer"].__dict__:
+            return run(x, names, args, kwargs)
         parts = list(self._hooked(names))
         if self.training and torch.is_grad_enabled():
             self._check_trainable(parts)
