@@ -7,10 +7,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from .container import CONFIG_DIGEST_KEY, CheckpointError, capped, config_digest, parse_json, shown
 from .key_mapping import Rename, describe_rename
 from .reader import REFUSED_PICKLE, header_shapes, open_inside, scan_safetensors
-from .writer import leftovers, replace_together, snapshot, write_safetensors
+from .writer import leftovers, locked, replace_together, snapshot, write_safetensors
 
 __all__ = ["read_adapter", "read_config", "write_adapter"]
 
@@ -28,6 +28,7 @@ PICKLE_NAME = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 32
 LEFT_SHOWN = 4
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,30 @@ def _existing(folder: str | os.PathLike[str], name: str) -> Path:
             path / name,
             f"is missing, because a save to this folder was killed half-way; it left {', '.join(left[:LEFT_SHOWN])}. "
             "Rename every '.old' file back to its name for the earlier adapter, or every '.tmp' file for the newer",
-        )
+        ) from FileNotFoundError(name)
     if name == WEIGHTS_NAME and os.path.lexists(path / PICKLE_NAME):
         raise CheckpointError(path / PICKLE_NAME, f"{name} is missing and " + REFUSED_PICKLE.format(what=PICKLE_NAME))
-    raise CheckpointError(path / name, "expected this file, but the folder does not hold it")
+    raise CheckpointError(path / name, "expected this file, but the folder does not hold it") from FileNotFoundError(
+        name
+    )
+
+
+def _between_saves(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    """Call `read` and, where a file was missing, once more while nobody saves to the folder.
+
+    A save takes the files away for a moment. Only what is missing while nobody saves was never there, or was left so by
+    a process that was killed.
+    """
+    try:
+        return read()
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+    try:
+        with locked(_folder(folder)):
+            return read()
+    except TimeoutError as error:
+        raise CheckpointError(folder, f"cannot be read: {error}") from None
 
 
 def _check_json(value: Any, where: str, depth: int = 0) -> None:
@@ -149,15 +170,19 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         >>> read_config("adapter")["peft_type"]  # doctest: +SKIP
         'LORA'
     """
+    raw = _between_saves(folder, lambda: _config_content(folder))
+    try:
+        return parse_json(raw, max_depth=MAX_CONFIG_DEPTH)
+    except ValueError as error:
+        raise CheckpointError(_folder(folder) / CONFIG_NAME, str(error)) from None
+
+
+def _config_content(folder: str | os.PathLike[str]) -> bytes:
     path = _existing(folder, CONFIG_NAME)
     with open_inside(path, CONFIG_NAME) as (stream, size):
         if size > MAX_CONFIG_BYTES:
             raise CheckpointError(path / CONFIG_NAME, f"expected at most {MAX_CONFIG_BYTES} bytes, got {size}")
-        raw = stream.read(size)
-    try:
-        return parse_json(raw, max_depth=MAX_CONFIG_DEPTH)
-    except ValueError as error:
-        raise CheckpointError(path / CONFIG_NAME, str(error)) from None
+        return stream.read(size)
 
 
 def read_shapes(folder: str | os.PathLike[str]) -> dict[str, torch.Size]:
@@ -166,7 +191,7 @@ def read_shapes(folder: str | os.PathLike[str]) -> dict[str, torch.Size]:
     What is wrong with it is said by `read_adapter`, which reads the values too and decides.
     """
     with contextlib.suppress(CheckpointError):
-        return header_shapes(_existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME)
+        return _between_saves(folder, lambda: header_shapes(_existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME))
     return {}
 
 
@@ -249,8 +274,8 @@ def read_adapter(
     if not isinstance(expected, Mapping) or not all(isinstance(shape, (tuple, list)) for shape in expected.values()):
         raise TypeError("expected: wanted a dict from key to shape")
     integers = integers or {}
-    path = _existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME
-    file, problems = scan_safetensors(path)
+    path = _folder(folder) / WEIGHTS_NAME
+    file, problems = _between_saves(folder, lambda: scan_safetensors(_existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME))
     if config is not None and not problems:
         # Before keys and shapes, which a wrong configuration makes wrong too.
         _check_pair(path.parent, config, file.metadata.get(CONFIG_DIGEST_KEY))

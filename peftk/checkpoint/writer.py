@@ -113,7 +113,7 @@ def write_safetensors(stream: IO[bytes], tensors: Mapping[str, Tensor], metadata
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """Hold an exclusive lock on the folder if the system has one; says whether it does.
 
     Ranks of one training job that all save to one folder would otherwise take each other's files away.
@@ -201,7 +201,7 @@ def replace_together(folder: Path, files: dict[str, Callable[[IO[bytes]], object
     token = secrets.token_hex(8)
     new = {name: folder / f".{name}.{token}.tmp" for name in files}
     old = {name: folder / f".{name}.{token}.old" for name in files}
-    with _locked(folder) as alone:
+    with locked(folder) as alone:
         stale = leftovers(folder, files) if alone else []
         moves: list[tuple[Path, Path]] = []
         try:

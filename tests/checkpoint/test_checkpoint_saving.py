@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -243,9 +244,25 @@ def kill_at(owner: object, name: str, call: int, before: bool) -> None:
     setattr(owner, name, wrapped)
 
 
+# Every call to the system that a save makes through the module `os`, and the smallest number of each.
+SYSTEM = {
+    "open": 3,
+    "fdopen": 2,
+    "lstat": 2,
+    "fchmod": 2,
+    "fsync": 3,
+    "listdir": 1,
+    "replace": 4,
+    "unlink": 2,
+    "close": 1,
+}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("owner", "name", "calls"), [(os, "replace", 4), (os, "fsync", 3), (os, "unlink", 2)])
-def test_killed_at_every_step(tmp_path: Path, owner: object, name: str, calls: int) -> None:
+@pytest.mark.parametrize("name", SYSTEM)
+def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    owner, calls = os, successful_calls(tmp_path, monkeypatch, os, name)
+    assert calls >= SYSTEM[name]
     for call in range(1, calls + 1):
         for before in (True, False):
             folder = tmp_path / f"{call}{before}"
@@ -314,6 +331,72 @@ def test_saves_at_once_to_one_folder_do_not_mix(tmp_path: Path) -> None:
     generation = read_config(tmp_path)["generation"]
     assert_holds(tmp_path, adapter(generation), {"generation": generation})
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_that_save_to_one_folder_while_it_is_read_and_are_killed(tmp_path: Path) -> None:
+    """A reader gets one save whole, or is told that another one came in between; a kill leaves one save whole."""
+    write_adapter(tmp_path, adapter(), {"generation": 0})
+
+    def saving(first: int) -> int:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            for generation in itertools.count(first, 2):
+                write_adapter(tmp_path, adapter(generation), {"generation": generation})
+        return child
+
+    found, told = set(), set()
+    for number in range(4):
+        children = [saving(1 + 1000 * number), saving(2 + 1000 * number)]
+        try:
+            for _ in range(100):
+                try:
+                    config = read_config(tmp_path)
+                    tensors = read_adapter(tmp_path, shapes_of(adapter()), config=config)
+                except CheckpointError as error:
+                    told.add(error.problems[0])
+                else:
+                    assert same(tensors, adapter(config["generation"]))
+                    found.add(config["generation"])
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        if (tmp_path / CONFIG).exists():
+            generation = read_config(tmp_path)["generation"]
+            assert_holds(tmp_path, adapter(generation), {"generation": generation})
+        else:
+            with pytest.raises(CheckpointError, match=r"killed half-way.*\.old.*earlier"):
+                read_config(tmp_path)
+            write_adapter(tmp_path, adapter(), {"generation": 0})
+    assert len(found) > 4
+    assert told <= {f"another save to this folder came between reading this file and {WEIGHTS}; load again"}
+    write_adapter(tmp_path, adapter(1), {"generation": 1})
+    assert_holds(tmp_path, adapter(1), {"generation": 1})
+    assert hidden(tmp_path) == []
+
+
+def test_what_is_missing_while_somebody_saves_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two renames of a save the configuration has no name; that is no reason to speak of a killed process."""
+    write_adapter(tmp_path, adapter(), {"generation": 0})
+    stopped, go_on, replace = threading.Event(), threading.Event(), os.replace
+
+    def slowly(source: Path, target: Path) -> None:
+        replace(source, target)
+        if str(target).endswith(".old"):
+            stopped.set()
+            assert go_on.wait(30)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", slowly)
+        saving = threading.Thread(target=write_adapter, args=(tmp_path, adapter(1), {"generation": 1}))
+        saving.start()
+        assert stopped.wait(30) and not (tmp_path / CONFIG).exists()
+        threading.Timer(0.2, go_on.set).start()
+        assert read_config(tmp_path) == {"generation": 1}
+        saving.join()
+    assert_holds(tmp_path, adapter(1), {"generation": 1})
 
 
 def test_permissions_are_those_of_the_old_file_or_of_the_umask(tmp_path: Path) -> None:
