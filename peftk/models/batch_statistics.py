@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..checkpoint.container import shown
+from .names import is_inside
 
 if TYPE_CHECKING:
     from .adapters import Tuner
@@ -30,7 +31,7 @@ def tell_statistics(tuner: Tuner, plan: Plan) -> None:
     changed = [
         path
         for path, count in batches_seen(tuner.model).items()
-        if before.get(path, count) != count and not any(path == s or path.startswith(f"{s}.") for s in plan.saved)
+        if before.get(path, count) != count and path not in plan.saved and not is_inside(path, plan.saved)
     ]
     # What a copy in modules_to_save has seen is in the file.
     changed = [path for path in changed if ".modules_to_save." not in f".{path}."]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..nn import PeftConfig
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
-from .names import clean_state, unwrapped
+from .names import clean_state, is_inside, unwrapped
 from .plan import PATTERNS, Plan
 from .targets import HEADS, candidates
 
@@ -30,7 +30,7 @@ def biases(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
         if path in plan.adapters:
             if getattr(module, "bias", None) is not None:
                 yield f"{path}.base_layer.bias", _own_bias(module)
-        elif mode != "all" or any(path.startswith(f"{saved}.") for saved in plan.saved):
+        elif mode != "all" or is_inside(path, plan.saved):
             continue
         elif isinstance(module, AdapterLayer):
             if module.bias is not None:

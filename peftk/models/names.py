@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from torch import nn
 
@@ -65,6 +65,11 @@ def named_children(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def is_inside(path: str, holders: Container[str]) -> bool:
+    """Return whether one of the modules `holders` holds `path`, at any depth."""
+    return any(path[:i] in holders for i, letter in enumerate(path) if letter == ".")
+
+
 def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return the module that holds `path`, a name of `named_modules`, and the child's name there.
 
@@ -103,6 +108,7 @@ def clean_state(module: nn.Module, key: str) -> str:
 __all__ = [
     "clean_state",
     "inner_name",
+    "is_inside",
     "named_children",
     "named_modules",
     "place_of",

@@ -101,14 +101,24 @@ def make_plan(
         )
     _check_patterns(config, adapters, strict)
     saved = {}
-    for path in resolve_saved(model, config, asked):
+    found = resolve_saved(model, config, asked)
+    owners = _owners(model) if found else {}
+    for path in found:
         module = modules[path]
-        _tell_shared(path, module, held, model)
+        _tell_shared(path, module, held, owners)
         saved[path] = copy_onloaded(getattr(module, "original_module", module))
     return Plan(name, config, adapters, saved)
 
 
-def _tell_shared(path: str, module: nn.Module, held: dict[int, list[str]], model: nn.Module) -> None:
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Map the id of every parameter to all its names."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _tell_shared(path: str, module: nn.Module, held: dict[int, list[str]], owners: dict[int, list[str]]) -> None:
     """Warn where a module that is to be trained in full, or a parameter of it, is in other places too."""
     if isinstance(module, ModulesToSaveWrapper):
         return
@@ -120,12 +130,8 @@ def _tell_shared(path: str, module: nn.Module, held: dict[int, list[str]], model
             stacklevel=4,
         )
         return
-    own = {id(parameter) for parameter in module.parameters()}
-    tied = [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in own and not name.startswith(f"{path}.")
-    ]
+    names = (name for parameter in module.parameters() for name in owners[id(parameter)])
+    tied = [name for name in names if not name.startswith(f"{path}.")]
     if tied:
         warnings.warn(
             f"modules_to_save: module {path!r} shares its weight with {shown(tied)}; the trained copy has one of its "

@@ -17,7 +17,7 @@ from ..nn.base.kinds import QUANTISERS, quantised_by
 from ..nn.base.patterns import matcher
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.walking import all_modules
-from .names import named_children, named_modules, unwrapped, without_wrappers
+from .names import is_inside, named_children, named_modules, unwrapped, without_wrappers
 
 _QV = ("q_proj", "v_proj")
 _FUSED = ("query_key_value",)
@@ -347,13 +347,16 @@ def resolve_saved(model: nn.Module, config: PeftConfig, asked: Iterable[str]) ->
         TypeError: A matched module is a container or an adapted layer.
     """
     modules = candidates(model)
-    unknown = sorted(name for name in asked if not any(key.endswith(name) for key in modules))
+    asked, names = {*asked}, {*(getattr(config, "modules_to_save", None) or ())}
+    # By their lengths, of which there are few: every name against every module would be their product.
+    lengths = {len(name) for name in (*asked, *names)}
+    endings = {key: {key[len(key) - n :] for n in lengths if n <= len(key)} for key in modules}
+    unknown = sorted(asked.difference(*endings.values()))
     if unknown:
         raise ValueError(f"modules_to_save: not in the model: {describe_unknown(unknown, modules)}")
-    names = tuple(getattr(config, "modules_to_save", None) or ())
-    matched = {key: None for key in modules if key.endswith(names)}
+    matched = {key: None for key, ends in endings.items() if not names.isdisjoint(ends)}
     # A module inside one that is saved already is saved with it.
-    found = [key for key in matched if not any(key[:i] in matched for i, letter in enumerate(key) if letter == ".")]
+    found = [key for key in matched if not is_inside(key, matched)]
     for key in found:
         module = modules[key]
         containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterLayer)

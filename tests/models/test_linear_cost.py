@@ -50,6 +50,23 @@ def test_work_is_linear_in_the_adapters(operation, tmp_path):
     assert many - few <= 3.3 * max(some - few, 0.05 * few)
 
 
+class Trained(Subject):
+    """A model of which one module in four is trained in full, by its whole name, and every bias."""
+
+    def config(self):
+        saved = [f"layers.{i}.o_proj" for i in range(self.layers // 4)]
+        names = ["q_proj", "k_proj", "v_proj"]
+        return peftk.LoraConfig(r=2, target_modules=names, modules_to_save=saved, bias=self.bias)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("operation", ["wrap", "from-file", "load-over", "choose", "save", "block"])
+def test_work_is_linear_in_the_modules_that_are_trained_in_full(operation, bias, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trained, "bias", bias, raising=False)
+    growth = grows(lambda n: Trained(peftk, n, tmp_path / str(n)), operation, (32, 96, 224))
+    assert 2.9 < growth < 3.1
+
+
 @pytest.mark.parametrize("operation", ["wrap", "from-file", "add", "load"])
 def test_work_is_linear_in_the_names(operation, tmp_path):
     few, some, many = (calls(Subject(peftk, 64, tmp_path / str(n), names=n), operation) for n in (0, 16, 48))
