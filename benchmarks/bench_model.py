@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 import peftk
 from benchmarks.arms import Arm, Budget, compare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = (200, 800, 3200)
 FEATURES, RANK = 8, 4
@@ -201,15 +203,6 @@ def arm(name: str, subject: Subject, step: Callable[[Subject], None], note: str)
         return {"output": (subject.output() - before).abs().max().item()}
 
     return Arm(name, functools.partial(step, subject), check, LIMIT, note=note)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Nothing here is large enough for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("layers", [SIZES[0], *(pytest.param(size, marks=pytest.mark.full_run) for size in SIZES[1:])])

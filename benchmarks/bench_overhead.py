@@ -8,7 +8,6 @@ instead; what a call takes beyond that is what peftk costs him where tensors are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +19,8 @@ from benchmarks.functions import Function
 from benchmarks.methods import Cell, available
 from benchmarks.peers import Bench
 from peftk.testing.calls import KINDS, Call, operators
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS, FEATURES, SIZE = 2, 8, 4
 
@@ -40,15 +41,6 @@ def _info(cell: str, method: str, mode: str, features: int = FEATURES) -> dict[s
         "dtype": "float32",
         "parameters": "float32",
     }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small use one thread; a second one could only be woken up in vain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _budget(budget: Budget) -> Budget:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.arms import QUICK, Budget
 
@@ -66,6 +67,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def budget(request: pytest.FixtureRequest) -> Budget:
     """How much one comparison measures."""
     return QUICK if request.config.getoption("--bench-quick") else Budget()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Use one thread, where nothing is large enough for a second one, which could only be woken up in vain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,15 @@
 #include <memory>
 
 #include "check.h"
-#include "host.h"
 #include "cpu/simd.h"
+#include "host.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
 #endif
 
 namespace peftk {
 namespace {
+
 struct Sizes {
   int64_t rows, count, size;
 };

@@ -13,6 +13,7 @@
 
 namespace peftk {
 namespace {
+
 ButterflyComposeParams check_butterfly(const Tensor& factors, const Tensor& blocks, const char* name, Place place) {
   check_float(factors, "factors", place);
   check_float(blocks, name, place);

@@ -6,8 +6,8 @@
 #include <optional>
 
 #include "check.h"
-#include "host.h"
 #include "cpu/simd.h"
+#include "host.h"
 #include "low_rank.h"
 
 namespace peftk {

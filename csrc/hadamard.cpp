@@ -5,8 +5,8 @@
 #include <memory>
 
 #include "check.h"
-#include "host.h"
 #include "cpu/simd.h"
+#include "host.h"
 #include "low_rank.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,9 +14,6 @@ from peftk.testing.cases import low_rank
 
 from ._method import SCALE, Cell, Values
 from .lora import Lora
-
-if TYPE_CHECKING:
-    pass
 
 
 class AdaLora(Lora):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -49,18 +50,19 @@ def _existing(folder: str | os.PathLike[str], name: str) -> Path:
         raise CheckpointError(path, f"expected an existing folder with {name}, got {what}")
     if os.path.lexists(path / name):
         return path
+    # What `_between_saves` looks for.
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path / name))
     left = leftovers(path, [WEIGHTS_NAME, CONFIG_NAME])
     if left:
         raise CheckpointError(
             path / name,
             f"is missing, because a save to this folder was killed half-way; it left {', '.join(left[:LEFT_SHOWN])}. "
             "Rename every '.old' file back to its name for the earlier adapter, or every '.tmp' file for the newer",
-        ) from FileNotFoundError(name)
+        ) from missing
     if name == WEIGHTS_NAME and os.path.lexists(path / PICKLE_NAME):
-        raise CheckpointError(path / PICKLE_NAME, f"{name} is missing and " + REFUSED_PICKLE.format(what=PICKLE_NAME))
-    raise CheckpointError(path / name, "expected this file, but the folder does not hold it") from FileNotFoundError(
-        name
-    )
+        refused = REFUSED_PICKLE.format(what=PICKLE_NAME)
+        raise CheckpointError(path / PICKLE_NAME, f"{name} is missing and {refused}") from missing
+    raise CheckpointError(path / name, "expected this file, but the folder does not hold it") from missing
 
 
 def _between_saves(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.plain import DENSE, NONE, observed, plain_tensors
+from ..ops.plain import DENSE, NONE, listened_to, observed, plain_tensors
 
 _FEATURES = {
     "Linear": ("in_features", "out_features"),
@@ -92,6 +92,7 @@ __all__ = [
     "features_of",
     "foreign_forward",
     "kind_of",
+    "listened_to",
     "observed",
     "opaque_weight",
     "plain_tensors",

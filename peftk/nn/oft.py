@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .. import functional as F
 from ..methods import oft
-from ..methods._base_layer import features_of, observed
+from ..methods._base_layer import features_of, listened_to, observed
 from ..methods.oft import orthogonality_error
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
@@ -323,7 +322,7 @@ class OFTLinear(AdapterLayer):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         rotations = [self.oft_R._modules[name] for name in names]
-        if observed(Rotation, *rotations) or _global_forward_hooks or _global_forward_pre_hooks:
+        if listened_to(Rotation, *rotations):
             for rotation in rotations:
                 x = rotation(x)
             return self.base_layer(x, *args, **kwargs)

@@ -58,6 +58,11 @@ def observed(kind: type[nn.Module], *modules: nn.Module) -> bool:
     return False
 
 
+def listened_to(kind: type[nn.Module], *modules: nn.Module) -> bool:
+    """Whether to call modules of an adapter: somebody observes them, or has a hook on every module of the process."""
+    return bool(_has_any_global_hook()) or observed(kind, *modules)
+
+
 def plain_tensors(
     base: Any, x: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
 ) -> tuple[Tensor, Tensor | None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -58,14 +59,16 @@ def test_a_hook_or_another_forward_that_makes_the_adapter_zero(name):
     assert not torch.equal(wrapped(x), layer(x))
 
 
-@pytest.mark.parametrize("container", ["lora_A", "lora_B", "lora_magnitude_vector"])
-@pytest.mark.parametrize("name", ["dora", "dora_conv1d", "dora_conv", "dora_embedding"])
+FACTORS = ("lora_A", "lora_B", "lora_magnitude_vector")
+
+
+# Embeddings hold their factors as parameters, which nobody calls.
+@pytest.mark.parametrize(
+    ("name", "container"),
+    [*((n, c) for n in ("dora", "dora_conv1d", "dora_conv") for c in FACTORS), ("dora_embedding", FACTORS[2])],
+)
 def test_hooks_on_modules_of_dora_are_refused_by_name(name, container):
     layer = make(CASES[name]).eval()
-    if not hasattr(layer, container):
-        # Embeddings hold their factors as parameters, which nobody calls.
-        assert name == "dora_embedding"
-        return
     getattr(layer, container)["default"].register_forward_hook(lambda *_: None)
     with pytest.raises(NotImplementedError, match=r"DoRA adapter 'default' .*lora_A, lora_B, lora_magnitude_vector"):
         layer(example(CASES[name]))
@@ -78,26 +81,57 @@ def test_hooks_on_rotations_of_convolutions_are_refused_by_name():
         layer(example(CASES["oft_conv"]))
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_conv"])
-def test_hooks_are_refused_by_name_in_batches_that_mix_adapters(name):
-    layer = make(CASES[name], module_name="a.b").eval()
-    x = example(CASES[name])
-    handle = layer.lora_B["default"].register_forward_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match=r"module 'a.b': .* lora_A or lora_B of 'default'"):
-        layer(x, adapter_names=["default"] * len(x))
-    handle.remove()
-    layer(x, adapter_names=["default"] * len(x))
+EVERYWHERE = {
+    "forward": nn.modules.module.register_module_forward_hook,
+    "forward_pre": nn.modules.module.register_module_forward_pre_hook,
+    "full_backward": nn.modules.module.register_module_full_backward_hook,
+    "full_backward_pre": nn.modules.module.register_module_full_backward_pre_hook,
+}
+"""What puts a hook on every module of the process."""
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_hooks_on_every_module_see_those_of_an_adapter(name):
-    layer = make(CASES[name]).eval()
-    x = example(CASES[name])
-    expected, seen = layer(x), []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+@contextlib.contextmanager
+def everywhere(kind, hook=lambda *_: None):
+    handle = EVERYWHERE[kind](hook)
     try:
-        y = layer(x)
+        yield
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("kind", [None, *EVERYWHERE])
+@pytest.mark.parametrize("name", ["lora", "lora_conv"])
+def test_hooks_are_refused_by_name_in_batches_that_mix_adapters(name, kind):
+    """Those on a module of the adapter, whether or not there are others on every module, which are not."""
+    layer = make(CASES[name], module_name="a.b").eval()
+    x = example(CASES[name])
+    with contextlib.nullcontext() if kind is None else everywhere(kind):
+        handle = layer.lora_B["default"].register_forward_hook(lambda *_: None)
+        with pytest.raises(NotImplementedError, match=r"module 'a.b': .* lora_A or lora_B of 'default'"):
+            layer(x, adapter_names=["default"] * len(x))
+        handle.remove()
+        layer(x, adapter_names=["default"] * len(x))
+
+
+@pytest.mark.parametrize("kind", EVERYWHERE)
+@pytest.mark.parametrize("name", MODULES)
+def test_hooks_on_every_module_see_those_of_an_adapter(name, kind):
+    layer = make(CASES[name])
+    x = example(CASES[name]).requires_grad_()
+    expected, seen = layer(x), []
+    with everywhere(kind, lambda module, *_: seen.append(module)):
+        y = layer(x)
+        y.sum().backward()
     assert any(module is part(layer, name) for module in seen)
     assert_close(y, expected.detach().double(), torch.float32)
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.base in ("linear", "conv")])
+def test_no_names_for_the_samples_are_as_no_argument(name):
+    """Hooks on the layer run once, as without it."""
+    layer, seen = make(CASES[name]).eval(), []
+    x = example(CASES[name])
+    expected = layer(x)
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(layer(x, adapter_names=None), expected)
+    assert seen == [1]

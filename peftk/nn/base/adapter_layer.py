@@ -225,7 +225,7 @@ class AdapterLayer(Mergeable, Scalable):
         if own["_switched"] and not torch.compiler.is_compiling():
             note_rerun()
         if own["batch_adapters"] is not None or "adapter_names" in kwargs:
-            return self._mixed(x, args, kwargs)
+            return self._with_names(x, args, kwargs)
         if own["disable_adapters"] or own["merged_adapters"]:
             return self.base_layer(x, *args, **kwargs)
         attached = own[self.other_param_names[0]]
@@ -238,8 +238,16 @@ class AdapterLayer(Mergeable, Scalable):
             return self._onloaded(self._chosen, x, names, args, kwargs)
         return self._adapted(x, names, *args, **kwargs)
 
-    def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the output for a batch whose samples have adapters of their own."""
+    def _with_names(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        names = kwargs.pop("adapter_names", None)
+        names = self.batch_adapters if names is None else names
+        if names is None:
+            # Not by calling the layer, whose hooks are running already.
+            return AdapterLayer.forward(self, x, *args, **kwargs)
+        return self._mixed(x, names, args, kwargs)
+
+    def _mixed(self, x: Tensor, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the output for a batch whose samples have the adapters `names`, one for each."""
         raise ValueError("adapter_names: only LoRA adapters can be mixed in a batch")
 
     def _chosen(self, x: Tensor, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -246,19 +246,15 @@ class PeftConfig:
         check_bool("inference_mode", self.inference_mode)
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
+        for name, kind in (("target_modules", set), ("exclude_modules", set), ("modules_to_save", list)):
             value = getattr(self, name)
-            if isinstance(value, str):
+            if isinstance(value, str) and kind is set:
                 check_regex(name, value)
             elif value is not None:
                 check_names(name, value)
-                setattr(self, name, set(value))
+                setattr(self, name, kind(value))
         if isinstance(self.target_modules, set) and not self.target_modules:
             raise ValueError("target_modules: expected at least one module name, got an empty list")
-        for name in ("modules_to_save",):
-            if (value := getattr(self, name)) is not None:
-                check_names(name, value)
-                setattr(self, name, list(value))
         indices = self.layers_to_transform
         if indices is not None:
             for index in indices if isinstance(indices, (list, tuple)) else [indices]:

@@ -83,7 +83,7 @@ class LoRAEmbedding(LoRALayer):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         for name in names:
             if self.use_dora[name]:
-                self._check_dora_unheard(name, None)
+                self._check_dora_unheard(name)
         return lora_embedding.embedding(self.base_layer, x, [self.low_rank(name) for name in names], args, kwargs)
 
     def _with_mixed(

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ...methods import dora, lora
-from ...methods._base_layer import observed, rows_of
+from ...methods._base_layer import listened_to, observed, rows_of
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter, AdapterLayer
 from ..base.config import PeftConfig
@@ -119,20 +118,25 @@ class LoRALayer(AdapterLayer):
         Raises:
             NotImplementedError: One of them is a DoRA adapter, whose norms are not those of a call.
         """
-        kind = nn.Conv2d if self.kind == "Conv2d" else nn.Linear
-        first, second = self.lora_A._modules, self.lora_B._modules
         found = False
         for name in names:
             if self.use_dora[name]:
-                self._check_dora_unheard(name, kind)
-            elif observed(kind, first[name], second[name]) or _global_forward_hooks or _global_forward_pre_hooks:
-                found = True
+                self._check_dora_unheard(name)
+            else:
+                found = found or listened_to(self._factor_class, *self._factor_modules(name))
         return found
 
-    def _check_dora_unheard(self, name: str, kind: type[nn.Module] | None) -> None:
-        magnitude = self.lora_magnitude_vector[name]
-        factors = kind is not None and observed(kind, self.lora_A[name], self.lora_B[name])
-        if factors or observed(Magnitude, magnitude):
+    @property
+    def _factor_class(self) -> type[nn.Module]:
+        return nn.Conv2d if self.kind == "Conv2d" else nn.Linear
+
+    def _factor_modules(self, name: str) -> tuple[nn.Module, ...]:
+        """The modules that hold the factors of an adapter; those of an embedding are parameters."""
+        return () if self.kind == "Embedding" else (self.lora_A._modules[name], self.lora_B._modules[name])
+
+    def _check_dora_unheard(self, name: str) -> None:
+        factors = observed(self._factor_class, *self._factor_modules(name))
+        if factors or observed(Magnitude, self.lora_magnitude_vector[name]):
             where = f"module {self.module_name!r}: " if self.module_name else ""
             raise NotImplementedError(
                 f"{where}a hook, a wrapper or another forward is on a module of DoRA adapter {name!r} (lora_A, lora_B, "
@@ -141,7 +145,7 @@ class LoRALayer(AdapterLayer):
 
     def _check_unheard(self, names: list[str], instead: str) -> None:
         """Raise NotImplementedError if somebody listens to modules of these adapters, which are not called here."""
-        if self.kind != "Embedding" and self._listened_to(names) and not _global_forward_hooks:
+        if observed(self._factor_class, *(module for name in names for module in self._factor_modules(name))):
             raise NotImplementedError(
                 f"module {self.module_name!r}: a hook, a wrapper or another forward is on lora_A or lora_B of "
                 f"{' or '.join(repr(name) for name in names)}, whose modules {instead} does not call; remove it"
@@ -195,14 +199,9 @@ class LoRALayer(AdapterLayer):
 
     # -- batches that mix adapters ----------------------------------------------------------------------------
 
-    def _mixed(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        kwargs = dict(kwargs)
-        names = kwargs.pop("adapter_names", None)
-        names = self.batch_adapters if names is None else names
+    def _mixed(self, x: Tensor, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        if names is None:
-            return self(x, *args, **kwargs)
         names = names.of(len(x)) if hasattr(names, "of") else names
         self._check_mixed(x, names)
         found = [name for name in dict.fromkeys(names) if name in self.r]

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ...methods import lora
-from ...methods._base_layer import features_of, observed, opaque_weight
+from ...methods._base_layer import features_of, listened_to, opaque_weight
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter
 from ..base.kinds import settle_fan_in_fan_out
@@ -83,8 +82,7 @@ class LoRALinear(LoRALayer):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         name = names[0]
         alone = len(names) == 1 and not self.use_dora[name]
-        heard = _global_forward_hooks or _global_forward_pre_hooks or not alone
-        heard = heard or observed(nn.Linear, self.lora_A._modules[name], self.lora_B._modules[name])
+        heard = not alone or listened_to(nn.Linear, self.lora_A._modules[name], self.lora_B._modules[name])
         if heard and self._listened_to(names):
             return self._called(x, names, args, kwargs)
         adapters = [self.low_rank(name)] if alone else [self.low_rank(name) for name in names]

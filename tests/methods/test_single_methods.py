@@ -1,0 +1,117 @@
+"""What single methods have beside an output and a merged weight: masks, mixed batches, updates, norms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.method_forms import BASES, TOKENS, I, O
+from torch import nn
+
+from peftk.methods import adaption_prompt, boft, c3a, dora, loha, lokr, lora, oft
+from peftk.testing.cases import cayley, circulant
+from peftk.testing.compare import assert_close
+
+
+@pytest.mark.parametrize("name", ["fused", "called", "Conv1D"])
+def test_low_rank_batches_that_mix_adapters(name: str) -> None:
+    torch.manual_seed(2)
+    base = BASES["linear"][name]().requires_grad_(False)
+    x = torch.randn(4, TOKENS, I)
+    adapters = [
+        lora.LowRank(torch.randn(2, I), torch.randn(O, 2), 0.5, bias=torch.randn(O)),
+        lora.LowRank(torch.randn(3, I), torch.randn(O, 3), 2.0),
+    ]
+    choice = [1, -1, 0, 1]
+    y = lora.linear_mixed(base, x, adapters, choice)
+    for row, index in enumerate(choice):
+        expected = base(x[row]) if index < 0 else lora.linear(base, x[row], [adapters[index]])
+        assert_close(y[row], expected.double(), torch.float32)
+
+
+def test_additive_methods_add_to_an_output_that_is_there() -> None:
+    torch.manual_seed(3)
+    base, x = nn.Linear(I, O).requires_grad_(False), torch.randn(2, I)
+    y = base(x)
+    low_rank = lora.LowRank(torch.randn(2, I), torch.randn(O, 2), 0.5, bias=torch.randn(O))
+    assert_close(lora.add(y, x, low_rank), lora.linear(base, x, [low_rank]).double(), torch.float32)
+    hadamard = loha.Hadamard(torch.randn(O, 2), torch.randn(2, I), torch.randn(O, 2), torch.randn(2, I), 0.5)
+    assert_close(loha.add(y, x, hadamard), loha.linear(base, x, [hadamard]).double(), torch.float32)
+    kronecker = lokr.Kronecker((torch.randn(2, 3),), (torch.randn(4, 4),), 0.5)
+    assert_close(lokr.add(y, x, kronecker), lokr.linear(base, x, [kronecker]).double(), torch.float32)
+    kernel = torch.randn(2, 3, 4)
+    assert_close(c3a.add(y, x, kernel), c3a.linear(base, x, [kernel]).double(), torch.float32)
+
+
+def test_masks_of_dropout_are_handed_in() -> None:
+    torch.manual_seed(4)
+    base, x = nn.Linear(I, O).requires_grad_(False), torch.randn(2, I)
+    kept = torch.tensor([True, False, True])
+    blocks = oft.rotations(torch.randn(3, 6), 4, None, kept)
+    assert torch.equal(blocks[1], torch.eye(4)) and not torch.equal(blocks[0], torch.eye(4))
+    factors = boft.rotations(torch.randn(1, 3, 4, 4), kept)
+    assert torch.equal(factors[0, 1], torch.eye(4)) and not torch.equal(factors[0, 0], torch.eye(4))
+    rows = torch.tensor([1.0, 0.0] * (O // 2))
+    hadamard = loha.Hadamard(*(torch.randn(s) for s in ((O, 2), (2, I), (O, 2), (2, I))), 0.5, rows=rows)
+    y = base(x)
+    assert_close(loha.linear(base, x, [hadamard])[:, 1::2], y[:, 1::2].double(), torch.float32)
+    kronecker = lokr.Kronecker((torch.randn(2, 3),), (torch.randn(4, 4),), 0.5, rows.bool())
+    adapted = lokr.linear(base, x, [kronecker])
+    assert torch.equal(adapted[:, 1::2], y[:, 1::2]) and not torch.equal(adapted[:, ::2], y[:, ::2])
+
+
+def test_dropout_of_low_rank_products_follows_the_generator() -> None:
+    base, x = nn.Linear(I, O).requires_grad_(False), torch.randn(64, I)
+    adapter = lora.LowRank(torch.randn(2, I), torch.randn(O, 2), dropout_p=0.5)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(lora.linear(base, x, [adapter]))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+def test_the_share_of_prompts_is_attention_to_them() -> None:
+    torch.manual_seed(5)
+    heads, size, length = 4, 3, 6
+    query = torch.randn(2, TOKENS, heads * size, dtype=torch.float64)
+    key, value = torch.randn(2, 1, length, 2 * size, dtype=torch.float64)
+    gate = torch.tensor([0.7], dtype=torch.float64)
+    found = adaption_prompt.share(query, key, value, gate, size)
+    for head in range(heads):
+        part, shared = slice(head * size, (head + 1) * size), slice(head // 2 * size, (head // 2 + 1) * size)
+        scores = torch.softmax(query[..., part] @ key[0, :, shared].mT / size**0.5, -1)
+        assert_close(found[..., part], 0.7 * scores @ value[0, :, shared], torch.float64)
+
+
+def test_norms_of_dora_are_constants() -> None:
+    base = nn.Linear(I, O).requires_grad_(False)
+    a, b = torch.randn(2, I, requires_grad=True), torch.randn(O, 2, requires_grad=True)
+    norms = dora.norms(base, a, b, 0.5)
+    assert not norms.requires_grad
+    assert_close(norms, (base.weight + 0.5 * b @ a).detach().double().norm(dim=1), torch.float32)
+    zero = dora.gain(torch.ones(2), torch.tensor([0.0, 2.0]))
+    assert torch.equal(zero, torch.tensor([1.0, 0.5]))
+
+
+def test_the_dense_rotation_of_oft() -> None:
+    torch.manual_seed(6)
+    packed = torch.randn(3, 6, dtype=torch.float64)
+    dense = torch.block_diag(*cayley.transform(packed, 4))
+    assert_close(oft.rotation(oft.rotations(packed, 4), 3), dense, torch.float64)
+
+
+def test_the_dense_update_of_c3a() -> None:
+    torch.manual_seed(7)
+    kernel = torch.randn(2, 3, 4, dtype=torch.float64)
+    assert_close(c3a.update(kernel), circulant.dense(kernel) / I, torch.float64)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_scale_of_lokr_may_be_a_tensor(pair: bool) -> None:
+    """In the dense update and in a merged weight as in a forward pass."""
+    first = (torch.randn(2, 1), torch.randn(1, 3)) if pair else (torch.randn(2, 3),)
+    w2, weight = torch.randn(4, 5), torch.randn(8, 15)
+    w1 = first[0].double() @ first[1].double() if pair else first[0].double()
+    dense = 0.75 * torch.kron(w1, w2.double())
+    adapter = lokr.Kronecker(first, (w2,), torch.tensor(0.75))
+    assert_close(lokr.update(adapter), dense, torch.float32)
+    assert_close(lokr.merged(weight, adapter), weight + dense, torch.float32)

@@ -1,0 +1,39 @@
+"""DoRA."""
+
+from __future__ import annotations
+
+from peftk.methods import lora, lora_conv, lora_embedding
+from peftk.testing.cases import dora
+from support.method_forms import Form
+
+
+def _adapters(t):
+    return [lora.LowRank(t["a"], t["b"], 0.5, magnitude=t["m"])]
+
+
+def _weight(weight, bias, t):
+    update = 0.5 * t["b"].flatten(1) @ t["a"].flatten(1)
+    return dora.decomposed(weight + update.view(weight.shape), t["m"]), bias
+
+
+FORMS = (
+    Form(
+        "linear",
+        lambda s: {"a": (2, s[1]), "b": (s[0], 2), "m": (s[0],)},
+        lambda base, x, t: lora.linear(base, x, _adapters(t)),
+        _weight,
+        lambda weight, bias, t: lora.merged(weight, bias, *_adapters(t), weight, bias),
+    ),
+    Form(
+        "conv",
+        lambda s: {"a": (2, *s[1:]), "b": (s[0], 2, 1, 1), "m": (1, s[0], 1, 1)},
+        lambda base, x, t: lora_conv.conv2d(base, x, _adapters(t)),
+        _weight,
+    ),
+    Form(
+        "embedding",
+        lambda s: {"a": (2, s[1]), "b": (s[0], 2), "m": (s[0],)},
+        lambda base, x, t: lora_embedding.embedding(base, x, _adapters(t)),
+        _weight,
+    ),
+)
