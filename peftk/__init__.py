@@ -2,6 +2,7 @@
 
 from . import functional, nn
 from ._version import __version__
+from .integrations.accelerate import accelerate
 from .models.peft_model import PeftModel, get_peft_model
 from .models.status import get_layer_status, get_model_status
 from .nn import (
@@ -36,6 +37,7 @@ __all__ = [
     "TaskType",
     "XLoraConfig",
     "__version__",
+    "accelerate",
     "explain",
     "functional",
     "get_layer_status",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
-from ..ops.dropout import Dropout
+from ..ops.dropout import Drawn, Dropout
 from ._base_layer import rows_of
 
 if TYPE_CHECKING:
@@ -38,14 +38,22 @@ def gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
     return gain(adapter.magnitude, norms(base, adapter.a, adapter.b, adapter.scale))
 
 
-def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
-    """Apply an adapter with magnitudes to the output of a linear layer, (..., out), whose input was x, (..., in)."""
+def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank, dropped: Tensor | None = None) -> Tensor:
+    """Apply an adapter with magnitudes to the output of a linear layer, (..., out).
+
+    Args:
+        base: The layer.
+        result: What it and the adapters before this one have made.
+        x: Its input, (..., in).
+        adapter: The adapter.
+        dropped: The input as dropout has left it, where the caller draws; the adapter's own probability is then zero.
+    """
     a, b, scale, p = adapter.a, adapter.b, adapter.scale, adapter.dropout_p
     g = gain_of(base, adapter)
-    if p == 0:
+    if p == 0 and dropped is None:
         return F.dora_compose(result, x, a, b, g, base.bias, scale)
     # The base product that g scales is that of the dropped input too, as in Hugging Face PEFT.
-    seen = Dropout(x, p)
+    seen = Dropout(x, p) if dropped is None else Drawn(dropped.to(result.dtype))
     second = tf.linear(seen.dropped(), rows_of(base, base.weight).to(x.dtype))
     result = torch.addcmul(result, second, (g - 1).to(result.dtype))
     hidden = seen.product(tf.linear, a.to(x.dtype))

@@ -13,7 +13,7 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ..ops.bias import add_bias
 from ..ops.conv import channels_last, convolve_frozen, convolve_thin, expand
-from ..ops.dropout import Dropout
+from ..ops.dropout import Drawn, Dropout
 from . import dora
 from ._base_layer import NONE, plain_tensors
 from .lora import LowRank, mixed_bias, mixed_gate, mixed_groups, side_by_side
@@ -43,12 +43,14 @@ def conv2d(
     return result
 
 
-def _added(base: nn.Conv2d, result: Tensor, x: Tensor, adapter: LowRank, fresh: bool) -> Tensor:
+def _added(
+    base: nn.Conv2d, result: Tensor, x: Tensor, adapter: LowRank, fresh: bool, dropped: Tensor | None = None
+) -> Tensor:
     a, b = adapter.a, adapter.b
-    seen = Dropout(x, adapter.dropout_p)
+    seen = Dropout(x, adapter.dropout_p) if dropped is None else Drawn(dropped.to(result.dtype))
     if adapter.magnitude is not None:
         g = dora.gain_of(base, adapter)
-        result = _rescaled(base, result, seen, g, adapter.dropout_p)
+        result = _rescaled(base, result, seen, g, adapter.dropout_p > 0 or dropped is not None)
         b = b * g.view(-1, 1, 1, 1).to(b.dtype)
         fresh = False
     hidden = seen.product(functools.partial(convolve_thin, base), a)
@@ -56,13 +58,13 @@ def _added(base: nn.Conv2d, result: Tensor, x: Tensor, adapter: LowRank, fresh: 
     return result if adapter.bias is None else add_bias(result, adapter.bias, -3)
 
 
-def add(base: nn.Conv2d, result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
-    """Apply an adapter to the output of a convolution whose input was x; nothing is written to."""
-    return _added(base, result, x.to(result.dtype), adapter, fresh=False)
+def add(base: nn.Conv2d, result: Tensor, x: Tensor, adapter: LowRank, dropped: Tensor | None = None) -> Tensor:
+    """Apply an adapter to the output of a convolution; nothing is written to. The arguments: `dora.rescale_linear`."""
+    return _added(base, result, x.to(result.dtype), adapter, fresh=False, dropped=dropped)
 
 
-def _rescaled(base: nn.Conv2d, result: Tensor, seen: Dropout, g: Tensor, p: float) -> Tensor:
-    if p > 0:
+def _rescaled(base: nn.Conv2d, result: Tensor, seen: Dropout | Drawn, g: Tensor, drops: bool) -> Tensor:
+    if drops:
         # The base product that g scales is that of the dropped input too, as in Hugging Face PEFT.
         x = seen.dropped()
         second = convolve_frozen(base, x, base.weight.to(x.dtype))

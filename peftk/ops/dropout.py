@@ -107,3 +107,22 @@ class Dropout:
         if self._made is not None:
             return product(self._made, weight)
         return registry.apply(_Product, product, self._x, weight, self._p, self._seed)
+
+
+class Drawn:
+    """An input that somebody else has dropped, with what `Dropout` offers.
+
+    Args:
+        dropped: The input with zeros where elements were dropped, and the others scaled up.
+    """
+
+    def __init__(self, dropped: Tensor) -> None:
+        self._dropped = dropped
+
+    def dropped(self) -> Tensor:
+        """Return the dropped input."""
+        return self._dropped
+
+    def product(self, product: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> Tensor:
+        """Return ``product(dropped input, weight)``."""
+        return product(self._dropped, weight)

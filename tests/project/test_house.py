@@ -34,7 +34,7 @@ STOREYS = (
     ("functional", "checkpoint"),
     ("methods",),
     ("nn",),
-    ("models",),
+    ("models", "integrations"),
     ("testing", "__init__"),
     ("commands",),
     ("__main__",),

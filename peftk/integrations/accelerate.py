@@ -1,0 +1,170 @@
+"""`peftk.accelerate`: the layers of another library's model, or of a process, on this package's arithmetic."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..runtime.registry import explain
+from .exchange import wrapped
+from .report import Report, Row, restorer
+from .way import Way
+
+LIBRARIES = {"peft": "hf_peft"}
+"""The libraries, and the packages here that know them."""
+
+_lock = threading.RLock()
+_patched: dict[type[nn.Module], tuple[Any, Way]] = {}
+"""The classes whose `forward` is replaced, what stood in their own dictionary, and the way."""
+
+
+def accelerate(target: nn.Module | str, *, correct: bool = False, strict: bool = False, force: bool = False) -> Report:
+    """Run the adapter layers of Hugging Face PEFT on this package's kernels.
+
+    The parameters, names, files, merging, switching and everything else stay PEFT's. A layer gets a subclass of its
+    class that differs in `forward` alone. A call that this package does not take (a batch that mixes adapters, hooks on
+    an adapter's modules, ...) runs in PEFT's own code, as before.
+
+    Args:
+        target: A model with PEFT's layers; or "peft", for the classes themselves and so for all layers of this process,
+            those that are made later too.
+        correct: Give this package's values where those of PEFT are wrong: OFT on convolutions with kernels larger than
+            1 x 1, and several C3A adapters at once. Otherwise such layers run in PEFT's own code.
+        strict: Raise if a layer cannot be accelerated, and change nothing.
+        force: Go on with versions of PEFT whose functions are not known.
+
+    Returns:
+        A `Report`: ``print`` it, and call its ``restore()`` to undo everything.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: `target` is neither a module nor a name.
+        ValueError: The model has no layers of PEFT, or `target` is no library that is known.
+        RuntimeError: `strict`, and a layer runs in PEFT's own code.
+
+    Example:
+        >>> import peft, peftk, torch  # doctest: +SKIP
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))  # doctest: +SKIP
+        >>> print(peftk.accelerate(model))  # doctest: +SKIP
+    """
+    if isinstance(target, str):
+        if target not in LIBRARIES:
+            raise ValueError(f"target: expected a model or one of {', '.join(map(repr, LIBRARIES))}; got {target!r}")
+        with _lock:
+            return _classes(_library(target), correct=correct, strict=strict, force=force)
+    if not isinstance(target, nn.Module):
+        raise TypeError(
+            f"target: expected a torch.nn.Module with PEFT's layers or one of {', '.join(map(repr, LIBRARIES))}; "
+            f"got {type(target).__name__}"
+        )
+    with _lock:
+        return _model(target, correct=correct, strict=strict, force=force)
+
+
+def _library(name: str) -> ModuleType:
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"peftk.accelerate: {name} is not installed; run `pip install {name}`", name=name)
+    return importlib.import_module(f"..{LIBRARIES[name]}.library", __name__)
+
+
+def _model(model: nn.Module, *, correct: bool, strict: bool, force: bool) -> Report:
+    library = _library("peft")
+    layers = list(library.layers_of(model))
+    if not layers:
+        own = any(type(module).__module__.startswith("peftk.") for module in model.modules())
+        hint = "it has peftk's own layers, which are fast already" if own else "call peft.get_peft_model first"
+        raise ValueError(
+            f"target: expected a model with layers of PEFT, got {type(model).__name__} without any; {hint}"
+        )
+    rows, chosen = [], []
+    backends: dict[Any, str | None] = {}
+    for path, layer in layers:
+        owner, cls = library.holder(layer)
+        way = library.foreign(layer) or library.way(library.name_of(cls), correct, force)
+        rows.append(_look(path, _written(cls), owner, way, backends))
+        # What is left to PEFT for its state alone may get another state.
+        if isinstance(way, Way):
+            chosen.append((layer, way))
+    _check(rows, strict)
+    for layer, way in chosen:
+        library.exchange(layer, way)
+    return Report(type(model).__name__, rows, restorer([layer for _, layer in layers], library.restore))
+
+
+def _look(path: str, kind: str, owner: Any, way: Way | str, backends: dict[Any, str | None]) -> Row:
+    reason: Any = way
+    if isinstance(way, Way):
+        found = way.adapters(owner, None)
+        if type(found) is list:
+            return Row(path, kind, way.operator, _backend(owner, way, found, backends), way.note(owner))
+        reason = found
+    return Row(path, kind, None, None, reason)
+
+
+def _backend(owner: Any, way: Way, adapters: list[Any], backends: dict[Any, str | None]) -> str | None:
+    args = way.example(owner, adapters)
+    if args is None:
+        return None
+    key = (way.operator, *((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in args))
+    if key not in backends:
+        backends[key] = explain(way.operator, *args).chosen
+    return backends[key]
+
+
+def _written(cls: type[nn.Module]) -> str:
+    # As in PEFT's repr: the tuner and the class.
+    parts = cls.__module__.split(".")
+    return f"{parts[2]}.{cls.__name__}" if len(parts) > 2 else cls.__name__
+
+
+def _check(rows: list[Row], strict: bool) -> None:
+    left = [row for row in rows if not row.accelerated]
+    if strict and left:
+        first = "; ".join(f"{row.name} ({row.kind}): {row.reason}" for row in left[:3])
+        raise RuntimeError(
+            f"strict: {len(left)} of {len(rows)} cannot be accelerated, and nothing was changed; {first}"
+            + ("; ..." if len(left) > 3 else "")
+        )
+
+
+def _classes(library: ModuleType, *, correct: bool, strict: bool, force: bool) -> Report:
+    rows, chosen = [], []
+    for name, cls in library.classes():
+        way = library.way(name, correct, force)
+        if isinstance(way, Way):
+            rows.append(Row(_written(cls), _written(cls), way.operator, None, None))
+            chosen.append((cls, way))
+        else:
+            rows.append(Row(_written(cls), _written(cls), None, None, way))
+    _check(rows, strict)
+    for cls, way in chosen:
+        _patch(cls, way)
+
+    def undo() -> int:
+        with _lock:
+            return sum(_unpatch(cls) for cls, _ in chosen)
+
+    return Report(library.NAME, rows, undo)
+
+
+def _patch(cls: type[nn.Module], way: Way) -> None:
+    own = _patched[cls][0] if cls in _patched else cls.__dict__.get("forward")
+    cls.forward = wrapped(cls, way)
+    _patched[cls] = own, way
+
+
+def _unpatch(cls: type[nn.Module]) -> bool:
+    if cls not in _patched:
+        return False
+    own, _ = _patched.pop(cls)
+    if own is None:
+        # It inherits its `forward`.
+        del cls.forward
+    else:
+        cls.forward = own
+    return True

@@ -1,0 +1,1 @@
+"""Hugging Face PEFT: the layers of its tuners, a file for each method."""

@@ -1,0 +1,104 @@
+"""PEFT's AdaLoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...methods import lora, lora_conv
+from ...methods._base_layer import plain_tensors
+from ...methods.lora import LowRank
+from ..way import Way
+from . import lora as lora_layers
+from .lora import FEW_ROWS_NOTE, Active, dropout_of, dropped, scale_of, unfit_rows
+from .tuner_layer import SHARED, active, held, unfit
+
+
+class Triplets(Way):
+    """Layers whose update is a singular value decomposition."""
+
+    method = "adalora"
+    copied = SHARED
+
+    def _found(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        modules = layer._modules
+        firsts, seconds, values, ranks = (held(modules[n]) for n in ("lora_A", "lora_B", "lora_E", "ranknum"))
+        found: list[Any] = []
+        parameters: list[Any] = []
+        for name in active(layer, firsts):
+            p, scale = dropout_of(modules["lora_dropout"]._modules[name]), scale_of(layer, name)
+            if p is None or scale is None:
+                return "a hook or another forward is on a module of the adapter, or a scale that is no number"
+            a, b, e = firsts[name], seconds[name], values[name]
+            if a.shape[0] == 0:
+                continue
+            parameters += (a, b, e)
+            # The rank is on the device: nobody waits for its value.
+            gate = e.view(-1) * (scale / (ranks[name] + 1e-5)).to(e.device, e.dtype)
+            found.append(Active(LowRank(a, b, 1.0, gate), p))
+        if not found:
+            return "no adapter with a rank is active"
+        return unfit(layer, x, parameters) or found
+
+
+class Linear(Triplets):
+    """Linear layers and GPT-2's Conv1D."""
+
+    layers = ("peft.tuners.adalora.layer.SVDLinear",)
+    operator = "low_rank_linear"
+
+    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        """See `Way.adapters`."""
+        why = None if x is None else unfit_rows(layer, x, small=True)
+        return why or self._found(layer, x)
+
+    def note(self, layer: Any) -> str | None:
+        """See `Way.note`."""
+        return FEW_ROWS_NOTE
+
+    example = lora_layers.Linear.example
+
+    def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
+        """See `Way.run`."""
+        base = layer._modules["base_layer"]
+        if all(p == 0 for _, p in adapters) and plain_tensors(base, x) is not None:
+            return lora.linear(base, x, [one for one, _ in adapters])
+        result = base(x)
+        for one, p in adapters:
+            seen = dropped(x, one.a, p)
+            result = lora.add(result, x if seen is None else seen, one)
+        return result
+
+
+class Conv2d(Triplets):
+    """Convolutions over images."""
+
+    layers = ("peft.tuners.adalora.layer.SVDConv2d",)
+    operator = "conv2d"
+
+    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        """See `Way.adapters`."""
+        base = layer._modules["base_layer"]
+        if type(base) is not nn.Conv2d or base.padding_mode != "zeros" or base.groups != 1:
+            return "the base layer is no convolution without groups that pads with zeros"
+        if x is not None and (x.dim() not in (3, 4) or x.shape[-3] != base.in_channels):
+            return "an input of another shape"
+        found = self._found(layer, x)
+        if isinstance(found, str):
+            return found
+        shape = base.in_channels, *base.kernel_size
+        return [
+            Active(LowRank((one.a * one.gate[:, None]).view(-1, *shape), one.b[:, :, None, None]), p)
+            for one, p in found
+        ]
+
+    def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
+        """See `Way.run`."""
+        base = layer._modules["base_layer"]
+        if all(p == 0 for _, p in adapters):
+            return lora_conv.conv2d(base, x, [one for one, _ in adapters])
+        result = base(x)
+        for one, p in adapters:
+            result = lora_conv.add(base, result, x, one, dropped(x, one.a, p))
+        return result

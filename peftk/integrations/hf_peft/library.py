@@ -1,0 +1,99 @@
+"""PEFT as a whole: its layers in a model, and its classes in a process."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..exchange import exchange as exchange_class
+from ..exchange import original_class
+from ..exchange import restore as restore_class
+from ..fingerprints import resolve
+from ..way import Way
+from . import xlora
+from .tuner_layer import FINGERPRINTS
+
+NAME = "peft"
+
+
+@functools.cache
+def ways() -> dict[str, type[Way]]:
+    """Return the way of every class of layers, by the dotted name of the class."""
+    from .. import hf_peft
+
+    found = {}
+    for module in pkgutil.iter_modules(hf_peft.__path__):
+        for value in vars(importlib.import_module(f"{hf_peft.__name__}.{module.name}")).values():
+            if isinstance(value, type) and issubclass(value, Way) and "layers" in value.__dict__:
+                found.update(dict.fromkeys(value.layers, value))
+    return found
+
+
+@functools.cache
+def way(name: str, correct: bool, force: bool) -> Way | str:
+    """Return how the layers of a class run, or why they are left to PEFT."""
+    kind = ways().get(name)
+    if kind is None:
+        return "no arithmetic for this class"
+    made = kind(FINGERPRINTS, correct=correct, force=force)
+    return made.unknown((f"{name}.forward", *made.copied)) or made
+
+
+def name_of(cls: type) -> str:
+    """Return the dotted name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Return PEFT's layers in a model, with the paths of those."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in model.named_modules():
+        name = name_of(original_class(module))
+        if name in ways() or (isinstance(module, BaseTunerLayer) and name.startswith("peft.")):
+            yield path, module
+
+
+def holder(layer: nn.Module) -> tuple[Any, type]:
+    """Return what runs a layer, which X-LoRA replaces, and its class."""
+    owner = xlora.replaced(layer)
+    return (layer, original_class(layer)) if owner is None else (owner, type(owner))
+
+
+def foreign(layer: nn.Module) -> str | None:
+    """Say who has replaced the `forward` of a layer, or return None."""
+    if "forward" not in layer.__dict__ or xlora.replaced(layer) is not None:
+        return None
+    return "another library has replaced `forward` of the layer; accelerate the model before that"
+
+
+def exchange(layer: nn.Module, way: Way) -> None:
+    """Let a layer run in a way."""
+    (exchange_class if xlora.replaced(layer) is None else xlora.exchange)(layer, way)
+
+
+def restore(layer: nn.Module) -> bool:
+    """Let a layer run as PEFT has it; say whether it did not."""
+    own = xlora.restore(layer)
+    return restore_class(layer) or own
+
+
+def classes() -> Iterator[tuple[str, type[nn.Module]]]:
+    """Return every class of layers that this version of PEFT and the libraries beside it have."""
+    from peft.import_utils import is_bnb_available
+
+    for name in ways():
+        module = name.rpartition(".")[0]
+        if module.endswith(".bnb") and module not in sys.modules and not is_bnb_available():
+            continue
+        try:
+            yield name, resolve(name)
+        except (AttributeError, ImportError):
+            # Older versions have classes of their own for quantised layers, and some need bitsandbytes or torchao.
+            continue

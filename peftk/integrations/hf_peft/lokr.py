@@ -1,0 +1,114 @@
+"""PEFT's LoKr: linear layers and convolutions."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ...methods import lokr
+from ...methods._base_layer import opaque_weight, plain_tensors
+from ...methods.lokr import Kronecker
+from ..way import Way
+from .lora import scale_of
+from .lycoris_layer import draws, unfit_base
+from .tuner_layer import SHARED, active, held, plain_example, unfit
+
+_LAYER = "peft.tuners.lokr.layer"
+
+
+class LoKrWay(Way):
+    """Layers whose update is a Kronecker product."""
+
+    method = "lokr"
+    copied: ClassVar[tuple[str, ...]] = (
+        *SHARED,
+        f"{_LAYER}.LoKrLayer.get_delta_weight",
+        f"{_LAYER}.LoKrLayer._available_adapters.fget",
+        f"{_LAYER}.make_kron",
+        f"{_LAYER}.make_weight_cp",
+    )
+
+    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        """See `Way.adapters`."""
+        modules = layer._modules
+        w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (
+            held(modules[name])
+            for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+        )
+        found: list[Any] = []
+        parameters: list[Any] = []
+        for name in active(layer, {**w1, **w1_a}):
+            scale = scale_of(layer, name)
+            if type(scale) is not float:
+                return "a scale that is no number"
+            first = (w1[name],) if name in w1 else (w1_a[name], w1_b[name])
+            second = (w2[name],) if name in w2 else (w2_a[name], w2_b[name])
+            if name not in w2 and name in t2:
+                second = (*second, t2[name])
+            found.append((name, Kronecker(first, second, scale)))
+            parameters += (*first, *second)
+        if not found:
+            return "no adapter is active"
+        return unfit_base(layer, x) or unfit(layer, x, parameters) or found
+
+    def _drawn(self, layer: Any, adapters: list[Any]) -> list[Kronecker]:
+        drawn = []
+        names = [name for name, _ in adapters]
+        for (name, one), (on, kept) in zip(adapters, draws(layer, names, layer.weight.shape[0]), strict=True):
+            if kept is not None:
+                scale = one.scale
+                if layer.rank_dropout_scale[name]:
+                    scale = scale / kept.float().mean()
+                one = one._replace(kept=kept.to(one.w1[0].device), scale=scale)
+            if on:
+                drawn.append(one)
+        return drawn
+
+
+class Linear(LoKrWay):
+    """Linear layers."""
+
+    layers = (f"{_LAYER}.Linear",)
+    operator = "kronecker_linear"
+    copied = (*LoKrWay.copied, f"{_LAYER}.Linear._get_delta_activations")
+
+    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        """See `Way.adapters`."""
+        if opaque_weight(layer._modules["base_layer"]) is not None:
+            return "a weight that is not dense"
+        return super().adapters(layer, x)
+
+    def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
+        """See `Way.example`."""
+        plain = plain_example(layer)
+        if plain is None:
+            return None
+        one = adapters[0][1]
+        return *plain, lokr.first(one), lokr.second(one), 1.0
+
+    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
+        """See `Way.run`."""
+        base = layer._modules["base_layer"]
+        # The base layer comes before the draws, as it may draw too.
+        result = None if plain_tensors(base, x) is not None else base(x)
+        drawn = self._drawn(layer, adapters)
+        if result is None:
+            return lokr.linear(base, x, drawn) if drawn else base(x)
+        for one in drawn:
+            result = lokr.add(result, x.to(result.dtype), one)
+        return result.to(x.dtype)
+
+
+class Conv2d(LoKrWay):
+    """Convolutions over images."""
+
+    layers = (f"{_LAYER}.Conv2d",)
+    operator = "kronecker_weight"
+    copied = (*LoKrWay.copied, f"{_LAYER}.Conv2d._get_delta_activations")
+
+    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
+        """See `Way.run`."""
+        base = layer._modules["base_layer"]
+        drawn = self._drawn(layer, adapters)
+        return (lokr.conv2d(base, x, drawn) if drawn else base(x)).to(x.dtype)

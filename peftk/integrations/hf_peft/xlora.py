@@ -1,0 +1,108 @@
+"""PEFT's X-LoRA, whose objects replace the `forward` of LoRA's layers: all experts in one product."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...methods import xlora
+from ...methods._base_layer import observed
+from ...methods.lora import LowRank
+from ..exchange import wrapped
+from ..way import Forward, Way, plain
+from .lora import dropout_of, scale_of
+from .tuner_layer import SHARED, parameter, unfit
+
+_LAYER = "peft.tuners.xlora.layer"
+
+
+class Linear(Way):
+    """Linear layers."""
+
+    method = "xlora"
+    layers = (f"{_LAYER}.XLoraLinearLayer",)
+    operator = "low_rank_linear"
+    copied = (*SHARED, f"{_LAYER}.XLoraLayer.apply_scalings_to_x")
+
+    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        """See `Way.adapters`; the layer is PEFT's object that has replaced its `forward`."""
+        target = layer.target
+        modules = target._modules
+        found: list[Any] = []
+        parameters: list[Any] = []
+        for index, name in enumerate(target.active_adapters):
+            if name not in modules["lora_A"]._modules:
+                continue
+            a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+            scale = scale_of(target, name)
+            if type(scale) is not float:
+                return "a scale that is no number"
+            if dropout_of(modules["lora_dropout"]._modules[name]) != 0:
+                return "dropout of an expert, or a hook on it"
+            if observed(nn.Linear, a, b) or b.bias is not None:
+                return "a hook or another forward is on a module of the adapter, or it has a bias"
+            if target.use_dora[name]:
+                return "X-LoRA has no DoRA"
+            expert = LowRank(parameter(a), parameter(b), scale)
+            parameters += expert[:2]
+            found.append((index, expert))
+        if not found:
+            return "no adapter is active"
+        return unfit(target, x, parameters) or found
+
+    def run(self, layer: Any, x: Tensor, adapters: list[Any], scalings: Tensor | None = None) -> Tensor:
+        """See `Way.run`; with the weights of the experts, (batch, tokens, layers, experts)."""
+        weight = 1.0 if scalings is None else layer.config.global_scaling_weight
+        gates = []
+        chosen = None if scalings is None else layer.get_maybe_topk_scalings(scalings)
+        for index, expert in adapters:
+            like = expert.a.new_full((1,), expert.scale * weight)
+            gate = like if chosen is None else chosen[:, :, index, None].to(like.dtype) * like
+            gates.append(gate.expand(*gate.shape[:-1], len(expert.a)))
+        base = layer.target._modules["base_layer"]
+        experts = [expert for _, expert in adapters]
+        return xlora.linear(base, x, experts, torch.cat(gates, -1)).to(x.dtype)
+
+    def around(self, original: Forward, only: list[type] | None) -> Forward:
+        """See `Way.around`."""
+
+        def forward(layer: Any, x: Any, *args: Any, scalings: Any = None, **kwargs: Any) -> Any:
+            target = layer.target
+            usual = (
+                not args
+                and not kwargs
+                and not getattr(layer, "adapters_disabled", False)
+                and not target.merged_adapters
+            )
+            if usual and plain(x) and x.dim() == 3 and x.shape[-1] == target.in_features:
+                found = self.adapters(layer, x)
+                if type(found) is list and (scalings is None or scalings.shape[:2] == x.shape[:2]):
+                    return self.run(layer, x, found, scalings)
+            return original(layer, x, *args, scalings=scalings, **kwargs)
+
+        return forward
+
+
+def replaced(layer: nn.Module) -> Any:
+    """Return the object of X-LoRA that has replaced the `forward` of a layer, or None."""
+    forward = layer.__dict__.get("forward")
+    owner = getattr(forward, "__self__", None)
+    return owner if type(owner).__module__ == _LAYER else None
+
+
+def exchange(layer: nn.Module, way: Way) -> None:
+    """Give a layer whose `forward` is X-LoRA's another one: PEFT keeps a bound method in the layer."""
+    owner = replaced(layer)
+    layer.forward = types.MethodType(wrapped(type(owner), way), owner)
+
+
+def restore(layer: nn.Module) -> bool:
+    """Give a layer X-LoRA's `forward` back; say whether it had another one."""
+    owner = replaced(layer)
+    if owner is None or not hasattr(layer.forward, "_peftk_original"):
+        return False
+    layer.forward = types.MethodType(layer.forward._peftk_original, owner)
+    return True

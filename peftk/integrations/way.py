@@ -1,0 +1,111 @@
+"""How the layers of one class of another library run on this package's arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .fingerprints import Fingerprints
+
+Forward = Callable[..., Any]
+"""The `forward` of a class of layers."""
+
+
+class Way:
+    """One class of layers of another library, run by `peftk.methods`; a subclass is a class of layers.
+
+    An instance holds no layer. It decides for each call, before anything of the layer has run, and what it does not
+    take runs in the library's own code as if this package were not there.
+
+    Args:
+        fingerprints: The sources of the library's functions that are known.
+        correct: Compute this package's values where those of the library are wrong.
+        force: Go on where the source of a function is not known.
+    """
+
+    method: ClassVar[str]
+    """What the method is called in the library, such as "lora"."""
+
+    layers: ClassVar[tuple[str, ...]]
+    """The classes, as dotted names; only a layer of exactly one of these is taken."""
+
+    operator: ClassVar[str]
+    """The operator of `peftk.functional` that does most of the work."""
+
+    copied: ClassVar[tuple[str, ...]] = ()
+    """Functions of the library, as dotted names, whose meaning is repeated here, beside the `forward` of the class."""
+
+    def __init__(self, fingerprints: Fingerprints, *, correct: bool = False, force: bool = False) -> None:
+        self.fingerprints, self.correct, self.force = fingerprints, correct, force
+
+    def unknown(self, names: Sequence[str]) -> str | None:
+        """Name the first of these functions whose source is not known, and the version of the library, or None."""
+        return None if self.force else self.fingerprints.unknown(names)
+
+    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        """Return the tensors and settings of the active adapters, or why the library's own code runs.
+
+        Args:
+            layer: The layer.
+            x: Its input; None to look at the layer alone.
+        """
+        raise NotImplementedError
+
+    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
+        """Return the output of a layer with what `adapters` has returned."""
+        raise NotImplementedError
+
+    def note(self, layer: Any) -> str | None:
+        """Return what a user should know of a layer that is accelerated, such as what differs, or None."""
+        return None
+
+    def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
+        """Return arguments of `operator` as a call of the layer gives, of which no values are read; None if unknown."""
+        return None
+
+    def around(self, original: Forward, only: list[type] | None) -> Forward:
+        """Return a `forward` that runs what this way takes, and in the original everything else.
+
+        Args:
+            original: The `forward` of the library's class.
+            only: See `exchange.wrapped`.
+        """
+        adapters, run = self.adapters, self.run
+
+        def forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+            # All is decided before the base layer is called: afterwards the library would call it again.
+            if (only is None or type(layer) is only[0]) and not args and not kwargs and usual(layer, x):
+                found = adapters(layer, x)
+                if type(found) is list:
+                    return run(layer, x, found)
+            return original(layer, x, *args, **kwargs)
+
+        return forward
+
+
+def usual(layer: Any, x: Any) -> bool:
+    """Whether a call is an ordinary one: active adapters on a plain tensor that nothing transforms or traces."""
+    return plain(x) and not layer._disable_adapters and not layer.merged_adapters
+
+
+def plain(x: Any) -> bool:
+    """Whether a tensor is one that the arithmetic takes, and nothing transforms or traces the call."""
+    return (
+        (type(x) is Tensor or type(x) is nn.Parameter)
+        and x.layout is torch.strided
+        and x.numel() > 0
+        and not _has_any_global_hook()
+        and not torch._C._are_functorch_transforms_active()
+        and (torch.compiler.is_compiling() or not torch._C._is_tracing())
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def forward_of(cls: Any) -> Forward:
+    """Return the function that a class has as its `forward`, without what this package has put around it."""
+    function = cls.forward
+    return getattr(function, "_peftk_original", function)
