@@ -12,7 +12,7 @@ from ...methods.lora import LowRank
 from ..way import Way
 from . import lora as lora_layers
 from .lora import FEW_ROWS_NOTE, Active, dropout_of, dropped, scale_of, unfit_rows
-from .tuner_layer import SHARED, active, held, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, active, held, unfit
 
 
 class Triplets(Way):
@@ -38,7 +38,7 @@ class Triplets(Way):
             gate = e.view(-1) * (scale / (ranks[name] + 1e-5)).to(e.device, e.dtype)
             found.append(Active(LowRank(a, b, 1.0, gate), p))
         if not found:
-            return "no adapter with a rank is active"
+            return NONE_ACTIVE
         return unfit(layer, x, parameters) or found
 
 

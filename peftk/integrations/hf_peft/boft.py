@@ -12,7 +12,7 @@ from ...methods import boft
 from ...methods._base_layer import kind_of, observed, plain_tensors
 from ...methods.boft import Butterfly
 from ..way import Way
-from .tuner_layer import FINGERPRINTS, SHARED, active, held, plain_example, unfit
+from .tuner_layer import FINGERPRINTS, NONE_ACTIVE, SHARED, active, held, plain_example, unfit
 
 _LAYER = "peft.tuners.boft.layer"
 
@@ -38,7 +38,7 @@ class Butterflies(Way):
             parameters += (squares[name], scales[name])
             found.append((squares[name], scales[name]))
         if not found:
-            return "no adapter is active"
+            return NONE_ACTIVE
         return unfit(layer, x, parameters) or found
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...methods import c3a
 from ...methods._base_layer import plain_tensors
 from ..way import Way
-from .tuner_layer import HALF, SHARED, active, held, plain_example, unfit
+from .tuner_layer import HALF, NONE_ACTIVE, SHARED, active, held, plain_example, unfit
 
 
 class Linear(Way):
@@ -26,7 +26,7 @@ class Linear(Way):
         kernels = held(layer._modules["c3a_kernel"])
         names = active(layer, kernels)
         if not names:
-            return "no adapter is active"
+            return NONE_ACTIVE
         if len(names) > 1 and not self.correct:
             return "PEFT feeds the second adapter with the first one's output; correct=True gives both the same input"
         found = [kernels[name] for name in names]

@@ -12,7 +12,7 @@ from ...methods.loha import Hadamard
 from ..way import Way
 from .lora import scale_of
 from .lycoris_layer import draws, unfit_base
-from .tuner_layer import SHARED, active, held, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, active, held, unfit
 
 _LAYER = "peft.tuners.loha.layer"
 _CONTAINERS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -43,7 +43,7 @@ class LoHaWay(Way):
             found.append((name, Hadamard(w1_a, w1_b, w2_a, w2_b, scale, t1, t2)))
             parameters += (p for p in (w1_a, w1_b, w2_a, w2_b, t1, t2) if p is not None)
         if not found:
-            return "no adapter is active"
+            return NONE_ACTIVE
         return unfit_base(layer, x) or unfit(layer, x, parameters) or found
 
     def _drawn(self, layer: Any, adapters: list[Any]) -> list[Hadamard]:
@@ -73,7 +73,7 @@ class Linear(LoHaWay):
 
     def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
         """See `Way.adapters`."""
-        if opaque_weight(layer._modules["base_layer"]) is not None:
+        if opaque_weight(layer.get_base_layer()) is not None:
             return "a weight that is not dense"
         return super().adapters(layer, x)
 

@@ -12,7 +12,7 @@ from ...methods.lokr import Kronecker
 from ..way import Way
 from .lora import scale_of
 from .lycoris_layer import draws, unfit_base
-from .tuner_layer import SHARED, active, held, plain_example, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, active, held, plain_example, unfit
 
 _LAYER = "peft.tuners.lokr.layer"
 
@@ -49,7 +49,7 @@ class LoKrWay(Way):
             found.append((name, Kronecker(first, second, scale)))
             parameters += (*first, *second)
         if not found:
-            return "no adapter is active"
+            return NONE_ACTIVE
         return unfit_base(layer, x) or unfit(layer, x, parameters) or found
 
     def _drawn(self, layer: Any, adapters: list[Any]) -> list[Kronecker]:
@@ -75,7 +75,7 @@ class Linear(LoKrWay):
 
     def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
         """See `Way.adapters`."""
-        if opaque_weight(layer._modules["base_layer"]) is not None:
+        if opaque_weight(layer.get_base_layer()) is not None:
             return "a weight that is not dense"
         return super().adapters(layer, x)
 

@@ -13,7 +13,7 @@ from ...methods import dora, lora, lora_conv, lora_embedding
 from ...methods._base_layer import kind_of, observed, opaque_weight, plain_tensors
 from ...methods.lora import LowRank
 from ..way import Way
-from .tuner_layer import SHARED, active, parameter, plain_example, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, active, parameter, plain_example, unfit
 
 FEW_ROWS = 64
 """Below as many rows, one LoRA adapter runs in PEFT's own code, whose two small products cost less than one call."""
@@ -89,7 +89,7 @@ class Factored(LoRAWay):
         first, second = modules["lora_A"]._modules, modules["lora_B"]._modules
         names = active(layer, first)
         if not names:
-            return "no adapter is active"
+            return NONE_ACTIVE
         variants = layer.lora_variant
         found: list[Any] = []
         parameters: list[Any] = []
@@ -264,7 +264,7 @@ class Embedding(LoRAWay):
         firsts, seconds = modules["lora_embedding_A"], modules["lora_embedding_B"]
         names = active(layer, firsts)
         if not names:
-            return "no adapter is active"
+            return NONE_ACTIVE
         found: list[Any] = []
         parameters: list[Any] = []
         for name in names:

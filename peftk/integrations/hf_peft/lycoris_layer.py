@@ -40,7 +40,8 @@ def draws(layer: Any, names: list[str], rows: int) -> list[Draw]:
 def unfit_base(layer: Any, x: Tensor | None) -> str | None:
     """Say why the base layer of a LoHa or LoKr layer is left to PEFT, or return None."""
     base = layer._modules["base_layer"]
-    if isinstance(base, nn.Linear):
+    # Below another adapter's layer a linear layer is called, and then added to.
+    if isinstance(layer.get_base_layer(), nn.Linear):
         return None if x is None or x.shape[-1:] == (layer.in_features,) else "an input of another size"
     if type(base) is not nn.Conv2d:
         return f"the base layer is a {type(base).__name__}"

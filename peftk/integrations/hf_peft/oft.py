@@ -10,7 +10,7 @@ from ... import functional as F
 from ...methods import oft
 from ...methods._base_layer import observed, plain_tensors
 from ..way import Way
-from .tuner_layer import SHARED, active, parameter, plain_example, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, active, parameter, plain_example, unfit
 
 _MODULE = "peft.tuners.oft.layer.OFTRotationModule"
 
@@ -42,7 +42,7 @@ class Rotated(Way):
             parameters.append(weight)
             found.append((weight, module.block_size, self._terms(module)))
         if not found:
-            return "no adapter is active"
+            return NONE_ACTIVE
         return unfit(layer, x, parameters) or found
 
     @staticmethod

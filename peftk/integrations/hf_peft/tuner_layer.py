@@ -14,6 +14,8 @@ from ..fingerprints import Fingerprints
 
 FINGERPRINTS = Fingerprints(Path(__file__).with_name("fingerprints.json"), "peft")
 
+NONE_ACTIVE = "no adapter is active now; one that becomes so is accelerated"
+
 HALF = (torch.float16, torch.bfloat16)
 
 SHARED = (

@@ -14,7 +14,7 @@ from ...methods.lora import LowRank
 from ..exchange import wrapped
 from ..way import Forward, Way, plain
 from .lora import dropout_of, scale_of
-from .tuner_layer import SHARED, parameter, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, parameter, unfit
 
 _LAYER = "peft.tuners.xlora.layer"
 
@@ -50,7 +50,7 @@ class Linear(Way):
             parameters += expert[:2]
             found.append((index, expert))
         if not found:
-            return "no adapter is active"
+            return NONE_ACTIVE
         return unfit(target, x, parameters) or found
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any], scalings: Tensor | None = None) -> Tensor:
