@@ -21,7 +21,7 @@ GPU_PIP := $(GPU_VENV)/bin/python -m pip install --no-index --no-build-isolation
 SOURCES := setup.py pyproject.toml peftk/_version.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo types test test-long bench test-gpu bench-gpu lint format doctor setup clean
+.PHONY: help demo types test test-long test-peft test-matrix bench test-gpu bench-gpu lint format doctor setup clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,14 @@ test: $(DONE)-test types  ## Check style and types and run every test; ARGS="-k 
 
 test-long: $(DONE)-test  ## Run the tests that take minutes: thousands of damaged files, of interruptions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n $(JOBS) --dist loadgroup -q $(ARGS)
+
+# What PEFT's own tests import beyond what ours do.
+test-peft: $(DONE)-test  ## Run PEFT's own tests without and with peftk.accelerate: all must end alike
+	$(PIP) parameterized attrs scipy datasets
+	$(BIN)/python -m tools.peft_tests $(ARGS)
+
+test-matrix: $(DONE)-test  ## Run the tests of peftk.accelerate with every supported version of PEFT
+	$(BIN)/python -m tools.matrix $(ARGS)
 
 bench: $(DONE)-bench  ## Time operators and layers beside their peers, and write the report; ARGS=--quick to try it
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -222,17 +222,17 @@ def markdown(found: list[Row]) -> str:
     return "\n".join([*lines, "", *below])
 
 
-def updated(page: str, table: str) -> str:
-    """Return a page with the table between its two markers.
+def updated(page: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return a page with a table between two markers.
 
     Raises:
         ValueError: The page has no such markers.
     """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"page: expected the markers {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+    head, found, rest = page.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"page: expected the markers {begin} and {end}")
+    return f"{head}{begin}\n{table}\n{end}{tail}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -62,7 +62,7 @@ class Report(Sequence[Row]):
             groups.setdefault(row[1:], []).append(row.name)
         lines = [f"{self._title}: {self.accelerated} of {len(self)} accelerated"]
         table = [
-            (str(len(names)), kind, _by(operator, backend), _named(names))
+            (str(len(names)), kind, _by(operator, backend), _named(kind, names))
             for (kind, operator, backend, _), names in groups.items()
         ]
         widths = [max(len(line[column]) for line in table) for column in range(3)] if table else []
@@ -82,8 +82,11 @@ def _by(operator: str | None, backend: str | None) -> str:
     return operator if backend is None else f"{operator} ({backend})"
 
 
-def _named(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]}, ... {names[-1]}"
+def _named(kind: str, names: list[str]) -> str:
+    if len(names) > 1:
+        return f"{names[0]}, ... {names[-1]}"
+    # A class has no path.
+    return "" if names[0] == kind else names[0]
 
 
 def restorer(layers: Sequence[nn.Module], restore: Callable[[nn.Module], bool]) -> Callable[[], int]:

@@ -40,7 +40,8 @@ def test_xlora(experts: dict[str, str], values: dict[str, object]) -> None:
         base = theirs(input_ids=IDS).logits
     assert report.restore() == len(report)
     with theirs.disable_adapter():
-        assert torch.equal(theirs(input_ids=IDS).logits, base)
+        # Before PEFT 0.21 the layers run on while the adapter is disabled.
+        assert error(theirs(input_ids=IDS).logits, base) < 1e-5
     assert torch.equal(theirs(input_ids=IDS, labels=IDS).logits, expected.logits)
     assert error(copied(input_ids=IDS).logits, expected.logits) < 1e-5
 

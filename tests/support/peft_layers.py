@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.adalora import layer as adalora
 from torch import Tensor, nn
 
 ROWS = 96
@@ -33,6 +34,8 @@ class Kinds(nn.Module):
 
 LINEAR = ["first", "second"]
 CONV = ["conv", "pointwise"]
+# Older versions of PEFT have AdaLoRA on linear layers alone.
+ADALORA_CONV = CONV if hasattr(adalora, "SVDConv2d") else []
 
 
 def _lora(draw: random.Random) -> peft.PeftConfig:
@@ -58,7 +61,7 @@ def _adalora(draw: random.Random) -> peft.PeftConfig:
         target_r=1,
         total_step=10,
         lora_dropout=draw.choice([0.0, 0.3]),
-        target_modules=LINEAR + draw.choice([[], CONV]),
+        target_modules=LINEAR + draw.choice([[], ADALORA_CONV]),
     )
 
 

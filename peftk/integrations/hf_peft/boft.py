@@ -12,7 +12,7 @@ from ...methods import boft
 from ...methods._base_layer import kind_of, observed, plain_tensors
 from ...methods.boft import Butterfly
 from ..way import Way
-from .tuner_layer import FINGERPRINTS, NONE_ACTIVE, SHARED, active, held, plain_example, unfit
+from .tuner_layer import FINGERPRINTS, NONE_ACTIVE, SHARED, active, dense_weight, held, plain_example, unfit
 
 _LAYER = "peft.tuners.boft.layer"
 
@@ -103,6 +103,14 @@ class Conv2d(Butterflies):
             if plain_tensors(base, x) is None:
                 return "the base layer is hooked, trained or cast, and PEFT does not call it"
         return self._found(layer, x)
+
+    def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
+        """See `Way.example`."""
+        weight, (square, _) = dense_weight(layer), adapters[0]
+        if weight is None:
+            return None
+        size = square.shape[-1] << (len(square) - 1)
+        return weight.flatten(1), square.new_empty(weight[0].numel() // size, size, size)
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

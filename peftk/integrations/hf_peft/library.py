@@ -21,6 +21,8 @@ from .tuner_layer import FINGERPRINTS
 
 NAME = "peft"
 
+_PROMPTS = "peft.tuners.adaption_prompt.layer."
+
 
 @functools.cache
 def ways() -> dict[str, type[Way]]:
@@ -40,7 +42,7 @@ def way(name: str, correct: bool, force: bool) -> Way | str:
     """Return how the layers of a class run, or why they are left to PEFT."""
     kind = ways().get(name)
     if kind is None:
-        return "no arithmetic for this class"
+        return "no arithmetic for this class" if name.startswith("peft.") else f"a class that is not PEFT's, {name}"
     made = kind(FINGERPRINTS, correct=correct, force=force)
     return made.unknown((f"{name}.forward", *made.copied)) or made
 
@@ -56,7 +58,8 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     for path, module in model.named_modules():
         name = name_of(original_class(module))
-        if name in ways() or (isinstance(module, BaseTunerLayer) and name.startswith("peft.")):
+        # Those of this package are registered as such layers, for libraries that ask.
+        if name in ways() or _PROMPTS in name or (isinstance(module, BaseTunerLayer) and not name.startswith("peftk.")):
             yield path, module
 
 

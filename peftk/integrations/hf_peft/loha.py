@@ -12,7 +12,7 @@ from ...methods.loha import Hadamard
 from ..way import Way
 from .lora import scale_of
 from .lycoris_layer import draws, unfit_base
-from .tuner_layer import NONE_ACTIVE, SHARED, active, held, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, active, dense_weight, held, unfit
 
 _LAYER = "peft.tuners.loha.layer"
 _CONTAINERS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -57,6 +57,11 @@ class LoHaWay(Way):
                 drawn.append(one)
         return drawn
 
+    def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
+        """See `Way.example`."""
+        weight = dense_weight(layer)
+        return None if weight is None else (weight, *loha.factors(adapters[0][1]), 1.0)
+
     def note(self, layer: Any) -> str | None:
         """See `Way.note`."""
         if not layer._modules["hada_t1"]._keys:
@@ -68,7 +73,7 @@ class Linear(LoHaWay):
     """Linear layers."""
 
     layers = (f"{_LAYER}.Linear",)
-    operator = "hadamard_linear"
+    operator = "hadamard_weight"
     copied = (*LoHaWay.copied, f"{_LAYER}.Linear._get_delta_activations")
 
     def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:

@@ -12,7 +12,7 @@ from ...methods.lokr import Kronecker
 from ..way import Way
 from .lora import scale_of
 from .lycoris_layer import draws, unfit_base
-from .tuner_layer import NONE_ACTIVE, SHARED, active, held, plain_example, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, active, dense_weight, held, plain_example, unfit
 
 _LAYER = "peft.tuners.lokr.layer"
 
@@ -106,6 +106,11 @@ class Conv2d(LoKrWay):
     layers = (f"{_LAYER}.Conv2d",)
     operator = "kronecker_weight"
     copied = (*LoKrWay.copied, f"{_LAYER}.Conv2d._get_delta_activations")
+
+    def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
+        """See `Way.example`."""
+        weight, one = dense_weight(layer), adapters[0][1]
+        return None if weight is None else (weight.flatten(1), lokr.first(one), lokr.second(one), 1.0)
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

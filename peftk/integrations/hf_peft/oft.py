@@ -10,7 +10,7 @@ from ... import functional as F
 from ...methods import oft
 from ...methods._base_layer import observed, plain_tensors
 from ..way import Way
-from .tuner_layer import NONE_ACTIVE, SHARED, active, parameter, plain_example, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, active, dense_weight, parameter, plain_example, unfit
 
 _MODULE = "peft.tuners.oft.layer.OFTRotationModule"
 
@@ -106,6 +106,11 @@ class Conv2d(Rotated):
         if x is not None and (x.dim() != 4 or x.shape[1] != base.in_channels):
             return "an input of another shape"
         return self._found(layer, x)
+
+    def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
+        """See `Way.example`."""
+        weight, (packed, size, _) = dense_weight(layer), adapters[0]
+        return None if weight is None else (weight.flatten(1), packed.new_empty(packed.shape[0], size, size))
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

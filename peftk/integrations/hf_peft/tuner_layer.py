@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...methods._base_layer import opaque_weight
+from ...methods._base_layer import DENSE
 from ..fingerprints import Fingerprints
 
 FINGERPRINTS = Fingerprints(Path(__file__).with_name("fingerprints.json"), "peft")
@@ -27,12 +27,23 @@ SHARED = (
 """What the `forward` of every layer asks."""
 
 
+def dense_weight(layer: Any) -> Tensor | None:
+    """Return the weight of a base layer that is a plain nn.Linear or nn.Conv2d, or None."""
+    base = layer._modules["base_layer"]
+    if type(base) not in (nn.Linear, nn.Conv2d):
+        return None
+    weight = parameter(base)
+    plain = type(weight) is nn.Parameter or type(weight) is Tensor
+    # What is sharded is no matrix outside the forward pass.
+    return weight if plain and weight.dtype in DENSE and weight.dim() > 1 and not weight.is_meta else None
+
+
 def plain_example(layer: Any) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return an input of 512 rows without values, weight and bias of a plain nn.Linear base layer, or None."""
-    base = layer._modules["base_layer"]
-    if type(base) is not nn.Linear or opaque_weight(base) is not None or base.weight.device.type == "meta":
-        return None
-    return base.weight.new_empty(512, base.in_features), base.weight, base.bias
+    weight = dense_weight(layer)
+    return (
+        None if weight is None else (weight.new_empty(512, weight.shape[1]), weight, layer._modules["base_layer"].bias)
+    )
 
 
 def active(layer: Any, found: Any) -> list[str]:
@@ -67,7 +78,7 @@ def unfit(layer: Any, x: Tensor | None, parameters: Sequence[Any]) -> str | None
     dtype = None
     for p in parameters:
         if type(p) is not nn.Parameter and type(p) is not Tensor:
-            return f"a parameter of the adapter is a {type(p).__name__}"
+            return f"a parameter of the adapter is a {type(p).__name__} now"
         if p.numel() == 0:
             return "the adapter has an empty parameter, as ZeRO-3 and FSDP leave where they keep a shard"
         if p.device.type == "meta":

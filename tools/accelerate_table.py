@@ -1,0 +1,52 @@
+"""The table of methods, layers and versions in docs/accelerate.md: ``python -m tools.accelerate_table [--check]``.
+
+A class of layers is accelerated in a version if every function whose meaning is repeated was read in that version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from peftk.integrations.hf_peft import library, tuner_layer
+
+from .support_table import updated
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "accelerate.md"
+BEGIN, END = "<!-- accelerate table: begin -->", "<!-- accelerate table: end -->"
+
+
+def table() -> str:
+    """Return the table in Markdown."""
+    known = tuner_layer.FINGERPRINTS.known
+    versions = sorted({v for hashes in known.values() for found in hashes.values() for v in found})
+    lines = [f"| method | PEFT's class | {' | '.join(versions)} |", "|---|---|" + "---|" * len(versions)]
+    for name, way in sorted(library.ways().items(), key=lambda item: (item[1].method, item[0])):
+        entries = []
+        for version in versions:
+            have = {
+                f: any(version in found for found in known.get(f, {}).values())
+                for f in (*way.copied, f"{name}.forward")
+            }
+            there = have[f"{name}.forward"]
+            entries.append("accelerated" if all(have.values()) else "PEFT's own" if there else "no such class")
+        _, _, tuner, *_ = name.split(".")
+        lines.append(f"| {way.method} | `{tuner}.{name.rpartition('.')[2]}` | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the table, or with --check say whether it is up to date."""
+    parser = argparse.ArgumentParser(prog="python -m tools.accelerate_table", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail if the table is out of date")
+    options = parser.parse_args(arguments)
+    before = PAGE.read_text()
+    after = updated(before, table(), BEGIN, END)
+    if not options.check:
+        PAGE.write_text(after)
+    return int(options.check and before != after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Hugging Face PEFT's own tests, without and with `peftk.accelerate`: ``python -m tools.peft_tests`` (make test-peft).
+
+The source distribution of the installed version carries its tests. Those of custom models run twice, the second time
+with the classes of the process accelerated, and every one must end as it did the first time: passed, failed, or skipped
+for the same reason. Tests that need models from the hub fail both times without the network.
+
+This file is also the plugin that switches acceleration on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as Xml
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("test_custom_models.py", "test_mixed.py", "test_lora_variants.py", "test_initialization.py")
+METHODS = "(lora or loha or lokr or oft or c3a)"
+# Other methods, whose names have one of those in them.
+OTHERS = "velora or adamss or vera or shira or miss or hira or randlora or gralora or bdlora or deft or unilora or osf"
+SWITCH = "PEFTK_ACCELERATE"
+
+
+def pytest_configure(config: object) -> None:
+    """Accelerate every class of PEFT in this process, if asked; pytest calls this."""
+    if os.environ.get(SWITCH):
+        import peftk
+        from peftk.integrations.hf_peft import lora
+
+        # The models of the tests are small: what is left to PEFT for its size would not be tried.
+        lora.FEW_ROWS = 0
+        report = peftk.accelerate("peft")
+        if not report.accelerated:
+            raise RuntimeError(f"nothing is accelerated:\n{report}")
+
+
+def unpacked(folder: Path) -> Path:
+    """Return the tests of the installed version of PEFT, downloaded once."""
+    name = f"peft-{version('peft')}"
+    tests = folder / name / "tests"
+    if not tests.is_dir():
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*download, "--no-binary", "peft", "--dest", folder, f"peft=={version('peft')}"], check=True)
+        with tarfile.open(next(folder.glob(f"{name}.tar.gz"))) as archive:
+            inside = [member for member in archive.getmembers() if member.name.startswith(f"{name}/tests/")]
+            archive.extractall(folder, inside, filter="data")
+        # They import each other relatively.
+        (tests / "__init__.py").touch()
+    return tests
+
+
+def run(tests: Path, accelerate: bool, results: Path, workers: int, select: str) -> dict[str, str]:
+    """Run the tests and return how each of them ended."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        SWITCH: "1" if accelerate else "",
+    }
+    call = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "tools.peft_tests", "-p", "no:warnings", "-q"]
+    call += ["-n", str(workers), "-k", select, f"--junitxml={results}", "--tb=line", "-r", "N"]
+    call += [f"tests/{file}" for file in FILES]
+    subprocess.run(call, cwd=tests.parent, env=environment, check=False)
+    return read(results)
+
+
+def read(results: Path) -> dict[str, str]:
+    """Return how each test of a JUnit file ended; of one that was skipped, why."""
+    found = {}
+    for case in Xml.parse(results).iter("testcase"):
+        ends = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        end = ends[0].tag if ends else "passed"
+        reason = f": {ends[0].get('message')}" if end == "skipped" else ""
+        found[f"{case.get('classname')}::{case.get('name')}"] = end + reason
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tests twice, print what differs, and return whether anything does."""
+    parser = argparse.ArgumentParser(prog="python -m tools.peft_tests", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peft-tests", help="where the tests are kept")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("-k", dest="select", default=f"{METHODS} and not ({OTHERS})", help="pytest's -k")
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    tests = unpacked(options.folder.resolve())
+    off, on = (
+        run(tests, accelerate, tests.parent / f"{accelerate}.xml", options.workers, options.select)
+        for accelerate in (False, True)
+    )
+    changed = [name for name in off.keys() | on.keys() if off.get(name) != on.get(name)]
+    counts = Counter(end.partition(":")[0] for end in off.values())
+    print(f"peft {version('peft')}: {len(off)} tests, {', '.join(f'{n} {end}' for end, n in sorted(counts.items()))}")
+    for name in sorted(changed):
+        print(f"{name}: {off.get(name)} without peftk, {on.get(name)} with it")
+    print(f"{len(changed)} end otherwise with peftk")
+    return int(bool(changed) or not off)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
