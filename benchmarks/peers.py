@@ -153,21 +153,25 @@ class Bench:
         note = "the backends are named in the row" if backend is None else f"backend {backend!r} named"
         return self.arm(f"peftk-{backend}" if backend else "peftk", layer, parameters, note=note, backend=backend)
 
-    def hugging_face(self) -> Arm:
-        """PEFT in eager mode."""
+    def hugging_face(self, accelerate: bool = False) -> Arm:
+        """PEFT in eager mode, as it is or accelerated by this package."""
         import peft
 
         self.method.prepare_peft(peft)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = self.method.make_config(peft, self.cell, target_modules=["0"])
-            layer = peft.get_peft_model(nn.Sequential(self.linear()), config).base_model.model[0]
-        note = f"PEFT {peft.__version__}, eager"
+            model = peft.get_peft_model(nn.Sequential(self.linear()), config)
+        if accelerate:
+            peftk.accelerate(model, strict=True)
+        layer = model.base_model.model[0]
+        name, note = "accelerated" if accelerate else "hf", f"PEFT {peft.__version__}, eager"
         variant = self.method.peft_differs(self, layer)
-        if variant is None:
-            return self.arm("hf", layer, self._take(layer, self.method.find(layer)), note=note)
         parameters = self._take(layer, self.method.find(layer))
-        return self.arm("hf", layer, parameters, note=note, remark=variant.remark, exact=variant.exact)
+        # PEFT's gradient of C3A's input is not that of its value; an accelerated layer has the right one.
+        if variant is None or (accelerate and self.cell.method == "c3a"):
+            return self.arm(name, layer, parameters, note=note)
+        return self.arm(name, layer, parameters, note=note, remark=variant.remark, exact=variant.exact)
 
     def _take(self, layer: nn.Module, parameters: Values) -> Values:
         """Give a layer the values of the cell, in the adapter's dtype."""

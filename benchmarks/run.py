@@ -26,6 +26,7 @@ SUITES = {
     "model": ("bench_model.py", ""),
     "layers": ("bench_layers.py", "not bf16"),
     "layers-half": ("bench_layers.py", "bf16"),
+    "accelerate": ("bench_accelerate.py", ""),
 }
 
 
