@@ -356,7 +356,8 @@ def accelerated(results: Results) -> Iterable[Table]:
             "PEFT's own layers and models, accelerated: milliseconds",
             "Forward and backward of PEFT's layer under `peftk.accelerate`, of the same layer as PEFT has it, and of "
             "peftk's own; and whole training steps of a small LLaMA (4 layers, hidden size 1024, 512 tokens, adapters "
-            "on all linear layers) without the optimizer. Gain is PEFT's time over the accelerated one, with quartiles. "
+            "on all linear layers) without the optimizer. Gain is PEFT's time over the accelerated one, "
+            "with quartiles. "
             "Peak memory in MiB: accelerated / PEFT.",
             ("cell", "accelerated", "PEFT", "peftk's own", "gain", "peak memory", "N"),
             rows,

@@ -141,6 +141,8 @@ class Linear(Factored):
     factor_class = nn.Linear
 
     def _unfit_base(self, layer: Any, x: Tensor | None, names: Sequence[str]) -> str | None:
+        if x is not None and x.dim() == 1 and layer.lora_variant:
+            return "PEFT's DoRA makes two dimensions of one"
         return None if x is None else unfit_rows(layer, x, len(names) == 1 and not layer.lora_variant)
 
     def note(self, layer: Any) -> str | None:
@@ -213,7 +215,8 @@ class Conv2d(Factored):
             a, b = layer.lora_A[name], layer.lora_B[name]
             if _geometry(a) != _geometry(base) or a.groups != 1 or b.groups != base.groups:
                 return "PEFT's convolution A has another geometry than the base layer"
-        if x is not None and (x.dim() not in (3, 4) or x.shape[-3] != base.in_channels):
+        shapes = (4,) if layer.lora_variant else (3, 4)
+        if x is not None and (x.dim() not in shapes or x.shape[-3] != base.in_channels):
             return "an input of another shape"
         return None
 

@@ -35,15 +35,17 @@ def dense_weight(layer: Any) -> Tensor | None:
     weight = parameter(base)
     plain = type(weight) is nn.Parameter or type(weight) is Tensor
     # What is sharded is no matrix outside the forward pass.
-    return weight if plain and weight.dtype in DENSE and weight.dim() > 1 and not weight.is_meta else None
+    usable = plain and weight.dtype in DENSE and weight.dim() > 1 and not weight.is_meta
+    return weight.detach() if usable else None
 
 
 def plain_example(layer: Any) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return an input of 512 rows without values, weight and bias of a plain nn.Linear base layer, or None."""
     weight = dense_weight(layer)
-    return (
-        None if weight is None else (weight.new_empty(512, weight.shape[1]), weight, layer._modules["base_layer"].bias)
-    )
+    if weight is None:
+        return None
+    bias = layer._modules["base_layer"].bias
+    return weight.new_empty(512, weight.shape[1]), weight, None if bias is None else bias.detach()
 
 
 def active(layer: Any, found: Any) -> list[str]:
