@@ -34,7 +34,7 @@ def pytest_configure(config: object) -> None:
         from peftk.integrations.hf_peft import lora
 
         # The models of the tests are small: what is left to PEFT for its size would not be tried.
-        lora.FEW_ROWS = 0
+        lora.FEW_ROWS, lora.conv_pays = 0, lambda layer, x: True
         report = peftk.accelerate("peft")
         if not report.accelerated:
             raise RuntimeError(f"nothing is accelerated:\n{report}")

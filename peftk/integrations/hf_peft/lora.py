@@ -19,6 +19,10 @@ FEW_ROWS = 64
 """Below as many rows, one LoRA adapter runs in PEFT's own code, whose two small products cost less than one call."""
 
 
+FEW_PIXELS = 1024
+"""The same for convolutions, in places of the image."""
+
+
 class Active(NamedTuple):
     """An active adapter, and the probability of PEFT's dropout, which is drawn here, as PEFT draws it."""
 
@@ -185,6 +189,16 @@ def unfit_rows(layer: Any, x: Tensor, small: bool) -> str | None:
     return FEW_ROWS_NOTE if small and x.numel() < FEW_ROWS * layer.in_features else None
 
 
+CONV_NOTE = f"calls of fewer than {FEW_PIXELS} pixels, and training without DoRA, run in PEFT's own code, as fast there"
+
+
+def conv_pays(layer: Any, x: Tensor) -> bool:
+    """Whether a convolution with LoRA is faster here than in PEFT, whose products are cheap beside the base layer."""
+    if x.numel() < FEW_PIXELS * layer.in_features:
+        return False
+    return bool(layer.lora_variant) or not torch.is_grad_enabled()
+
+
 def dropped(x: Tensor, like: Tensor, p: float) -> Tensor | None:
     """Return the input of an adapter as PEFT drops it, in the dtype of the adapter, or None if nothing drops."""
     return tf.dropout(x.to(like.dtype), p, training=True) if p > 0 else None
@@ -216,9 +230,15 @@ class Conv2d(Factored):
             if _geometry(a) != _geometry(base) or a.groups != 1 or b.groups != base.groups:
                 return "PEFT's convolution A has another geometry than the base layer"
         shapes = (4,) if layer.lora_variant else (3, 4)
-        if x is not None and (x.dim() not in shapes or x.shape[-3] != base.in_channels):
+        if x is None:
+            return None
+        if x.dim() not in shapes or x.shape[-3] != base.in_channels:
             return "an input of another shape"
-        return None
+        return None if conv_pays(layer, x) else CONV_NOTE
+
+    def note(self, layer: Any) -> str | None:
+        """See `Way.note`."""
+        return CONV_NOTE
 
     def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
         """See `Way.run`."""
@@ -257,6 +277,8 @@ class Embedding(LoRAWay):
         """See `Way.adapters`."""
         if x is not None and x.dtype not in (torch.int64, torch.int32):
             return "an input that is no index"
+        if x is not None and x.numel() < FEW_ROWS and not layer.lora_variant:
+            return FEW_ROWS_NOTE
         base = layer._modules["base_layer"]
         scaled = hasattr(base, "embed_scale")
         if not (type(base) is nn.Embedding or scaled) or base.max_norm is not None or base.sparse:
@@ -284,6 +306,10 @@ class Embedding(LoRAWay):
         if why is None and x is not None and found[0].a.device != x.device:
             why = "the adapter is on another device than its input"
         return why or found
+
+    def note(self, layer: Any) -> str | None:
+        """See `Way.note`."""
+        return None if layer.lora_variant else FEW_ROWS_NOTE
 
     def run(self, layer: Any, x: Tensor, adapters: list[LowRank]) -> Tensor:
         """See `Way.run`."""
