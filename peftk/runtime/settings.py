@@ -109,13 +109,16 @@ class Choice:
 
     @contextlib.contextmanager
     def _holding(self, block: _Block) -> Iterator[None]:
+        # At the end of the process Python empties modules, this one's names too, before it closes what is open.
+        ends = sys.is_finalizing
         self.open.add(block)
         try:
             self._note(block)
             yield
         finally:
             self.open.discard(block)
-            self._note()
+            if not ends():
+                self._note()
 
 
 choice = Choice("peftk.backend")
