@@ -30,6 +30,31 @@ def right(method: str, model: nn.Module, name: str) -> bool:
     return not tucker
 
 
+def check_life(fast: nn.Module, plain: nn.Module, args: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Switch off, merge, unmerge, save and load an accelerated model and one that is not: both must agree."""
+    # What moved in the passes before: COFT projects its parameters, and models count their calls.
+    plain.load_state_dict(fast.state_dict())
+    for model in (fast, plain):
+        model.eval()
+    with fast.disable_adapter(), plain.disable_adapter():
+        assert torch.equal(fast(*args), plain(*args))
+    for model in (fast, plain):
+        model.merge_adapter()
+    assert torch.equal(fast(*args), plain(*args))
+    for model in (fast, plain):
+        model.unmerge_adapter()
+    assert error(fast(*args), plain(*args)) < LIMIT
+    saved = [peft.get_peft_model_state_dict(model) for model in (fast, plain)]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+    kept = {name: value.clone() for name, value in saved[0].items()}
+    for model in (fast, plain):
+        peft.set_peft_model_state_dict(model, {name: 0.5 * value for name, value in kept.items()})
+    assert error(fast(*args), plain(*args)) < LIMIT
+    for model in (fast, plain):
+        peft.set_peft_model_state_dict(model, kept)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("group", range(6))
 def test_values_gradients_and_random_numbers_are_those_of_peft(
@@ -44,6 +69,7 @@ def test_values_gradients_and_random_numbers_are_those_of_peft(
             fill(model, seed + 1)
             model.base_model.set_adapter(["default", "other"])
         model.train(seed % 4 != 0)
+        before = copy.deepcopy(model)
         expected = step(model, args)
         report = peftk.accelerate(model)
         got = step(model, args)
@@ -54,6 +80,7 @@ def test_values_gradients_and_random_numbers_are_those_of_peft(
         for name, gradient in expected[1].items():
             if right(method, model, name):
                 assert error(got[1][name], gradient) < 10 * LIMIT, (seed, name)
+        check_life(copy.deepcopy(model), before, args)
         assert report.restore() == len([row for row in report if "replaced" not in str(row.reason)])
         restored = step(model, args)
         # COFT projects its parameters in every pass, and rounds them.
