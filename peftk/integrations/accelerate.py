@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..runtime.registry import explain
 from .exchange import wrapped
 from .report import Report, Row, restorer
-from .way import Way
+from .way import Way, forward_of
 
 LIBRARIES = {"peft": "hf_peft"}
 """The libraries, and the packages here that know them."""
 
 _lock = threading.RLock()
-_patched: dict[type[nn.Module], tuple[Any, Way]] = {}
-"""The classes whose `forward` is replaced, what stood in their own dictionary, and the way."""
+_patched: dict[type[nn.Module], tuple[Any, Any]] = {}
+"""The classes whose `forward` is replaced, what stood in their own dictionary, and what stands there now."""
 
 
 def accelerate(target: nn.Module | str, *, correct: bool = False, strict: bool = False, force: bool = False) -> Report:
@@ -83,9 +83,12 @@ def _model(model: nn.Module, *, correct: bool, strict: bool, force: bool) -> Rep
         )
     rows, chosen = [], []
     backends: dict[Any, str | None] = {}
+    ways: dict[type, Way | str] = {}
     for path, layer in layers:
         owner, cls = library.holder(layer)
-        way = library.foreign(layer) or library.way(library.name_of(cls), correct, force)
+        if cls not in ways:
+            ways[cls] = library.way(library.name_of(cls), correct, force)
+        way = library.foreign(layer) or ways[cls]
         rows.append(_look(path, _written(cls), owner, way, backends))
         # What is left to PEFT for its state alone may get another state.
         if isinstance(way, Way):
@@ -154,14 +157,18 @@ def _classes(library: ModuleType, *, correct: bool, strict: bool, force: bool) -
 
 def _patch(cls: type[nn.Module], way: Way) -> None:
     own = _patched[cls][0] if cls in _patched else cls.__dict__.get("forward")
-    cls.forward = wrapped(cls, way)
-    _patched[cls] = own, way
+    mine = wrapped(forward_of(cls), way)
+    cls.forward = mine
+    _patched[cls] = own, mine
 
 
 def _unpatch(cls: type[nn.Module]) -> bool:
     if cls not in _patched:
         return False
-    own, _ = _patched.pop(cls)
+    own, mine = _patched.pop(cls)
+    if cls.__dict__.get("forward") is not mine:
+        # Somebody else has replaced it since, and undoes that himself.
+        return False
     if own is None:
         # It inherits its `forward`.
         del cls.forward

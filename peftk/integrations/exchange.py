@@ -22,7 +22,8 @@ def original_class(layer: nn.Module) -> Any:
 
 def exchange(layer: nn.Module, way: Way) -> None:
     """Give a layer the class that runs it in a way."""
-    layer.__class__ = exchanged_class(original_class(layer), way)
+    own = original_class(layer)
+    layer.__class__ = exchanged_class(own, forward_of(own), way)
 
 
 def restore(layer: nn.Module) -> bool:
@@ -35,11 +36,11 @@ def restore(layer: nn.Module) -> bool:
 
 
 @functools.cache
-def exchanged_class(cls: Any, way: Way) -> type[nn.Module]:
+def exchanged_class(cls: Any, original: Forward, way: Way) -> type[nn.Module]:
     """Return the subclass of a library's class that runs in a way: of the same name, for `repr` and for pickles."""
     mine: list[type] = []
     body = {
-        "forward": wrapped(cls, way, mine),
+        "forward": wrapped(original, way, mine),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
@@ -52,16 +53,15 @@ def exchanged_class(cls: Any, way: Way) -> type[nn.Module]:
     return mine[0]
 
 
-def wrapped(cls: type, way: Way, only: list[type] | None = None) -> Forward:
+def wrapped(original: Forward, way: Way, only: list[type] | None = None) -> Forward:
     """Return a `forward` for a class that runs in a way what it takes, and everything else in the class's own.
 
     Args:
-        cls: The library's class.
+        original: The `forward` of the library's class.
         way: The way.
         only: A list of one class, of which a layer must be for the way to be taken: a hook of another library may keep
             this function beyond the time at which the layer got its own class back. None for all layers.
     """
-    original = forward_of(cls)
     made: Any = functools.wraps(original)(way.around(original, only))
     made._peftk_original = original
     return made

@@ -42,6 +42,12 @@ class Way:
     def __init__(self, fingerprints: Fingerprints, *, correct: bool = False, force: bool = False) -> None:
         self.fingerprints, self.correct, self.force = fingerprints, correct, force
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.correct, self.force))
+
     def unknown(self, names: Sequence[str]) -> str | None:
         """Name the first of these functions whose source is not known, and the version of the library, or None."""
         return None if self.force else self.fingerprints.unknown(names)

@@ -285,24 +285,38 @@ def test_a_source_that_is_not_known_is_left_alone(monkeypatch: pytest.MonkeyPatc
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return own(self, x, *args, **kwargs)
 
+    report = peftk.accelerate(model)
+    assert report.accelerated == 1 and report.restore() == 1
+    # Another library replaces the function, after the first look at it.
     monkeypatch.setattr(lora_layer.Linear, "forward", forward)
-    library.way.cache_clear()
-    try:
-        report = peftk.accelerate(model)
-        assert report.accelerated == 0
-        reason = report[0].reason
-        assert "peft.tuners.lora.layer.Linear.forward of peft" in reason and "is not one that was read" in reason
-        assert "0.21.2" in reason
-        assert peftk.accelerate("peft").accelerated < len(library.ways())
-        peftk.accelerate("peft").restore()
-        assert lora_layer.Linear.forward is forward
-        library.way.cache_clear()
-        report = peftk.accelerate(model, force=True)
-        assert report.accelerated == 1
-        assert error(model(*args), expected) < LIMIT
-    finally:
-        library.way.cache_clear()
-        exchange.exchanged_class.cache_clear()
+    report = peftk.accelerate(model)
+    assert report.accelerated == 0
+    reason = report[0].reason
+    assert "peft.tuners.lora.layer.Linear.forward of peft" in reason and "is not one that was read" in reason
+    assert "0.21.2" in reason
+    report = peftk.accelerate("peft")
+    assert report.accelerated < len(report)
+    report.restore()
+    assert lora_layer.Linear.forward is forward
+    report = peftk.accelerate(model, force=True)
+    assert report.accelerated == 1
+    assert error(model(*args), expected) < LIMIT
+
+
+def test_what_somebody_replaces_later_stays_his(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = peftk.accelerate("peft")
+    mine = lora_layer.Linear.forward
+
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return mine(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(lora_layer.Linear, "forward", forward)
+    assert report.restore() == len(report) - 1
+    assert lora_layer.Linear.forward is forward
+    monkeypatch.undo()
+    # What he put back is ours; it is undone as if it had been asked for now.
+    lora_layer.Linear.forward = mine._peftk_original
+    assert peftk.accelerate("peft").restore() == len(report)
 
 
 def test_dora_that_is_not_known_leaves_lora_accelerated(monkeypatch: pytest.MonkeyPatch) -> None:

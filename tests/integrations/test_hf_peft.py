@@ -12,6 +12,7 @@ from support.peft_layers import LINEAR, METHODS, adapted, error, fill, inputs, s
 from torch import nn
 
 import peftk
+from peftk.integrations import exchange
 from peftk.integrations.hf_peft import lora
 
 SEEDS = 48
@@ -224,10 +225,6 @@ def test_few_rows_are_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         lora.Linear, "run", lambda self, layer, x, found: ran.append(len(x)) or run(self, layer, x, found)
     )
-    from peftk.integrations import exchange
-    from peftk.integrations.hf_peft import library
-
-    library.way.cache_clear()
     exchange.exchanged_class.cache_clear()
     model = adapted("lora", 3, target_modules=["first"], use_dora=False)
     layer = model.base_model.model.first

@@ -37,7 +37,6 @@ def ways() -> dict[str, type[Way]]:
     return found
 
 
-@functools.cache
 def way(name: str, correct: bool, force: bool) -> Way | str:
     """Return how the layers of a class run, or why they are left to PEFT."""
     kind = ways().get(name)

@@ -59,8 +59,9 @@ class LoHaWay(Way):
 
     def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
         """See `Way.example`."""
-        weight = dense_weight(layer)
-        return None if weight is None else (weight, *loha.factors(adapters[0][1]), 1.0)
+        weight, one = dense_weight(layer), adapters[0][1]
+        # The factors of the Tucker form are products.
+        return None if weight is None or one.t1 is not None else (weight, *one[:4], 1.0)
 
     def note(self, layer: Any) -> str | None:
         """See `Way.note`."""

@@ -66,6 +66,16 @@ class LoKrWay(Way):
         return drawn
 
 
+def _factors_without_values(adapter: Kronecker) -> tuple[Tensor, Tensor]:
+    """Return tensors of the shapes of w1 and w2 as matrices."""
+    w1, w2 = adapter.w1, adapter.w2
+    if len(w2) == 3:
+        rows, columns = w2[0].shape[1], w2[1].shape[1] * w2[2][0, 0].numel()
+    else:
+        rows, columns = w2[0].shape[0], w2[-1][0].numel()
+    return w1[0].new_empty(w1[0].shape[0], w1[-1].shape[1]), w1[0].new_empty(rows, columns)
+
+
 class Linear(LoKrWay):
     """Linear layers."""
 
@@ -84,8 +94,7 @@ class Linear(LoKrWay):
         plain = plain_example(layer)
         if plain is None:
             return None
-        one = adapters[0][1]
-        return *plain, lokr.first(one), lokr.second(one), 1.0
+        return *plain, *_factors_without_values(adapters[0][1]), 1.0
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""
@@ -110,7 +119,7 @@ class Conv2d(LoKrWay):
     def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
         """See `Way.example`."""
         weight, one = dense_weight(layer), adapters[0][1]
-        return None if weight is None else (weight.flatten(1), lokr.first(one), lokr.second(one), 1.0)
+        return None if weight is None else (weight.flatten(1), *_factors_without_values(one), 1.0)
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

@@ -12,7 +12,7 @@ from ...methods import xlora
 from ...methods._base_layer import observed
 from ...methods.lora import LowRank
 from ..exchange import wrapped
-from ..way import Forward, Way, plain
+from ..way import Forward, Way, forward_of, plain
 from .lora import dropout_of, scale_of
 from .tuner_layer import NONE_ACTIVE, SHARED, parameter, unfit
 
@@ -96,7 +96,7 @@ def replaced(layer: nn.Module) -> Any:
 def exchange(layer: nn.Module, way: Way) -> None:
     """Give a layer whose `forward` is X-LoRA's another one: PEFT keeps a bound method in the layer."""
     owner = replaced(layer)
-    layer.forward = types.MethodType(wrapped(type(owner), way), owner)
+    layer.forward = types.MethodType(wrapped(forward_of(type(owner)), way), owner)
 
 
 def restore(layer: nn.Module) -> bool:
