@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/simd.h"
+#include "wide_product.h"
 
 #define PEFTK_STRING(x) #x
 #define PEFTK_QUOTED(x) PEFTK_STRING(x)
@@ -40,4 +41,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of peftk.";
   m.def("build_info", &build_info, "What the extension was built from: peftk and torch version, compiler, CUDA.");
   m.def("cpu_capability", &cpu_capability, "The instruction set that the CPU kernels use here: base, avx2 or avx512.");
+  m.def("has_bfloat16_tiles", &peftk::wide_instructions,
+        "Whether products of bfloat16 matrices run on matrix instructions (AMX) here.");
 }
