@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..shared.kronecker import Needs, w1_first_backward, w2_first
-from ..shared.wide import wide_product
 from ._supports import device_reason, supports_activations
+from .wide_product import wide_product
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _mix = torch.ops.peftk_native.kronecker_mix.default

@@ -13,6 +13,7 @@ from ..shared.low_rank import Needs, Parameters
 from ..shared.philox import dropout_threshold
 from ..shared.wide import HALF, widened
 from ._supports import supports_activations
+from .wide_product import narrow, wide_product
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _fused = torch.ops.peftk_native.low_rank.default
@@ -153,12 +154,13 @@ def _gradients(
         )
     else:
         # Sums over tokens, and what they are sums of, are never rounded to half precision.
-        wide_rows, wide_b, wide_x = rows, b, dropped
-        if rows.dtype in HALF:
-            wide_rows, hidden, wide_b, wide_x = widened(rows), widened(hidden), widened(b), widened(dropped)
-        dhidden = torch.mm(wide_rows, wide_b)
+        left, onto_hidden, right = rows, b, dropped
+        if rows.dtype in HALF and not narrow(rows.dtype):
+            left, onto_hidden, right = widened(rows), widened(b), widened(dropped)
+        dhidden = wide_product(left, onto_hidden)
+        hidden = hidden if gate is None else widened(hidden)
         if need.b:
-            db = torch.mm(wide_rows.mT, hidden if gate is None else _gated(hidden, gate))
+            db = wide_product(left.mT, hidden if gate is None else _gated(hidden, gate))
         if scale != 1.0:
             dhidden.mul_(scale)
             db = db.mul_(scale) if need.b else db
@@ -167,7 +169,7 @@ def _gradients(
             dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
         dhidden = dhidden if gate is None else _gated(dhidden, gate)
         if need.a:
-            da = torch.mm(dhidden.mT, wide_x)
+            da = wide_product(dhidden.mT, right)
         if need.x:
             dx.addmm_(dhidden.to(dx.dtype), a)
     if need.x:
