@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.shared.circulant import Paths, Transforms, operators
+from ..kernels.shared.wide import wide_product
 from ._launch import launch, unsupported
 
 MAX_CHUNKS = 32
@@ -319,4 +320,4 @@ def _gather(grad: Tensor, scale: float, dkernel: Tensor) -> None:
 
 
 # The kernels that the registry looks for here by name; what a backend has of its own are the steps above.
-globals().update(operators(Paths(_mix, _contract, _write, _gather, Transforms()), unsupported))
+globals().update(operators(Paths(_mix, _contract, _write, _gather, Transforms(), wide_product), unsupported))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..kernels.shared.wide import wide_product
 from ..runtime import registry
 from ._autograd import run_backward, transformed
+from ._wide_product import wide_product
 from .hadamard import _khatri_rao, _khatri_rao_backward, _weight, _weight_backward, hadamard_weight, khatri_rao
 from .low_rank import _linear, _linear_backward, low_rank_add, low_rank_linear
 

@@ -12,6 +12,7 @@ from ... import _C  # noqa: F401 - importing it registers the operators of peftk
 from ..shared.circulant import Paths, Transforms, operators
 from ..shared.fourier import factors, waves
 from ._supports import device_reason, supports_activations
+from .wide_product import wide_product
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _mix_planes = torch.ops.peftk_native.circulant_mix.default
@@ -79,4 +80,4 @@ class _FastTransforms(Transforms):
 
 
 # The kernels that the registry looks for here by name; what a backend has of its own are the steps above.
-globals().update(operators(Paths(_mix, _contract, _write, _gather, _FastTransforms()), _reason))
+globals().update(operators(Paths(_mix, _contract, _write, _gather, _FastTransforms(), wide_product), _reason))

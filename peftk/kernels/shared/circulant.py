@@ -109,7 +109,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Paths:
-    """The operators of the family in terms of four kernels and of the transforms.
+    """The operators of the family in terms of five kernels and of the transforms.
 
     Attributes:
         mix: from a spectrum (rows, blocks * 2 * lanes) and the planes of a kernel (out blocks, in blocks, 3, lanes) to
@@ -118,6 +118,7 @@ class Paths:
         write: from a weight or None, a float32 kernel, a scale and an empty matrix, fill it with the sum.
         gather: from the gradient of a matrix, a scale and an empty float32 kernel, fill it with its gradient.
         transforms: the transforms of activations and gradients.
+        product: from two matrices to their product, whose sums are not rounded to half precision.
     """
 
     mix: Callable[[Tensor, Tensor, bool], Tensor]
@@ -125,6 +126,7 @@ class Paths:
     write: Callable[[Tensor | None, Tensor, float, Tensor], None]
     gather: Callable[[Tensor, float, Tensor], None]
     transforms: Transforms
+    product: Callable[[Tensor, Tensor], Tensor]
 
     def _weight(self, weight: Tensor | None, kernel: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         out_blocks, in_blocks, size = kernel.shape
@@ -150,7 +152,7 @@ class Paths:
         if x.rows.shape[0] == 0:
             return torch.zeros_like(kernel)
         if x.costs.dense_pays:
-            return self.circulant_weight_backward(torch.mm(grad.rows.mT, x.rows), kernel, scale)
+            return self.circulant_weight_backward(self.product(grad.rows.mT, x.rows), kernel, scale)
         planes = self.contract(grad.spectrum, x.spectrum, lanes(size))
         back = kernel_transform(size, torch.float32, kernel.device).mT
         found = torch.mm(planes.view(out_blocks * in_blocks, -1), back)
