@@ -198,11 +198,12 @@ PEFTK_TILES void multiply_tiles(const Corner& at, float* sums) {
   for (int64_t k = 0; k < depth_blocks; ++k, a += left.tile, b += right.tile)
     for (int64_t piece = 0; piece < left.pieces * right.pieces; ++piece) {
       const char *from_left = a + piece * left_piece, *from_right = b + piece * right_piece;
+      const bool next = piece == 0 || right.pieces > 1;
       _tile_loadd(4, from_left, left.row);
-      _tile_loadd(6, from_right, kLine);
+      if (next) _tile_loadd(6, from_right, kLine);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kColumns == 2) {
-        _tile_loadd(7, from_right + right.block, kLine);
+        if (next) _tile_loadd(7, from_right + right.block, kLine);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (kRows == 2) {

@@ -155,7 +155,7 @@ def _gradients(
     else:
         # Sums over tokens, and what they are sums of, are never rounded to half precision.
         left, onto_hidden, right = rows, b, dropped
-        if rows.dtype in HALF and not narrow(rows.dtype):
+        if rows.dtype in HALF and not narrow(rows):
             left, onto_hidden, right = widened(rows), widened(b), widened(dropped)
         dhidden = wide_product(left, onto_hidden)
         hidden = hidden if gate is None else widened(hidden)
