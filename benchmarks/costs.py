@@ -34,7 +34,7 @@ from peftk.testing.calls import Call
 from . import gpu_cells
 from .methods import METHODS, Cell
 from .results import Results
-from .tables import GPU_TARGETS, Table, milliseconds
+from .tables import Table, milliseconds
 
 # Measured on an H200: a copy, and a bf16 product.
 BANDWIDTH = 4.3e12
@@ -326,7 +326,7 @@ def _layer_table(results: Results | None) -> Table:
         cell = found.cell
         method = METHODS[cell.method]
         name = f"{method.title} {method.size_text(cell.size)}"
-        target = GPU_TARGETS.get((cell.method, cell.size))
+        target = method.gpu_targets.get(cell.size)
         rows.append(
             (
                 name if cell.parameters is cell.dtype else f"{name}, float32 adapter",

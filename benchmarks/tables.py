@@ -16,26 +16,6 @@ PEERS = {
 }
 LAYER_ARMS = {"peftk": "peftk", **PEERS}
 
-# Forward + backward over the frozen layer that is asked for: (method, dtype, features).
-TARGETS = {
-    (method, dtype, features): most
-    for method, limits in {
-        "lora": (1.10, 1.6, 1.12),
-        "adalora": (1.10, 1.6, 1.10),
-        "loha": (1.35, 2.0, 1.25),
-        "lokr": (1.5, 2.0, 1.45),
-        "c3a": (1.6, 2.5, 1.6),
-        "oft-exact": (1.12, 1.8, 1.17),
-        "oft-neumann": (1.12, 1.8, 1.15),
-        "boft": (1.15, 1.8, 1.2),
-    }.items()
-    for (dtype, features), most in zip((("float32", 1024), ("bfloat16", 1024), ("bfloat16", 4096)), limits, strict=True)
-}
-# The same over the bare products on an H200, bf16, 8192 tokens, 4096 x 4096: (method, size).
-GPU_TARGETS = {
-    **{("lora", 16): 1.12, ("loha", 8): 1.12, ("lokr", 8): 1.30, ("boft", 4): 1.17, ("c3a", 128): 1.15},
-    **{(f"oft-{kind}", b): 1.12 for kind in ("exact", "neumann") for b in (32, 64, 256)},
-}
 DISPATCH_TARGET_US = 12.0
 
 DAGGERS = "A dagger: that arm computes something else, or was sampled less often; a table below says what."
@@ -70,12 +50,16 @@ def short(comparison: Comparison) -> str:
 def target(comparison: Comparison) -> float | None:
     """Return the largest multiple of the frozen layer that is asked for."""
     info = comparison.info
+    method = METHODS.get(info["method"])
+    if method is None:
+        return None
     if info["device_class"].startswith("cuda"):
         square = (info["tokens"], info["in_features"], info["out_features"]) == (8192, 4096, 4096)
-        return GPU_TARGETS.get((info["method"], info["size"])) if square and info["dtype"] == "bfloat16" else None
-    if info["tokens"] != 512:
+        return method.gpu_targets.get(info["size"]) if square and info["dtype"] == "bfloat16" else None
+    if info["tokens"] != 512 or method.targets is None:
         return None
-    return TARGETS.get((info["method"], info["dtype"], info["in_features"]))
+    asked = zip((("float32", 1024), ("bfloat16", 1024), ("bfloat16", 4096)), method.targets, strict=True)
+    return dict(asked).get((info["dtype"], info["in_features"]))
 
 
 def binding(comparison: Comparison) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -83,6 +83,9 @@ class Method:
         no_lycoris: why LyCORIS has no such layer, if it has none.
         size: the size in the tables of the CPU.
         gpu_sizes: those in the tables of GPUs, that of the first row first.
+        targets: what forward and backward may take over the frozen layer, which is asked for: in float32 at 1024
+            features, in bfloat16 at 1024 and at 4096; None where nothing is.
+        gpu_targets: the same by size over the bare products on an H200, in bfloat16, 8192 tokens, 4096 x 4096.
         headline: whether it stands in the first table of GPUs, at every width, and not in that of the others.
     """
 
@@ -94,6 +97,8 @@ class Method:
     no_lycoris: str | None = None
     size: ClassVar[int] = 16
     gpu_sizes: ClassVar[tuple[int, ...]]
+    targets: tuple[float, float, float] | None = None
+    gpu_targets: Mapping[int, float] = MappingProxyType({})
     headline: ClassVar[bool] = False
 
     def size_for(self, features: int) -> int:

@@ -20,6 +20,8 @@ class AdaLora(Lora):
     """AdaLoRA."""
 
     name, title, config, size = "adalora", "AdaLoRA", "AdaLoraConfig", 12
+    targets = 1.10, 1.60, 1.10
+    gpu_targets: ClassVar = {}
     gpu_sizes, headline = (12,), False
     parameters: ClassVar = {"a": "lora_A", "b": "lora_B", "e": "lora_E"}
     no_lycoris = "LyCORIS has no AdaLoRA"

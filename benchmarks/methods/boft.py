@@ -45,6 +45,8 @@ class Boft(Method):
     """BOFT with two butterfly factors."""
 
     name, title, letter, config, size = "boft", "BOFT", "b", "BOFTConfig", 4
+    targets = 1.15, 1.80, 1.20
+    gpu_targets: ClassVar = {4: 1.17}
     gpu_sizes = (4,)
     parameters: ClassVar = {"factors": "boft_R", "scale": "boft_s"}
     stages = 2

@@ -36,6 +36,8 @@ class C3A(Method):
     """C3A."""
 
     name, title, letter, config = "c3a", "C3A", "b", "C3AConfig"
+    targets = 1.60, 2.50, 1.60
+    gpu_targets: ClassVar = {128: 1.15}
     gpu_sizes = (128,)
     parameters: ClassVar = {"kernel": "c3a_kernel"}
     no_lycoris = "LyCORIS has no C3A"

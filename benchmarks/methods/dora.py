@@ -34,6 +34,8 @@ class Dora(Lora):
     """DoRA."""
 
     name, title = "dora", "DoRA"
+    targets = None
+    gpu_targets: ClassVar = {}
     gpu_sizes, headline = (16,), False
     parameters: ClassVar = {**Lora.parameters, "magnitude": "lora_magnitude_vector.weight"}
 

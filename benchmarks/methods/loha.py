@@ -23,6 +23,8 @@ class LoHa(Method):
     """LoHa."""
 
     name, title, config, size = "loha", "LoHa", "LoHaConfig", 8
+    targets = 1.35, 2.00, 1.25
+    gpu_targets: ClassVar = {8: 1.12}
     gpu_sizes = (8,)
     parameters: ClassVar = {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
 

@@ -24,6 +24,8 @@ class LoKr(Method):
     """LoKr with a whole second factor; its scale is 1, which is what LyCORIS makes of it."""
 
     name, title, letter, config, size = "lokr", "LoKr", "f", "LoKrConfig", 8
+    targets = 1.50, 2.00, 1.45
+    gpu_targets: ClassVar = {8: 1.3}
     gpu_sizes = (8,)
     parameters: ClassVar = {"w1": "lokr_w1", "w2": "lokr_w2"}
 

@@ -24,6 +24,8 @@ class Lora(Method):
     """LoRA."""
 
     name, title, config = "lora", "LoRA", "LoraConfig"
+    targets = 1.10, 1.60, 1.12
+    gpu_targets: ClassVar = {16: 1.12}
     gpu_sizes, headline = (16, 64), True
     parameters: ClassVar = {"a": "lora_A.weight", "b": "lora_B.weight"}
 

@@ -33,12 +33,14 @@ class Oft(Method):
     """OFT, by the exact transform or by the series."""
 
     letter, config, size = "b", "OFTConfig", 32
+    gpu_targets: ClassVar = {32: 1.12, 64: 1.12, 256: 1.12}
     gpu_sizes, headline = (32, 64, 256), True
     parameters: ClassVar = {"packed": "oft_R.weight"}
 
     def __init__(self, neumann: bool) -> None:
         self.neumann = neumann
         self.name, self.title = ("oft-neumann", "OFT Neumann") if neumann else ("oft-exact", "OFT exact")
+        self.targets = 1.12, 1.80, 1.15 if neumann else 1.17
         self.no_lycoris = "LyCORIS has no Cayley-Neumann series" if neumann else None
 
     def size_for(self, features: int) -> int:

@@ -19,8 +19,15 @@ from transformers import (
 )
 
 from peftk.models.peft_model import PeftModel, get_peft_model
-from peftk.nn import LoraConfig, OFTConfig
+from peftk.nn import LAYERS, LoraConfig, OFTConfig
 from peftk.testing.compare import assert_close
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(layer.config_class for layer in LAYERS))
+def test_every_method_is_compared(kind):
+    """A method whose `parity_cases/<method>.py` is missing, or empty, is compared with nothing."""
+    compared = [case for case, (_, config, _) in CASES.items() if config is kind]
+    assert compared, f"{kind.__name__}: no case in tests/support/parity_cases"
 
 
 @pytest.mark.parametrize("case", CASES)
