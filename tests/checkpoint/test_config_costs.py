@@ -15,14 +15,11 @@ from torch import nn
 import peftk
 
 T = ["q_proj", "v_proj"]
+# The first small example of every method whose layers are found by name.
 CONFIGS = {
-    "lora": peftk.LoraConfig(r=2, target_modules=T),
-    "adalora": peftk.AdaLoraConfig(init_r=2, target_r=1, total_step=10, target_modules=T),
-    "loha": peftk.LoHaConfig(r=2, target_modules=T),
-    "lokr": peftk.LoKrConfig(r=2, target_modules=T),
-    "oft": peftk.OFTConfig(oft_block_size=4, target_modules=T),
-    "boft": peftk.BOFTConfig(boft_block_size=4, target_modules=T),
-    "c3a": peftk.C3AConfig(block_size=4, target_modules=T),
+    kind._forms[0].name: kind(**kind._forms[0].fields, target_modules=T)
+    for kind in dict.fromkeys(layer.config_class for layer in peftk.nn.LAYERS)
+    if kind is not peftk.AdaptionPromptConfig
 }
 MANY = [f"m{i}.q_proj" for i in range(40_000)]
 TEXTS = {
@@ -93,7 +90,7 @@ def test_any_file_is_read_or_refused_within_a_second(tmp_path, method):
     good = json.loads(file.read_text())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # All of them for one method; every third one, and another third for the next method, for the others.
-    first, step = (0, 1) if method == "lora" else (list(CONFIGS).index(method) % 3, 3)
+    first, step = (0, 1) if method == "LoRA" else (list(CONFIGS).index(method) % 3, 3)
     refused = 0
     for name, values in list(EDITS.items())[first::step]:
         text = json.dumps({**good, **values})

@@ -11,6 +11,7 @@ import pytest
 from support import layer_cases
 
 from peftk.nn import (
+    LAYERS,
     AdaLoraConfig,
     AdaptionPromptConfig,
     C3AConfig,
@@ -65,6 +66,22 @@ def test_every_method_with_layers_has_its_layer_cases():
     assert found == {type(toy.config) for toy in layer_cases.TOYS.values()}
     assert found == {type(config) for config in layer_cases.LARGE.values()}
     assert found == {cls for cls, _ in PAIRS} - {AdaptionPromptConfig, XLoraConfig}
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
+def test_every_layer_has_its_cases(layer):
+    """What `layer_cases/<method>.py` leaves out is not tried anywhere; here it is named."""
+    kind = layer.config_class
+    if kind is AdaptionPromptConfig:
+        pytest.skip("Llama-Adapter adapts whole modules, and has tests of its own")
+    assert kind._meaning, f"{kind.__name__}._meaning: no field changes what a trained tensor means?"
+    cases = [case for case in layer_cases.CASES.values() if type(case.config) is kind]
+    made = [type(layer_cases.make(case)) for case in cases]
+    assert layer in made, f"{layer.__name__}: no case in tests/support/layer_cases"
+    of = f"tests/support/layer_cases, {kind.__name__}"
+    assert any(case.together for case in cases), f"{of}: no case says which one it may act `together` with"
+    identities = [case for case in layer_cases.IDENTITIES.values() if type(case.config) is kind]
+    assert identities, f"{of}: IDENTITIES has no fresh adapter that changes no bit"
 
 
 def test_every_configuration_is_filled_in():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import peftk
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 WITH_CODE = [p for p in PAGES if "```python" in p.read_text()]
@@ -35,6 +37,19 @@ def test_make_targets_exist():
     for path in PAGES:
         for target in re.findall(r"`?make ([a-z]+)`", path.read_text()):
             assert target in targets, f"{name(path)}: make {target}"
+
+
+@pytest.mark.parametrize("operator", peftk.functional.__all__)
+def test_every_operator_stands_in_the_table_of_the_readme(operator):
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| [")]
+    assert any(f"`{operator}`" in row.split("|")[1] for row in rows), "README.md, the table of operators"
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(layer.config_class for layer in peftk.nn.LAYERS))
+def test_every_method_has_a_section(kind):
+    headings = re.findall(r"^## (.*)$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    title = kind._forms[0].name.partition(",")[0]
+    assert title in headings, f"docs/methods.md: no section {title}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

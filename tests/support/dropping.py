@@ -6,16 +6,12 @@ import dataclasses
 
 import torch
 
-from peftk.nn import AdaLoraConfig, BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from support.layer_cases import CASES, Case, example, make
 
+# The dropout of a method: the fields of its configuration that are called so and are probabilities.
 KINDS = {
-    LoraConfig: ["lora_dropout"],
-    AdaLoraConfig: ["lora_dropout"],
-    OFTConfig: ["module_dropout"],
-    BOFTConfig: ["boft_dropout"],
-    LoHaConfig: ["rank_dropout", "module_dropout"],
-    LoKrConfig: ["rank_dropout", "module_dropout"],
+    kind: [f.name for f in dataclasses.fields(kind) if f.name.endswith("dropout") and isinstance(f.default, float)]
+    for kind in dict.fromkeys(type(case.config) for case in CASES.values())
 }
 # Embeddings have no dropout, as in PEFT.
 DROPPED = [

@@ -107,6 +107,13 @@ class AdapterLayer(Mergeable, Scalable):
     other_param_names: ClassVar[tuple[str, ...]] = ()
     config_class: ClassVar[type[PeftConfig]] = PeftConfig
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # What adapts whole modules keeps no settings of an adapter.
+        for trait in ("adapter_layer_names", "other_param_names") if cls.base_kinds else ("adapter_layer_names",):
+            if "config_class" in cls.__dict__ and not getattr(cls, trait):
+                raise TypeError(f"{cls.__name__}.{trait}: expected the names of what its adapters have, got none")
+
     def __init__(
         self,
         base_layer: nn.Module,
