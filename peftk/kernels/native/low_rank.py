@@ -157,10 +157,11 @@ def _gradients(
         left, onto_hidden, right = rows, b, dropped
         if rows.dtype in HALF and not narrow(rows):
             left, onto_hidden, right = widened(rows), widened(b), widened(dropped)
-        dhidden = wide_product(left, onto_hidden)
+        product = wide_product if rows.dtype in HALF else torch.mm
+        dhidden = product(left, onto_hidden)
         hidden = hidden if gate is None else widened(hidden)
         if need.b:
-            db = wide_product(left.mT, hidden if gate is None else _gated(hidden, gate))
+            db = product(left.mT, hidden if gate is None else _gated(hidden, gate))
         if scale != 1.0:
             dhidden.mul_(scale)
             db = db.mul_(scale) if need.b else db
@@ -169,7 +170,7 @@ def _gradients(
             dgate = dgate.sum(0) if gate.dim() == 1 else dgate.view(gate.shape)
         dhidden = dhidden if gate is None else _gated(dhidden, gate)
         if need.a:
-            da = wide_product(dhidden.mT, right)
+            da = product(dhidden.mT, right)
         if need.x:
             dx.addmm_(dhidden.to(dx.dtype), a)
     if need.x:
