@@ -16,7 +16,7 @@ def names() -> list[str]:
     """Return the dotted names of all functions whose meaning is repeated."""
     found: set[str] = set()
     for layer, way in library.ways().items():
-        found |= {f"{layer}.forward", *way.copied, *getattr(way, "dora_copied", ())}
+        found |= {f"{layer}.forward", *way.copied, *way.copied_by_some}
     return sorted(found)
 
 

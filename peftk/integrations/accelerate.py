@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.base.undo import undone_if_interrupted
 from ..runtime.registry import explain
-from .exchange import wrapped
+from .exchange import switch_off, wrapped
+from .fingerprints import name_of
 from .report import Report, Row, restorer
 from .way import Way, forward_of
 
@@ -19,8 +21,8 @@ LIBRARIES = {"peft": "hf_peft"}
 """The libraries, and the packages here that know them."""
 
 _lock = threading.RLock()
-_patched: dict[type[nn.Module], tuple[Any, Any]] = {}
-"""The classes whose `forward` is replaced, what stood in their own dictionary, and what stands there now."""
+_patched: dict[type[nn.Module], tuple[Any, Any, Way]] = {}
+"""The classes whose `forward` is replaced, what stood in their own dictionary, what stands there now, and its way."""
 
 
 def accelerate(target: nn.Module | str, *, correct: bool = False, strict: bool = False, force: bool = False) -> Report:
@@ -87,15 +89,24 @@ def _model(model: nn.Module, *, correct: bool, strict: bool, force: bool) -> Rep
     for path, layer in layers:
         owner, cls = library.holder(layer)
         if cls not in ways:
-            ways[cls] = library.way(library.name_of(cls), correct, force)
+            ways[cls] = library.way(name_of(cls), correct, force)
         way = library.foreign(layer) or ways[cls]
         rows.append(_look(path, _written(cls), owner, way, backends))
         # What is left to PEFT for its state alone may get another state.
         if isinstance(way, Way):
             chosen.append((layer, way))
     _check(rows, strict)
-    for layer, way in chosen:
-        library.exchange(layer, way)
+    before = [(layer, type(layer), layer.__dict__.get("forward")) for layer, _ in chosen]
+
+    def put_back() -> None:
+        for layer, cls, forward in before:
+            layer.__class__ = cls
+            if forward is not None:
+                layer.__dict__["forward"] = forward
+
+    with undone_if_interrupted(put_back):
+        for layer, way in chosen:
+            library.exchange(layer, way)
     return Report(type(model).__name__, rows, restorer([layer for _, layer in layers], library.restore))
 
 
@@ -145,33 +156,42 @@ def _classes(library: ModuleType, *, correct: bool, strict: bool, force: bool) -
         else:
             rows.append(Row(_written(cls), _written(cls), None, None, way))
     _check(rows, strict)
-    for cls, way in chosen:
-        _patch(cls, way)
+    fresh = [cls for cls, _ in chosen if cls not in _patched]
 
     def undo() -> int:
         with _lock:
             return sum(_unpatch(cls) for cls, _ in chosen)
 
+    with undone_if_interrupted(lambda: [_unpatch(cls) for cls in fresh]):
+        for cls, way in chosen:
+            _patch(cls, way)
+
     return Report(library.NAME, rows, undo)
 
 
 def _patch(cls: type[nn.Module], way: Way) -> None:
-    own = _patched[cls][0] if cls in _patched else cls.__dict__.get("forward")
+    if cls in _patched:
+        _, mine, before = _patched[cls]
+        if before == way and cls.__dict__.get("forward") is mine:
+            return
+        _unpatch(cls)
     mine = wrapped(forward_of(cls), way)
+    # Noted first: an interruption leaves nothing that nobody can undo.
+    _patched[cls] = cls.__dict__.get("forward"), mine, way
     cls.forward = mine
-    _patched[cls] = own, mine
 
 
 def _unpatch(cls: type[nn.Module]) -> bool:
     if cls not in _patched:
         return False
-    own, mine = _patched.pop(cls)
-    if cls.__dict__.get("forward") is not mine:
-        # Somebody else has replaced it since, and undoes that himself.
-        return False
-    if own is None:
+    own, mine, _ = _patched[cls]
+    switch_off(mine)
+    # Otherwise somebody else has replaced it since, and undoes that himself.
+    stands = cls.__dict__.get("forward") is mine
+    if stands and own is None:
         # It inherits its `forward`.
         del cls.forward
-    else:
+    elif stands:
         cls.forward = own
-    return True
+    del _patched[cls]
+    return stands

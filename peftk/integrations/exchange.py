@@ -53,18 +53,30 @@ def exchanged_class(cls: Any, original: Forward, way: Way) -> type[nn.Module]:
     return mine[0]
 
 
-def wrapped(original: Forward, way: Way, only: list[type] | None = None) -> Forward:
+def wrapped(original: Forward, way: Way, only: list[type] | None = None) -> Any:
     """Return a `forward` for a class that runs in a way what it takes, and everything else in the class's own.
+
+    Hooks of another library, and layers that hold it as a bound method, may keep the function beyond the time at which
+    it was asked for: it goes the library's own way then.
 
     Args:
         original: The `forward` of the library's class.
         way: The way.
-        only: A list of one class, of which a layer must be for the way to be taken: a hook of another library may keep
-            this function beyond the time at which the layer got its own class back. None for all layers.
+        only: A list of one class, of which a layer must be. None for all layers until `switch_off`.
     """
-    made: Any = functools.wraps(original)(way.around(original, only))
-    made._peftk_original = original
+    live = [True]
+
+    def here(layer: Any) -> bool:
+        return live[0] if only is None else type(layer) is only[0]
+
+    made: Any = functools.wraps(original)(way.around(original, here))
+    made._peftk_original, made._peftk_live = original, live
     return made
+
+
+def switch_off(function: Any) -> None:
+    """Let a function of `wrapped`, or a method bound to it, go the library's own way from now on."""
+    function._peftk_live[0] = False
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:

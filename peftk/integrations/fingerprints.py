@@ -34,6 +34,11 @@ def resolve(name: str) -> Any:
     raise ModuleNotFoundError(f"no module named {parts[0]!r}", name=parts[0])
 
 
+def name_of(cls: type) -> str:
+    """Return the dotted name of a class, which `resolve` takes."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def source_hash(function: Any) -> str:
     """Return the hash of a function's source text, without what this package has put around it."""
     function = getattr(function, "_peftk_original", function)

@@ -15,7 +15,8 @@ class Row(NamedTuple):
     Attributes:
         name: The path of the layer in its model, or the name of the class.
         kind: The class, as the library writes it, such as "lora.Linear".
-        operator: The operator of `peftk.functional` that does most of the work; None where the library's own code runs.
+        operator: The operator of `peftk.functional`, or the function of torch, that does most of the work; None where
+            the library's own code runs.
         backend: The backend that the operator chose for a few rows of the layer's size; None if that was not asked.
         reason: Why the library's own code runs, or what differs from its results; None if neither.
     """

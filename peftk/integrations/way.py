@@ -34,10 +34,13 @@ class Way:
     """The classes, as dotted names; only a layer of exactly one of these is taken."""
 
     operator: ClassVar[str]
-    """The operator of `peftk.functional` that does most of the work."""
+    """The operator of `peftk.functional`, or the function of torch, that does most of the work."""
 
     copied: ClassVar[tuple[str, ...]] = ()
     """Functions of the library, as dotted names, whose meaning is repeated here, beside the `forward` of the class."""
+
+    copied_by_some: ClassVar[tuple[str, ...]] = ()
+    """The same for a part of the layers alone, which the others do not need to be known."""
 
     def __init__(self, fingerprints: Fingerprints, *, correct: bool = False, force: bool = False) -> None:
         self.fingerprints, self.correct, self.force = fingerprints, correct, force
@@ -73,18 +76,18 @@ class Way:
         """Return arguments of `operator` as a call of the layer gives, of which no values are read; None if unknown."""
         return None
 
-    def around(self, original: Forward, only: list[type] | None) -> Forward:
+    def around(self, original: Forward, here: Callable[[Any], bool]) -> Forward:
         """Return a `forward` that runs what this way takes, and in the original everything else.
 
         Args:
             original: The `forward` of the library's class.
-            only: See `exchange.wrapped`.
+            here: Says whether a layer is accelerated still.
         """
         adapters, run = self.adapters, self.run
 
         def forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             # All is decided before the base layer is called: afterwards the library would call it again.
-            if (only is None or type(layer) is only[0]) and not args and not kwargs and usual(layer, x):
+            if not args and not kwargs and here(layer) and usual(layer, x):
                 found = adapters(layer, x)
                 if type(found) is list:
                     return run(layer, x, found)

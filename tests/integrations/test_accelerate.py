@@ -28,7 +28,7 @@ LIMIT = 1e-5
 
 def test_what_is_no_model_of_peft_is_refused() -> None:
     with pytest.raises(TypeError, match=r"target: expected a torch\.nn\.Module .* got list"):
-        peftk.accelerate([])  # type: ignore[arg-type]
+        peftk.accelerate([])
     with pytest.raises(ValueError, match=r"target: expected a model or one of 'peft'; got 'pefft'"):
         peftk.accelerate("pefft")
     with pytest.raises(ValueError, match=r"layers of PEFT, got Linear without any; call peft\.get_peft_model first"):
@@ -384,7 +384,7 @@ def test_ways_are_complete() -> None:
     """Every class that has arithmetic says its method, its operator, and is fingerprinted."""
     for name, way in library.ways().items():
         assert way.method and way.operator
-        for function in (f"{name}.forward", *way.copied, *getattr(way, "dora_copied", ())):
+        for function in (f"{name}.forward", *way.copied, *way.copied_by_some):
             assert tuner_layer.FINGERPRINTS.known.get(function), f"{function}: run `python -m tools.fingerprints`"
 
 

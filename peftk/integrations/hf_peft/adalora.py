@@ -6,12 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...methods import lora, lora_conv
-from ...methods._base_layer import plain_tensors
 from ...methods.lora import LowRank
 from ..way import Way
 from . import lora as lora_layers
-from .lora import FEW_ROWS_NOTE, Active, dropout_of, dropped, scale_of, unfit_rows
+from .lora import FEW_ROWS_NOTE, Active, dropout_of, run_conv, run_linear, scale_of, unfit_rows
 from .tuner_layer import NONE_ACTIVE, SHARED, active, held, unfit
 
 
@@ -61,14 +59,7 @@ class Linear(Triplets):
 
     def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
         """See `Way.run`."""
-        base = layer._modules["base_layer"]
-        if all(p == 0 for _, p in adapters) and plain_tensors(base, x) is not None:
-            return lora.linear(base, x, [one for one, _ in adapters])
-        result = base(x)
-        for one, p in adapters:
-            seen = dropped(x, one.a, p)
-            result = lora.add(result, x if seen is None else seen, one)
-        return result
+        return run_linear(layer._modules["base_layer"], x, adapters)
 
 
 class Conv2d(Triplets):
@@ -95,10 +86,4 @@ class Conv2d(Triplets):
 
     def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
         """See `Way.run`."""
-        base = layer._modules["base_layer"]
-        if all(p == 0 for _, p in adapters):
-            return lora_conv.conv2d(base, x, [one for one, _ in adapters])
-        result = base(x)
-        for one, p in adapters:
-            result = lora_conv.add(base, result, x, one, dropped(x, one.a, p))
-        return result
+        return run_conv(layer._modules["base_layer"], x, adapters)

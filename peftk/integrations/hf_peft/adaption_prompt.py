@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -47,17 +48,12 @@ class Attention(Way):
         result = output + model.o_proj(added)
         return result.to(query.dtype), *rest
 
-    def around(self, original: Forward, only: list[type] | None) -> Forward:
+    def around(self, original: Forward, here: Callable[[Any], bool]) -> Forward:
         """See `Way.around`."""
 
         def forward(layer: Any, **kwargs: Any) -> Any:
             x = kwargs.get("hidden_states")
-            if (
-                x is not None
-                and (only is None or type(layer) is only[0])
-                and plain(x)
-                and kwargs.get("position_embeddings") is not None
-            ):
+            if x is not None and here(layer) and plain(x) and kwargs.get("position_embeddings") is not None:
                 found = self.adapters(layer, x)
                 if type(found) is list and not kwargs.get("output_attention"):
                     return self.run(layer, x, found, **kwargs)

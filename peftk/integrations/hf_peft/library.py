@@ -14,7 +14,7 @@ from torch import nn
 from ..exchange import exchange as exchange_class
 from ..exchange import original_class
 from ..exchange import restore as restore_class
-from ..fingerprints import resolve
+from ..fingerprints import name_of, resolve
 from ..way import Way
 from . import xlora
 from .tuner_layer import FINGERPRINTS
@@ -44,11 +44,6 @@ def way(name: str, correct: bool, force: bool) -> Way | str:
         return "no arithmetic for this class" if name.startswith("peft.") else f"a class that is not PEFT's, {name}"
     made = kind(FINGERPRINTS, correct=correct, force=force)
     return made.unknown((f"{name}.forward", *made.copied)) or made
-
-
-def name_of(cls: type) -> str:
-    """Return the dotted name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...methods import loha
-from ...methods._base_layer import opaque_weight, plain_tensors
 from ...methods.loha import Hadamard
-from ..way import Way
 from .lora import scale_of
-from .lycoris_layer import draws, unfit_base
+from .lycoris_layer import LycorisWay, OnConv2d, OnLinear, unfit_base
 from .tuner_layer import NONE_ACTIVE, SHARED, active, dense_weight, held, unfit
 
 _LAYER = "peft.tuners.loha.layer"
 _CONTAINERS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
 
-class LoHaWay(Way):
+class LoHaWay(LycorisWay):
     """Layers whose update is the product of two low-rank ones, entry by entry."""
 
     method = "loha"
+    arithmetic: ClassVar[ModuleType] = loha
     copied: ClassVar[tuple[str, ...]] = (
         *SHARED,
         f"{_LAYER}.LoHaLayer.get_delta_weight",
@@ -46,16 +46,10 @@ class LoHaWay(Way):
             return NONE_ACTIVE
         return unfit_base(layer, x) or unfit(layer, x, parameters) or found
 
-    def _drawn(self, layer: Any, adapters: list[Any]) -> list[Hadamard]:
-        drawn = []
-        names = [name for name, _ in adapters]
-        for (_, one), (on, kept) in zip(adapters, draws(layer, names, layer.weight.shape[0]), strict=True):
-            if kept is not None:
-                rows = kept.to(one.w1_a.dtype)
-                one = one._replace(rows=(rows / rows.mean()).to(one.w1_a.device))
-            if on:
-                drawn.append(one)
-        return drawn
+    def masked(self, layer: Any, name: str, one: Hadamard, kept: Tensor) -> Hadamard:
+        """See `LycorisWay.masked`."""
+        rows = kept.to(one.w1_a.dtype)
+        return one._replace(rows=(rows / rows.mean()).to(one.w1_a.device))
 
     def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
         """See `Way.example`."""
@@ -70,41 +64,17 @@ class LoHaWay(Way):
         return "gradients of the Tucker form are those of its value; PEFT's are not"
 
 
-class Linear(LoHaWay):
+class Linear(OnLinear, LoHaWay):
     """Linear layers."""
 
     layers = (f"{_LAYER}.Linear",)
     operator = "hadamard_weight"
     copied = (*LoHaWay.copied, f"{_LAYER}.Linear._get_delta_activations")
 
-    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
-        """See `Way.adapters`."""
-        if opaque_weight(layer.get_base_layer()) is not None:
-            return "a weight that is not dense"
-        return super().adapters(layer, x)
 
-    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
-        """See `Way.run`."""
-        base = layer._modules["base_layer"]
-        # The base layer comes before the draws, as it may draw too.
-        result = None if plain_tensors(base, x) is not None else base(x)
-        drawn = self._drawn(layer, adapters)
-        if result is None:
-            return loha.linear(base, x, drawn) if drawn else base(x)
-        for one in drawn:
-            result = loha.add(result, x.to(result.dtype), one)
-        return result.to(x.dtype)
-
-
-class Conv2d(LoHaWay):
+class Conv2d(OnConv2d, LoHaWay):
     """Convolutions over images."""
 
     layers = (f"{_LAYER}.Conv2d",)
     operator = "hadamard_weight"
     copied = (*LoHaWay.copied, f"{_LAYER}.Conv2d._get_delta_activations")
-
-    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
-        """See `Way.run`."""
-        base = layer._modules["base_layer"]
-        drawn = self._drawn(layer, adapters)
-        return (loha.conv2d(base, x, drawn) if drawn else base(x)).to(x.dtype)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...methods import lokr
-from ...methods._base_layer import opaque_weight, plain_tensors
 from ...methods.lokr import Kronecker
-from ..way import Way
 from .lora import scale_of
-from .lycoris_layer import draws, unfit_base
+from .lycoris_layer import LycorisWay, OnConv2d, OnLinear, unfit_base
 from .tuner_layer import NONE_ACTIVE, SHARED, active, dense_weight, held, plain_example, unfit
 
 _LAYER = "peft.tuners.lokr.layer"
 
 
-class LoKrWay(Way):
+class LoKrWay(LycorisWay):
     """Layers whose update is a Kronecker product."""
 
     method = "lokr"
+    arithmetic: ClassVar[ModuleType] = lokr
     copied: ClassVar[tuple[str, ...]] = (
         *SHARED,
         f"{_LAYER}.LoKrLayer.get_delta_weight",
@@ -52,18 +52,12 @@ class LoKrWay(Way):
             return NONE_ACTIVE
         return unfit_base(layer, x) or unfit(layer, x, parameters) or found
 
-    def _drawn(self, layer: Any, adapters: list[Any]) -> list[Kronecker]:
-        drawn = []
-        names = [name for name, _ in adapters]
-        for (name, one), (on, kept) in zip(adapters, draws(layer, names, layer.weight.shape[0]), strict=True):
-            if kept is not None:
-                scale = one.scale
-                if layer.rank_dropout_scale[name]:
-                    scale = scale / kept.float().mean()
-                one = one._replace(kept=kept.to(one.w1[0].device), scale=scale)
-            if on:
-                drawn.append(one)
-        return drawn
+    def masked(self, layer: Any, name: str, one: Kronecker, kept: Tensor) -> Kronecker:
+        """See `LycorisWay.masked`."""
+        scale = one.scale
+        if layer.rank_dropout_scale[name]:
+            scale = scale / kept.float().mean()
+        return one._replace(kept=kept.to(one.w1[0].device), scale=scale)
 
 
 def _factors_without_values(adapter: Kronecker) -> tuple[Tensor, Tensor]:
@@ -76,18 +70,12 @@ def _factors_without_values(adapter: Kronecker) -> tuple[Tensor, Tensor]:
     return w1[0].new_empty(w1[0].shape[0], w1[-1].shape[1]), w1[0].new_empty(rows, columns)
 
 
-class Linear(LoKrWay):
+class Linear(OnLinear, LoKrWay):
     """Linear layers."""
 
     layers = (f"{_LAYER}.Linear",)
     operator = "kronecker_linear"
     copied = (*LoKrWay.copied, f"{_LAYER}.Linear._get_delta_activations")
-
-    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
-        """See `Way.adapters`."""
-        if opaque_weight(layer.get_base_layer()) is not None:
-            return "a weight that is not dense"
-        return super().adapters(layer, x)
 
     def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
         """See `Way.example`."""
@@ -96,20 +84,8 @@ class Linear(LoKrWay):
             return None
         return *plain, *_factors_without_values(adapters[0][1]), 1.0
 
-    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
-        """See `Way.run`."""
-        base = layer._modules["base_layer"]
-        # The base layer comes before the draws, as it may draw too.
-        result = None if plain_tensors(base, x) is not None else base(x)
-        drawn = self._drawn(layer, adapters)
-        if result is None:
-            return lokr.linear(base, x, drawn) if drawn else base(x)
-        for one in drawn:
-            result = lokr.add(result, x.to(result.dtype), one)
-        return result.to(x.dtype)
 
-
-class Conv2d(LoKrWay):
+class Conv2d(OnConv2d, LoKrWay):
     """Convolutions over images."""
 
     layers = (f"{_LAYER}.Conv2d",)
@@ -120,9 +96,3 @@ class Conv2d(LoKrWay):
         """See `Way.example`."""
         weight, one = dense_weight(layer), adapters[0][1]
         return None if weight is None else (weight.flatten(1), *_factors_without_values(one), 1.0)
-
-    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
-        """See `Way.run`."""
-        base = layer._modules["base_layer"]
-        drawn = self._drawn(layer, adapters)
-        return (lokr.conv2d(base, x, drawn) if drawn else base(x)).to(x.dtype)

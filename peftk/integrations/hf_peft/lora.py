@@ -12,6 +12,7 @@ from torch.nn import functional as tf
 from ...methods import dora, lora, lora_conv, lora_embedding
 from ...methods._base_layer import kind_of, observed, opaque_weight, plain_tensors
 from ...methods.lora import LowRank
+from ..fingerprints import name_of
 from ..way import Way
 from .tuner_layer import NONE_ACTIVE, SHARED, active, parameter, plain_example, unfit
 
@@ -35,7 +36,6 @@ class LoRAWay(Way):
 
     method = "lora"
     magnitude_class: str
-    dora_copied: tuple[str, ...]
     variant_class: str
 
     def _variant(self, layer: Any, name: str) -> str | None:
@@ -43,16 +43,18 @@ class LoRAWay(Way):
         variant = layer.lora_variant.get(name)
         if variant is None:
             return None
-        if type(variant).__name__ != self.variant_class:
+        if name_of(type(variant)) != f"peft.tuners.lora.variants.{self.variant_class}":
             return f"the variant {type(variant).__name__}"
-        unknown = self.unknown(self.dora_copied)
+        unknown = self.unknown(self.copied_by_some)
         if unknown is not None:
             return unknown
         base = layer._modules["base_layer"]
         if kind_of(base) is None or opaque_weight(base) is not None:
             return "DoRA on a weight that is not dense"
         magnitude = layer.lora_magnitude_vector[name]
-        if type(magnitude).__name__ != self.magnitude_class or observed(type(magnitude), magnitude):
+        if name_of(type(magnitude)) != f"peft.tuners.lora.dora.{self.magnitude_class}" or observed(
+            type(magnitude), magnitude
+        ):
             return "a hook or another forward is on a module of the adapter"
         return None if not _caches() else "PEFT's cache of DoRA is on"
 
@@ -136,7 +138,7 @@ class Linear(Factored):
     operator = "low_rank_linear"
     copied = SHARED
     variant_class, magnitude_class = "DoraLinearVariant", "DoraLinearLayer"
-    dora_copied = (
+    copied_by_some = (
         "peft.tuners.lora.variants.DoraLinearVariant.forward",
         "peft.tuners.lora.dora.DoraLinearLayer.forward",
         "peft.tuners.lora.dora.DoraLinearLayer.get_weight_norm",
@@ -160,17 +162,31 @@ class Linear(Factored):
 
     def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
         """See `Way.run`."""
-        base = layer._modules["base_layer"]
-        if all(p == 0 for _, p in adapters) and plain_tensors(base, x) is not None:
-            return lora.linear(base, x, [one for one, _ in adapters])
-        result = base(x)
-        for one, p in adapters:
-            seen = dropped(x, one.a, p)
-            if one.magnitude is None:
-                result = lora.add(result, x if seen is None else seen, one)
-            else:
-                result = dora.rescale_linear(base, result, x.to(result.dtype), one, seen)
-        return result
+        return run_linear(layer._modules["base_layer"], x, adapters)
+
+
+def run_linear(base: nn.Module, x: Tensor, adapters: Sequence[Active]) -> Tensor:
+    """Return the output of a linear layer, with PEFT's draws of dropout."""
+    if all(p == 0 for _, p in adapters) and plain_tensors(base, x) is not None:
+        return lora.linear(base, x, [one for one, _ in adapters])
+    result: Tensor = base(x)
+    for one, p in adapters:
+        seen = dropped(x, one.a, p)
+        if one.magnitude is None:
+            result = lora.add(result, x if seen is None else seen, one)
+        else:
+            result = dora.rescale_linear(base, result, x.to(result.dtype), one, seen)
+    return result
+
+
+def run_conv(base: nn.Conv2d, x: Tensor, adapters: Sequence[Active]) -> Tensor:
+    """Return the output of a convolution, with PEFT's draws of dropout."""
+    if all(p == 0 for _, p in adapters):
+        return lora_conv.conv2d(base, x, [one for one, _ in adapters])
+    result: Tensor = base(x)
+    for one, p in adapters:
+        result = lora_conv.add(base, result, x, one, dropped(x, one.a, p))
+    return result
 
 
 FEW_ROWS_NOTE = f"calls of fewer than {FEW_ROWS} rows run in PEFT's own code, which is as fast there"
@@ -211,7 +227,7 @@ class Conv2d(Factored):
     operator = "conv2d"
     copied = SHARED
     variant_class, magnitude_class = "DoraConv2dVariant", "DoraConv2dLayer"
-    dora_copied = (
+    copied_by_some = (
         "peft.tuners.lora.variants._DoraConvNdVariant.forward",
         "peft.tuners.lora.dora._DoraConvNdLayer.forward",
         "peft.tuners.lora.dora._DoraConvNdLayer.get_weight_norm",
@@ -242,13 +258,7 @@ class Conv2d(Factored):
 
     def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
         """See `Way.run`."""
-        base = layer._modules["base_layer"]
-        if all(p == 0 for _, p in adapters):
-            return lora_conv.conv2d(base, x, [one for one, _ in adapters])
-        result = base(x)
-        for one, p in adapters:
-            result = lora_conv.add(base, result, x, one, dropped(x, one.a, p))
-        return result
+        return run_conv(layer._modules["base_layer"], x, adapters)
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
@@ -266,7 +276,7 @@ class Embedding(LoRAWay):
         "peft.tuners.tuners_utils.BaseTunerLayer._get_embed_scale",
     )
     variant_class, magnitude_class = "DoraEmbeddingVariant", "DoraEmbeddingLayer"
-    dora_copied = (
+    copied_by_some = (
         "peft.tuners.lora.variants.DoraEmbeddingVariant.forward",
         "peft.tuners.lora.dora.DoraEmbeddingLayer.forward",
         "peft.tuners.lora.dora.DoraLinearLayer.get_weight_norm",

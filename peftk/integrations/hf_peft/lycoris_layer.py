@@ -1,11 +1,15 @@
-"""What PEFT's LoHa and LoKr share: their draws of dropout."""
+"""What PEFT's LoHa and LoKr share: their draws of dropout, and how their layers run."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ...methods._base_layer import opaque_weight, plain_tensors
+from ..way import Way
 
 
 class Draw(NamedTuple):
@@ -50,3 +54,57 @@ def unfit_base(layer: Any, x: Tensor | None) -> str | None:
     if x is not None and (x.dim() not in (3, 4) or x.shape[-3] != base.in_channels):
         return "an input of another shape"
     return None
+
+
+class LycorisWay(Way):
+    """Layers with LoHa or LoKr."""
+
+    arithmetic: ClassVar[ModuleType]
+    """The module of `peftk.methods`."""
+
+    def masked(self, layer: Any, name: str, one: Any, kept: Tensor) -> Any:
+        """Return an adapter of which some rows alone stay, (out,), on the CPU."""
+        raise NotImplementedError
+
+    def drawn(self, layer: Any, adapters: list[Any]) -> list[Any]:
+        """Return the adapters that act in this pass, given with their names."""
+        found = []
+        drawn = draws(layer, [name for name, _ in adapters], layer.weight.shape[0])
+        for (name, one), (on, kept) in zip(adapters, drawn, strict=True):
+            if on:
+                found.append(one if kept is None else self.masked(layer, name, one, kept))
+        return found
+
+
+class OnLinear(LycorisWay):
+    """Those on linear layers."""
+
+    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        """See `Way.adapters`."""
+        if opaque_weight(layer.get_base_layer()) is not None:
+            return "a weight that is not dense"
+        return super().adapters(layer, x)
+
+    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
+        """See `Way.run`."""
+        base = layer._modules["base_layer"]
+        # The base layer comes before the draws, as it may draw too.
+        result = None if plain_tensors(base, x) is not None else base(x)
+        drawn = self.drawn(layer, adapters)
+        if result is None:
+            found: Tensor = self.arithmetic.linear(base, x, drawn) if drawn else base(x)
+            return found
+        for one in drawn:
+            result = self.arithmetic.add(result, x.to(result.dtype), one)
+        return result.to(x.dtype)
+
+
+class OnConv2d(LycorisWay):
+    """Those on convolutions."""
+
+    def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
+        """See `Way.run`."""
+        base = layer._modules["base_layer"]
+        drawn = self.drawn(layer, adapters)
+        result: Tensor = self.arithmetic.conv2d(base, x, drawn) if drawn else base(x)
+        return result.to(x.dtype)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.shared.wide import HALF
 from ...methods._base_layer import DENSE
 from ..fingerprints import Fingerprints
 
 FINGERPRINTS = Fingerprints(Path(__file__).with_name("fingerprints.json"), "peft")
 
 NONE_ACTIVE = "no adapter is active now; one that becomes so is accelerated"
-
-HALF = (torch.float16, torch.bfloat16)
 
 SHARED = (
     "peft.tuners.tuners_utils.BaseTunerLayer.disable_adapters.fget",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ...methods import xlora
 from ...methods._base_layer import observed
 from ...methods.lora import LowRank
-from ..exchange import wrapped
+from ..exchange import switch_off, wrapped
 from ..way import Forward, Way, forward_of, plain
 from .lora import dropout_of, scale_of
 from .tuner_layer import NONE_ACTIVE, SHARED, parameter, unfit
@@ -66,7 +67,7 @@ class Linear(Way):
         experts = [expert for _, expert in adapters]
         return xlora.linear(base, x, experts, torch.cat(gates, -1)).to(x.dtype)
 
-    def around(self, original: Forward, only: list[type] | None) -> Forward:
+    def around(self, original: Forward, here: Callable[[Any], bool]) -> Forward:
         """See `Way.around`."""
 
         def forward(layer: Any, x: Any, *args: Any, scalings: Any = None, **kwargs: Any) -> Any:
@@ -74,6 +75,7 @@ class Linear(Way):
             usual = (
                 not args
                 and not kwargs
+                and here(layer)
                 and not getattr(layer, "adapters_disabled", False)
                 and not target.merged_adapters
             )
@@ -102,7 +104,10 @@ def exchange(layer: nn.Module, way: Way) -> None:
 def restore(layer: nn.Module) -> bool:
     """Give a layer X-LoRA's `forward` back; say whether it had another one."""
     owner = replaced(layer)
-    if owner is None or not hasattr(layer.forward, "_peftk_original"):
+    forward: Any = layer.__dict__.get("forward")
+    # What it has from the class is undone there.
+    if owner is None or not hasattr(forward, "_peftk_original") or forward.__func__ is type(owner).forward:
         return False
-    layer.forward = types.MethodType(layer.forward._peftk_original, owner)
+    switch_off(forward)
+    layer.forward = types.MethodType(forward._peftk_original, owner)
     return True

@@ -81,6 +81,16 @@ def all_or_nothing(
 
 
 @contextlib.contextmanager
+def undone_if_interrupted(restore: Callable[[], object]) -> Iterator[None]:
+    """Call `restore` after a block that ends in an exception; it may be called again where it was interrupted."""
+    try:
+        yield
+    except BaseException:
+        _insist(restore)
+        raise
+
+
+@contextlib.contextmanager
 def process_kept() -> Iterator[None]:
     """Put torch's random numbers, default device and grad mode back if a block ends in an exception.
 
@@ -123,7 +133,7 @@ def put_back(restore: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-def _insist(restore: Callable[[], None]) -> None:
+def _insist(restore: Callable[[], object]) -> None:
     """Call what puts things back until nobody interrupts it."""
     while True:
         try:
@@ -134,4 +144,4 @@ def _insist(restore: Callable[[], None]) -> None:
             continue
 
 
-__all__ = ["Before", "all_or_nothing", "process_kept", "put_back"]
+__all__ = ["Before", "all_or_nothing", "process_kept", "put_back", "undone_if_interrupted"]
