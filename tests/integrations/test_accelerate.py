@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import io
 import pickle
@@ -395,3 +396,51 @@ def test_conv_of_linear_and_convolution_are_all_taken() -> None:
         options = {"coft": False} if method == "oft" else {"boft_dropout": 0.0} if method == "boft" else {}
         report = peftk.accelerate(adapted(method, 1, target_modules=targets, **options))
         assert report.accelerated == len(targets), report
+
+
+def test_an_interruption_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("loha", 0, target_modules=LINEAR)
+    for earlier in (False, True):
+        if earlier:
+            peftk.accelerate(model)
+        classes = [type(m) for m in model.modules()]
+        calls: list[int] = []
+
+        def interrupted(layer: nn.Module, way: Any, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            exchange.exchange(layer, way)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(library, "exchange", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                peftk.accelerate(model, correct=True)
+        assert len(calls) == 2 and [type(m) for m in model.modules()] == classes
+    before = {cls: dict(cls.__dict__) for _, cls in library.classes()}
+    made, calls = exchange.wrapped, []
+
+    def interrupted_class(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return made(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.import_module("peftk.integrations.accelerate"), "wrapped", interrupted_class)
+        with pytest.raises(KeyboardInterrupt):
+            peftk.accelerate("peft")
+    assert len(calls) == 3 and {cls: dict(cls.__dict__) for cls in before} == before
+
+
+def test_what_was_kept_of_the_process_goes_peft_s_way_afterwards() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, args = adapted("loha", 0, target_modules=LINEAR, rank_dropout=0.0, module_dropout=0.0).eval(), inputs()
+    expected = model(*args)
+    report = peftk.accelerate("peft")
+    # It keeps the method that it finds.
+    accelerate.hooks.add_hook_to_module(model.base_model.model.first, accelerate.hooks.ModelHook())
+    got = model(*args)
+    report.restore()
+    assert error(got, expected) < LIMIT and not torch.equal(got, expected)
+    assert torch.equal(model(*args), expected)

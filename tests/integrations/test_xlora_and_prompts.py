@@ -46,6 +46,21 @@ def test_xlora(experts: dict[str, str], values: dict[str, object]) -> None:
     assert error(copied(input_ids=IDS).logits, expected.logits) < 1e-5
 
 
+def test_xlora_that_is_made_in_an_accelerated_process(experts: dict[str, str]) -> None:
+    report = peftk.accelerate("peft")
+    try:
+        _, theirs = pair(llama(), experts)
+        fast = theirs(input_ids=IDS).logits
+        assert peftk.accelerate(theirs).restore() > 0
+    finally:
+        report.restore()
+    # Its layers keep the method that they were made with.
+    plain = theirs(input_ids=IDS).logits
+    _, never = pair(llama(), experts)
+    assert torch.equal(plain, never(input_ids=IDS).logits)
+    assert error(fast, plain) < 1e-5
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_llama_adapter(training: bool) -> None:
     config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")
