@@ -168,8 +168,7 @@ class Bench:
         name, note = "accelerated" if accelerate else "hf", f"PEFT {peft.__version__}, eager"
         variant = self.method.peft_differs(self, layer)
         parameters = self._take(layer, self.method.find(layer))
-        # PEFT's gradient of C3A's input is not that of its value; an accelerated layer has the right one.
-        if variant is None or (accelerate and self.cell.method == "c3a"):
+        if variant is None or (accelerate and variant.gradients_alone):
             return self.arm(name, layer, parameters, note=note)
         return self.arm(name, layer, parameters, note=note, remark=variant.remark, exact=variant.exact)
 

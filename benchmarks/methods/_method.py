@@ -65,10 +65,13 @@ class Variant:
     Attributes:
         remark: what it computes, for the reader of the report.
         exact: the output and gradients of that in float64.
+        gradients_alone: whether its value is that of the cell, so that the layer has the cell's gradients once
+            `peftk.accelerate` runs it.
     """
 
     remark: str
     exact: Callable[[], Values]
+    gradients_alone: bool = False
 
 
 class Method:
