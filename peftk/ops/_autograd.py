@@ -1,11 +1,14 @@
-"""What the autograd Functions share: they give way to transforms, and are differentiated once only."""
+"""What the autograd Functions share: they give way to transforms, and gradients of their gradients are right."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..runtime import registry
 
 
 def transformed() -> bool:
@@ -13,33 +16,80 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """A node of the graph that raises when a gradient reaches it.
-
-    ``torch.autograd.function.once_differentiable`` looks at the incoming gradients only: where just a saved
-    tensor requires grad it drops terms silently. ``torch.func.grad`` runs every backward pass in grad mode, so
-    refusing outright would refuse first derivatives too.
-    """
+class _Gradients(torch.autograd.Function):
+    """A backward pass that is differentiated through its plain formula, which is run again for that."""
 
     @staticmethod
-    def forward(operator: Callable[..., Any], name: str, *args: Any) -> Any:
+    def forward(operator: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Any:
         return operator(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name = inputs[1]
+        _, ctx.plain, *args = inputs
+        ctx.single = isinstance(output, Tensor)
+        ctx.others = [None if isinstance(a, Tensor) else a for a in args]
+        ctx.places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(args[i] for i in ctx.places))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        raise RuntimeError(f"{ctx.name}: double backward is not supported; got a gradient for its backward pass")
+        needs = ctx.needs_input_grad[2:]
+        tensors = dict(zip(ctx.places, ctx.saved_tensors, strict=True))
+        wanted = [i for i in ctx.places if needs[i]]
+
+        def plain(*values: Tensor) -> list[Tensor]:
+            args = [tensors.get(i, other) for i, other in enumerate(ctx.others)]
+            for i, value in zip(wanted, values, strict=True):
+                args[i] = value
+            with registry.differentiable():
+                found = ctx.plain(*args)
+            outputs = (found,) if ctx.single else found
+            return [y for y, grad in zip(outputs, grads, strict=True) if grad is not None]
+
+        incoming = [grad for grad in grads if grad is not None]
+        pull = vjp(plain, [tensors[i] for i in wanted], torch.is_grad_enabled())[1]
+        found = dict(zip(wanted, pull(incoming), strict=True))
+        return None, None, *(found.get(i) for i in range(len(needs)))
 
 
-def run_backward(name: str, operator: Callable[..., Any], *args: Any) -> Any:
-    """Run the backward operator of the public function ``name``, or of what a name with a blank describes.
+def vjp(
+    function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], differentiable: bool
+) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Sequence[Tensor | None]]]:
+    """Return the results of a function, and what turns gradients in them into gradients in its arguments.
 
-    Raises:
-        RuntimeError: later, if the result is differentiated again.
+    Args:
+        function: A function of `values`.
+        values: Where it is differentiated.
+        differentiable: Whether the results and the gradients can be differentiated again.
     """
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-        return _OnceDifferentiable.apply(operator, name if " " in name else f"peftk.functional.{name}", *args)
+    if differentiable and torch._C._are_functorch_transforms_active():
+        found = torch.func.vjp(lambda *v: tuple(function(*v)), *values)
+        return found[0], lambda grads: found[1](tuple(grads))
+    with torch.enable_grad():
+        # An alias keeps the history of a value apart: gradients in the one are not those in the other.
+        leaves = [value.view_as(value) if differentiable else value.detach().requires_grad_() for value in values]
+        results = function(*leaves)
+
+    def gradients(grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if y.requires_grad]
+        if not pairs:
+            return [None] * len(leaves)
+        ys, incoming = zip(*pairs, strict=True)
+        return torch.autograd.grad(ys, leaves, incoming, create_graph=differentiable, allow_unused=True)
+
+    return results, gradients
+
+
+def run_backward(operator: Callable[..., Any], *args: Any, plain: Callable[..., Any] | None = None) -> Any:
+    """Run a backward operator so that its results can be differentiated again, any number of times.
+
+    Args:
+        operator: The operator, or a function composed of operators and PyTorch.
+        *args: Its arguments.
+        plain: The same as a function of what the forward pass was given, differentiable where operators run in plain
+            PyTorch. None if `operator` is one: it is not, where an argument is a result of the forward pass.
+    """
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return _Gradients.apply(operator, plain or operator, *args)
     return operator(*args)

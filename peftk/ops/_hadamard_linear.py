@@ -16,7 +16,6 @@ from .hadamard import _khatri_rao, _khatri_rao_backward, _weight, _weight_backwa
 from .low_rank import _linear, _linear_backward, low_rank_add, low_rank_linear
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
-_NAME = "a LoHa layer"
 
 
 def low_rank_pays(tokens: int, out: int, features: int, r1: int, r2: int) -> bool:
@@ -57,7 +56,9 @@ class _LowRank(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         needs = ctx.needs_input_grad
-        dx, dbias, *found = run_backward(_NAME, _low_rank_gradients, needs, ctx.scale, grad, *ctx.saved_tensors)
+        dx, dbias, *found = run_backward(
+            _low_rank_gradients, needs, ctx.scale, grad, *ctx.saved_tensors, plain=_plain_gradients
+        )
         return dx, None, dbias, *found, None
 
 
@@ -77,6 +78,13 @@ def _low_rank_gradients(
     return dx if need_x else None, dbias if need_bias else None, *found
 
 
+def _plain_gradients(
+    needs: Sequence[bool], scale: float, grad: Tensor, x: Tensor, _hidden: Tensor, weight: Tensor, *factors: Tensor
+) -> tuple[Any, ...]:
+    hidden = linear(x, _khatri_rao(*factors, x.dtype)[0])
+    return _low_rank_gradients(needs, scale, grad, x, hidden, weight, *factors)
+
+
 class _Written(torch.autograd.Function):
     """A product with the written weight, which is written again for the backward pass."""
 
@@ -92,7 +100,7 @@ class _Written(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        dx, dbias, *found = run_backward(_NAME, _written_gradients, needs, ctx.scales, grad, *ctx.saved_tensors)
+        dx, dbias, *found = run_backward(_written_gradients, needs, ctx.scales, grad, *ctx.saved_tensors)
         return dx, None, dbias, None, *found
 
 

@@ -21,6 +21,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
         and type(a) is Tensor
         and settings.backend() in ("auto", "native")
         and not torch.compiler.is_compiling()
+        and not registry.is_differentiable()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     ):

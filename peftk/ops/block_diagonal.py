@@ -192,9 +192,7 @@ class BlockRotate(torch.autograd.Function):
         """Run the backward operator."""
         x, blocks = ctx.saved_tensors
         need_x, need_blocks, _ = ctx.needs_input_grad
-        dx, dblocks = run_backward(
-            "block_rotate", _rotate_backward, grad, x, blocks, ctx.transpose, need_x, need_blocks
-        )
+        dx, dblocks = run_backward(_rotate_backward, grad, x, blocks, ctx.transpose, need_x, need_blocks)
         return dx if need_x else None, dblocks if need_blocks else None, None
 
 
@@ -218,7 +216,7 @@ class BlockRotateLinear(torch.autograd.Function):
         x, weight, blocks = ctx.saved_tensors
         need_x, _, need_bias, need_blocks = ctx.needs_input_grad
         dx, dblocks, dbias = run_backward(
-            "block_rotate_linear", _rotate_linear_backward, grad, x, weight, blocks, need_x, need_blocks, need_bias
+            _rotate_linear_backward, grad, x, weight, blocks, need_x, need_blocks, need_bias
         )
         return (
             dx if need_x else None,
@@ -247,7 +245,7 @@ def block_rotate(x: Tensor, blocks: Tensor, *, transpose: bool = False) -> Tenso
     Raises:
         TypeError: if an argument is not a floating-point tensor.
         ValueError: if shapes or devices do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x and the blocks.
 
@@ -281,7 +279,7 @@ def block_rotate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: 
     Raises:
         TypeError: if an argument is not a floating-point tensor.
         ValueError: if shapes or devices do not fit, or if the weight requires grad.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x, the blocks and a reference to the weight; never the rotated activations.
 

@@ -164,7 +164,7 @@ class ButterflyCompose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Run the backward operator."""
-        return run_backward("butterfly_compose", _compose_backward, grad, *ctx.saved_tensors)
+        return run_backward(_compose_backward, grad, *ctx.saved_tensors)
 
 
 class ButterflyMultiply(torch.autograd.Function):
@@ -184,9 +184,7 @@ class ButterflyMultiply(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         need_x, need_factors = ctx.needs_input_grad
-        dx, dfactors = run_backward(
-            "butterfly_multiply", _multiply_backward, grad, *ctx.saved_tensors, need_x, need_factors
-        )
+        dx, dfactors = run_backward(_multiply_backward, grad, *ctx.saved_tensors, need_x, need_factors)
         return dx if need_x else None, dfactors if need_factors else None
 
 
@@ -209,7 +207,7 @@ class ScaleChannels(torch.autograd.Function):
         """Run the backward operator."""
         x, scale, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        found = run_backward("scale_channels", _scale_backward, grad, x, scale, bias, ctx.inner, *needs)
+        found = run_backward(_scale_backward, grad, x, scale, bias, ctx.inner, *needs)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None)
 
 
@@ -230,7 +228,7 @@ def butterfly_compose(factors: Tensor) -> Tensor:
     Raises:
         TypeError: if ``factors`` is not a floating-point tensor.
         ValueError: if its shape is not that of a butterfly.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: the factors; the chain is run again.
 
@@ -265,7 +263,7 @@ def butterfly_multiply(x: Tensor, factors: Tensor) -> Tensor:
     Raises:
         TypeError: if an argument is not a floating-point tensor.
         ValueError: if shapes or devices do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x and the factors.
 
@@ -298,7 +296,7 @@ def scale_channels(x: Tensor, scale: Tensor, bias: Tensor | None = None, *, dim:
     Raises:
         TypeError: if a tensor is not a floating-point tensor, or ``dim`` not an integer.
         ValueError: if shapes or devices do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x, the scale and the bias.
 

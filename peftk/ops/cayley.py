@@ -78,6 +78,10 @@ _backward = registry.define(
 )
 
 
+def _plain(grad: Tensor, skew: Tensor, blocks: Tensor, polynomial: list[float]) -> Any:
+    return _backward(grad, skew, _forward(skew, blocks.shape[-1], polynomial), polynomial)
+
+
 class Cayley(torch.autograd.Function):
     """Autograd for `cayley`."""
 
@@ -96,7 +100,7 @@ class Cayley(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         skew, blocks = ctx.saved_tensors
-        return run_backward("cayley", _backward, grad, skew, blocks, ctx.polynomial), None, None
+        return run_backward(_backward, grad, skew, blocks, ctx.polynomial, plain=_plain), None, None
 
 
 def cayley(skew: Tensor, block_size: int, *, neumann_terms: int | None = None) -> Tensor:
@@ -120,7 +124,7 @@ def cayley(skew: Tensor, block_size: int, *, neumann_terms: int | None = None) -
     Raises:
         TypeError: if ``skew`` is not a floating-point tensor or a number is not an integer.
         ValueError: if the shape does not fit the block size, or a number is out of range.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: ``skew`` and the result.
 

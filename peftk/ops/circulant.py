@@ -151,7 +151,7 @@ class CircularConv(torch.autograd.Function):
         """Run the backward operator."""
         x, kernel = ctx.saved_tensors
         need_x, need_kernel, _ = ctx.needs_input_grad
-        dx, dkernel = run_backward("circular_conv", _conv_backward, grad, x, kernel, ctx.scale, need_x, need_kernel)
+        dx, dkernel = run_backward(_conv_backward, grad, x, kernel, ctx.scale, need_x, need_kernel)
         return dx if need_x else None, dkernel if need_kernel else None, None
 
 
@@ -177,7 +177,7 @@ class CircularConvAdd(torch.autograd.Function):
         dx = dkernel = None
         if need_x or need_kernel:
             args = grad.to(x.dtype), x, kernel, ctx.scale, need_x, need_kernel
-            dx, dkernel = run_backward("circular_conv_add", _add_backward, *args)
+            dx, dkernel = run_backward(_add_backward, *args)
         return grad if need_base else None, dx if need_x else None, dkernel if need_kernel else None, None
 
 
@@ -201,7 +201,7 @@ class CirculantLinear(torch.autograd.Function):
         x, weight, kernel = ctx.saved_tensors
         need_x, _, need_bias, need_kernel, _ = ctx.needs_input_grad
         args = grad, x, weight, kernel, ctx.scale, need_x, need_kernel, need_bias
-        dx, dkernel, dbias = run_backward("circulant_linear", _linear_backward, *args)
+        dx, dkernel, dbias = run_backward(_linear_backward, *args)
         return dx if need_x else None, None, dbias if need_bias else None, dkernel if need_kernel else None, None
 
 
@@ -224,7 +224,7 @@ class CirculantWeight(torch.autograd.Function):
         """Run the backward operator; the gradient of the weight is the incoming one."""
         (kernel,) = ctx.saved_tensors
         need_weight, need_kernel, _ = ctx.needs_input_grad
-        dkernel = run_backward("circulant_weight", _weight_backward, grad, kernel, ctx.scale) if need_kernel else None
+        dkernel = run_backward(_weight_backward, grad, kernel, ctx.scale) if need_kernel else None
         return grad if need_weight else None, dkernel, None
 
 
@@ -245,7 +245,7 @@ def circular_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x and the kernel; never a spectrum.
 
@@ -278,7 +278,7 @@ def circular_conv_add(base: Tensor, x: Tensor, kernel: Tensor, scale: Scale = 1.
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x and the kernel.
 
@@ -313,7 +313,7 @@ def circulant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Ten
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit, or if the weight requires grad.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x, the kernel and a reference to the weight.
 
@@ -345,7 +345,7 @@ def circulant_weight(weight: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tens
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: the kernel.
 

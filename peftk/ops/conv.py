@@ -12,9 +12,7 @@ from torch.nn.grad import conv2d_input
 
 from ..kernels.shared.wide import HALF, widened
 from ..runtime import registry
-from ._autograd import run_backward, transformed
-
-_NAME = "an adapted convolution"
+from ._autograd import run_backward, transformed, vjp
 
 
 def convolve(base: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -56,7 +54,6 @@ def convolve_with(
 
     Raises:
         TypeError: The base weight is computed from other parameters, and the call is observed or replaced.
-        RuntimeError: Later, if the result is differentiated twice.
     """
     # A compiler decides itself what it keeps.
     if plain is not None and not transformed() and x.dim() == 4:
@@ -92,9 +89,6 @@ def convolution_beside(derive: Callable[..., Tensor], base: nn.Conv2d, x: Tensor
 
     The derived weight is not kept for the backward pass but computed again. The arguments are those of `convolve_with`;
     `derive` must not depend on what is in the weight.
-
-    Raises:
-        RuntimeError: Later, if the result is differentiated twice.
     """
     weight = base.weight.detach()
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
@@ -107,11 +101,7 @@ def convolution_beside(derive: Callable[..., Tensor], base: nn.Conv2d, x: Tensor
 
 
 def convolve_frozen(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve with a weight that is not trained, without bias and without keeping x; the geometry is that of `base`.
-
-    Raises:
-        RuntimeError: Later, if the result is differentiated twice.
-    """
+    """Convolve with a weight that is not trained, in the geometry of `base`, without bias and without keeping x."""
     if transformed() or weight.requires_grad or x.dim() != 4:
         return convolve(base, x, weight, None, base.groups)
     x, padding = _padded(base, x)
@@ -163,7 +153,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
-        dx = run_backward(_NAME, conv2d_input, ctx.shape, weight, grad, *ctx.geometry)
+        dx = run_backward(conv2d_input, ctx.shape, weight, grad, *ctx.geometry)
         return None, dx, None
 
 
@@ -189,7 +179,7 @@ class _ConvolveWith(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[2], ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
-        dx, dbias, *found = run_backward(_NAME, _gradients, ctx.derive, ctx.geometry, needs, grad, *ctx.saved_tensors)
+        dx, dbias, *found = run_backward(_gradients, ctx.derive, ctx.geometry, needs, grad, *ctx.saved_tensors)
         return None, None, dx, None, dbias, *found
 
 
@@ -203,15 +193,19 @@ def _gradients(
     *values: Tensor,
 ) -> tuple[Any, ...]:
     need_x, need_bias, need_values = needs
-    leaves = [value.detach().requires_grad_(need) for value, need in zip(values, need_values, strict=True)]
-    with torch.enable_grad():
-        # In float32 at least, so that the gradient of the weight is not rounded on its way to the leaves.
-        derived = derive(widened(weight), *leaves)
+    wanted = [value for value, need in zip(values, need_values, strict=True) if need]
+
+    def derived(*chosen: Tensor) -> list[Tensor]:
+        rest = iter(chosen)
+        # In float32 at least, so that the gradient of the weight is not rounded on its way to the values.
+        all_values = (next(rest) if need else value for value, need in zip(values, need_values, strict=True))
+        return [derive(widened(weight), *all_values)]
+
+    (used,), pull = vjp(derived, wanted, registry.is_differentiable())
     dx, dweight, dbias = _convolution_gradients(
-        grad, x, derived.detach().to(x.dtype), geometry, need_x, any(need_values), need_bias
+        grad, x, used.to(x.dtype), geometry, need_x, any(need_values), need_bias
     )
-    wanted_leaves = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(torch.autograd.grad(derived, wanted_leaves, dweight) if wanted_leaves else ())
+    found = iter(() if dweight is None else pull([dweight]))
     return dx, dbias, *(next(found) if need else None for need in need_values)
 
 
@@ -243,9 +237,7 @@ class _Thin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, *run_backward(
-            _NAME, _thin_gradients, ctx.geometry, ctx.needs_input_grad[1:], grad, *ctx.saved_tensors
-        )
+        return None, *run_backward(_thin_gradients, ctx.geometry, ctx.needs_input_grad[1:], grad, *ctx.saved_tensors)
 
 
 def _thin_gradients(
@@ -256,11 +248,7 @@ def _thin_gradients(
 
 
 def convolve_thin(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve with few filters, in float32 on half-precision images; the geometry is that of `base`, without groups.
-
-    Raises:
-        RuntimeError: Later, if the result is differentiated twice.
-    """
+    """Convolve with few filters, in float32 on half-precision images, in the geometry of `base` without groups."""
     if x.dtype not in HALF:
         return convolve(base, x, weight.to(x.dtype))
     x, padding = _padded(base, x)

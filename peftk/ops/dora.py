@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..kernels.shared.wide import wide
 from ..runtime import registry
@@ -141,6 +142,10 @@ _compose_backward = registry.define(
 )
 
 
+def _plain(grad: Tensor, base: Tensor, x: Tensor, _hidden: Tensor, a: Tensor, *others: Any) -> Any:
+    return _compose_backward(grad, base, x, linear(x, a), a, *others)
+
+
 class DoraCompose(torch.autograd.Function):
     """Autograd for `dora_compose`."""
 
@@ -167,7 +172,7 @@ class DoraCompose(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         base, x, hidden, a, b, gain, bias = ctx.saved_tensors
         args = grad, base, x, hidden, a.to(x.dtype), b.to(x.dtype), gain, bias, ctx.scale
-        found = run_backward("dora_compose", _compose_backward, *args, *needs)
+        found = run_backward(_compose_backward, *args, *needs, plain=_plain)
         return (*_wanted(found, needs), None)
 
 
@@ -236,7 +241,7 @@ def dora_compose(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: base, x, the (..., rank) product, the factors, the gain and the bias.
 

@@ -11,7 +11,7 @@ from torch.nn import functional as tf
 
 from ..runtime import registry
 from . import _seed
-from ._autograd import run_backward
+from ._autograd import run_backward, vjp
 
 
 class _Dropped(torch.autograd.Function):
@@ -47,21 +47,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[1:3]
-        found = run_backward(
-            "the dropout of an adapter", _gradients, ctx.product, ctx.p, ctx.seed, needs, grad, *ctx.saved_tensors
-        )
+        found = run_backward(_gradients, ctx.product, ctx.p, ctx.seed, needs, grad, *ctx.saved_tensors)
         return None, *found, None, None
 
 
 def _gradients(
     product: Callable[..., Any], p: float, seed: int, needs: tuple[Any, ...], grad: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Any, ...]:
-    factors = [
-        t.detach().requires_grad_(need) for t, need in zip((_Dropped.forward(x, p, seed), weight), needs, strict=True)
-    ]
-    with torch.enable_grad():
-        y = product(*factors)
-    found = iter(torch.autograd.grad(y, [factor for factor in factors if factor.requires_grad], grad))
+    factors = [_Dropped.forward(x, p, seed), weight]
+    wanted = [factor for factor, need in zip(factors, needs, strict=True) if need]
+
+    def function(*chosen: Tensor) -> list[Tensor]:
+        rest = iter(chosen)
+        return [product(*(next(rest) if need else factor for factor, need in zip(factors, needs, strict=True)))]
+
+    found = iter(vjp(function, wanted, registry.is_differentiable())[1]([grad]))
     dx, dweight = (next(found) if need else None for need in needs)
     return None if dx is None else _Dropped.forward(dx, p, seed), dweight
 
@@ -98,9 +98,6 @@ class Dropout:
         Args:
             product: A function that is linear in both arguments, and cheap.
             weight: Its second argument.
-
-        Raises:
-            RuntimeError: Later, if the result is differentiated twice.
         """
         if self._made is None and torch._C._are_functorch_transforms_active():
             self._made = self.dropped()

@@ -178,7 +178,7 @@ class KhatriRao(torch.autograd.Function):
     def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> tuple[Any, ...]:
         """Run the backward operator."""
         needs = ctx.needs_input_grad[:4]
-        found = run_backward("khatri_rao", _khatri_rao_backward, grad_a, grad_b, *ctx.saved_tensors, *needs)
+        found = run_backward(_khatri_rao_backward, grad_a, grad_b, *ctx.saved_tensors, *needs)
         return *_wanted(found, needs), None
 
 
@@ -201,7 +201,7 @@ class HadamardWeight(torch.autograd.Function):
         """Run the backward operator; the gradient of the weight is the incoming one."""
         need_weight, *needs = ctx.needs_input_grad[:5]
         args = grad, *ctx.saved_tensors, ctx.scale, *needs
-        found = run_backward("hadamard_weight", _weight_backward, *args) if any(needs) else (None,) * 4
+        found = run_backward(_weight_backward, *args) if any(needs) else (None,) * 4
         return grad if need_weight else None, *_wanted(found, needs), None
 
 
@@ -226,7 +226,7 @@ def khatri_rao(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes or devices do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: the four factors.
 
@@ -264,7 +264,7 @@ def hadamard_weight(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: the four factors. The backward operator contracts the incoming gradient to them by tiles too.
 

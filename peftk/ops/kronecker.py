@@ -236,7 +236,7 @@ class KroneckerAdd(torch.autograd.Function):
         x, w1, w2 = ctx.saved_tensors
         need_base, *needs = ctx.needs_input_grad[:4]
         args = grad.to(x.dtype), x, w1, w2.to(x.dtype), ctx.scale, *needs
-        gradients = run_backward("kronecker_add", _add_backward, *args) if any(needs) else (None,) * 3
+        gradients = run_backward(_add_backward, *args) if any(needs) else (None,) * 3
         return (grad if need_base else None, *_wanted(gradients, needs), None)
 
 
@@ -264,7 +264,7 @@ class KroneckerLinear(torch.autograd.Function):
         need_x, _, need_bias, *needs = ctx.needs_input_grad[:5]
         needs = need_x, *needs, need_bias
         args = grad, x, weight, w1, w2.to(x.dtype), ctx.scale, *needs
-        dx, dw1, dw2, dbias = _wanted(run_backward("kronecker_linear", _linear_backward, *args), needs)
+        dx, dw1, dw2, dbias = _wanted(run_backward(_linear_backward, *args), needs)
         return dx, None, dbias, dw1, dw2, None
 
 
@@ -290,7 +290,7 @@ class KroneckerWeight(torch.autograd.Function):
             return (None,) * 4
         need_weight, *needs = ctx.needs_input_grad[:3]
         args = grad, *ctx.saved_tensors, ctx.scale, *needs
-        gradients = run_backward("kronecker_weight", _weight_backward, *args) if any(needs) else (None,) * 2
+        gradients = run_backward(_weight_backward, *args) if any(needs) else (None,) * 2
         return (grad if need_weight else None, *_wanted(gradients, needs), None)
 
 
@@ -313,7 +313,7 @@ def kronecker_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x and the factors.
 
@@ -350,7 +350,7 @@ def kronecker_linear(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit, or if the weight requires grad.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x, the factors and a reference to the weight.
 
@@ -383,7 +383,7 @@ def kronecker_weight(weight: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0)
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: the factors.
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from ..kernels.shared.philox import dropout
 from ..kernels.shared.wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
@@ -253,6 +255,19 @@ def _wanted(gradients: tuple[Any, ...], needs: tuple[Any, ...]) -> tuple[Any, ..
     return tuple([g if need else None for g, need in zip(gradients, needs, strict=True)])
 
 
+def _again(x: Tensor, a: Tensor, _b: Any, _gate: Any, _scale: Any, dropout_p: float, seed: Any, *_: bool) -> Tensor:
+    """Return the rank-sized product that a forward pass saved, as a function of x and a."""
+    return linear(x if seed is None else dropout(x, dropout_p, seed), a)
+
+
+def _plain_add(grad: Tensor, x: Tensor, _hidden: Tensor, *others: Any) -> Any:
+    return _add_backward(grad, x, _again(x, *others), *others)
+
+
+def _plain_linear(grad: Tensor, x: Tensor, _hidden: Tensor, weight: Tensor, *others: Any) -> Any:
+    return _linear_backward(grad, x, _again(x, *others), weight, *others)
+
+
 class LowRankAdd(torch.autograd.Function):
     """Autograd for `low_rank_add`."""
 
@@ -287,7 +302,7 @@ class LowRankAdd(torch.autograd.Function):
         x, hidden, a, b, gate, seed = ctx.saved_tensors
         need_base, *needs = ctx.needs_input_grad[:5]
         args = grad.to(x.dtype), x, hidden, a.to(x.dtype), b.to(x.dtype), gate, ctx.scale, ctx.dropout_p, seed, *needs
-        gradients = run_backward("low_rank_add", _add_backward, *args) if any(needs) else (None,) * 4
+        gradients = run_backward(_add_backward, *args, plain=_plain_add) if any(needs) else (None,) * 4
         return (grad if need_base else None, *_wanted(gradients, needs), None, None, None)
 
 
@@ -329,7 +344,7 @@ class LowRankLinear(torch.autograd.Function):
         needs = need_x, *needs, need_bias
         a, b = a.to(x.dtype), b.to(x.dtype)
         args = grad, x, hidden, weight, a, b, gate, ctx.scale, ctx.dropout_p, seed, *needs
-        dx, da, db, dgate, dbias = run_backward("low_rank_linear", _linear_backward, *args)
+        dx, da, db, dgate, dbias = run_backward(_linear_backward, *args, plain=_plain_linear)
         return (
             *(dx if need_x else None, None, dbias if need_bias else None, da if needs[1] else None),
             *(db if needs[2] else None, dgate if needs[3] else None, None, None, None),
@@ -368,7 +383,7 @@ def low_rank_add(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x, the (..., rank) product, the factors and the seed; never a mask.
 
@@ -417,7 +432,7 @@ def low_rank_linear(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or numbers do not fit, or if the weight requires grad.
-        RuntimeError: if a named backend cannot run the call; when differentiated twice.
+        RuntimeError: if a named backend cannot run the call.
 
     Saved for backward: x, the (..., rank) product, the factors, the seed and a reference to the weight.
 

@@ -9,10 +9,12 @@ and a function ``<operator>_supports`` beside them returns None or the reason wh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -175,6 +177,11 @@ class Operator:
         result = self._run(self.select(args), args)
         return result if self.finish is None else self.finish(result, *args)
 
+    def differentiable(self, args: tuple[Any, ...]) -> Any:
+        """Run the operator in plain PyTorch, which autograd records."""
+        result = self._run(self.function("torch"), args)
+        return result if self.finish is None else self.finish(result, *args)
+
     def _run(self, kernel: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if torch._C._is_any_autocast_enabled():
             # The public function has cast the operands. Autocast would cast them again, and CPU autocast
@@ -183,6 +190,25 @@ class Operator:
             with torch.autocast(device, enabled=False):
                 return kernel(*args)
         return kernel(*args)
+
+
+_differentiable = threading.local()
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Let operators on tensors that require grad run in plain PyTorch here, where they otherwise refuse to run."""
+    before = is_differentiable()
+    _differentiable.on = True
+    try:
+        yield
+    finally:
+        _differentiable.on = before
+
+
+def is_differentiable() -> bool:
+    """Whether operators are differentiable here."""
+    return getattr(_differentiable, "on", False)
 
 
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, list, type(None), torch.dtype))
@@ -221,6 +247,8 @@ def define(
 
     def refuse_autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            if is_differentiable():
+                return operator.differentiable(args)
             raise RuntimeError(
                 f"peftk::{name} is not differentiable by itself: call peftk.functional."
                 f"{name.removesuffix('_backward')}, or detach the arguments"

@@ -214,3 +214,5 @@ def test_float64_gradients(name):
     x = x.requires_grad_() if x.is_floating_point() else x
     fast = case.base not in ("linear", "conv1d")
     assert torch.autograd.gradcheck(run, (x, *trained.values()), fast_mode=fast)
+    if x.is_floating_point():
+        assert torch.autograd.gradgradcheck(run, (x, *trained.values()), fast_mode=True)

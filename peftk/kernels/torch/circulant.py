@@ -147,8 +147,9 @@ def circulant_weight_backward(grad: Tensor, kernel: Tensor, scale: float) -> Ten
     size = kernel.shape[-1]
     index = torch.arange(size, device=grad.device)
     places = (index[None, :] + index[:, None]) % size  # (p, l)
-    found = torch.empty_like(kernel, dtype=grad.dtype if _exact(grad) else torch.float32)
-    for rows, result in zip(grad.split(size), found, strict=True):
-        blocks = rows.to(found.dtype).reshape(size, -1, size).transpose(0, 1)  # (in blocks, p, q)
-        torch.sum(blocks.gather(2, places.expand(blocks.shape)), 1, out=result)
-    return (found * scale).to(kernel.dtype)
+    dtype = grad.dtype if _exact(grad) else torch.float32
+    found = []
+    for rows in grad.split(size):
+        blocks = rows.to(dtype).reshape(size, -1, size).transpose(0, 1)  # (in blocks, p, q)
+        found.append(blocks.gather(2, places.expand(blocks.shape)).sum(1))
+    return (torch.stack(found) * scale).to(kernel.dtype)
