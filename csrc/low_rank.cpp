@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -22,6 +23,11 @@ void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t column
   check_float(t, name);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected shape (", rows, ", ",
                   columns, ")");
+}
+
+void check_shape(const Tensor& t, const char* name, int64_t count) {
+  check_float(t, name);
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count, name, ": expected shape (", count, ")");
 }
 
 Sizes check_factors(const Tensor& x, const Tensor& a, const Tensor& b) {
@@ -88,6 +94,39 @@ void low_rank(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<T
                [&](int64_t begin, int64_t end) { low_rank_cpu(p, begin, end); });
 }
 
+void low_rank_few(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> gate, double scale,
+                  Tensor& out, std::optional<Tensor> hidden) {
+  const Dtype dtype = check_dtype(x, "x");
+  const int64_t depth = a.dim() == 2 ? a.size(1) : 0, rank = a.dim() == 2 ? a.size(0) : 0;
+  STD_TORCH_CHECK(depth > 0 && x.numel() % depth == 0, "a: expected shape (rank, depth of x)");
+  const int64_t rows = x.numel() / depth, columns = b.dim() == 2 ? b.size(0) : 0;
+  check_shape(a, "a", rank, depth);
+  check_shape(b, "b", columns, rank);
+  check_dense(out, "out");
+  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type() && out.numel() == rows * columns,
+                  "out: expected the dtype of x and as many rows");
+  if (gate) check_shape(*gate, "gate", rank);
+  if (hidden) check_shape(*hidden, "hidden", rows, rank);
+  const Buffer products(new float[rows * rank]);
+  const LowRankFewParams p{x.const_data_ptr(),
+                           floats(a),
+                           floats(b),
+                           products.get(),
+                           out.mutable_data_ptr(),
+                           rows,
+                           depth,
+                           columns,
+                           rank,
+                           dtype};
+  parallel_for(0, rank, 1 + kTaskOperations / (1 + depth * rows),
+               [&](int64_t begin, int64_t end) { low_rank_few_hidden_cpu(p, begin, end); });
+  if (hidden) std::memcpy(writable(*hidden), p.hidden, sizeof(float) * rows * rank);
+  for (int64_t i = 0; i < rows * rank; ++i)
+    p.hidden[i] *= (gate ? floats(*gate)[i % rank] : 1.0f) * static_cast<float>(scale);
+  parallel_for(0, columns, 1 + kTaskOperations / (1 + rank * rows),
+               [&](int64_t begin, int64_t end) { low_rank_few_cpu(p, begin, end); });
+}
+
 void low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor& hidden, const Tensor& a, const Tensor& b,
                        std::optional<Tensor> gate, double scale, Tensor& dx, Tensor& da, Tensor& db, Tensor& dgate) {
   const Sizes s = check_factors(x, a, b);
@@ -152,6 +191,9 @@ void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def("low_rank(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out, Tensor(b!) hidden) -> ()");
   m.def(
+      "low_rank_few(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out, Tensor(b!)? hidden) -> "
+      "()");
+  m.def(
       "low_rank_backward(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor? gate, float scale, "
       "Tensor(a!) dx, Tensor(b!) da, Tensor(c!) db, Tensor(d!) dgate) -> ()");
   m.def("dropout(Tensor x, int seed, int threshold, float scale, Tensor(a!) out) -> ()");
@@ -159,6 +201,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("low_rank", TORCH_BOX(&peftk::low_rank));
+  m.impl("low_rank_few", TORCH_BOX(&peftk::low_rank_few));
   m.impl("low_rank_backward", TORCH_BOX(&peftk::low_rank_backward));
   m.impl("dropout", TORCH_BOX(&peftk::dropout));
 }

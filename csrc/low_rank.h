@@ -60,6 +60,23 @@ void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, 
 // Lay a (rows, cols) matrix, element (i, j) at from[i * row + j * col], out with padded rows.
 void pad_columns_cpu(const float* from, int64_t row, int64_t col, int64_t rows, int64_t cols, float* to);
 
+// hidden = x @ a.T, and out += hidden @ b.T, for few rows, from the factors as they lie in memory: laying them out
+// anew, as for many rows, would take longer than all else.
+struct LowRankFewParams {
+  const void* x;   // (rows, depth)
+  const float* a;  // (rank, depth)
+  const float* b;  // (columns, rank)
+  float* hidden;   // (rows, rank)
+  void* out;       // (rows, columns)
+  int64_t rows, depth, columns, rank;
+  Dtype dtype;  // of x and out
+};
+
+// Columns begin to end of `hidden`.
+void low_rank_few_hidden_cpu(const LowRankFewParams& p, int64_t begin, int64_t end);
+// Columns begin to end of `out`.
+void low_rank_few_cpu(const LowRankFewParams& p, int64_t begin, int64_t end);
+
 // Dropout by a counter: element i is decided by Philox4x32-10 of (seed, i) on every backend.
 struct DropoutParams {
   const void* x;  // (count)

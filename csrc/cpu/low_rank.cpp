@@ -169,6 +169,107 @@ PEFTK_INLINE void drop(const DropoutParams& p, int64_t begin, int64_t end) {
   }
 }
 
+PEFTK_INLINE Floats eight(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+
+PEFTK_INLINE Floats eight(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(32)));
+  const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
+  return reinterpret_cast<const Floats&>(bits);
+}
+
+// The sums of the lanes of eight vectors.
+PEFTK_INLINE Floats sums_of(const Floats* lanes) {
+  typedef int32_t Words __attribute__((vector_size(32)));
+  Floats pair[4], four[2];
+  for (int i = 0; i < 4; ++i) {
+    const Floats a = lanes[2 * i], b = lanes[2 * i + 1];
+    pair[i] =
+        PEFTK_SHUFFLE(Words, a, b, 0, 8, 1, 9, 4, 12, 5, 13) + PEFTK_SHUFFLE(Words, a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Floats a = pair[2 * i], b = pair[2 * i + 1];
+    four[i] =
+        PEFTK_SHUFFLE(Words, a, b, 0, 1, 8, 9, 4, 5, 12, 13) + PEFTK_SHUFFLE(Words, a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return PEFTK_SHUFFLE(Words, four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         PEFTK_SHUFFLE(Words, four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// Eight columns of `hidden`, or as many as there are from `rank` on, in one row.
+template <typename T>
+PEFTK_INLINE void few_hidden(const LowRankFewParams& p, int64_t row, int64_t rank, int64_t some) {
+  const T* x = static_cast<const T*>(p.x) + row * p.depth;
+  const float* a = p.a + rank * p.depth;
+  Floats lanes[kLanes] = {};
+  int64_t k = 0;
+  if (some == kLanes) {
+    for (; k + kLanes <= p.depth; k += kLanes) {
+      const Floats values = eight(x + k);
+      for (int i = 0; i < kLanes; ++i) lanes[i] += values * eight(a + i * p.depth + k);
+    }
+  } else {
+    for (; k + kLanes <= p.depth; k += kLanes)
+      for (int64_t i = 0; i < some; ++i) lanes[i] += eight(x + k) * eight(a + i * p.depth + k);
+  }
+  const Floats total = sums_of(lanes);
+  for (int64_t i = 0; i < some; ++i) {
+    float sum = total[i];
+    for (int64_t rest = k; rest < p.depth; ++rest) sum += to_float(x[rest]) * a[i * p.depth + rest];
+    p.hidden[row * p.rank + rank + i] = sum;
+  }
+}
+
+template <typename T>
+PEFTK_INLINE void few_hiddens(const LowRankFewParams& p, int64_t begin, int64_t end) {
+  for (int64_t rank = begin; rank < end; rank += kLanes)
+    for (int64_t row = 0; row < p.rows; ++row) few_hidden<T>(p, row, rank, end - rank < kLanes ? end - rank : kLanes);
+}
+
+PEFTK_INLINE void low_rank_few_hidden_cpu_body(const LowRankFewParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::float32)
+    few_hiddens<float>(p, begin, end);
+  else
+    few_hiddens<BFloat16>(p, begin, end);
+}
+
+template <typename T>
+PEFTK_INLINE void few(const LowRankFewParams& p, int64_t begin, int64_t end) {
+  T* out = static_cast<T*>(p.out);
+  const int64_t whole = p.rank / kLanes * kLanes;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const float* h = p.hidden + row * p.rank;
+    for (int64_t column = begin; column < end; column += kLanes) {
+      const int64_t some = end - column < kLanes ? end - column : kLanes;
+      const float* b = p.b + column * p.rank;
+      Floats lanes[kLanes] = {};
+      if (some == kLanes) {
+        for (int64_t j = 0; j < whole; j += kLanes) {
+          const Floats values = eight(h + j);
+          for (int i = 0; i < kLanes; ++i) lanes[i] += values * eight(b + i * p.rank + j);
+        }
+      } else {
+        for (int64_t j = 0; j < whole; j += kLanes)
+          for (int64_t i = 0; i < some; ++i) lanes[i] += eight(h + j) * eight(b + i * p.rank + j);
+      }
+      const Floats total = sums_of(lanes);
+      for (int64_t i = 0; i < some; ++i) {
+        float sum = total[i];
+        for (int64_t j = whole; j < p.rank; ++j) sum += h[j] * b[i * p.rank + j];
+        T& to = out[row * p.columns + column + i];
+        from_float(to_float(to) + sum, to);
+      }
+    }
+  }
+}
+
+PEFTK_INLINE void low_rank_few_cpu_body(const LowRankFewParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::float32)
+    few<float>(p, begin, end);
+  else
+    few<BFloat16>(p, begin, end);
+}
+
 PEFTK_INLINE void dropout_cpu_body(const DropoutParams& p, int64_t begin, int64_t end) {
   if (p.dtype == Dtype::float32)
     drop<float>(p, begin, end);
@@ -181,6 +282,8 @@ PEFTK_INLINE void dropout_cpu_body(const DropoutParams& p, int64_t begin, int64_
 PEFTK_KERNEL(low_rank_cpu, (const LowRankParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(low_rank_backward_cpu, (const LowRankBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(low_rank_factors_cpu, (const LowRankBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_KERNEL(low_rank_few_hidden_cpu, (const LowRankFewParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_KERNEL(low_rank_few_cpu, (const LowRankFewParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(dropout_cpu, (const DropoutParams& p, int64_t begin, int64_t end), (p, begin, end))
 
 void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale,

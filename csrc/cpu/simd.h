@@ -29,6 +29,14 @@
   void name params { name##_body args; }
 #endif
 
+// Choose elements of two vectors by number; those of the second one follow those of the first. `Words` is a vector of
+// as many integers.
+#ifdef __clang__
+#define PEFTK_SHUFFLE(Words, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PEFTK_SHUFFLE(Words, a, b, ...) __builtin_shuffle(a, b, (Words){__VA_ARGS__})
+#endif
+
 namespace peftk {
 
 enum class CpuLevel { base, avx2, avx512 };

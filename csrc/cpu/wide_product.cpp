@@ -20,12 +20,6 @@ typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Line __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 
-#ifdef __clang__
-#define PEFTK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PEFTK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Words){__VA_ARGS__})
-#endif
-
 // Transpose 16 x 16 words. Shuffling the rows like cards turns the eight bits of a place, (row, column), by one.
 PEFTK_INLINE void transpose(uint32_t* words) {
   Words rows[kTileLines], mixed[kTileLines];
@@ -33,8 +27,8 @@ PEFTK_INLINE void transpose(uint32_t* words) {
   for (int turn = 0; turn < 4; ++turn) {
     for (int i = 0; i < 8; ++i) {
       const Words a = rows[i], b = rows[i + 8];
-      mixed[2 * i] = PEFTK_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      mixed[2 * i + 1] = PEFTK_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      mixed[2 * i] = PEFTK_SHUFFLE(Words, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      mixed[2 * i + 1] = PEFTK_SHUFFLE(Words, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
     for (int i = 0; i < 16; ++i) rows[i] = mixed[i];
   }
@@ -42,11 +36,11 @@ PEFTK_INLINE void transpose(uint32_t* words) {
 }
 
 PEFTK_INLINE Words even_of(Words a, Words b) {
-  return PEFTK_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return PEFTK_SHUFFLE(Words, a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
 
 PEFTK_INLINE Words odd_of(Words a, Words b) {
-  return PEFTK_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return PEFTK_SHUFFLE(Words, a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 // A piece of sixteen numbers, as bits of bfloat16 in the lower half of each word.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.plain import DENSE, NONE, listened_to, observed, plain_tensors
+from ..ops.plain import DENSE, NONE, listened_to, observed, plain_tensors, stored
 
 _FEATURES = {
     "Linear": ("in_features", "out_features"),
@@ -97,4 +97,5 @@ __all__ = [
     "opaque_weight",
     "plain_tensors",
     "rows_of",
+    "stored",
 ]

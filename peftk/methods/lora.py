@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
+from ..ops._few_rows import low_rank_few
 from ..ops.bias import add_bias
 from . import dora
 from ._base_layer import DENSE, NONE, call, plain_tensors
@@ -62,6 +63,10 @@ def linear(
         if adapter.magnitude is not None:
             return _with_magnitudes(base, x, adapters, args, kwargs)
     plain = plain_tensors(base, x, args, kwargs)
+    if plain is not None and len(adapters) == 1 and not torch.is_grad_enabled():
+        a, b, scale, gate, bias, p, _ = adapters[0]
+        if p == 0 and bias is None and (y := low_rank_few(x, *plain, a, b, scale, gate)) is not None:
+            return y
     result = None
     if plain is None:
         result = call(base, x, *args, **kwargs)

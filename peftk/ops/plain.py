@@ -38,6 +38,14 @@ def ordinary(x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
+def stored(module: nn.Module) -> Tensor:
+    """Return the weight of a module, from where nn.Module would look it up last if it is a parameter."""
+    own = module.__dict__
+    # FSDP puts views of its flat parameter beside the parameters. A parametrized weight is in neither place.
+    weight: Tensor | None = own["weight"] if "weight" in own else own["_parameters"].get("weight")
+    return getattr(module, "weight") if weight is None else weight  # noqa: B009 - nn.Module types what it finds.
+
+
 def observed(kind: type[nn.Module], *modules: nn.Module) -> bool:
     """Whether somebody would notice that modules of an adapter are not called: hooks, or other forwards than their own.
 

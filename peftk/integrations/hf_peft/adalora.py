@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...methods.lora import LowRank
@@ -32,9 +33,13 @@ class Triplets(Way):
             if a.shape[0] == 0:
                 continue
             parameters += (a, b, e)
-            # The rank is on the device: nobody waits for its value.
-            gate = e.view(-1) * (scale / (ranks[name] + 1e-5)).to(e.device, e.dtype)
-            found.append(Active(LowRank(a, b, 1.0, gate), p))
+            rank, gate = ranks[name], e.view(-1)
+            if rank.is_cpu and rank.numel() == 1 and type(scale) is float and not torch.is_grad_enabled():
+                found.append(Active(LowRank(a, b, scale / (rank.item() + 1e-5), gate), p))
+            else:
+                # The rank is on the device: nobody waits for its value.
+                gate = gate * (scale / (rank + 1e-5)).to(e.device, e.dtype)
+                found.append(Active(LowRank(a, b, 1.0, gate), p))
         if not found:
             return NONE_ACTIVE
         return unfit(layer, x, parameters) or found
@@ -80,7 +85,7 @@ class Conv2d(Triplets):
             return found
         shape = base.in_channels, *base.kernel_size
         return [
-            Active(LowRank((one.a * one.gate[:, None]).view(-1, *shape), one.b[:, :, None, None]), p)
+            Active(LowRank((one.a * one.gate[:, None]).view(-1, *shape), one.b[:, :, None, None], one.scale), p)
             for one, p in found
         ]
 

@@ -12,12 +12,14 @@ from torch.nn import functional as tf
 from ...methods import dora, lora, lora_conv, lora_embedding
 from ...methods._base_layer import kind_of, observed, opaque_weight, plain_tensors
 from ...methods.lora import LowRank
+from ...ops._few_rows import few
 from ..fingerprints import name_of
 from ..way import Way
 from .tuner_layer import NONE_ACTIVE, SHARED, active, parameter, plain_example, unfit
 
 FEW_ROWS = 64
-"""Below as many rows, one LoRA adapter runs in PEFT's own code, whose two small products cost less than one call."""
+"""Below as many rows, one LoRA adapter runs in PEFT's own code, whose two small products cost less than one call; but
+for the fewest, where nothing is recorded."""
 
 
 FEW_PIXELS = 1024
@@ -146,6 +148,13 @@ class Linear(Factored):
     )
     factor_class = nn.Linear
 
+    def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
+        """See `Way.adapters`."""
+        # First, so that a call that is left to PEFT costs no more than PEFT's own.
+        if x is not None and not layer.lora_variant and left_to_peft(layer, x) and len(layer.active_adapters) == 1:
+            return FEW_ROWS_NOTE
+        return super().adapters(layer, x)
+
     def _unfit_base(self, layer: Any, x: Tensor | None, names: Sequence[str]) -> str | None:
         if x is not None and x.dim() == 1 and layer.lora_variant:
             return "PEFT's DoRA makes two dimensions of one"
@@ -189,7 +198,17 @@ def run_conv(base: nn.Conv2d, x: Tensor, adapters: Sequence[Active]) -> Tensor:
     return result
 
 
-FEW_ROWS_NOTE = f"calls of fewer than {FEW_ROWS} rows run in PEFT's own code, which is as fast there"
+FEW_ROWS_NOTE = (
+    f"calls of fewer than {FEW_ROWS} rows run in PEFT's own code, which is as fast there, but for the few rows of "
+    "generating without gradients"
+)
+
+
+def left_to_peft(layer: Any, x: Tensor) -> bool:
+    """Whether an input of one adapter has few rows, and not so few, without gradients, as peftk has a short way for."""
+    if x.numel() >= FEW_ROWS * layer.in_features:
+        return False
+    return torch.is_grad_enabled() or not few(x, layer.in_features)
 
 
 def unfit_rows(layer: Any, x: Tensor, small: bool) -> str | None:
@@ -202,7 +221,7 @@ def unfit_rows(layer: Any, x: Tensor, small: bool) -> str | None:
     """
     if x.shape[-1:] != (layer.in_features,):
         return "an input of another size"
-    return FEW_ROWS_NOTE if small and x.numel() < FEW_ROWS * layer.in_features else None
+    return FEW_ROWS_NOTE if small and left_to_peft(layer, x) else None
 
 
 CONV_NOTE = f"calls of fewer than {FEW_PIXELS} pixels, and training without DoRA, run in PEFT's own code, as fast there"

@@ -82,9 +82,11 @@ class AdaLoRALinear(AdapterLayer):
 
     def low_rank(self, name: str) -> LowRank:
         """Return the tensors and settings of one adapter, as its arithmetic takes them."""
-        p = self.lora_dropout[name] if self.training else 0.0
-        factors = self.lora_A[name], self.lora_B[name], self.lora_E[name]
-        return adalora.low_rank(adalora.Triplets(*factors, self.scaling[name], self.init_r[name], p))
+        # Straight from the dictionaries: a look-up that goes through nn.Module runs Python of its own.
+        own = self.__dict__
+        p = own["lora_dropout"][name] if own["training"] else 0.0
+        a, b, e = [own["_modules"][container][name] for container in ("lora_A", "lora_B", "lora_E")]
+        return adalora.low_rank(adalora.Triplets(a, b, e, own["scaling"][name], own["init_r"][name], p))
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...methods import lora
-from ...methods._base_layer import features_of, listened_to, opaque_weight
+from ...methods._base_layer import features_of, listened_to, opaque_weight, stored
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter
 from ..base.kinds import settle_fan_in_fan_out
@@ -72,21 +72,24 @@ class LoRALinear(LoRALayer):
 
     def low_rank(self, name: str) -> LowRank:
         """Return the tensors and settings of one adapter, as its arithmetic takes them."""
-        second = self.lora_B._modules[name]
-        p = self.lora_dropout[name] if self.training else 0.0
-        scale, bias = self.scaling[name], second._parameters["bias"]
-        magnitude = self.lora_magnitude_vector[name].weight if self.use_dora[name] else None
-        a = self.lora_A._modules[name].weight
-        return LowRank(a, second.weight, scale, None, None if bias is None else bias * scale, p, magnitude)
+        # Straight from the dictionaries: a look-up that goes through nn.Module runs Python of its own.
+        own = self.__dict__
+        modules = own["_modules"]
+        first, second = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        p = own["lora_dropout"][name] if own["training"] else 0.0
+        scale, bias = own["scaling"][name], second._parameters["bias"]
+        magnitude = self.lora_magnitude_vector[name].weight if own["use_dora"][name] else None
+        return LowRank(stored(first), stored(second), scale, None, None if bias is None else bias * scale, p, magnitude)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         name = names[0]
         alone = len(names) == 1 and not self.use_dora[name]
-        heard = not alone or listened_to(nn.Linear, self.lora_A._modules[name], self.lora_B._modules[name])
+        modules = self.__dict__["_modules"]
+        heard = not alone or listened_to(nn.Linear, modules["lora_A"]._modules[name], modules["lora_B"]._modules[name])
         if heard and self._listened_to(names):
             return self._called(x, names, args, kwargs)
         adapters = [self.low_rank(name)] if alone else [self.low_rank(name) for name in names]
-        base = self._modules["base_layer"]
+        base = modules["base_layer"]
         assert base is not None
         return lora.linear(base, x, adapters, args, kwargs)
 

@@ -169,6 +169,34 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
   }
 }
 
+// Few rows, from factors as they lie.
+template <typename T>
+void check_few(Level level, int64_t rows, int64_t depth, int64_t columns, int64_t rank) {
+  Heap<T> x(rows * depth), out(rows * columns);
+  Heap<float> a(rank * depth), b(columns * rank), hidden(rows * rank);
+  fill(x), fill(out), fill(a), fill(b);
+  const std::vector<double> before = doubles(out), seen = doubles(x);
+  const LowRankFewParams p{x.get(), a.get(), b.get(), hidden.get(), out.get(),
+                           rows,    depth,   columns, rank,         dtype_of<T>()};
+  const std::string what = std::string("low_rank_few ") + name_of(level);
+  in_pieces(rank, 3, [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_few_hidden_cpu)(p, begin, end); });
+  in_pieces(columns, 3, [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_few_cpu)(p, begin, end); });
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t j = 0; j < rank; ++j) {
+      Bound h;
+      for (int64_t k = 0; k < depth; ++k) h.add(seen[t * depth + k] * a[j * depth + k]);
+      expect(hidden[t * rank + j], h.sum, h.magnitude, static_cast<double>(depth + 2), kFloatUnit, what + " hidden");
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      Bound y;
+      y.add(before[t * columns + c]);
+      for (int64_t j = 0; j < rank; ++j) y.add(static_cast<double>(hidden[t * rank + j]) * b[c * rank + j]);
+      expect(to_float(out[t * columns + c]), y.sum, y.magnitude, static_cast<double>(rank + 4), 1.01 * output_unit<T>(),
+             what);
+    }
+  }
+}
+
 // Each gradient alone, bit for bit what it is among the others.
 void check_needs(Level level) {
   const int64_t rows = 70, depth = 21, columns = 35, rank = 5;
@@ -207,6 +235,12 @@ void run_low_rank(Level level) {
   // More rows than are summed at a time.
   for (const Gate gate : {Gate::none, Gate::shared, Gate::own}) check_low_rank(level, 1000, 70, 9, 3, gate);
   check_needs(level);
+  for (const int64_t rank : {1, 7, 8, 19})
+    for (const int64_t rows : {1, 5})
+      for (const auto& [depth, columns] : {std::pair<int64_t, int64_t>{1, 130}, {64, 16}, {133, 3}}) {
+        check_few<float>(level, rows, depth, columns, rank);
+        check_few<BFloat16>(level, rows, depth, columns, rank);
+      }
   for (int64_t count = 0; count <= 9; ++count)
     for (const bool in_place : {false, true})
       for (const uint32_t threshold : {0u, 1u << 22, 1u << 24}) {

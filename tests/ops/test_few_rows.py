@@ -1,0 +1,140 @@
+"""The short way for few rows that record nothing: right where it runs, and out of the way elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftk
+from peftk.ops._few_rows import FEW, low_rank_few
+from peftk.testing.compare import assert_close, assert_same_bits
+
+OUT, FEATURES = 37, 83
+
+
+def arguments(rows: int, rank: int, dtype: torch.dtype, gated: bool = False) -> list[Tensor | float | None]:
+    generator = torch.Generator().manual_seed(rows + rank)
+
+    def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return [
+        *(drawn(rows, FEATURES, dtype=dtype), drawn(OUT, FEATURES, dtype=dtype), drawn(OUT, dtype=dtype)),
+        *(drawn(rank, FEATURES), drawn(OUT, rank), 0.75, drawn(rank) if gated else None),
+    ]
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scale: float, gate: Tensor | None) -> Tensor:
+    x, weight, bias, a, b = (t.double() for t in (x, weight, bias, a, b))
+    hidden = x @ a.T if gate is None else x @ a.T * gate.double()
+    return x @ weight.T + bias + scale * hidden @ b.T
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 19])
+@pytest.mark.parametrize("rows", [1, 4, 5, 16, FEW])
+def test_matches_float64(rows: int, rank: int, dtype: torch.dtype, gated: bool) -> None:
+    args = arguments(rows, rank, dtype, gated)
+    with torch.no_grad():
+        found = low_rank_few(*args)
+    assert found is not None and found.dtype is dtype
+    assert_close(found, formula(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_that_is_not_finite_changes_no_other(dtype: torch.dtype) -> None:
+    x, *others = arguments(4, 5, dtype)
+    marred = x.clone()
+    marred[2, 7] = torch.nan
+    with torch.no_grad():
+        clean, found = low_rank_few(x, *others), low_rank_few(marred, *others)
+    assert found[2].isnan().all()
+    kept = torch.tensor([0, 1, 3])
+    assert_same_bits(found[kept], clean[kept])
+
+
+def test_leading_dimensions_and_strided_tensors() -> None:
+    x, weight, bias, a, b, scale, _ = arguments(6, 5, torch.float32)
+    with torch.no_grad():
+        found = low_rank_few(x.view(2, 3, FEATURES), weight, bias, a, b, scale, None)
+        assert found.shape == (2, 3, OUT)
+        assert low_rank_few(x, weight, bias, a.T.contiguous().T, b, scale, None) is None
+        assert low_rank_few(x[:, ::1].T.contiguous().T, weight, bias, a, b, scale, None) is None
+
+
+class _Listening(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class _Dispatching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        torch.enable_grad,
+        _Listening,
+        _Dispatching,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: peftk.use_backend("torch"),
+        torch.autograd.forward_ad.dual_level,
+        torch.profiler.profile,
+    ],
+)
+def test_gives_way_to_whoever_listens(listen: Callable[[], contextlib.AbstractContextManager]) -> None:
+    args = arguments(2, 5, torch.float32)
+    with torch.no_grad():
+        assert low_rank_few(*args) is not None
+        with listen():
+            assert low_rank_few(*args) is None
+    found = torch.func.vmap(lambda x: torch.zeros(()) if low_rank_few(x, *args[1:]) is None else x.sum())(args[0][None])
+    assert (found == 0).all()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {0: lambda x: x.double()},
+        {0: lambda x: x.half()},
+        {0: lambda x: x[:0]},
+        {0: lambda x: x.expand(FEW + 1, -1).contiguous()},
+        {3: lambda a: a.bfloat16()},
+        {3: lambda a: a[:, 1:].contiguous()},
+        {4: lambda b: b[1:]},
+        {5: lambda scale: torch.tensor(scale)},
+        {6: lambda gate: torch.ones(1, 5)},
+    ],
+    ids=str,
+)
+def test_leaves_everything_else_to_the_operators(changed: dict[int, Callable]) -> None:
+    args = arguments(1, 5, torch.float32)
+    args = [changed[i](value) if i in changed else value for i, value in enumerate(args)]
+    with torch.no_grad():
+        assert low_rank_few(*args) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 16, FEW + 1])
+def test_layers_generate_what_they_were_trained_to(rows: int, dtype: torch.dtype) -> None:
+    for config in (peftk.LoraConfig(r=5, init_lora_weights=False), peftk.AdaLoraConfig(init_r=5, total_step=9)):
+        torch.manual_seed(1)
+        kind = peftk.nn.LoRALinear if isinstance(config, peftk.LoraConfig) else peftk.nn.AdaLoRALinear
+        layer = kind(torch.nn.Linear(FEATURES, OUT).to(dtype), config).eval()
+        for p in layer.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        x = torch.randn(rows, FEATURES).to(dtype)
+        with torch.no_grad():
+            short = layer(x)
+        recorded = layer(x)
+        assert recorded.requires_grad and not short.requires_grad
+        assert_close(short, recorded.detach().double(), dtype)
