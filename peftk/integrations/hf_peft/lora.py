@@ -182,7 +182,7 @@ def run_linear(base: nn.Module, x: Tensor, adapters: Sequence[Active]) -> Tensor
 def run_conv(base: nn.Conv2d, x: Tensor, adapters: Sequence[Active]) -> Tensor:
     """Return the output of a convolution, with PEFT's draws of dropout."""
     if all(p == 0 for _, p in adapters):
-        return lora_conv.conv2d(base, x, [one for one, _ in adapters])
+        return lora_conv.conv(base, x, [one for one, _ in adapters])
     result: Tensor = base(x)
     for one, p in adapters:
         result = lora_conv.add(base, result, x, one, dropped(x, one.a, p))

@@ -106,5 +106,5 @@ class OnConv2d(LycorisWay):
         """See `Way.run`."""
         base = layer._modules["base_layer"]
         drawn = self.drawn(layer, adapters)
-        result: Tensor = self.arithmetic.conv2d(base, x, drawn) if drawn else base(x)
+        result: Tensor = self.arithmetic.conv(base, x, drawn) if drawn else base(x)
         return result.to(x.dtype)
