@@ -178,7 +178,7 @@ def _with_product(filters: Tensor, w1: Tensor, w2: Tensor, scale: float, slices:
     # One Kronecker product makes all slices, row by row of w1; they change places with those rows.
     apart = filters.reshape(slices, len(w1), rows, w1.shape[1] * taps).transpose(0, 1)
     changed = F.kronecker_weight(apart.flatten(0, 2), w1, w2, scale)
-    return changed.view(apart.shape).transpose(0, 1).reshape(filters.shape)
+    return changed.reshape(apart.shape).transpose(0, 1).reshape(filters.shape)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft.tuners.lokr.layer import factorization as factorization_of_peft
 from safetensors.torch import save_file
-from support.layer_cases import CASES, example, make, with_hook
+from support.layer_cases import CASES, example, make, reference, with_hook
 from torch import nn
 
 import peftk
@@ -119,6 +119,17 @@ def test_peft_reorders_a_whole_w2_on_sequences():
     product = torch.einsum("lm,knt->lkmnt", w1, w2).reshape(4, 6, 3)
     with pytest.raises(AssertionError):
         assert_close(layer.get_delta_weight("default"), product, torch.float32)
+
+
+def test_the_tucker_form_on_sequences_fails_in_peft():
+    import peft
+
+    values = {"r": 1, "use_effective_conv2d": True, "init_weights": False, "target_modules": ["0"]}
+    base, x = nn.Sequential(nn.Conv1d(4, 6, 3)), torch.randn(2, 4, 9)
+    with pytest.raises(RuntimeError, match="view"):
+        peft.get_peft_model(copy.deepcopy(base), peft.LoKrConfig(**values))(x)
+    model = peftk.get_peft_model(base, LoKrConfig(**values))
+    assert_close(model(x), reference(base[0], x), torch.float32)
 
 
 def test_a_transposed_convolution_is_refused_by_name():
