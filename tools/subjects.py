@@ -52,15 +52,25 @@ def _gpt2_linear(dtype: torch.dtype = torch.float32, **geometry: Any) -> nn.Modu
     return Conv1D(FEATURES, FEATURES).to(dtype)
 
 
-def _convolution(dtype: torch.dtype = torch.float32, size: int | tuple[int, int] = 3, **geometry: Any) -> nn.Module:
-    return nn.Conv2d(FEATURES, FEATURES, size, dtype=dtype, **geometry)
+def _convolution(
+    kind: str, dtype: torch.dtype = torch.float32, size: int | tuple[int, ...] = 3, **geometry: Any
+) -> nn.Module:
+    return getattr(nn, kind)(FEATURES, FEATURES, size, dtype=dtype, **geometry)
 
 
 def _embedding(dtype: torch.dtype = torch.float32, **geometry: Any) -> nn.Module:
     return nn.Embedding(WORDS, FEATURES, dtype=dtype)
 
 
-BASES = {"Linear": _linear, "Conv1D": _gpt2_linear, "Conv2d": _convolution, "Embedding": _embedding}
+CONVOLUTIONS = {"Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
+"""The kinds of convolutions, and their dimensions."""
+
+BASES: dict[str, Callable[..., nn.Module]] = {
+    "Linear": _linear,
+    "Conv1D": _gpt2_linear,
+    **{kind: functools.partial(_convolution, kind) for kind in CONVOLUTIONS},
+    "Embedding": _embedding,
+}
 """A kind of layer to a function that makes a small one."""
 
 
@@ -68,7 +78,7 @@ def _input(kind: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if kind == "Embedding":
         return torch.randint(WORDS, (2, 5), generator=generator)
-    shape = (2, FEATURES, 6, 6) if kind == "Conv2d" else (2, 9, FEATURES)
+    shape = (2, FEATURES, *[6] * CONVOLUTIONS[kind]) if kind in CONVOLUTIONS else (2, 9, FEATURES)
     return torch.randn(shape, generator=generator).to(dtype)
 
 
@@ -107,10 +117,14 @@ class _Quantised(nn.Linear):
 
 def _geometry(**geometry: Any) -> Callable[[Callable[[], PeftConfig], str, dict], None]:
     def probe(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -> None:
-        if kind == "Conv2d":
-            _adapted(config, _convolution(**{**usual, **geometry}))(_input(kind, torch.float32))
+        if kind in CONVOLUTIONS:
+            _adapted(config, BASES[kind](**{**usual, **geometry}))(_input(kind, torch.float32))
 
     return probe
+
+
+def _uneven(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -> None:
+    _geometry(size=(1, 3, 2)[: CONVOLUTIONS.get(kind)])(config, kind, usual)
 
 
 def _merge(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -> None:
@@ -118,10 +132,10 @@ def _merge(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -
 
 
 def _merge_groups(config: Callable[[], PeftConfig], kind: str, usual: dict[str, Any]) -> None:
-    if kind != "Conv2d":
+    if kind not in CONVOLUTIONS:
         return
     try:
-        layer = _adapted(config, _convolution(**usual, groups=2))
+        layer = _adapted(config, BASES[kind](**usual, groups=2))
     except ValueError:
         # Groups are refused as such.
         return
@@ -156,7 +170,7 @@ PROBES: dict[str, Callable[[Callable[[], PeftConfig], str, dict], None]] = {
     "dilation": _geometry(dilation=2),
     "strides": _geometry(stride=2),
     "padding modes": _geometry(padding=1, padding_mode="reflect"),
-    "kernels that are not square": _geometry(size=(1, 3)),
+    "kernels that are not square": _uneven,
     "merging": _merge,
     "merging with groups": _merge_groups,
     "several active adapters": _several,
@@ -260,7 +274,7 @@ def _of_kind(name: str, config: Callable[[], PeftConfig], kind: str) -> Subject 
     try:
         _adapted(config, BASES[kind]())
     except (TypeError, ValueError, NotImplementedError):
-        if kind != "Conv2d":
+        if kind not in CONVOLUTIONS:
             return None
         usual, layer = {"size": 1}, f"1x1 {layer}"
         _adapted(config, BASES[kind](**usual))
@@ -300,7 +314,7 @@ def _experts() -> Iterator[Subject]:
         layer.set_adapter(["0", "1"])
         layer.gates = Gates(settings, ["0", "1"])
         x = _input(kind, dtype)
-        tokens = (x.shape[0], 1) if x.dim() == 4 else x.shape[:2]
+        tokens = (x.shape[0], 1) if kind in CONVOLUTIONS else x.shape[:2]
         return _Weighted(_filled(layer), torch.rand(*tokens, 1, 2).to(dtype))
 
     def together(kind: str) -> None:

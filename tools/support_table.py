@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,8 @@ def markdown(found: list[Row]) -> str:
     ]
     for name, takers in rare.items():
         who = "; ".join(f"{row.method} on {', '.join(row.layers)}" for row in takers)
-        below.append(f"Only {who} take{'s' if len(takers) == 1 else ''} {name}." if who else f"No layer takes {name}.")
+        said = f"Only {who} take{'s' if len(takers) == 1 else ''} {name}." if who else f"No layer takes {name}."
+        below += textwrap.wrap(said, 120, break_on_hyphens=False)
     return "\n".join([*lines, "", *below])
 
 

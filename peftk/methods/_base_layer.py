@@ -7,22 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.plain import DENSE, NONE, listened_to, observed, plain_tensors, stored
+from ..ops.plain import CONVOLUTIONS, DENSE, NONE, listened_to, observed, plain_tensors, stored
 
 _FEATURES = {
     "Linear": ("in_features", "out_features"),
     "Conv1D": ("nx", "nf"),
+    "Conv1d": ("in_channels", "out_channels"),
     "Conv2d": ("in_channels", "out_channels"),
+    "Conv3d": ("in_channels", "out_channels"),
     "Embedding": ("num_embeddings", "embedding_dim"),
 }
 
+_FORWARDS = frozenset(layer.forward for layer in (nn.Linear, *CONVOLUTIONS, nn.Embedding))
+
 
 def kind_of(layer: nn.Module) -> str | None:
-    """Return which kind of layer this is: "Linear", "Conv1D", "Conv2d", "Embedding" or None.
+    """Return which kind of layer this is: "Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", None.
 
-    Conv1D is the linear layer of GPT-2, which stores its weight as (in, out).
+    Conv1D is the linear layer of GPT-2, which stores its weight as (in, out), and Conv1d a convolution.
     """
-    for kind in ("Linear", "Conv2d", "Embedding"):
+    for kind in ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"):
         if isinstance(layer, getattr(nn, kind)):
             return kind
     # Without importing transformers; a parametrized layer is of a class of its own.
@@ -40,8 +44,8 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def rows_of(base: nn.Module, weight: Tensor) -> Tensor:
-    """Return a weight of the base layer with the outputs as rows: (out, in), or (out, in, height, width)."""
-    return weight if isinstance(base, (nn.Linear, nn.Conv2d)) else weight.mT
+    """Return a weight of the base layer with the outputs as rows: (out, in), or (out, in, *kernel)."""
+    return weight if isinstance(base, (nn.Linear, *CONVOLUTIONS)) else weight.mT
 
 
 def opaque_weight(layer: Any) -> str | None:
@@ -59,7 +63,7 @@ def foreign_forward(layer: nn.Module) -> str | None:
     """
     kind = kind_of(layer)
     own = type(layer).forward
-    if kind is None or own in (nn.Linear.forward, nn.Conv2d.forward, nn.Embedding.forward):
+    if kind is None or own in _FORWARDS:
         return None
     owner = next(c for c in type(layer).__mro__ if "forward" in c.__dict__)
     if kind == "Conv1D" and owner.__name__ == "Conv1D":
@@ -86,6 +90,7 @@ def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 __all__ = [
+    "CONVOLUTIONS",
     "DENSE",
     "NONE",
     "call",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
+from ..ops.conv import channels_last
 from ..ops.dropout import Drawn, Dropout
 from ._base_layer import rows_of
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 def norms(base: Any, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """Return the norms of the rows of ``W + scale * B A``, (out,), through which no gradient passes."""
     weight = rows_of(base, base.weight)
-    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+    if weight.dim() > 2 and channels_last(weight):
         # The order of the columns changes no norm, and this one copies no weight.
-        weight, a = weight.permute(0, 2, 3, 1), a.permute(0, 2, 3, 1)
+        weight, a = weight.movedim(1, -1), a.movedim(1, -1)
     return F.dora_norm(weight.flatten(1), a.flatten(1), b.flatten(1), scale)
 
 

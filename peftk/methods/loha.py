@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..kernels.shared.wide import wide
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
-from ..ops.conv import convolve_thin, convolve_with, expand
+from ..ops.conv import Convolution, convolve_thin, convolve_with, expand
 from ._base_layer import NONE, call, plain_tensors
 
 
@@ -22,11 +22,11 @@ class Hadamard(NamedTuple):
 
     Attributes:
         w1_a: (out, r), or (r, out) beside a core.
-        w1_b: (r, in), or (r, in * height * width); (r, in) beside a core.
+        w1_b: (r, in), or (r, in * taps) for the taps of a kernel; (r, in) beside a core.
         w2_a: As `w1_a`.
         w2_b: As `w1_b`.
         scale: A number.
-        t1: The core of the first matrix in Tucker form, (r, r, height, width), or None.
+        t1: The core of the first matrix in Tucker form, (r, r, *kernel), or (r, r, taps, 1); or None.
         t2: That of the second one.
         rows: (out,), a factor for every row of the update, which dropout makes; or None.
     """
@@ -53,8 +53,8 @@ def factors(adapter: Hadamard, dtype: torch.dtype | None = None) -> Factors:
 
 
 def _tucker(core: Tensor, w_b: Tensor) -> Tensor:
-    """Return the (r, in * height * width) factor that a core and the factor of the channels make."""
-    return torch.einsum("ijkl,jq->iqkl", core, w_b).flatten(1)
+    """Return the (r, in * taps) factor that a core and the factor of the channels make."""
+    return torch.einsum("ijk,jq->iqk", core.flatten(2), w_b).flatten(1)
 
 
 def linear(
@@ -85,8 +85,12 @@ def add(result: Tensor, x: Tensor, adapter: Hadamard) -> Tensor:
     return add_hadamard(result, x, adapter.scale, factors(adapter))
 
 
-def conv2d(
-    base: nn.Conv2d, x: Tensor, adapters: Sequence[Hadamard], args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
+def conv(
+    base: Convolution,
+    x: Tensor,
+    adapters: Sequence[Hadamard],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] = NONE,
 ) -> Tensor:
     """Return the output of a convolution with adapters on its flattened filters.
 
@@ -94,8 +98,8 @@ def conv2d(
     one convolution with the written weight.
 
     Args:
-        base: An nn.Conv2d; frozen.
-        x: (batch, in, height, width) or (in, height, width).
+        base: An nn.Conv1d, nn.Conv2d or nn.Conv3d; frozen.
+        x: (batch, in, *size) or (in, *size).
         adapters: What is added, in this order.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
@@ -124,18 +128,18 @@ def conv2d(
     return y
 
 
-def _low_rank_pays(base: nn.Conv2d, four: Factors) -> bool:
+def _low_rank_pays(base: Convolution, four: Factors) -> bool:
     w1_a, w1_b, w2_a, _ = four
     # Convolutions have many positions: what writing the weight costs does not count beside them.
     sizes = w1_a.shape[0], w1_b.shape[1], w1_a.shape[1], w2_a.shape[1]
     return base.groups == 1 and low_rank_pays(1 << 20, *sizes)
 
 
-def _add_low_rank(base: nn.Conv2d, y: Tensor, x: Tensor, scale: float, four: Factors) -> Tensor:
+def _add_low_rank(base: Convolution, y: Tensor, x: Tensor, scale: float, four: Factors) -> Tensor:
     a, b = F.khatri_rao(*four, dtype=wide(x.dtype))
     hidden = convolve_thin(base, x, a.view(len(a), base.in_channels, *base.kernel_size))
-    images = (y, hidden) if y.dim() == 4 else (y[None], hidden[None])
-    return expand(*images, b, scale, False).view(y.shape)
+    batch = (y, hidden) if y.dim() == len(base.kernel_size) + 2 else (y[None], hidden[None])
+    return expand(*batch, b, scale, False).view(y.shape)
 
 
 @torch.no_grad()
@@ -147,5 +151,5 @@ def update(adapter: Hadamard, shape: Sequence[int]) -> Tensor:
 
 
 def merged(weight: Tensor, adapter: Hadamard) -> Tensor:
-    """Return a weight, (out, in) or (out, in, height, width), with one adapter in it."""
+    """Return a weight, (out, in) or (out, in, *kernel), with one adapter in it."""
     return F.hadamard_weight(weight, *factors(adapter, weight.dtype), adapter.scale)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
-from ..ops.conv import convolve_with
+from ..ops.conv import Convolution, convolve_with
 from ._base_layer import NONE, call, plain_tensors
 
 
@@ -20,16 +20,25 @@ class Kronecker(NamedTuple):
 
     Attributes:
         w1: (l, m), or its two factors (l, r) and (r, m).
-        w2: (k, n) or (k, n, height, width); or its two factors (k, r) and (r, n * height * width); or, in Tucker form,
-            (r, k), (r, n) and the core (r, r, height, width).
+        w2: (k, n) or (k, n, *kernel); or its two factors (k, r) and (r, n * taps of the kernel); or, in Tucker form,
+            (r, k), (r, n) and the core (r, r, *kernel) or (r, r, taps, 1).
         scale: A number, or a tensor of one number.
         kept: (out,), which rows of the update stay in this pass; None for all of them.
+
+    A w2 of three dimensions, (k, n, taps), stands for Hugging Face PEFT's update of an nn.Conv1d, whose numbers lie
+    elsewhere than in a Kronecker product: those of ``kron(w1, w2[i])``, (l * n, m * taps), for one i after the other,
+    are read in the order of a weight (l * k, m * n, taps).
     """
 
     w1: tuple[Tensor, ...]
     w2: tuple[Tensor, ...]
     scale: float | Tensor
     kept: Tensor | None = None
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the update is that of PEFT's nn.Conv1d with a whole w2."""
+        return self.w2[0].dim() == 3
 
 
 def first(adapter: Kronecker, dtype: torch.dtype | None = None) -> Tensor:
@@ -39,14 +48,14 @@ def first(adapter: Kronecker, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def second(adapter: Kronecker, dtype: torch.dtype | None = None) -> Tensor:
-    """Return w2 as a matrix, (k, n * height * width of the kernel), computed in a dtype if one is given."""
+    """Return w2 as a matrix, (k, n * taps), computed in a dtype if one is given; (k * n, taps) if it is reordered."""
     parts = adapter.w2
     if len(parts) == 1:
-        return _cast(parts[0], dtype).flatten(1)
+        return _cast(parts[0], dtype).flatten(0, 1) if adapter.reordered else _cast(parts[0], dtype).flatten(1)
     if len(parts) == 2:
         return _product(parts[0], parts[1], dtype)
     a, b, core = parts
-    taps = _product(b.mT, core.transpose(0, 1).flatten(1), dtype)  # (n, r * height * width)
+    taps = _product(b.mT, core.transpose(0, 1).flatten(1), dtype)  # (n, r * taps)
     taps = taps.view(b.shape[1], core.shape[0], -1).transpose(0, 1).flatten(1)
     return _product(a.mT, taps, dtype)
 
@@ -120,8 +129,8 @@ def add(result: Tensor, x: Tensor, adapter: Kronecker) -> Tensor:
     return adapted if adapter.kept is None else torch.where(adapter.kept, adapted, result)
 
 
-def conv2d(
-    base: nn.Conv2d,
+def conv(
+    base: Convolution,
     x: Tensor,
     adapters: Sequence[Kronecker],
     args: Sequence[Any] = (),
@@ -130,42 +139,56 @@ def conv2d(
     """Return the output of a convolution with adapters on its filters, as one convolution with the written weight.
 
     Args:
-        base: An nn.Conv2d; frozen.
-        x: (batch, in, height, width) or (in, height, width).
+        base: An nn.Conv1d, nn.Conv2d or nn.Conv3d; frozen.
+        x: (batch, in, *size) or (in, *size).
         adapters: What is added, in this order.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
     values: list[Tensor] = []
-    masked, scales = [], []
+    written = []
     for adapter in adapters:
         w1, scale = _scaled(adapter)
         values += [w1, second(adapter), *([] if adapter.kept is None else [adapter.kept])]
-        masked.append(adapter.kept is not None)
-        scales.append(scale)
-    write = functools.partial(_written, scales, masked)
+        written.append((scale, adapter.kept is not None, _slices(adapter)))
+    write = functools.partial(_written, written)
     plain = plain_tensors(base, x, args, kwargs)
     return convolve_with(write, base, x, *values, plain=plain, args=args, kwargs=kwargs)
 
 
-def _written(scales: list[float], masked: list[bool], weight: Tensor, *values: Tensor) -> Tensor:
+def _slices(adapter: Kronecker) -> int | None:
+    """Return k where the update is reordered, and else None."""
+    return len(adapter.w2[0]) if adapter.reordered else None
+
+
+def _written(adapters: list[tuple[float, bool, int | None]], weight: Tensor, *values: Tensor) -> Tensor:
     """Add each adapter's product to a weight, only in the rows that stay where there is a mask among its values."""
     filters, rest = weight.flatten(1), iter(values)
-    for scale, has_mask in zip(scales, masked, strict=True):
-        changed = F.kronecker_weight(filters, next(rest), next(rest), scale)
+    for scale, has_mask, slices in adapters:
+        changed = _with_product(filters, next(rest), next(rest), scale, slices)
         filters = torch.where(next(rest)[:, None], changed, filters) if has_mask else changed
     return filters.view(weight.shape)
 
 
+def _with_product(filters: Tensor, w1: Tensor, w2: Tensor, scale: float, slices: int | None) -> Tensor:
+    """Return filters, (out, in * taps), with a product in them, whose numbers are reordered if it has `slices`."""
+    if slices is None:
+        return F.kronecker_weight(filters, w1, w2, scale)
+    rows, taps = len(w2) // slices, w2.shape[1]
+    # One Kronecker product makes all slices, row by row of w1; they change places with those rows.
+    apart = filters.reshape(slices, len(w1), rows, w1.shape[1] * taps).transpose(0, 1)
+    changed = F.kronecker_weight(apart.flatten(0, 2), w1, w2, scale)
+    return changed.reshape(apart.shape).transpose(0, 1).reshape(filters.shape)
+
+
 @torch.no_grad()
-def update(adapter: Kronecker) -> Tensor:
-    """Return the dense update, (out, in * height * width of the kernel), in the dtype of the factors."""
-    (w1, scale), w2 = _scaled(adapter), second(adapter)
-    zeros = torch.zeros(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], dtype=w1.dtype, device=w1.device)
-    return F.kronecker_weight(zeros, w1, w2, scale)
+def update(adapter: Kronecker, shape: Sequence[int]) -> Tensor:
+    """Return the dense update in the shape of the weight, in the dtype of the factors."""
+    w1 = first(adapter)
+    return merged(torch.zeros(*shape, dtype=w1.dtype, device=w1.device), adapter)
 
 
 def merged(weight: Tensor, adapter: Kronecker) -> Tensor:
-    """Return a weight, (out, in) or (out, in, height, width), with one adapter in it."""
+    """Return a weight, (out, in) or (out, in, *kernel), with one adapter in it."""
     (w1, scale), w2 = _scaled(adapter, weight.dtype), second(adapter, weight.dtype)
-    return F.kronecker_weight(weight.flatten(1), w1, w2, scale).view(weight.shape)
+    return _with_product(weight.flatten(1), w1, w2, scale, _slices(adapter)).view(weight.shape)

@@ -23,8 +23,8 @@ class LowRank(NamedTuple):
     """The tensors and settings of one adapter on one layer: the update ``scale * (B * gate) A``.
 
     Attributes:
-        a: (r, in), (r, in, height, width) for a convolution, or (r, num) for an embedding; any floating dtype.
-        b: (out, r), (out, r / groups, 1, 1) for a convolution, or (dim, r) for an embedding.
+        a: (r, in), (r, in, *kernel) for a convolution, or (r, num) for an embedding; any floating dtype.
+        b: (out, r), (out, r / groups, 1 ...) for a convolution, or (dim, r) for an embedding.
         scale: A number, or a tensor of one number.
         gate: (r,), or with one entry for each row of the input, (..., r); or None.
         bias: What is added to the output, (out,), the scale in it; or None.
@@ -220,7 +220,7 @@ def merged(
     """Return weight and bias with an adapter in them.
 
     Args:
-        weight: (out, in) or (out, in, height, width); in it may be what adapters before this one have made.
+        weight: (out, in) or (out, in, *kernel); in it may be what adapters before this one have made.
         bias: (out,) or None.
         adapter: The adapter.
         own: The weight of the layer itself, of which magnitudes are the norms; that in `weight` if it is None.

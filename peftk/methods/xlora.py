@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops.conv import convolve_thin
+from ..ops.conv import Convolution, convolve_thin
 from ..ops.dropout import Dropout
 from . import lora_embedding
 from ._base_layer import NONE, call, plain_tensors
@@ -55,8 +55,8 @@ def linear(
     return base(x) if result is None else result
 
 
-def conv2d(
-    base: nn.Conv2d,
+def conv(
+    base: Convolution,
     x: Tensor,
     experts: Sequence[LowRank],
     gate: Tensor,
@@ -66,26 +66,29 @@ def conv2d(
     """Return the output of a convolution with experts.
 
     Args:
-        base: As in `lora_conv.conv2d`.
-        x: (batch, in, height, width) or, with a gate for all of it, (in, height, width).
+        base: As in `lora_conv.conv`.
+        x: (batch, in, *size) or, with a gate for all of it, (in, *size).
         experts: Their scales and gates have no meaning here.
-        gate: (total rank,), or (batch, total rank, rows, columns) with one entry for each pixel of x or for the image.
+        gate: (total rank,), or (batch, total rank, *size) with one entry for each place of x, or with ones as the
+            size.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
     result = base(x, *args, **kwargs)
     x = x.to(result.dtype)
-    pixels = gate.dim() > 1 and gate.shape[2:] != (1, 1)
+    single = (1,) * len(base.kernel_size)
+    everywhere = gate.dim() > 1 and gate.shape[2:] != single
     if gate.dim() == 1:
-        gate = gate.view(1, -1, 1, 1)
-    plain = base.kernel_size == (1, 1) and base.stride == (1, 1) and base.padding in ((0, 0), "same", "valid")
-    before = pixels and not plain
+        gate = gate.view(1, -1, *single)
+    unpadded = "same", "valid", (0,) * len(single)
+    plain = base.kernel_size == single and base.stride == single and base.padding in unpadded
+    before = everywhere and not plain
     for p, part, columns in _groups(experts, apart=before or base.groups > 1):
         a, b = _together(part)
         own, seen = gate[:, columns], Dropout(x, p)
         read = functools.partial(convolve_thin, base)
         if before:
-            # A reads several pixels, so that the weight goes on each of them.
+            # A reads several places, so that the weight goes on each of them.
             hidden = read((seen.dropped() * own[:, :1]).to(x.dtype), a)
         else:
             hidden = seen.product(read, a)

@@ -12,9 +12,9 @@ from .base.config import PeftConfig, PeftType, TaskType
 from .base.kinds import KINDS, why_unsupported
 from .boft import BOFTConfig, BOFTConv2d, BOFTLinear
 from .c3a import C3AConfig, C3AConv2d, C3ALinear
-from .loha import LoHaConfig, LoHaConv2d, LoHaLinear
-from .lokr import LoKrConfig, LoKrConv2d, LoKrLinear
-from .lora import LoraConfig, LoRAConv2d, LoRAEmbedding, LoRALinear
+from .loha import LoHaConfig, LoHaConv, LoHaLinear
+from .lokr import LoKrConfig, LoKrConv, LoKrLinear
+from .lora import LoraConfig, LoRAConv, LoRAEmbedding, LoRALinear
 from .oft import OFTConfig, OFTConv2d, OFTLinear
 from .xlora import XLoraConfig
 
@@ -28,10 +28,10 @@ LAYERS: tuple[type[AdapterLayer], ...] = (
     C3ALinear,
     C3AConv2d,
     LoKrLinear,
-    LoKrConv2d,
+    LoKrConv,
     LoHaLinear,
-    LoHaConv2d,
-    LoRAConv2d,
+    LoHaConv,
+    LoRAConv,
     LoRAEmbedding,
     AdaptedAttention,
 )
@@ -77,12 +77,12 @@ __all__ = [
     "C3AConv2d",
     "C3ALinear",
     "LoHaConfig",
-    "LoHaConv2d",
+    "LoHaConv",
     "LoHaLinear",
     "LoKrConfig",
-    "LoKrConv2d",
+    "LoKrConv",
     "LoKrLinear",
-    "LoRAConv2d",
+    "LoRAConv",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..methods.loha import Hadamard
 from ..ops import _seed
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import Form, PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
-from .base.kinds import weight_shape
+from .base.kinds import core_shape, weight_shape
 from .base.merging import Merged
 from .lora.config import MAX_ALPHA, MAX_RANK
 
@@ -33,7 +33,7 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
         rank_dropout: Probability, in training, that a row of the update (an output feature) is dropped, in [0, 1);
             the others are divided by the share that stays, as in PEFT.
         module_dropout: Probability, in training, that a layer's whole update is dropped, in [0, 1).
-        use_effective_conv2d: For kernels larger than 1 x 1, the Tucker form: factors of the channels and a core of
+        use_effective_conv2d: For kernels of several taps, the Tucker form: factors of the channels and a core of
             the kernel's taps.
         target_modules: As in `LoraConfig`.
         exclude_modules: As in `LoraConfig`.
@@ -67,7 +67,7 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
 
     _forms = (
         Form("LoHa", {"r": 2}),
-        Form("LoHa, Tucker", {"r": 2, "use_effective_conv2d": True}, ("Conv2d",)),
+        Form("LoHa, Tucker", {"r": 2, "use_effective_conv2d": True}, ("Conv1d", "Conv2d", "Conv3d")),
     )
     _meaning = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d", "modules_to_save")
 
@@ -114,7 +114,7 @@ class LoHaLinear(AdapterLayer):
         torch.Size([2, 4])
     """
 
-    base_kinds = ("Linear",)
+    base_kinds: ClassVar[tuple[str, ...]] = ("Linear",)
     adapter_layer_names = (*_PAIRS, *_CORES)
     parameter_names = frozenset(adapter_layer_names)
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
@@ -171,45 +171,46 @@ class LoHaLinear(AdapterLayer):
         tensors["weight"] = loha.merged(tensors["weight"], self.hadamard(name, drop=False))
 
 
-class LoHaConv2d(LoHaLinear):
-    """An nn.Conv2d with LoHa adapters on its flattened filters, (out, in / groups * height * width of the kernel).
+class LoHaConv(LoHaLinear):
+    """A convolution with LoHa adapters on its flattened filters, (out, in / groups * taps of the kernel).
 
     Parameters per adapter: as `LoHaLinear` has them, with that many inputs. With `use_effective_conv2d` and a kernel
-    larger than 1 x 1, the Tucker form: `hada_w1_a` (r, out), `hada_w1_b` (r, in / groups), `hada_t1`
-    (r, r, height, width), and the same of the second matrix; ``W1[p, q] = sum_ij t1[i, j] w1_a[i, p] w1_b[j, q]``.
+    of several taps, the Tucker form: `hada_w1_a` (r, out), `hada_w1_b` (r, in / groups), `hada_t1` (r, r, *kernel), on
+    an nn.Conv1d (r, r, taps, 1) as in PEFT, and the same of the second matrix;
+    ``W1[p, q] = sum_ij t1[i, j] w1_a[i, p] w1_b[j, q]``.
     PEFT's gradients of `hada_w1_a` and `hada_w2_a` are wrong in that form; those here are the true ones.
 
     Small ranks run as a convolution to ``r * r`` channels and a product with (out, r * r); larger ones, and groups, as
     one convolution with the written weight. Geometry, padding mode and groups are those of the layer.
 
     Args:
-        base_layer: The nn.Conv2d to adapt; it is frozen.
+        base_layer: The nn.Conv1d, nn.Conv2d or nn.Conv3d to adapt; it is frozen.
         config: A LoHaConfig.
         adapter_name: The name of the first adapter.
         module_name: The path of the layer in its model.
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is not a dense nn.Conv2d.
+        TypeError: `base_layer` is not a dense convolution of these kinds.
 
     Source: Yeh et al., Navigating Text-To-Image Customization, arXiv 2309.14859.
 
     Example:
         >>> import torch, peftk
-        >>> layer = peftk.nn.LoHaConv2d(torch.nn.Conv2d(4, 8, 3), peftk.LoHaConfig(r=2, use_effective_conv2d=True))
+        >>> layer = peftk.nn.LoHaConv(torch.nn.Conv2d(4, 8, 3), peftk.LoHaConfig(r=2, use_effective_conv2d=True))
         >>> layer(torch.randn(1, 4, 5, 5)).shape
         torch.Size([1, 8, 3, 3])
     """
 
-    base_kinds = ("Conv2d",)
+    base_kinds = ("Conv1d", "Conv2d", "Conv3d")
 
     @classmethod
-    def _shapes(cls, base_layer: nn.Conv2d, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(cls, base_layer: Any, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
         out, channels, *kernel = base_layer.weight.shape
-        if not config.use_effective_conv2d or kernel == [1, 1]:
+        if not config.use_effective_conv2d or all(taps == 1 for taps in kernel):
             return super()._shapes(base_layer, config, r)
-        sizes = ((r, out), (r, channels)) * 2 + ((r, r, *kernel),) * 2
+        sizes = ((r, out), (r, channels)) * 2 + (core_shape(r, kernel),) * 2
         return dict(zip((*_PAIRS, *_CORES), sizes, strict=True))
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        return loha.conv2d(self.base_layer, x, [self.hadamard(name) for name in names], args, kwargs)
+        return loha.conv(self.base_layer, x, [self.hadamard(name) for name in names], args, kwargs)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from .base.config import (
     check_patterns,
     warn_of_field,
 )
-from .base.kinds import weight_shape
+from .base.kinds import core_shape, weight_shape
 from .base.merging import Merged
 from .lora.config import MAX_RANK
 
@@ -55,7 +55,7 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
             then 1.
         rank_dropout: Probability, in training, that a row of the update (an output feature) is dropped, in [0, 1).
         module_dropout: Probability, in training, that a layer's whole update is dropped, in [0, 1).
-        use_effective_conv2d: For kernels larger than 1 x 1, the Tucker form of w2: factors of the channels and a core
+        use_effective_conv2d: For kernels of several taps, the Tucker form of w2: factors of the channels and a core
             of the kernel's taps.
         decompose_both: w1 is a product of two matrices too, unless ``r >= max(l, m) / 2``.
         decompose_factor: What l and m are if it divides the layer's sizes; else they are the largest divisors up to it
@@ -188,7 +188,7 @@ def _sizes(parts: Mapping[str, torch.Size], name: str) -> tuple[int, int] | None
         return None
     if core is None or name == "lokr_w1":
         return a[0], b[1]
-    return (a[1], b[1] * math.prod(core[2:])) if len(core) == 4 else None
+    return (a[1], b[1] * math.prod(core[2:])) if len(core) > 2 else None
 
 
 _W1 = ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
@@ -220,7 +220,7 @@ class LoKrLinear(AdapterLayer):
         torch.Size([2, 4])
     """
 
-    base_kinds = ("Linear",)
+    base_kinds: ClassVar[tuple[str, ...]] = ("Linear",)
     adapter_layer_names = (*_W1, *_W2)
     parameter_names = frozenset(adapter_layer_names)
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "rank_dropout_scale")
@@ -277,44 +277,44 @@ class LoKrLinear(AdapterLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of one adapter, like the weight, without dropout."""
-        return lokr.update(self.kronecker(adapter, drop=False)).view(weight_shape(self.base_layer))
+        return lokr.update(self.kronecker(adapter, drop=False), weight_shape(self.base_layer))
 
     def _merge_into(self, tensors: Merged, name: str) -> None:
         tensors["weight"] = lokr.merged(tensors["weight"], self.kronecker(name, drop=False))
 
 
-class LoKrConv2d(LoKrLinear):
-    """An nn.Conv2d with LoKr adapters on its filters, computed as one convolution with the written weight.
+class LoKrConv(LoKrLinear):
+    """A convolution with LoKr adapters on its filters, computed as one convolution with the written weight.
 
     Parameters per adapter: `lokr_w1.<name>` (l, m) or its two factors, with ``m * n = in / groups``;
-    `lokr_w2.<name>` (k, n, height, width), or `lokr_w2_a` (k, r) and `lokr_w2_b` (r, n * height * width). With
-    `use_effective_conv2d` and a kernel larger than 1 x 1, the Tucker form: `lokr_t2` (r, r, height, width),
-    `lokr_w2_a` (r, k) and `lokr_w2_b` (r, n). Stride, padding, padding mode, dilation and groups are those of the
-    layer.
+    `lokr_w2.<name>` (k, n, *kernel), or `lokr_w2_a` (k, r) and `lokr_w2_b` (r, n * taps). With `use_effective_conv2d`
+    and a kernel of several taps, the Tucker form: `lokr_t2` (r, r, *kernel), on an nn.Conv1d (r, r, taps, 1) as in
+    PEFT, `lokr_w2_a` (r, k) and `lokr_w2_b` (r, n). Stride, padding, padding mode, dilation and groups are those of the
+    layer. On an nn.Conv1d, a whole `lokr_w2` makes PEFT's update, which is no Kronecker product; see `lokr.Kronecker`.
 
     Args:
-        base_layer: The nn.Conv2d to adapt; it is frozen.
+        base_layer: The nn.Conv1d, nn.Conv2d or nn.Conv3d to adapt; it is frozen.
         config: A LoKrConfig.
         adapter_name: The name of the first adapter.
         module_name: The path of the layer in its model.
         autocast_adapter_dtype: Keep parameters in float32 on a half-precision base.
 
     Raises:
-        TypeError: `base_layer` is not a dense nn.Conv2d.
+        TypeError: `base_layer` is not a dense convolution of these kinds.
 
     Source: Yeh et al., arXiv 2309.14859.
 
     Example:
         >>> import torch, peftk
-        >>> layer = peftk.nn.LoKrConv2d(torch.nn.Conv2d(4, 8, 3), peftk.LoKrConfig(r=2, decompose_factor=2))
+        >>> layer = peftk.nn.LoKrConv(torch.nn.Conv2d(4, 8, 3), peftk.LoKrConfig(r=2, decompose_factor=2))
         >>> layer(torch.randn(1, 4, 5, 5)).shape
         torch.Size([1, 8, 3, 3])
     """
 
-    base_kinds = ("Conv2d",)
+    base_kinds = ("Conv1d", "Conv2d", "Conv3d")
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        return lokr.conv2d(self.base_layer, x, [self.kronecker(name) for name in names], args, kwargs)
+        return lokr.conv(self.base_layer, x, [self.kronecker(name) for name in names], args, kwargs)
 
 
 def _tell_factors(sizes: tuple[int, ...], factor: int, module_name: str) -> None:
@@ -356,9 +356,9 @@ def _shapes(weight: tuple[int, ...], config: LoKrConfig, r: int, module_name: st
         shapes = {"lokr_w1": (left, middle)}
     if r >= max(rows, columns) / 2:
         return {**shapes, "lokr_w2": (rows, columns, *kernel)}
-    if config.use_effective_conv2d and kernel not in ([], [1, 1]):
-        return {**shapes, "lokr_w2_a": (r, rows), "lokr_w2_b": (r, columns), "lokr_t2": (r, r, *kernel)}
+    if config.use_effective_conv2d and any(taps > 1 for taps in kernel):
+        return {**shapes, "lokr_w2_a": (r, rows), "lokr_w2_b": (r, columns), "lokr_t2": core_shape(r, kernel)}
     return {**shapes, "lokr_w2_a": (rows, r), "lokr_w2_b": (r, columns * math.prod(kernel))}
 
 
-__all__ = ["LoKrConfig", "LoKrConv2d", "LoKrLinear"]
+__all__ = ["LoKrConfig", "LoKrConv", "LoKrLinear"]

@@ -1,4 +1,4 @@
-"""Convolutions of a frozen nn.Conv2d's geometry with other weights."""
+"""Convolutions of a frozen layer's geometry with other weights, in one, two or three dimensions."""
 
 from __future__ import annotations
 
@@ -8,30 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from ..kernels.shared.wide import HALF, widened
 from ..runtime import registry
 from ._autograd import run_backward, transformed, vjp
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-def convolve(base: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: tf.conv1d, 4: tf.conv2d, 5: tf.conv3d}
+"""What convolves with a weight of so many dimensions."""
+_INPUT: dict[int, Callable[..., Tensor]] = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any) -> Tensor:
+    """Convolve in as many dimensions as the weight has; the geometry is stride, padding, dilation and groups."""
+    return _CONVOLVE[weight.dim()](x, weight, bias, *geometry)
+
+
+def convolve(base: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
     """Convolve with another weight, with the stride, padding, padding mode and dilation of `base`.
 
     Args:
         base: The layer whose geometry is used; its own weight, bias and groups are not.
-        x: (batch, in, height, width) or (in, height, width).
-        weight: (any, in / groups, kernel height, kernel width).
+        x: (batch, in, *size) or (in, *size).
+        weight: (any, in / groups, *kernel).
         bias: (any,) or None.
         groups: The number of groups.
     """
     x, padding = _padded(base, x)
-    return tf.conv2d(x, weight, bias, base.stride, padding, base.dilation, groups)
+    return convolution(x, weight, bias, base.stride, padding, base.dilation, groups)
 
 
 def convolve_with(
     derive: Callable[..., Tensor],
-    base: nn.Conv2d,
+    base: Convolution,
     x: Tensor,
     *values: Tensor,
     plain: tuple[Tensor, Tensor | None] | None,
@@ -56,7 +67,7 @@ def convolve_with(
         TypeError: The base weight is computed from other parameters, and the call is observed or replaced.
     """
     # A compiler decides itself what it keeps.
-    if plain is not None and not transformed() and x.dim() == 4:
+    if plain is not None and not transformed() and x.dim() == plain[0].dim():
         x, padding = _padded(base, x)
         return registry.apply(
             _ConvolveWith, derive, (base.stride, padding, base.dilation, base.groups), x, *plain, *values
@@ -64,7 +75,7 @@ def convolve_with(
     return _called_with(base, derive(base.weight, *values), x, *args, **(kwargs or {}))
 
 
-def _called_with(base: nn.Conv2d, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _called_with(base: Convolution, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Call a layer with another weight in place of its own."""
     own = base.__dict__
     if "weight" in own:
@@ -76,7 +87,11 @@ def _called_with(base: nn.Conv2d, weight: Tensor, x: Tensor, *args: Any, **kwarg
             own["weight"] = kept
     if "weight" in base._parameters:
         return torch.func.functional_call(base, {"weight": weight}, (x, *args), kwargs)
-    if type(base).forward is not nn.Conv2d.forward or base._forward_hooks or base._forward_pre_hooks:
+    if (
+        type(base).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        or base._forward_hooks
+        or base._forward_pre_hooks
+    ):
         raise TypeError(
             "base_layer: its weight is computed from other parameters, and its call is observed or replaced; remove "
             "the parametrization, or the hooks"
@@ -84,7 +99,7 @@ def _called_with(base: nn.Conv2d, weight: Tensor, x: Tensor, *args: Any, **kwarg
     return convolve(base, x, weight, base.bias, base.groups)
 
 
-def convolution_beside(derive: Callable[..., Tensor], base: nn.Conv2d, x: Tensor, *values: Tensor) -> Tensor:
+def convolution_beside(derive: Callable[..., Tensor], base: Convolution, x: Tensor, *values: Tensor) -> Tensor:
     """Convolve with the weight ``derive(weight, *values)`` alone, without bias, beside the base layer's own call.
 
     The derived weight is not kept for the backward pass but computed again. The arguments are those of `convolve_with`;
@@ -92,7 +107,7 @@ def convolution_beside(derive: Callable[..., Tensor], base: nn.Conv2d, x: Tensor
     """
     weight = base.weight.detach()
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
-    if transformed() or autocast or x.dim() != 4 or x.dtype is not weight.dtype:
+    if transformed() or autocast or x.dim() != weight.dim() or x.dtype is not weight.dtype:
         return convolve(base, x, derive(weight, *values), None, base.groups)
     x, padding = _padded(base, x)
     return registry.apply(
@@ -100,20 +115,20 @@ def convolution_beside(derive: Callable[..., Tensor], base: nn.Conv2d, x: Tensor
     )
 
 
-def convolve_frozen(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+def convolve_frozen(base: Convolution, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve with a weight that is not trained, in the geometry of `base`, without bias and without keeping x."""
-    if transformed() or weight.requires_grad or x.dim() != 4:
+    if transformed() or weight.requires_grad or x.dim() != weight.dim():
         return convolve(base, x, weight, None, base.groups)
     x, padding = _padded(base, x)
     return registry.apply(_Frozen, (base.stride, padding, base.dilation, base.groups), x, weight)
 
 
 def expand(base: Tensor, hidden: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
-    """Return ``base + scale * B h`` pixel by pixel.
+    """Return ``base + scale * B h`` place by place.
 
     Args:
-        base: (batch, out, height, width); overwritten where `in_place`.
-        hidden: (batch, rank, height, width).
+        base: (batch, out, *size); overwritten where `in_place`.
+        hidden: (batch, rank, *size).
         b: (out, rank).
         scale: The factor.
         in_place: Whether nobody else reads `base`.
@@ -122,19 +137,20 @@ def expand(base: Tensor, hidden: Tensor, b: Tensor, scale: float, in_place: bool
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether the channels of images stand next to each other in memory, and not the pixels."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """Whether the channels of a batch stand next to each other in memory, and not the places."""
+    return x.movedim(1, -1).is_contiguous() and not x.is_contiguous()
 
 
-def _padded(base: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _padded(base: Convolution, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Return the input, padded if the operator cannot, and the padding that is left to it."""
-    left_and_right = base._reversed_padding_repeated_twice
+    left_and_right, nothing = base._reversed_padding_repeated_twice, (0,) * len(base.kernel_size)
     if base.padding_mode != "zeros":
-        return tf.pad(x, left_and_right, mode=base.padding_mode), (0, 0)
+        return tf.pad(x, left_and_right, mode=base.padding_mode), nothing
     if not isinstance(base.padding, str):
         return x, base.padding
-    left, right, top, bottom = left_and_right
-    return (x, (top, left)) if (left, top) == (right, bottom) else (tf.pad(x, left_and_right), (0, 0))
+    # Two numbers for each dimension, the last dimension first.
+    before, after = left_and_right[::2], left_and_right[1::2]
+    return (x, tuple(reversed(before))) if before == after else (tf.pad(x, left_and_right), nothing)
 
 
 class _Frozen(torch.autograd.Function):
@@ -142,7 +158,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(geometry: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
-        return tf.conv2d(x, weight, None, *geometry)
+        return _CONVOLVE[weight.dim()](x, weight, None, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -153,7 +169,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
-        dx = run_backward(conv2d_input, ctx.shape, weight, grad, *ctx.geometry)
+        dx = run_backward(_INPUT[weight.dim()], ctx.shape, weight, grad, *ctx.geometry)
         return None, dx, None
 
 
@@ -169,7 +185,7 @@ class _ConvolveWith(torch.autograd.Function):
         bias: Tensor | None,
         *values: Tensor,
     ) -> Tensor:
-        return tf.conv2d(x, derive(weight, *values), bias, *geometry)
+        return _CONVOLVE[weight.dim()](x, derive(weight, *values), bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -214,7 +230,7 @@ def _convolution_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of a convolution; those that are sums over images are not rounded to half precision."""
     stride, padding, dilation, groups = geometry
-    rest = [len(weight)], stride, padding, dilation, False, [0, 0], groups
+    rest = [len(weight)], stride, padding, dilation, False, [0] * (weight.dim() - 2), groups
     if x.dtype not in HALF or not need_weight:
         return torch.ops.aten.convolution_backward(grad, x, weight, *rest, (need_x, need_weight, need_bias))
     dx, _, dbias = torch.ops.aten.convolution_backward(grad, x, weight, *rest, (need_x, False, need_bias))
@@ -228,7 +244,7 @@ class _Thin(torch.autograd.Function):
 
     @staticmethod
     def forward(geometry: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
-        return tf.conv2d(x.float(), weight.float(), None, *geometry)
+        return convolution(x.float(), weight.float(), None, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -247,34 +263,33 @@ def _thin_gradients(
     return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight), strict=False))
 
 
-def convolve_thin(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve with few filters, in float32 on half-precision images, in the geometry of `base` without groups."""
+def convolve_thin(base: Convolution, x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with few filters, in float32 on half-precision input, in the geometry of `base` without groups."""
     if x.dtype not in HALF:
         return convolve(base, x, weight.to(x.dtype))
     x, padding = _padded(base, x)
     geometry = base.stride, padding, base.dilation, 1
     if transformed():
-        return tf.conv2d(x.float(), weight.float(), None, *geometry)
+        return convolution(x.float(), weight.float(), None, *geometry)
     return registry.apply(_Thin, geometry, x, weight)
 
 
 class _Expand(torch.autograd.Function):
-    """``base + scale * B h`` pixel by pixel; `base` is overwritten where `in_place`. h and b may be wider than it."""
+    """``base + scale * B h`` place by place; `base` is overwritten where `in_place`. h and b may be wider than it."""
 
     @staticmethod
     def forward(base: Tensor, h: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
         h, b = h.to(base.dtype), b.to(base.dtype)
-        add: Callable[..., Tensor]
-        if channels_last(base):
-            rows, hidden = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (base, h))
-            add = rows.addmm_ if in_place else rows.addmm
-            out = add(hidden, b.mT, alpha=scale).view(len(base), *base.shape[2:], -1).permute(0, 3, 1, 2)
+        last = channels_last(base)
+        if not in_place or not (last or base.is_contiguous()):
+            # Not a view of what is computed: autograd lets nobody write to a view later.
+            base = base.clone(memory_format=torch.preserve_format if last else torch.contiguous_format)
+        if last:
+            rows, hidden = (t.movedim(1, -1).reshape(-1, t.shape[1]) for t in (base, h))
+            rows.addmm_(hidden, b.mT, alpha=scale)
         else:
-            in_place = in_place and base.is_contiguous()
-            planes = base.flatten(2)
-            add = planes.baddbmm_ if in_place else planes.baddbmm
-            out = add(b.expand(len(base), -1, -1), h.flatten(2), alpha=scale).view(base.shape)
-        return base if in_place else out
+            base.flatten(2).baddbmm_(b.expand(len(base), -1, -1), h.flatten(2), alpha=scale)
+        return base
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -287,7 +302,7 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         h, b = ctx.saved_tensors
         need_base, need_h, need_b = ctx.needs_input_grad[:3]
-        # Sums over pixels, and what they are sums of, are never rounded to half precision.
+        # Sums over places, and what they are sums of, are never rounded to half precision.
         planes = widened(grad.flatten(2))
         dh = (widened(b).mT @ planes * ctx.scale).view(h.shape).to(h.dtype) if need_h else None
         db = (planes @ widened(h.flatten(2)).mT).sum(0).mul_(ctx.scale).to(b.dtype) if need_b else None

@@ -14,6 +14,9 @@ DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _FLOATING = frozenset(DENSE)
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""The classes of convolutions, by their number of dimensions."""
+
 NONE: Mapping[str, Any] = {}
 """No keyword arguments; nobody writes to it."""
 
@@ -74,14 +77,14 @@ def listened_to(kind: type[nn.Module], *modules: nn.Module) -> bool:
 def plain_tensors(
     base: Any, x: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Return weight and bias of a plain dense nn.Linear or nn.Conv2d whose call nobody observes or replaces, or None.
+    """Return weight and bias of a plain dense nn.Linear or convolution whose call nobody observes or replaces, or None.
 
     With them an operator may run the layer itself. Anything else is reached by calling it, so that hooks, sharding,
     quantisation and nested wrappers keep working. Under autocast torch caches the cast of the weight, which only the
     call profits from.
     """
     linear = type(base) is nn.Linear
-    if not (linear or type(base) is nn.Conv2d) or args or kwargs:
+    if not (linear or type(base) in CONVOLUTIONS) or args or kwargs:
         return None
     own, parameters = base.__dict__, base._parameters
     # FSDP puts views of its flat parameter beside the parameters. A parametrized weight is in neither place.
@@ -90,7 +93,11 @@ def plain_tensors(
         (type(weight) is nn.Parameter or type(weight) is Tensor)
         and not weight.requires_grad
         and weight.dtype is x.dtype
-        and (weight.shape == (base.out_features, base.in_features) if linear else weight.dim() == 4)
+        and (
+            weight.shape == (base.out_features, base.in_features)
+            if linear
+            else weight.dim() == len(base.kernel_size) + 2
+        )
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         and not base._backward_pre_hooks
         and not _has_any_global_hook()

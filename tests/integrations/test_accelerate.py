@@ -54,7 +54,7 @@ def test_peftk_alone_imports_no_peft() -> None:
 def test_the_report_says_what_runs_and_why_not() -> None:
     config = peft.LoraConfig(r=2, target_modules=[*LINEAR, "conv", "one"])
     base = Kinds()
-    base.one = nn.Conv1d(4, 4, 1)
+    base.one = nn.MultiheadAttention(4, 1)
     model = peft.get_peft_model(base, config)
     model.base_model.model.second.lora_A["default"].register_forward_hook(lambda *_: None)
     report = peftk.accelerate(model)
@@ -63,10 +63,11 @@ def test_the_report_says_what_runs_and_why_not() -> None:
     assert rows["first"].backend in ("native", "torch", "triton")
     assert not rows["second"].accelerated and "a hook" in str(rows["second"].reason)
     assert not rows["one"].accelerated and rows["one"].reason == "no arithmetic for this class"
-    assert report.accelerated == 2 and len(report) == 4
+    # The projection inside of an nn.MultiheadAttention has a layer of its own.
+    assert report.accelerated == 3 and len(report) == 5
     text = str(report)
-    assert text.startswith("PeftModel: 2 of 4 accelerated")
-    for name in ("lora.Linear", "lora.Conv2d", "lora.Conv1d", "library's own", "a hook or another forward"):
+    assert text.startswith("PeftModel: 3 of 5 accelerated")
+    for name in ("lora.Linear", "lora.Conv2d", "lora.MultiheadAttention", "library's own", "a hook or another forward"):
         assert name in text
 
 

@@ -8,7 +8,7 @@ import random
 import peft
 import pytest
 import torch
-from support.peft_layers import LINEAR, METHODS, adapted, error, fill, inputs, step
+from support.peft_layers import EVERY_CONV, LINEAR, METHODS, adapted, error, fill, inputs, step
 from torch import nn
 
 import peftk
@@ -103,7 +103,7 @@ def test_half_precision_is_as_near_to_float64_as_its_rounding(method: str, dtype
             if "base_layer" in name or (adapter == "same" and method != "c3a"):
                 parameter.data = parameter.data.to(dtype)
                 exact.get_parameter(name).data = parameter.data.double()
-        for name in ("embedding", "conv", "pointwise"):
+        for name in ("embedding", *EVERY_CONV):
             model.get_submodule(f"base_model.model.{name}").to(dtype)
         args = inputs(dtype)
         accelerated += peftk.accelerate(model.eval()).accelerated

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 import peftk.methods
-from peftk.methods._base_layer import plain_tensors
+from peftk.methods._base_layer import CONVOLUTIONS, plain_tensors
+from peftk.ops.conv import convolution
 from peftk.testing.compare import assert_close
 
 
@@ -26,7 +27,8 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[Form, nn.Module, Tensor, dict
     if form.kind == "embedding":
         x = torch.randint(I, (3, TOKENS))
     else:
-        x = torch.randn((2, TOKENS, I) if form.kind == "linear" else (2, 4, 6, 5), dtype=dtype).requires_grad_()
+        size = (2, TOKENS, I) if form.kind == "linear" else (2, 4, 6, 5, 3)[: base.weight.dim()]
+        x = torch.randn(size, dtype=dtype).requires_grad_()
     shapes = form.shapes(rows(base).shape)
     return form, base, x, {n: (0.4 * torch.randn(s, dtype=dtype)).requires_grad_() for n, s in shapes.items()}
 
@@ -34,7 +36,7 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[Form, nn.Module, Tensor, dict
 def rows(base: nn.Module) -> Tensor:
     """The weight with the outputs as rows."""
     own = base.weight.detach()
-    return own if isinstance(base, (nn.Linear, nn.Conv2d)) else own.mT
+    return own if isinstance(base, (nn.Linear, *CONVOLUTIONS)) else own.mT
 
 
 def dense(form: Form, base: nn.Module, x: Tensor, t: dict[str, Tensor]) -> Tensor:
@@ -47,7 +49,7 @@ def dense(form: Form, base: nn.Module, x: Tensor, t: dict[str, Tensor]) -> Tenso
         return tf.linear(x, weight, bias)
     pad = base._reversed_padding_repeated_twice
     mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
-    return tf.conv2d(tf.pad(x, pad, mode=mode), weight, bias)
+    return convolution(tf.pad(x, pad, mode=mode), weight, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])

@@ -114,16 +114,17 @@ def test_gpt2(tmp_path):
 
 
 class Pixels(nn.Module):
-    """Tokens that are the pixels of an image, in rows."""
+    """Tokens that are the places of an image, in rows, or of a sequence."""
 
-    def __init__(self, **geometry):
+    def __init__(self, kind=nn.Conv2d, **geometry):
         super().__init__()
         self.embed = nn.Embedding(40, 16)
-        self.conv = nn.Conv2d(16, 16, **geometry)
+        self.conv = kind(16, 16, **geometry)
+        self.size = (2, 3) if kind is nn.Conv2d else (6,)
 
     def forward(self, input_ids, output_hidden_states=False, return_dict=True):
         hidden = self.embed(input_ids)
-        image = hidden.mT.unflatten(-1, (2, -1))
+        image = hidden.mT.unflatten(-1, self.size)
         return Output(self.conv(image), (hidden,))
 
 
@@ -132,6 +133,7 @@ GEOMETRIES = {
     "strided pointwise": {"kernel_size": 1, "stride": 2},
     "wide": {"kernel_size": (1, 3), "padding": (0, 2), "dilation": (1, 2), "padding_mode": "circular"},
     "groups": {"kernel_size": 1, "groups": 2},
+    "sequence": {"kind": nn.Conv1d, "kernel_size": 3, "padding": 1},
 }
 
 
@@ -143,10 +145,10 @@ def test_convolutions(name, tmp_path):
     model = make(base, paths, global_scaling_weight=0.5).double()
     y = model(TOKENS).logits
     layer, hidden = base.conv, base.embed(TOKENS)
-    image = hidden.mT.unflatten(-1, (2, 3))
+    image = hidden.mT.unflatten(-1, base.size)
     expected = layer.base_layer(image)
     for index, expert in enumerate("01"):
-        weights = model.get_latest_scalings()[:, :, 0, index].view(2, 1, 2, 3)
+        weights = model.get_latest_scalings()[:, :, 0, index].view(2, 1, *base.size)
         delta = layer.lora_B[expert](layer.lora_A[expert](image * weights))
         expected = expected + 0.5 * layer.scaling[expert] * delta
     assert_close(y, expected, torch.float64)
@@ -158,7 +160,7 @@ def test_convolutions(name, tmp_path):
         assert_close(layer(image), one, torch.float64)
     with gates.using(torch.tensor([0.3, 0.7], dtype=torch.float64)):
         assert_close(layer(image), one, torch.float64)
-    with gates.using(torch.rand(2, 5, 1, 2).double()), pytest.raises(ValueError, match=r"layer 'conv' got images"):
+    with gates.using(torch.rand(2, 5, 1, 2).double()), pytest.raises(ValueError, match=r"layer 'conv' got an input"):
         layer(image)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import peftk
 from peftk.kernels.torch import dora as torch_dora
-from peftk.nn import LoraConfig, LoRAConv2d, LoRAEmbedding, LoRALinear
+from peftk.nn import LoraConfig, LoRAConv, LoRAEmbedding, LoRALinear
 from peftk.testing.compare import assert_close, assert_same_bits
 from peftk.testing.memory import saved_bytes
 
@@ -74,24 +74,33 @@ def test_norms_follow_the_base_weight():
     check(torch.bfloat16)
 
 
-def test_several_adapters_act_and_merge_in_order():
-    layer = make(DORA)
+@pytest.mark.parametrize("base", ["linear", "conv", "sequence", "volume"])
+def test_several_adapters_act_and_merge_in_order(base):
+    layer = make(Case(DORA, base))
     torch.manual_seed(2)
     layer.add_adapter("plain", LoraConfig(r=2, init_lora_weights=False))
     layer.add_adapter("b", DORA)
-    x = torch.randn(4, I)
+    x = example(Case(DORA, base))
     original = layer.base_layer.weight.double()
+    run = torch.nn.functional.linear if base == "linear" else layer.base_layer._conv_forward
     for names in (["default", "b"], ["b", "plain", "default"], ["plain", "b"]):
         layer.set_adapter(names)
         weight = original
         for name in names:
-            update = layer.scaling[name] * layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double()
+            a, b = layer.lora_A[name].weight.double().flatten(1), layer.lora_B[name].weight.double().flatten(1)
+            update = (layer.scaling[name] * b @ a).view(original.shape)
             weight = weight + update
             if layer.use_dora[name]:
-                norms = (original + update).norm(dim=1, keepdim=True)
-                weight = weight * layer.lora_magnitude_vector[name].weight.double().view(-1, 1) / norms
-        expected = x.double() @ weight.T + layer.base_layer.bias.double()
-        assert_close(layer(x), expected, torch.float32)
+                norms = (original + update).detach().flatten(1).norm(dim=1)
+                gain = layer.lora_magnitude_vector[name].weight.double().flatten() / norms
+                weight = weight * gain.view(-1, *[1] * (weight.dim() - 1))
+        expected = run(x.double(), weight, layer.base_layer.bias.double())
+        y = layer(x)
+        assert_close(y, expected, torch.float32)
+        leaves = [p for name, p in layer.named_parameters() if name.split(".")[1] in names]
+        found, truth = torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
+        for one, other in zip(found, truth, strict=True):
+            assert_close(one, other, torch.float32)
         layer.merge()
         assert_close(layer(x), expected, torch.float32)
         layer.unmerge()
@@ -184,7 +193,7 @@ def test_d14_geometry_of_convolutions():
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_channels_last_stays_channels_last(use_dora):
     torch.manual_seed(4)
-    layer = LoRAConv2d(nn.Conv2d(4, 6, 3, padding=1), LoraConfig(r=2, init_lora_weights=False, use_dora=use_dora))
+    layer = LoRAConv(nn.Conv2d(4, 6, 3, padding=1), LoraConfig(r=2, init_lora_weights=False, use_dora=use_dora))
     if use_dora:
         nn.init.normal_(layer.lora_magnitude_vector["default"].weight)
     x = torch.randn(2, 4, 5, 6)
@@ -236,6 +245,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="lora_bias"):
         LoRAEmbedding(nn.Embedding(9, 4), LoraConfig(r=2, lora_bias=True))
     with pytest.raises(ValueError, match="orthogonal"):
-        LoRAConv2d(nn.Conv2d(4, 4, 1), LoraConfig(r=2, init_lora_weights="orthogonal"))
+        LoRAConv(nn.Conv2d(4, 4, 1), LoraConfig(r=2, init_lora_weights="orthogonal"))
     with pytest.raises(ValueError, match="use_dora"):
         LoraConfig(use_dora=True, lora_bias=True)

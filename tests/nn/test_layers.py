@@ -187,7 +187,8 @@ class Quantised(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "base", [nn.Conv3d(4, 4, 1), nn.LayerNorm(4), Quantised(), nn.LazyLinear(4), nn.LazyConv2d(4, 1), nn.Identity()]
+    "base",
+    [nn.ConvTranspose3d(4, 4, 1), nn.LayerNorm(4), Quantised(), nn.LazyLinear(4), nn.LazyConv2d(4, 1), nn.Identity()],
 )
 def test_unsupported_layers_are_refused(base):
     for config in (LoraConfig(r=1), OFTConfig(oft_block_size=2)):

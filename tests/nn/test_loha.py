@@ -11,7 +11,7 @@ from support.layer_cases import CASES, example, make, reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peftk.nn import LoHaConfig, LoHaConv2d, LoHaLinear
+from peftk.nn import LoHaConfig, LoHaConv, LoHaLinear
 from peftk.ops._hadamard_linear import low_rank_pays
 from peftk.testing.compare import assert_close
 from peftk.testing.memory import saved_bytes
@@ -20,7 +20,7 @@ from peftk.testing.memory import saved_bytes
 def pair(base, **values):
     """One layer adapted by both libraries, with equal parameters."""
     values = {"r": 2, "init_weights": False} | values
-    cls = LoHaConv2d if isinstance(base, nn.Conv2d) else LoHaLinear
+    cls = LoHaConv if isinstance(base, nn.Conv2d) else LoHaLinear
     ours = cls(copy.deepcopy(base), LoHaConfig(**values))
     model = peft.get_peft_model(nn.Sequential(base), peft.LoHaConfig(target_modules=["0"], **values))
     theirs = model.base_model.model[0]
@@ -138,7 +138,7 @@ def test_peft_pads_the_update_with_zeros():
         assert_close(theirs(x), expected, torch.float32)
 
 
-def test_conv1d_and_other_layers_are_refused():
-    for base in (nn.Conv1d(3, 4, 1), nn.Embedding(4, 4)):
+def test_other_layers_are_refused():
+    for base in (nn.Conv1d(3, 4, 1), nn.Embedding(4, 4), nn.ConvTranspose2d(3, 4, 1)):
         with pytest.raises(TypeError, match=type(base).__name__):
             LoHaLinear(base, LoHaConfig(r=2))

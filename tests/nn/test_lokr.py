@@ -11,19 +11,20 @@ import pytest
 import torch
 from peft.tuners.lokr.layer import factorization as factorization_of_peft
 from safetensors.torch import save_file
-from support.layer_cases import CASES, example, make, with_hook
+from support.layer_cases import CASES, example, make, reference, with_hook
 from torch import nn
 
 import peftk
 from peftk.checkpoint import CheckpointError
 from peftk.checkpoint.peft import WEIGHTS_NAME
 from peftk.methods import lokr
-from peftk.nn import LoKrConfig, LoKrLinear, layer_class_for
+from peftk.methods._base_layer import CONVOLUTIONS
+from peftk.nn import LoKrConfig, LoKrConv, LoKrLinear, layer_class_for
 from peftk.nn.lokr import factorization
 from peftk.testing.compare import assert_close, assert_same_bits
 from peftk.testing.memory import saved_bytes
 
-DROPPED = ["lokr", "lokr_thin", "lokr_conv", "lokr_conv_groups"]
+DROPPED = ["lokr", "lokr_thin", "lokr_conv", "lokr_conv_groups", "lokr_sequence_full"]
 
 
 def test_sizes_are_factorized_as_peft_does():
@@ -49,7 +50,7 @@ def test_rank_dropout_drops_rows_of_the_update(name):
     x = example(CASES[name])
     with torch.no_grad():
         base, full = layer.base_layer(x), layer(x)
-    axis = 1 if layer.kind == "Conv2d" else -1
+    axis = 1 if isinstance(layer.base_layer, CONVOLUTIONS) else -1
     for scaled in (False, True):
         layer.rank_dropout["default"], layer.rank_dropout_scale["default"] = 0.5, scaled
         torch.manual_seed(3)
@@ -108,9 +109,32 @@ def test_only_x_and_what_is_smaller_is_saved(name):
         assert saved_bytes(lambda variant=variant: variant(x), owned) <= small + thin
 
 
-def test_a_convolution_of_one_dimension_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"'a\.b' is a .*Conv1d.*nn\.Conv2d"):
-        layer_class_for(LoKrConfig(r=1), nn.Conv1d(4, 4, 3), "a.b")
+def test_peft_reorders_a_whole_w2_on_sequences():
+    """PEFT's update of an nn.Conv1d is no Kronecker product, and files hold it: it is computed as they mean it."""
+    layer = LoKrConv(nn.Conv1d(6, 4, 3), LoKrConfig(r=8, alpha=8, init_weights=False))
+    w1, w2 = layer.lokr_w1["default"], layer.lokr_w2["default"]
+    assert w1.shape == (2, 2)
+    assert w2.shape == (2, 3, 3)
+    assert_close(layer.get_delta_weight("default"), torch.kron(w1, w2).reshape(4, 6, 3), torch.float32)
+    product = torch.einsum("lm,knt->lkmnt", w1, w2).reshape(4, 6, 3)
+    with pytest.raises(AssertionError):
+        assert_close(layer.get_delta_weight("default"), product, torch.float32)
+
+
+def test_the_tucker_form_on_sequences_fails_in_peft():
+    import peft
+
+    values = {"r": 1, "use_effective_conv2d": True, "init_weights": False, "target_modules": ["0"]}
+    base, x = nn.Sequential(nn.Conv1d(4, 6, 3)), torch.randn(2, 4, 9)
+    with pytest.raises(RuntimeError, match="view"):
+        peft.get_peft_model(copy.deepcopy(base), peft.LoKrConfig(**values))(x)
+    model = peftk.get_peft_model(base, LoKrConfig(**values))
+    assert_close(model(x), reference(base[0], x), torch.float32)
+
+
+def test_a_transposed_convolution_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"'a\.b' is a .*ConvTranspose1d.*nn\.Conv2d"):
+        layer_class_for(LoKrConfig(r=1), nn.ConvTranspose1d(4, 4, 3), "a.b")
 
 
 @pytest.mark.parametrize("r", [100_000, 10_000_000_000])

@@ -42,7 +42,7 @@ def test_every_sample_gets_its_own_adapter(name, limit, monkeypatch):
 
 def test_convolutions_with_groups():
     base = nn.Conv2d(8, 6, 3, groups=2)
-    layer = peftk.nn.LoRAConv2d(base, LoraConfig(r=4, init_lora_weights=False)).eval()
+    layer = peftk.nn.LoRAConv(base, LoraConfig(r=4, init_lora_weights=False)).eval()
     layer.add_adapter("b", LoraConfig(r=2, init_lora_weights=False))
     x = torch.randn(3, 8, 5, 4)
     y = layer(x, adapter_names=["b", "default", "__base__"])

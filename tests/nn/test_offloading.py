@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftk import LoraConfig, PeftModel, get_peft_model
+from peftk.methods._base_layer import CONVOLUTIONS
 
 CPU = torch.device("cpu")
 CASTS = [name for name, case in CASES.items() if case.base != "conv1d"]
@@ -51,7 +52,7 @@ def cast(model):
 def rounded(model):
     """What casting to the dtype of storage and back makes of the layers that diffusers casts."""
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS, nn.Embedding)):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
     return model

@@ -11,6 +11,7 @@ from support.layer_cases import CASES, _dense_of, _order, example, make, referen
 from torch import nn
 
 from peftk import LoHaConfig, LoKrConfig, LoraConfig, PeftModel
+from peftk.methods._base_layer import CONVOLUTIONS
 from peftk.testing.compare import assert_close
 
 # DoRA's strength acts inside of its norm, as in PEFT.
@@ -27,7 +28,7 @@ def at_strengths(layer, x, strengths):
         written, added = _dense_of(layer)(layer, name, weight, bias)
         weight = weight + strengths[name] * (written - weight)
         bias = None if bias is None else bias + strengths[name] * (added - bias)
-    if layer.kind == "Conv2d":
+    if isinstance(base, CONVOLUTIONS):
         return base._conv_forward(x.double(), weight, bias)
     if layer.kind == "Embedding":
         return torch.nn.functional.embedding(x, weight)

@@ -15,7 +15,7 @@ ROWS = 96
 
 
 class Kinds(nn.Module):
-    """An embedding, two linear layers and two convolutions, one after the other."""
+    """An embedding, two linear layers and convolutions of every kind, one after the other."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -24,16 +24,21 @@ class Kinds(nn.Module):
         self.second = nn.Linear(2 * width, width, bias=False)
         self.conv = nn.Conv2d(4, 8, 3, padding=1)
         self.pointwise = nn.Conv2d(8, 4, 1, bias=False)
+        self.sequence = nn.Conv1d(4, 6, 3, padding=1)
+        self.volume = nn.Conv3d(6, 4, (1, 3, 2), padding=(0, 1, 1))
 
     def forward(self, indices: Tensor, x: Tensor) -> Tensor:
         rows = self.embedding(indices) + x
         rows = self.second(torch.tanh(self.first(rows)))
         image = rows.reshape(-1, 4, 8, 8)
-        return self.pointwise(torch.tanh(self.conv(image)))
+        image = torch.tanh(self.pointwise(torch.tanh(self.conv(image))))
+        sequence = torch.tanh(self.sequence(image.flatten(2)))
+        return self.volume(sequence.unflatten(2, (4, 4, 4)))
 
 
 LINEAR = ["first", "second"]
 CONV = ["conv", "pointwise"]
+EVERY_CONV = [*CONV, "sequence", "volume"]
 # Older versions of PEFT have AdaLoRA on linear layers alone.
 ADALORA_CONV = CONV if hasattr(adalora, "SVDConv2d") else []
 
@@ -49,9 +54,9 @@ def _lora(draw: random.Random) -> peft.PeftConfig:
         use_dora=dora,
         lora_bias=bias,
         # PEFT refuses a bias on embeddings.
-        target_modules=["first", "conv"]
+        target_modules=["first", "conv", "sequence"]
         if bias
-        else draw.choice([LINEAR, CONV, ["embedding", *LINEAR], LINEAR + CONV]),
+        else draw.choice([LINEAR, EVERY_CONV, ["embedding", *LINEAR], LINEAR + EVERY_CONV]),
     )
 
 
@@ -72,7 +77,7 @@ def _lycoris(kind: Any, draw: random.Random, **options: Any) -> peft.PeftConfig:
         rank_dropout=draw.choice([0.0, 0.2]),
         module_dropout=draw.choice([0.0, 0.3]),
         use_effective_conv2d=draw.random() < 0.5,
-        target_modules=draw.choice([LINEAR, CONV, LINEAR + CONV]),
+        target_modules=draw.choice([LINEAR, [*CONV, "sequence"], [*LINEAR, *CONV, "sequence"]]),
         **options,
     )
 
@@ -87,7 +92,10 @@ def _lokr(draw: random.Random) -> peft.PeftConfig:
         "decompose_factor": draw.choice([-1, 2, 4]),
         "rank_dropout_scale": draw.random() < 0.5,
     }
-    return _lycoris(peft.LoKrConfig, draw, **options)
+    config = _lycoris(peft.LoKrConfig, draw, **options)
+    # PEFT fails there, wherever w1 is more than a number.
+    config.use_effective_conv2d = config.use_effective_conv2d and "sequence" not in config.target_modules
+    return config
 
 
 def _oft(draw: random.Random) -> peft.PeftConfig:

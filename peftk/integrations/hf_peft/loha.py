@@ -10,7 +10,7 @@ from torch import Tensor
 from ...methods import loha
 from ...methods.loha import Hadamard
 from .lora import scale_of
-from .lycoris_layer import LycorisWay, OnConv2d, OnLinear, unfit_base
+from .lycoris_layer import LycorisWay, OnConvolution, OnLinear, unfit_base
 from .tuner_layer import NONE_ACTIVE, SHARED, active, dense_weight, held, unfit
 
 _LAYER = "peft.tuners.loha.layer"
@@ -72,9 +72,16 @@ class Linear(OnLinear, LoHaWay):
     copied = (*LoHaWay.copied, f"{_LAYER}.Linear._get_delta_activations")
 
 
-class Conv2d(OnConv2d, LoHaWay):
+class Conv2d(OnConvolution, LoHaWay):
     """Convolutions over images."""
 
-    layers = (f"{_LAYER}.Conv2d",)
+    layers: ClassVar[tuple[str, ...]] = (f"{_LAYER}.Conv2d",)
     operator = "hadamard_weight"
-    copied = (*LoHaWay.copied, f"{_LAYER}.Conv2d._get_delta_activations")
+    copied: ClassVar[tuple[str, ...]] = (*LoHaWay.copied, f"{_LAYER}.Conv2d._get_delta_activations")
+
+
+class Conv1d(Conv2d):
+    """Convolutions over sequences."""
+
+    layers = (f"{_LAYER}.Conv1d",)
+    copied = (*LoHaWay.copied, f"{_LAYER}.Conv1d._get_delta_activations")

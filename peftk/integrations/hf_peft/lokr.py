@@ -10,7 +10,7 @@ from torch import Tensor
 from ...methods import lokr
 from ...methods.lokr import Kronecker
 from .lora import scale_of
-from .lycoris_layer import LycorisWay, OnConv2d, OnLinear, unfit_base
+from .lycoris_layer import LycorisWay, OnConvolution, OnLinear, unfit_base
 from .tuner_layer import NONE_ACTIVE, SHARED, active, dense_weight, held, plain_example, unfit
 
 _LAYER = "peft.tuners.lokr.layer"
@@ -85,14 +85,21 @@ class Linear(OnLinear, LoKrWay):
         return *plain, *_factors_without_values(adapters[0][1]), 1.0
 
 
-class Conv2d(OnConv2d, LoKrWay):
+class Conv2d(OnConvolution, LoKrWay):
     """Convolutions over images."""
 
-    layers = (f"{_LAYER}.Conv2d",)
+    layers: ClassVar[tuple[str, ...]] = (f"{_LAYER}.Conv2d",)
     operator = "kronecker_weight"
-    copied = (*LoKrWay.copied, f"{_LAYER}.Conv2d._get_delta_activations")
+    copied: ClassVar[tuple[str, ...]] = (*LoKrWay.copied, f"{_LAYER}.Conv2d._get_delta_activations")
 
     def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
         """See `Way.example`."""
         weight, one = dense_weight(layer), adapters[0][1]
         return None if weight is None else (weight.flatten(1), *_factors_without_values(one), 1.0)
+
+
+class Conv1d(Conv2d):
+    """Convolutions over sequences."""
+
+    layers = (f"{_LAYER}.Conv1d",)
+    copied = (*LoKrWay.copied, f"{_LAYER}.Conv1d._get_delta_activations")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ...methods import dora, lora, lora_conv, lora_embedding
 from ...methods._base_layer import kind_of, observed, opaque_weight, plain_tensors
 from ...methods.lora import LowRank
 from ...ops._few_rows import few
+from ...ops.conv import Convolution
 from ..fingerprints import name_of
 from ..way import Way
 from .tuner_layer import NONE_ACTIVE, SHARED, active, parameter, plain_example, unfit
@@ -23,7 +24,7 @@ for the fewest, where nothing is recorded."""
 
 
 FEW_PIXELS = 1024
-"""The same for convolutions, in places of the image."""
+"""The same for convolutions, in places of the input."""
 
 
 class Active(NamedTuple):
@@ -188,10 +189,10 @@ def run_linear(base: nn.Module, x: Tensor, adapters: Sequence[Active]) -> Tensor
     return result
 
 
-def run_conv(base: nn.Conv2d, x: Tensor, adapters: Sequence[Active]) -> Tensor:
+def run_conv(base: Convolution, x: Tensor, adapters: Sequence[Active]) -> Tensor:
     """Return the output of a convolution, with PEFT's draws of dropout."""
     if all(p == 0 for _, p in adapters):
-        return lora_conv.conv2d(base, x, [one for one, _ in adapters])
+        return lora_conv.conv(base, x, [one for one, _ in adapters])
     result: Tensor = base(x)
     for one, p in adapters:
         result = lora_conv.add(base, result, x, one, dropped(x, one.a, p))
@@ -224,7 +225,7 @@ def unfit_rows(layer: Any, x: Tensor, small: bool) -> str | None:
     return FEW_ROWS_NOTE if small and left_to_peft(layer, x) else None
 
 
-CONV_NOTE = f"calls of fewer than {FEW_PIXELS} pixels, and training without DoRA, run in PEFT's own code, as fast there"
+CONV_NOTE = f"calls of fewer than {FEW_PIXELS} places, and training without DoRA, run in PEFT's own code, as fast there"
 
 
 def conv_pays(layer: Any, x: Tensor) -> bool:
@@ -239,35 +240,33 @@ def dropped(x: Tensor, like: Tensor, p: float) -> Tensor | None:
     return tf.dropout(x.to(like.dtype), p, training=True) if p > 0 else None
 
 
-class Conv2d(Factored):
-    """Convolutions over images."""
+class OnConvolution(Factored):
+    """Convolutions; a subclass has their number of dimensions."""
 
-    layers = ("peft.tuners.lora.layer.Conv2d",)
-    operator = "conv2d"
-    copied = SHARED
-    variant_class, magnitude_class = "DoraConv2dVariant", "DoraConv2dLayer"
+    copied: ClassVar[tuple[str, ...]] = SHARED
     copied_by_some = (
         "peft.tuners.lora.variants._DoraConvNdVariant.forward",
         "peft.tuners.lora.dora._DoraConvNdLayer.forward",
         "peft.tuners.lora.dora._DoraConvNdLayer.get_weight_norm",
         "peft.tuners.lora.dora._DoraConvNdLayer.get_lora_weight",
     )
-    factor_class = nn.Conv2d
 
     def _unfit_base(self, layer: Any, x: Tensor | None, names: Sequence[str]) -> str | None:
         base = layer._modules["base_layer"]
-        if type(base) is not nn.Conv2d:
-            return f"the base layer is a {type(base).__name__}"
+        kind = type(base)
+        if kind is not self.factor_class:
+            return f"the base layer is a {kind.__name__}"
         if base.groups > 1 and layer.lora_variant:
             return "PEFT's DoRA on groups has an update of its own"
         for name in names:
             a, b = layer.lora_A[name], layer.lora_B[name]
             if _geometry(a) != _geometry(base) or a.groups != 1 or b.groups != base.groups:
                 return "PEFT's convolution A has another geometry than the base layer"
-        shapes = (4,) if layer.lora_variant else (3, 4)
         if x is None:
             return None
-        if x.dim() not in shapes or x.shape[-3] != base.in_channels:
+        dims = len(base.kernel_size)
+        shapes = (dims + 2,) if layer.lora_variant else (dims + 1, dims + 2)
+        if x.dim() not in shapes or x.shape[-dims - 1] != base.in_channels:
             return "an input of another shape"
         return None if conv_pays(layer, x) else CONV_NOTE
 
@@ -280,8 +279,35 @@ class Conv2d(Factored):
         return run_conv(layer._modules["base_layer"], x, adapters)
 
 
-def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+def _geometry(conv: Convolution) -> tuple[Any, ...]:
     return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
+
+
+class Conv1d(OnConvolution):
+    """Convolutions over sequences."""
+
+    layers = ("peft.tuners.lora.layer.Conv1d",)
+    operator = "conv1d"
+    variant_class, magnitude_class = "DoraConv1dVariant", "DoraConv1dLayer"
+    factor_class = nn.Conv1d
+
+
+class Conv2d(OnConvolution):
+    """Convolutions over images."""
+
+    layers = ("peft.tuners.lora.layer.Conv2d",)
+    operator = "conv2d"
+    variant_class, magnitude_class = "DoraConv2dVariant", "DoraConv2dLayer"
+    factor_class = nn.Conv2d
+
+
+class Conv3d(OnConvolution):
+    """Convolutions over volumes."""
+
+    layers = ("peft.tuners.lora.layer.Conv3d",)
+    operator = "conv3d"
+    variant_class, magnitude_class = "DoraConv3dVariant", "DoraConv3dLayer"
+    factor_class = nn.Conv3d
 
 
 class Embedding(LoRAWay):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...methods._base_layer import opaque_weight, plain_tensors
+from ...methods._base_layer import CONVOLUTIONS, opaque_weight, plain_tensors
 from ..way import Way
 
 
@@ -47,11 +47,12 @@ def unfit_base(layer: Any, x: Tensor | None) -> str | None:
     # Below another adapter's layer a linear layer is called, and then added to.
     if isinstance(layer.get_base_layer(), nn.Linear):
         return None if x is None or x.shape[-1:] == (layer.in_features,) else "an input of another size"
-    if type(base) is not nn.Conv2d:
+    if type(base) not in CONVOLUTIONS:
         return f"the base layer is a {type(base).__name__}"
     if base.padding_mode != "zeros":
         return "PEFT ignores the padding mode of the convolution"
-    if x is not None and (x.dim() not in (3, 4) or x.shape[-3] != base.in_channels):
+    dims = len(base.kernel_size)
+    if x is not None and (x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != base.in_channels):
         return "an input of another shape"
     return None
 
@@ -99,12 +100,12 @@ class OnLinear(LycorisWay):
         return result.to(x.dtype)
 
 
-class OnConv2d(LycorisWay):
+class OnConvolution(LycorisWay):
     """Those on convolutions."""
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""
         base = layer._modules["base_layer"]
         drawn = self.drawn(layer, adapters)
-        result: Tensor = self.arithmetic.conv2d(base, x, drawn) if drawn else base(x)
+        result: Tensor = self.arithmetic.conv(base, x, drawn) if drawn else base(x)
         return result.to(x.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.shared.wide import HALF
-from ...methods._base_layer import DENSE
+from ...methods._base_layer import CONVOLUTIONS, DENSE
 from ..fingerprints import Fingerprints
 
 FINGERPRINTS = Fingerprints(Path(__file__).with_name("fingerprints.json"), "peft")
@@ -27,9 +27,9 @@ SHARED = (
 
 
 def dense_weight(layer: Any) -> Tensor | None:
-    """Return the weight of a base layer that is a plain nn.Linear or nn.Conv2d, or None."""
+    """Return the weight of a base layer that is a plain nn.Linear or convolution, or None."""
     base = layer._modules["base_layer"]
-    if type(base) not in (nn.Linear, nn.Conv2d):
+    if type(base) not in (nn.Linear, *CONVOLUTIONS):
         return None
     weight = parameter(base)
     plain = type(weight) is nn.Parameter or type(weight) is Tensor

@@ -17,7 +17,9 @@ from .offloading import comes_and_goes
 KINDS = {
     "Linear": "nn.Linear",
     "Conv1D": "transformers' Conv1D",
+    "Conv1d": "nn.Conv1d",
     "Conv2d": "nn.Conv2d",
+    "Conv3d": "nn.Conv3d",
     "Embedding": "nn.Embedding",
 }
 """The kinds of layers that an adapter can wrap, and what messages call them."""
@@ -45,6 +47,11 @@ def settle_fan_in_fan_out(config: PeftConfig, layer: nn.Module) -> None:
 def weight_shape(layer: Any) -> tuple[int, ...]:
     """Return the shape that the weight of a linear layer or a convolution has when it is dense; it may be packed."""
     return features_of(layer)[::-1] if kind_of(layer) == "Linear" else tuple(layer.weight.shape)
+
+
+def core_shape(r: int, kernel: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of the core of a Tucker form; PEFT writes one for an nn.Conv1d with a last dimension of one."""
+    return (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)
 
 
 def quantised_by(layer: nn.Module) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .config import LoraConfig, LoraRuntimeConfig
-from .conv import LoRAConv2d
+from .conv import LoRAConv
 from .embedding import LoRAEmbedding
 from .linear import LoRALinear
 
-__all__ = ["LoRAConv2d", "LoRAEmbedding", "LoRALinear", "LoraConfig", "LoraRuntimeConfig"]
+__all__ = ["LoRAConv", "LoRAEmbedding", "LoRALinear", "LoraConfig", "LoraRuntimeConfig"]

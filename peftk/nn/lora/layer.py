@@ -128,7 +128,8 @@ class LoRALayer(AdapterLayer):
 
     @property
     def _factor_class(self) -> type[nn.Module]:
-        return nn.Conv2d if self.kind == "Conv2d" else nn.Linear
+        # GPT-2's Conv1D has linear factors, and torch's Conv1d convolutions.
+        return getattr(nn, str(self.kind)) if self.kind in ("Conv1d", "Conv2d", "Conv3d") else nn.Linear
 
     def _factor_modules(self, name: str) -> tuple[nn.Module, ...]:
         """The modules that hold the factors of an adapter; those of an embedding are parameters."""

@@ -110,8 +110,11 @@ def _uninitialised_linear(in_features: int, out_features: int, bias: bool) -> nn
     return layer
 
 
+Factor = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
 @torch.no_grad()
-def initialise_factors(a: nn.Linear | nn.Conv2d, b: nn.Linear | nn.Conv2d, how: bool | str) -> None:
+def initialise_factors(a: Factor, b: Factor, how: bool | str) -> None:
     """Initialise the factors, two linear layers or two convolutions, as `init_lora_weights` says."""
     if how is False:
         return

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from .config import XLoraConfig
-from .layer import GATED, Gates, XLoraClassifier, XLoraConv2d, XLoraEmbedding, XLoraLayer, XLoraLinear
+from .layer import GATED, Gates, XLoraClassifier, XLoraConv, XLoraEmbedding, XLoraLayer, XLoraLinear
 
 __all__ = [
     "GATED",
     "Gates",
     "XLoraClassifier",
     "XLoraConfig",
-    "XLoraConv2d",
+    "XLoraConv",
     "XLoraEmbedding",
     "XLoraLayer",
     "XLoraLinear",

@@ -14,7 +14,7 @@ from ...methods import xlora
 from ...methods.lora import LowRank
 from ..base.adapter_layer import AdapterLayer
 from ..base.undo import put_back
-from ..lora.conv import LoRAConv2d
+from ..lora.conv import LoRAConv
 from ..lora.embedding import LoRAEmbedding
 from ..lora.linear import LoRALinear
 from .config import XLoraConfig
@@ -200,11 +200,11 @@ def _fit(gate: Tensor, x: Tensor, where: str) -> Tensor:
     )
 
 
-class XLoraConv2d(XLoraLayer, LoRAConv2d):
-    """An nn.Conv2d with LoRA experts: ``y = conv(x, W) + bias + sum_i s_i B_i conv(g_i * dropout(x), A_i)``.
+class XLoraConv(XLoraLayer, LoRAConv):
+    """A convolution with LoRA experts: ``y = conv(x, W) + bias + sum_i s_i B_i conv(g_i * dropout(x), A_i)``.
 
-    The weights g are those of the hidden states' positions: as many as the input has pixels, in rows, or one for the
-    whole image. In the second case, and for a pointwise convolution, all experts run together.
+    The weights g are those of the hidden states' positions: as many as the input has places, in rows, or one for
+    all of it. In the second case, and for a pointwise convolution, all experts run together.
     """
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -212,17 +212,16 @@ class XLoraConv2d(XLoraLayer, LoRAConv2d):
         if gate is None:
             return self.base_layer(x, *args, **kwargs)
         if gate.dim() > 1:
-            pixels = gate.shape[1] > 1
-            tokens = x.shape[-2] * x.shape[-1] if pixels else 1
-            if x.dim() != 4 or gate.shape[:2] != (x.shape[0], tokens):
+            everywhere, size = gate.shape[1] > 1, x.shape[2:]
+            tokens = size.numel() if everywhere else 1
+            if x.dim() != 2 + len(self.base_layer.kernel_size) or gate.shape[:2] != (x.shape[0], tokens):
                 raise ValueError(
                     f"X-LoRA: the weights of the experts are for (batch, tokens) = {tuple(gate.shape[:2])}, and layer "
-                    f"{self.module_name!r} got images of shape {tuple(x.shape)}; expected one token, or one for each "
-                    "of their pixels"
+                    f"{self.module_name!r} got an input of shape {tuple(x.shape)}; expected one token, or one for "
+                    "each of its places"
                 )
-            rows, columns = x.shape[-2:] if pixels else (1, 1)
-            gate = gate.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-        return xlora.conv2d(self.base_layer, x, self._experts(), gate, args, kwargs)
+            gate = gate.unflatten(1, size if everywhere else (1,) * len(size)).movedim(-1, 1)
+        return xlora.conv(self.base_layer, x, self._experts(), gate, args, kwargs)
 
 
 class XLoraEmbedding(XLoraLayer, LoRAEmbedding):
@@ -239,7 +238,7 @@ class XLoraEmbedding(XLoraLayer, LoRAEmbedding):
 
 GATED: dict[type[AdapterLayer], type[XLoraLayer]] = {
     LoRALinear: XLoraLinear,
-    LoRAConv2d: XLoraConv2d,
+    LoRAConv: XLoraConv,
     LoRAEmbedding: XLoraEmbedding,
 }
 """The class that a layer of a LoRA expert has in an X-LoRA model."""
@@ -249,7 +248,7 @@ __all__ = [
     "Gates",
     "XLoraClassifier",
     "XLoraConfig",
-    "XLoraConv2d",
+    "XLoraConv",
     "XLoraEmbedding",
     "XLoraLayer",
     "XLoraLinear",

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftk.methods._base_layer import CONVOLUTIONS
 from peftk.nn import AdapterLayer, PeftConfig, layer_class_for
 
 I, O = 12, 10  # noqa: E741
@@ -36,8 +37,8 @@ def _gpt2_layer(features=(I, O), bias=True, dtype=torch.float32):
     return layer
 
 
-def _conv(*shape, **geometry):
-    return lambda bias=True, dtype=torch.float32: nn.Conv2d(*shape, bias=bias, dtype=dtype, **geometry)
+def _conv(*shape, kind=nn.Conv2d, **geometry):
+    return lambda bias=True, dtype=torch.float32: kind(*shape, bias=bias, dtype=dtype, **geometry)
 
 
 # Name to how the layer is made and the shapes of the inputs that it is tried with.
@@ -56,6 +57,16 @@ BASES = {
     "conv_groups": (_conv(8, 6, 3, groups=2), [(2, 8, 5, 6)]),
     "pointwise": (_conv(I, O, 1), [(2, I, 3, 2), (1, I, 1, 1), (0, I, 3, 2)]),
     "pointwise_strided": (_conv(I, O, 1, stride=2, padding=1), [(2, I, 3, 4)]),
+    "sequence": (_conv(4, 6, 3, kind=nn.Conv1d, padding=1), [(2, 4, 7), (1, 4, 1), (4, 5), (0, 4, 5)]),
+    "sequence_uneven": (
+        _conv(8, 6, 2, kind=nn.Conv1d, groups=2, stride=2, padding=3, dilation=2, padding_mode="circular"),
+        [(2, 8, 9)],
+    ),
+    "volume": (_conv(4, 6, (2, 1, 3), kind=nn.Conv3d, padding=1), [(2, 4, 3, 4, 2), (4, 3, 2, 2), (0, 4, 3, 2, 2)]),
+    "volume_same": (
+        _conv(4, 6, (1, 2, 3), kind=nn.Conv3d, padding="same", dilation=(1, 2, 1), padding_mode="replicate"),
+        [(2, 4, 2, 3, 3)],
+    ),
     "embedding": (
         lambda bias=False, dtype=torch.float32: nn.Embedding(11, 8, padding_idx=2, dtype=dtype),
         [(3,), (2, 5), (0,)],
@@ -127,7 +138,7 @@ def reference(layer: AdapterLayer, x: Tensor, names=("default",)) -> Tensor:
         weight = weight.T
     for name in _order(layer, names):
         weight, bias = _dense_of(layer)(layer, name, weight, bias)
-    if layer.kind == "Conv2d":
+    if isinstance(base, CONVOLUTIONS):
         return base._conv_forward(x.double(), weight, bias)
     if layer.kind == "Embedding":
         return torch.nn.functional.embedding(x, weight)

@@ -22,6 +22,10 @@ CASES = {
     "loha_tucker_groups": Case(_config(use_effective_conv2d=True), "conv_groups"),
     "loha_tucker_same": Case(_config(1, use_effective_conv2d=True), "conv_same"),
     "loha_pointwise": Case(_config(1, use_effective_conv2d=True), "pointwise_strided"),
+    "loha_sequence": Case(_config(1), "sequence", together="loha_sequence_tucker"),
+    "loha_sequence_tucker": Case(_config(4, use_effective_conv2d=True), "sequence"),
+    "loha_sequence_uneven": Case(_config(3), "sequence_uneven"),
+    "loha_volume": Case(_config(2, use_effective_conv2d=True), "volume_same"),
 }
 
 IDENTITIES = {
@@ -31,6 +35,8 @@ IDENTITIES = {
     "loha_conv_written": Case(LoHaConfig(r=4), "conv_uneven"),
     "loha_tucker": Case(LoHaConfig(r=3, use_effective_conv2d=True), "conv"),
     "loha_pointwise": Case(LoHaConfig(r=1), "pointwise"),
+    "loha_sequence": Case(LoHaConfig(r=2, use_effective_conv2d=True), "sequence_uneven"),
+    "loha_volume": Case(LoHaConfig(r=1), "volume"),
 }
 
 
@@ -58,13 +64,14 @@ ROTATES = False
 def dense(layer, name, weight, bias):
     w1_a, w1_b, w2_a, w2_b = (getattr(layer, f"hada_{n}")[name].double() for n in ("w1_a", "w1_b", "w2_a", "w2_b"))
     if name in layer.hada_t1:
-        t1, t2 = layer.hada_t1[name].double(), layer.hada_t2[name].double()
+        # On an nn.Conv1d, PEFT's cores have a last dimension of one.
+        t1, t2 = (core[name].double().flatten(2) for core in (layer.hada_t1, layer.hada_t2))
         first = sum(
-            torch.einsum("p,q,kl->pqkl", w1_a[i], w1_b[j], t1[i, j]) for i in range(len(t1)) for j in range(len(t1))
+            torch.einsum("p,q,k->pqk", w1_a[i], w1_b[j], t1[i, j]) for i in range(len(t1)) for j in range(len(t1))
         )
         second = sum(
-            torch.einsum("p,q,kl->pqkl", w2_a[i], w2_b[j], t2[i, j]) for i in range(len(t2)) for j in range(len(t2))
+            torch.einsum("p,q,k->pqk", w2_a[i], w2_b[j], t2[i, j]) for i in range(len(t2)) for j in range(len(t2))
         )
     else:
-        first, second = (w1_a @ w1_b).view(weight.shape), (w2_a @ w2_b).view(weight.shape)
-    return weight + layer.scaling[name] * first * second, bias
+        first, second = w1_a @ w1_b, w2_a @ w2_b
+    return weight + layer.scaling[name] * (first * second).reshape(weight.shape), bias

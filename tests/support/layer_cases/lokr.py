@@ -24,6 +24,11 @@ CASES = {
     "lokr_conv_both": Case(_config(r=1, decompose_both=True, use_effective_conv2d=True), "conv_same"),
     "lokr_conv_groups": Case(_config(r=1, decompose_factor=2), "conv_groups"),
     "lokr_pointwise": Case(_config(r=1, use_effective_conv2d=True), "pointwise_strided"),
+    "lokr_sequence": Case(_config(r=1, decompose_factor=1), "sequence", together="lokr_sequence_full"),
+    "lokr_sequence_full": Case(_config(r=8, alpha=5, decompose_factor=2), "sequence"),
+    "lokr_sequence_tucker": Case(_config(r=1, use_effective_conv2d=True, decompose_factor=1), "sequence_uneven"),
+    "lokr_volume": Case(_config(r=1, use_effective_conv2d=True, decompose_factor=1), "volume_same"),
+    "lokr_volume_full": Case(_config(r=8), "volume"),
 }
 
 IDENTITIES = {
@@ -37,6 +42,8 @@ IDENTITIES = {
     "lokr_conv_tucker": Case(LoKrConfig(r=1, use_effective_conv2d=True), "conv_uneven"),
     "lokr_conv_groups": Case(LoKrConfig(r=1, init_weights="lycoris"), "conv_groups"),
     "lokr_pointwise": Case(LoKrConfig(r=8), "pointwise"),
+    "lokr_sequence": Case(LoKrConfig(r=8), "sequence_uneven"),
+    "lokr_volume": Case(LoKrConfig(r=1, decompose_factor=1, init_weights="lycoris"), "volume"),
 }
 
 
@@ -67,9 +74,15 @@ def dense(layer, name, weight, bias):
     if "lokr_w2" in held:
         w2 = held["lokr_w2"]
     elif "lokr_t2" in held:
-        w2 = torch.einsum("ijhw,ik,jn->knhw", held["lokr_t2"], held["lokr_w2_a"], held["lokr_w2_b"])
+        # On an nn.Conv1d, PEFT's core has a last dimension of one.
+        core = held["lokr_t2"].view(*held["lokr_t2"].shape[:2], *kernel)
+        w2 = torch.einsum("ij...,ik,jn->kn...", core, held["lokr_w2_a"], held["lokr_w2_b"])
     else:
         w2 = (held["lokr_w2_a"] @ held["lokr_w2_b"]).reshape(held["lokr_w2_a"].shape[0], -1, *kernel)
+    if "lokr_w2" in held and w2.dim() == 3:
+        # PEFT's update of an nn.Conv1d, whatever its numbers are then beside.
+        update = torch.stack([torch.kron(w1, part) for part in w2]).reshape(weight.shape)
+        return weight + layer.alpha[name] / layer.r[name] * update, bias
     # Every entry of w1 is one block of the weight.
     blocks = [torch.cat([entry * w2 for entry in row], dim=1) for row in w1]
     return weight + layer.alpha[name] / layer.r[name] * torch.cat(blocks, dim=0), bias

@@ -24,12 +24,17 @@ CASES = {
     "lora_conv_uneven": Case(_random(r=3), base="conv_uneven"),
     "lora_conv_same": Case(_random(r=3), base="conv_same"),
     "lora_pointwise": Case(_random(r=3), base="pointwise"),
+    "lora_sequence": Case(_random(r=3, lora_bias=True), base="sequence", together="lora_sequence_other"),
+    "lora_sequence_other": Case(_random(r=2), base="sequence"),
+    "lora_volume": Case(_random(r=3), base="volume"),
     "lora_embedding": Case(_random(r=3), base="embedding", together="rslora_embedding"),
     "rslora_embedding": Case(_random(r=2, use_rslora=True), base="embedding"),
     "dora": Case(_random(r=3, lora_alpha=5, use_dora=True)),
     "dora_conv1d": Case(_random(r=3, use_dora=True, fan_in_fan_out=True), base="conv1d"),
     "dora_conv": Case(_random(r=3, use_dora=True), base="conv"),
     "dora_conv_uneven": Case(_random(r=3, use_dora=True), base="conv_uneven"),
+    "dora_sequence": Case(_random(r=2, use_dora=True), base="sequence"),
+    "dora_volume": Case(_random(r=3, use_dora=True), base="volume_same"),
     "dora_embedding": Case(_random(r=3, use_dora=True), base="embedding"),
 }
 
@@ -42,10 +47,13 @@ IDENTITIES = {
     "lora_conv_uneven": Case(LoraConfig(r=3), base="conv_uneven"),
     "lora_conv_groups": Case(LoraConfig(r=4), base="conv_groups"),
     "lora_pointwise_strided": Case(LoraConfig(r=3), base="pointwise_strided"),
+    "lora_sequence_groups": Case(LoraConfig(r=4), base="sequence_uneven"),
+    "lora_volume": Case(LoraConfig(r=3), base="volume_same"),
     "lora_embedding": Case(LoraConfig(r=3), base="embedding"),
     "dora": Case(LoraConfig(r=3, use_dora=True)),
     "dora_conv1d": Case(LoraConfig(r=3, use_dora=True, fan_in_fan_out=True), base="conv1d"),
     "dora_conv": Case(LoraConfig(r=3, use_dora=True), base="conv"),
+    "dora_volume": Case(LoraConfig(r=3, use_dora=True), base="volume"),
     "dora_embedding": Case(LoraConfig(r=3, use_dora=True), base="embedding"),
 }
 

@@ -49,6 +49,9 @@ def _called() -> nn.Linear:
     return layer
 
 
+IMAGES = ("conv", "pointwise", "circular")
+"""The convolutions of two dimensions."""
+
 PLAIN = ("fused", "no bias")
 """The linear layers whose call nobody would miss."""
 
@@ -64,6 +67,8 @@ BASES: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "conv": lambda: nn.Conv2d(4, 8, 3, padding=1),
         "pointwise": lambda: nn.Conv2d(4, 8, 1),
         "circular": lambda: nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular"),
+        "sequence": lambda: nn.Conv1d(4, 8, 2, padding="same", padding_mode="reflect"),
+        "volume": lambda: nn.Conv3d(4, 8, (1, 3, 2), padding=(0, 1, 1)),
     },
     "embedding": {"embedding": lambda: nn.Embedding(I, O)},
 }
@@ -89,6 +94,11 @@ class Form:
     weight: Callable[[Tensor, Tensor | None, Tensors], Dense]
     merged: Callable[[Tensor, Tensor | None, Tensors], Dense] | None = None
     bases: tuple[str, ...] = ()
+
+
+def single(weight: torch.Size) -> tuple[int, ...]:
+    """The kernel of a single tap in as many dimensions as that of a weight."""
+    return (1,) * (len(weight) - 2)
 
 
 _METHODS = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]

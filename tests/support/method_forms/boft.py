@@ -6,7 +6,7 @@ import torch
 
 from peftk.methods import boft
 from peftk.testing.cases import butterfly, cayley
-from support.method_forms import Form
+from support.method_forms import IMAGES, Form
 
 
 def _shapes(s):
@@ -31,5 +31,5 @@ FORMS = (
         _weight,
         lambda weight, bias, t: (boft.merged(weight, *_adapters(t)), bias),
     ),
-    Form("conv", _shapes, lambda base, x, t: boft.conv2d(base, x, _adapters(t)), _weight),
+    Form("conv", _shapes, lambda base, x, t: boft.conv2d(base, x, _adapters(t)), _weight, bases=IMAGES),
 )

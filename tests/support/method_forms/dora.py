@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftk.methods import lora, lora_conv, lora_embedding
 from peftk.testing.cases import dora
-from support.method_forms import Form
+from support.method_forms import Form, single
 
 
 def _adapters(t):
@@ -26,8 +26,8 @@ FORMS = (
     ),
     Form(
         "conv",
-        lambda s: {"a": (2, *s[1:]), "b": (s[0], 2, 1, 1), "m": (1, s[0], 1, 1)},
-        lambda base, x, t: lora_conv.conv2d(base, x, _adapters(t)),
+        lambda s: {"a": (2, *s[1:]), "b": (s[0], 2, *single(s)), "m": (1, s[0], *single(s))},
+        lambda base, x, t: lora_conv.conv(base, x, _adapters(t)),
         _weight,
     ),
     Form(

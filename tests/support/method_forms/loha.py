@@ -36,5 +36,5 @@ def _merged(weight, bias, t):
 
 FORMS = (
     Form("linear", _shapes, lambda base, x, t: loha.linear(base, x, _adapters(t)), _weight, _merged),
-    Form("conv", _shapes, lambda base, x, t: loha.conv2d(base, x, _adapters(t)), _weight),
+    Form("conv", _shapes, lambda base, x, t: loha.conv(base, x, _adapters(t)), _weight),
 )

@@ -14,7 +14,9 @@ def _linear_shapes(s):
 
 
 def _conv_shapes(s):
-    whole = {"w1": (2, 2), "w2": (s[0] // 2, s[1] // 2, *s[2:])}
+    # Three dimensions would be those of PEFT's update of an nn.Conv1d.
+    kernel = (*s[2:], 1) if len(s) == 3 else s[2:]
+    whole = {"w1": (2, 2), "w2": (s[0] // 2, s[1] // 2, *kernel)}
     return {**whole, "u": (2, 1), "v": (1, 2), "y": (s[0] // 2, 1), "z": (1, s[1:].numel() // 2)}
 
 
@@ -35,5 +37,5 @@ def _merged(weight, bias, t):
 
 FORMS = (
     Form("linear", _linear_shapes, lambda base, x, t: lokr.linear(base, x, _adapters(t)), _weight, _merged),
-    Form("conv", _conv_shapes, lambda base, x, t: lokr.conv2d(base, x, _adapters(t)), _weight),
+    Form("conv", _conv_shapes, lambda base, x, t: lokr.conv(base, x, _adapters(t)), _weight),
 )

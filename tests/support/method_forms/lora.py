@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftk.methods import lora, lora_conv, lora_embedding
-from support.method_forms import Form
+from support.method_forms import Form, single
 
 
 def _one(t):
@@ -40,8 +40,8 @@ FORMS = (
     ),
     Form(
         "conv",
-        lambda s: {"a": (2, *s[1:]), "b": (s[0], 2, 1, 1), "bias": (s[0],)},
-        lambda base, x, t: lora_conv.conv2d(base, x, _one(t)),
+        lambda s: {"a": (2, *s[1:]), "b": (s[0], 2, *single(s)), "bias": (s[0],)},
+        lambda base, x, t: lora_conv.conv(base, x, _one(t)),
         _weight,
     ),
     Form(

@@ -6,7 +6,7 @@ import torch
 
 from peftk.methods import oft
 from peftk.testing.cases import cayley
-from support.method_forms import Form
+from support.method_forms import IMAGES, Form
 
 
 def _shapes(s):
@@ -29,5 +29,5 @@ def _merged(weight, bias, t):
 
 FORMS = (
     Form("linear", _shapes, lambda base, x, t: oft.linear(base, x, _rotations(t)), _weight, _merged),
-    Form("conv", _shapes, lambda base, x, t: oft.conv2d(base, x, _rotations(t)), _weight),
+    Form("conv", _shapes, lambda base, x, t: oft.conv2d(base, x, _rotations(t)), _weight, bases=IMAGES),
 )

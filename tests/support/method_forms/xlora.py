@@ -6,7 +6,7 @@ import torch
 
 from peftk.methods import xlora
 from peftk.methods.lora import LowRank
-from support.method_forms import Form
+from support.method_forms import Form, single
 
 
 def _experts(t):
@@ -18,6 +18,11 @@ def _weight(weight, bias, t):
     return weight + ((b * t["gate"]) @ a).view(weight.shape), bias
 
 
+def _conv_shapes(s):
+    second = {"b": (s[0], 2, *single(s)), "d": (s[0], 1, *single(s))}
+    return {"a": (2, *s[1:]), "c": (1, *s[1:]), **second, "gate": (3,)}
+
+
 FORMS = (
     Form(
         "linear",
@@ -27,8 +32,8 @@ FORMS = (
     ),
     Form(
         "conv",
-        lambda s: {"a": (2, *s[1:]), "b": (s[0], 2, 1, 1), "c": (1, *s[1:]), "d": (s[0], 1, 1, 1), "gate": (3,)},
-        lambda base, x, t: xlora.conv2d(base, x, _experts(t), t["gate"]),
+        _conv_shapes,
+        lambda base, x, t: xlora.conv(base, x, _experts(t), t["gate"]),
         _weight,
     ),
     Form(

@@ -68,8 +68,35 @@ class CNN(nn.Module):
         return self.head(self.pointwise(self.second(self.first(x).relu()).relu()).mean((2, 3)))
 
 
+class Sequences(nn.Module):
+    """Convolutions of one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(4, 6, 3, padding=1)
+        self.second = nn.Conv1d(6, 8, 2, stride=2, bias=False, groups=2)
+        self.pointwise = nn.Conv1d(8, 4, 1)
+
+    def forward(self, x):
+        return self.pointwise(self.second(self.first(x).relu()).relu())
+
+
+class Volumes(nn.Module):
+    """Convolutions of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv3d(2, 6, (2, 3, 1), padding=(1, 1, 0))
+        self.second = nn.Conv3d(6, 4, 1, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
 MODELS = {
     "mlp": MLP,
+    "sequences": Sequences,
+    "volumes": Volumes,
     "cnn": CNN,
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)),
     "bert": lambda: BertModel(BertConfig(**SMALL, **DROPOUT)),
@@ -109,6 +136,10 @@ def run(case, model):
     kind = CASES[case][0]
     if kind == "mlp":
         return model(torch.linspace(-1, 1, 36).reshape(3, 12))
+    if kind == "sequences":
+        return model(torch.linspace(-1, 1, 2 * 4 * 9).reshape(2, 4, 9).sin())
+    if kind == "volumes":
+        return model(torch.linspace(-1, 1, 2 * 2 * 3 * 4 * 2).reshape(2, 2, 3, 4, 2).sin())
     if kind == "cnn":
         return model(torch.linspace(-1, 1, 2 * 3 * 5 * 6).reshape(2, 3, 5, 6).sin())
     outputs = model(input_ids=TOKENS)

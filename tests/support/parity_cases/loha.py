@@ -19,5 +19,6 @@ CASES = {
             "modules_to_save": ["head.2"],
         },
     ),
+    "loha sequences": ("sequences", LoHaConfig, {"r": 2, "target_modules": ["first", "second", "pointwise"]}),
     "loha on convolutions": ("cnn", LoHaConfig, {"r": 2, "target_modules": ["first", "second", "pointwise", "head"]}),
 }

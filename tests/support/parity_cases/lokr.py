@@ -23,6 +23,13 @@ CASES = {
     "lokr uneven factors": ("mlp", LoKrConfig, {"r": 1, "decompose_factor": 6, "target_modules": LINEAR}),
     "lokr conv": ("cnn", LoKrConfig, {"r": 1, "target_modules": CONV}),
     "lokr conv full": ("cnn", LoKrConfig, {"r": 8, "target_modules": CONV, "init_weights": "lycoris"}),
+    "lokr sequences": ("sequences", LoKrConfig, {"r": 1, "target_modules": CONV, "decompose_factor": 1}),
+    "lokr sequences full": ("sequences", LoKrConfig, {"r": 8, "target_modules": CONV, "init_weights": False}),
+    "lokr sequences tucker": (
+        "sequences",
+        LoKrConfig,
+        {"r": 1, "target_modules": CONV, "use_effective_conv2d": True, "decompose_factor": 1},
+    ),
     "lokr conv tucker": (
         "cnn",
         LoKrConfig,

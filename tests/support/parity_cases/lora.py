@@ -36,6 +36,10 @@ CASES = {
         {"r": 2, "target_modules": ["first", "pointwise"], "lora_bias": True, "bias": "lora_only"},
     ),
     "strided convolution": ("cnn", LoraConfig, {"r": 2, "target_modules": ["second"]}),
+    "sequences": ("sequences", LoraConfig, {"r": 2, "target_modules": ["first", "pointwise"], "lora_bias": True}),
+    "volumes": ("volumes", LoraConfig, {"r": 2, "target_modules": ["first", "second"], "init_lora_weights": False}),
+    "dora sequences": ("sequences", LoraConfig, {"r": 2, "target_modules": ["first", "pointwise"], "use_dora": True}),
+    "dora volumes": ("volumes", LoraConfig, {"r": 2, "target_modules": ["first", "second"], "use_dora": True}),
     "embeddings": ("bert", LoraConfig, {"r": 2, "target_modules": ["word_embeddings", "query"]}),
     "dora": ("mlp", LoraConfig, {"r": 2, "target_modules": ["first", "second"], "use_dora": True, "lora_alpha": 3}),
     "dora random": (
