@@ -22,10 +22,12 @@ class Butterfly(NamedTuple):
     Attributes:
         factors: (m, blocks, b, b), orthogonal blocks as `rotations` makes them.
         scale: The factor of every output, of `out` elements.
+        blocks: What `composed` returns for them, if it is there already.
     """
 
     factors: Tensor
     scale: Tensor
+    blocks: Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -48,8 +50,11 @@ def rotations(square: Tensor, kept: Tensor | None = None) -> Tensor:
     return torch.where(kept.to(factors.device).view(count, blocks, 1, 1), factors, eye)
 
 
-def composed(factors: Tensor) -> Tensor:
+def composed(adapter: Butterfly) -> Tensor:
     """Return the blocks of the product of all factors, (blocks, group, group)."""
+    if adapter.blocks is not None:
+        return adapter.blocks
+    factors = adapter.factors
     return factors[0] if len(factors) == 1 else F.butterfly_compose(factors)
 
 
@@ -74,11 +79,11 @@ def linear(
     if len(adapters) == 1 and adapters[0].group <= COMPOSED_GROUP:
         plain = plain_tensors(base, x, args, kwargs)
     if plain is not None:
-        y = F.block_rotate_linear(x, *plain, composed(adapters[0].factors))
+        y = F.block_rotate_linear(x, *plain, composed(adapters[0]))
     else:
         for adapter in reversed(adapters):
             if adapter.group <= COMPOSED_GROUP:
-                x = F.block_rotate(x, composed(adapter.factors))
+                x = F.block_rotate(x, composed(adapter))
             else:
                 x = F.butterfly_multiply(x, adapter.factors)
         y = call(base, x, *args, **kwargs)
@@ -101,19 +106,19 @@ def conv2d(
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
-    values = [*(composed(adapter.factors) for adapter in adapters), _scale(adapters)]
+    values = [*(composed(adapter) for adapter in adapters), _scale(adapters)]
     plain = plain_tensors(base, x, args, kwargs)
     return convolve_with(_written, base, x, *values, plain=plain, args=args, kwargs=kwargs)
 
 
 def rotation(adapter: Butterfly) -> Tensor:
     """Return the dense rotation, (in, in)."""
-    return torch.block_diag(*composed(adapter.factors))
+    return torch.block_diag(*composed(adapter))
 
 
 def merged(weight: Tensor, adapter: Butterfly) -> Tensor:
     """Return a weight, (out, in) or (out, in, height, width), with one adapter in it; a bias stays as it is."""
-    return _written(weight, composed(adapter.factors), adapter.scale.to(weight.dtype).view(-1))
+    return _written(weight, composed(adapter), adapter.scale.to(weight.dtype).view(-1))
 
 
 def _scale(adapters: Sequence[Butterfly]) -> Tensor:

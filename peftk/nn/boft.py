@@ -13,6 +13,7 @@ from ..methods import boft
 from ..methods._base_layer import features_of
 from ..methods.boft import Butterfly
 from ..ops import _seed
+from ..ops.kept import Kept
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import Form, PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
 from .base.kinds import settle_fan_in_fan_out
@@ -198,7 +199,12 @@ class BOFTLinear(AdapterLayer):
     def butterfly(self, name: str) -> Butterfly:
         """Return the tensors of one adapter, as its arithmetic takes them, with dropout in training."""
         square = self.boft_R[name]
-        return Butterfly(boft.rotations(square, self._draw(name, square)), self.boft_s[name])
+        drawn = self._draw(name, square)
+        if drawn is not None:
+            return Butterfly(boft.rotations(square, drawn), self.boft_s[name])
+        kept = self._kept.setdefault(name, Kept())
+        factors, blocks = kept.get((square,), lambda: _composed(square))
+        return Butterfly(factors, self.boft_s[name], blocks)
 
     def _draw(self, name: str, square: Tensor) -> Tensor | None:
         """Draw which blocks rotate in this pass: None for all of them."""
@@ -227,6 +233,12 @@ class BOFTLinear(AdapterLayer):
         weight = tensors["weight"]
         factors = boft.rotations(self.boft_R[name].to(weight.dtype))
         tensors["weight"] = boft.merged(weight, Butterfly(factors, self.boft_s[name]))
+
+
+def _composed(square: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the factors, and the blocks of their product where that is what x is rotated by."""
+    one = Butterfly(boft.rotations(square), square)
+    return one.factors, boft.composed(one) if one.group <= boft.COMPOSED_GROUP else None
 
 
 class BOFTConv2d(BOFTLinear):

@@ -16,6 +16,7 @@ from ..methods import oft
 from ..methods._base_layer import features_of, listened_to, observed
 from ..methods.oft import orthogonality_error
 from ..ops import _seed
+from ..ops.kept import Kept
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import Form, PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
 from .base.kinds import settle_fan_in_fan_out
@@ -176,6 +177,7 @@ class Rotation(nn.Module):
         self.module_name = module_name
         self._told: Told = config.__dict__.setdefault("_told", Told())
         self._passes = 0
+        self._kept = Kept()
         self.block_size = block_size
         self.block_count = features // block_size
         self.block_share = config.block_share
@@ -194,7 +196,11 @@ class Rotation(nn.Module):
                 # second time without changing anything.
                 self.weight.data.copy_(oft.project(self.weight, self.eps))
         kept = self._draw() if self.training and self.dropout > 0 else None
-        blocks = oft.rotations(self.weight, self.block_size, self.neumann_terms, kept, dtype)
+        arguments = self.weight, self.block_size, self.neumann_terms, kept, dtype
+        if kept is None and dtype is None and not torch.is_grad_enabled():
+            blocks = self._kept.get(arguments[:1], lambda: oft.rotations(*arguments))
+        else:
+            blocks = oft.rotations(*arguments)
         # A dtype is given where somebody else looks: at merging.
         if dtype is None and self.neumann_terms is not None and not torch.compiler.is_compiling():
             state = self.__dict__  # nn.Module's own __setattr__ takes longer than all of this.

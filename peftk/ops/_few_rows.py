@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
-from ..runtime import registry, settings
+from ..runtime import registry
+from .plain import unobserved
 
 FEW = 63
 """Rows up to which this is the faster way; beyond, the operators gain more than they cost."""
@@ -54,7 +54,7 @@ def low_rank_few(
         or a.shape[1] != features
         or b.shape[0] != weight.shape[0]
         or not (x.is_contiguous() and a.is_contiguous() and b.is_contiguous())
-        or _somebody_listens()
+        or not unobserved()
     ):
         return None
     module = registry.backend_module("native", "low_rank")
@@ -63,19 +63,3 @@ def low_rank_few(
     y = linear(x, weight, bias)
     module.few_(y, x, a, b, gate, scale)
     return y
-
-
-def _somebody_listens() -> bool:
-    """Whether a compiler, a mode, a transform, a tracer or the choice of another backend wants the operators to run."""
-    return (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-        or settings.backend() not in ("auto", "native")
-    )

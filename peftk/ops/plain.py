@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+
+from ..runtime import settings
 
 DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of a weight that is not packed."""
@@ -39,6 +42,22 @@ def ordinary(x: Tensor, *others: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def unobserved() -> bool:
+    """Whether nothing records, transforms or replaces what runs here, and no backend without C++ is asked for."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or settings.backend() not in ("auto", "native")
+    )
 
 
 def stored(module: nn.Module) -> Tensor:

@@ -114,7 +114,7 @@ def test_gives_way_to_whoever_listens(listen: Callable[[], contextlib.AbstractCo
         {5: lambda scale: torch.tensor(scale)},
         {6: lambda gate: torch.ones(1, 5)},
     ],
-    ids=str,
+    ids=lambda changed: f"argument{next(iter(changed))}",
 )
 def test_leaves_everything_else_to_the_operators(changed: dict[int, Callable]) -> None:
     args = arguments(1, 5, torch.float32)

@@ -405,7 +405,7 @@ class AdapterLayer(Mergeable, Scalable):
             container = getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
-        for values in (self._first_scaling, self._strengths):
+        for values in (self._first_scaling, self._strengths, self._kept):
             values.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 

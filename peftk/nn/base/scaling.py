@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.kept import Kept
+
 _ATTENTION_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
@@ -42,6 +44,7 @@ class Scalable(nn.Module):
         # What `scaling` was when an adapter came, and strengths other than 1 of methods that have no `scaling`.
         self._first_scaling: dict[str, float] = {}
         self._strengths: dict[str, float] = {}
+        self._kept: dict[str, Kept] = {}
         register_with_peft()
 
     def set_scale(self, adapter: str, scale: float) -> None:
