@@ -65,7 +65,9 @@ def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     The mapping is the same before and after the plan is attached. The adapter's name is in no key.
     """
     tensors: dict[str, Tensor] = {
-        f"{path}.{name}": tensor for path, adapter in plan.adapters.items() for name, tensor in adapter.saved_tensors()
+        f"{path}.{name}": tensor
+        for path, adapter in (*plan.adapters.items(), *plan.tokens.items())
+        for name, tensor in adapter.saved_tensors()
     }
     for path, module in plan.saved.items():
         for name, tensor in state_of(module):

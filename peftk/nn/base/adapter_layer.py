@@ -50,7 +50,7 @@ class Adapter:
             if container in self.layer_class.constant_names:
                 continue
             if isinstance(part, nn.Parameter):
-                yield container, part
+                yield self.layer_class.file_names.get(container, container), part
                 continue
             for name, parameter in part.named_parameters():
                 # FSDP may have wrapped the part.
@@ -84,7 +84,7 @@ class AdapterLayer(Mergeable, Scalable):
         parameter_names: Those that hold bare parameters (`hada_w1_a.<adapter>`); the others hold modules
             (`lora_A.<adapter>.weight`).
         constant_names: Those that are never trained and never saved.
-        file_names: File keys where they differ from `<container>.<parameter>`.
+        file_names: File keys where they differ from `<container>` or `<container>.<parameter>`.
         other_param_names: Dicts of settings; every adapter has an entry in the first.
 
     Args:

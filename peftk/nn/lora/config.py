@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ...checkpoint.container import shown
 from ..base.config import (
     Form,
     PeftConfig,
@@ -19,6 +20,7 @@ from ..base.config import (
 
 MAX_RANK = 65_536
 MAX_ALPHA = 1e6
+MAX_TOKENS = 2**40
 
 
 @dataclass
@@ -58,6 +60,11 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         alpha_pattern: Name ending or expression to the alpha of the modules it matches.
         lora_bias: Give B a bias.
         use_dora: Give every output a magnitude of its own (DoRA).
+        trainable_token_indices: Rows of the input embeddings that are trained, such as those of new tokens; or names of
+            embeddings to their rows. Layers that share the weight of such an embedding follow it, unless they are named
+            with other rows.
+        ensure_weight_tying: Raise an error where tied layers are named with other rows, and warn where nothing is
+            tied. Tied layers in `target_modules` or `modules_to_save` are not implemented with it.
 
     The remaining fields belong to variants that are not implemented; a value other than the default raises
     NotImplementedError.
@@ -121,6 +128,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         "lora_bias",
         "bias",
         "modules_to_save",
+        "trainable_token_indices",
     )
     _never_in_file = frozenset({"runtime_config"})
 
@@ -131,11 +139,12 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         self._check_alpha()
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
-        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora"):
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora", "ensure_weight_tying"):
             check_bool(name, getattr(self, name))
         self._check_patterns()
         self._check_targets()
         self._check_init()
+        self._check_tokens()
         if not isinstance(self.runtime_config, LoraRuntimeConfig):
             raise TypeError(f"runtime_config: expected a LoraRuntimeConfig, got {self.runtime_config!r}")
         refuse_unimplemented(self, _NOT_IMPLEMENTED)
@@ -145,6 +154,27 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
 
     def _check_patterns(self) -> None:
         check_patterns(self, MAX_RANK, MAX_ALPHA)
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        if tokens is None:
+            if self.ensure_weight_tying:
+                raise NotImplementedError(
+                    "ensure_weight_tying=True: implemented for trainable_token_indices only, which is None"
+                )
+            return
+        if not isinstance(tokens, (list, tuple, dict)):
+            raise TypeError(f"trainable_token_indices: expected a list of ints or a dict of lists, got {shown(tokens)}")
+        for name, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
+            where = f"trainable_token_indices[{shown(name)}]" if name else "trainable_token_indices"
+            if not isinstance(name, str) or not isinstance(indices, (list, tuple)):
+                raise TypeError(f"{where}: expected the name of an embedding and a list, got {shown(indices)}")
+            if not indices:
+                raise ValueError(f"{where}: expected at least one index, got an empty list")
+            for index in indices:
+                check_int(where, index, 0, MAX_TOKENS)
+            if len({*indices}) != len(indices):
+                raise ValueError(f"{where}: expected every index once")
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
@@ -169,7 +199,6 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
 _NOT_IMPLEMENTED = (
     "megatron_config",
     "megatron_core",
-    "trainable_token_indices",
     "loftq_config",
     "eva_config",
     "corda_config",
@@ -185,7 +214,6 @@ _NOT_IMPLEMENTED = (
     "use_bdlora",
     "arrow_config",
     "kasa_config",
-    "ensure_weight_tying",
 )
 
 
