@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..checkpoint.container import shown
 from ..nn import LoraConfig, PeftConfig, XLoraConfig
-from ..nn.base.adapter_layer import give_memory
 from ..nn.base.config import check_int, check_number
+from ..nn.base.memory import give_memory
 from ..nn.base.undo import put_back
+from ..nn.lora.start import starts_inside
 from ..nn.xlora.layer import GATED, Gates, XLoraClassifier, XLoraLayer
 from .adapters import Tuner
 from .loading import Reading, config_values, naming_the_file, read_config, read_into_plan
@@ -173,6 +174,8 @@ class XLoraTuner(Tuner):
         for field_name, wanted in (("bias", "none"), ("lora_bias", False), ("use_dora", False)):
             if getattr(config, field_name) != wanted:
                 raise NotImplementedError(f"{where} has {field_name}={getattr(config, field_name)!r}")
+        if starts_inside(config.init_lora_weights):
+            raise NotImplementedError(f"{where} has init_lora_weights={config.init_lora_weights!r}")
         read = read_into_plan(Tuner(self.model), folder, name, True, autocast, saved, self._key_mapping)
         plan = read.plan
         if plan.tokens:

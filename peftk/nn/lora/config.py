@@ -17,6 +17,7 @@ from ..base.config import (
     check_patterns,
     refuse_unimplemented,
 )
+from .start import starts_inside
 
 MAX_RANK = 65_536
 MAX_ALPHA = 1e6
@@ -53,7 +54,9 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         use_rslora: Rank-stabilised scale.
         modules_to_save: Modules trained and saved in full beside the adapter.
         init_lora_weights: True (A uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal",
-            or False (both random: not the identity).
+            or False (both random: not the identity). On linear layers also "pissa" (the largest singular values of the
+            weight, which the layer then lacks), "pissa_niter_<n>" (the same by n random iterations) and "olora" (the
+            first columns of its QR decomposition).
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: Name of the list that the indices count in.
         rank_pattern: Name ending or expression to the rank of the modules it matches.
@@ -129,6 +132,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         "bias",
         "modules_to_save",
         "trainable_token_indices",
+        "init_lora_weights",
     )
     _never_in_file = frozenset({"runtime_config"})
 
@@ -180,16 +184,24 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         init = self.init_lora_weights
         if not isinstance(init, (bool, str)):
             raise TypeError(f"init_lora_weights: expected a bool or a string, got {init!r}")
-        if init not in (True, False, "gaussian", "orthogonal"):
+        if init not in (True, False, "gaussian", "orthogonal") and not starts_inside(init):
             raise NotImplementedError(
-                f"init_lora_weights={init!r}: not implemented; expected True, False, 'gaussian' or 'orthogonal'"
+                f"init_lora_weights={shown(init)}: not implemented; expected True, False, 'gaussian', 'orthogonal', "
+                "'pissa', 'pissa_niter_<number>' or 'olora'"
             )
+        if starts_inside(init) and self.use_dora:
+            raise NotImplementedError(f"use_dora: not implemented with init_lora_weights={init!r}")
         if init == "orthogonal" and any(r % 2 for r in (self.r, *(self.rank_pattern or {}).values())):
             raise ValueError(f"r: init_lora_weights='orthogonal' needs an even rank, got {self.r}")
         if self.lora_bias and isinstance(init, str):
             raise ValueError(f"lora_bias: needs init_lora_weights True or False, got {init!r}")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias: cannot be combined with use_dora=True")
+
+    def _meant(self, name: str) -> Any:
+        value = super()._meant(name)
+        # The other ways to start change no meaning of a trained factor.
+        return value if name != "init_lora_weights" or starts_inside(value) else True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values, without `runtime_config`, which is never saved."""
