@@ -20,6 +20,7 @@ from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import Before, all_or_nothing, process_kept, put_back
 from ..nn.base.walking import all_modules, all_parameters
+from ..nn.trainable_tokens import TiedTokens, TrainableTokens
 from .adalora import Allocating
 from .batch_statistics import batches_seen
 from .file_keys import biases, file_tensors
@@ -328,12 +329,22 @@ class Tuner(Allocating):
                 layer.check_written()
             except ValueError as error:
                 raise ValueError(f"module {path!r}: {error}") from None
-            if holders[id(layer.base_layer.weight)] > 1:
+            weight = layer.base_layer.weight
+            if holders[id(weight)] > self._alike(weight, names):
                 raise ValueError(
-                    f"merge: the weight of {path!r} is shared by {self._sharing(layer.base_layer.weight)}, and merging "
+                    f"merge: the weight of {path!r} is shared by {self._sharing(weight)}, and merging "
                     "would change all of them; give the layer a copy of the weight first"
                 )
         return names
+
+    def _alike(self, weight: Tensor, names: list[str] | None) -> int:
+        """Count the layers of a weight that merging changes alike: an embedding with trained rows and what is tied."""
+        layers = [layer for _, layer in self._layers() if layer.base_layer.weight is weight]
+        free = [layer for layer in layers if isinstance(layer, TrainableTokens) and not isinstance(layer, TiedTokens)]
+        tied = [layer for layer in layers if isinstance(layer, TiedTokens)]
+        if len(free) != 1 or any(layer._to_merge(names) != free[0]._to_merge(names) for layer in tied):
+            return 1
+        return 1 + len(tied)
 
     def _holders(self) -> Counter[int]:
         """Count in how many places of the model every parameter stands, by its id."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
+from ..nn.trainable_tokens import TrainableTokens
 from .file_keys import PREFIX, state_of
 from .names import named_modules, unwrapped
 from .plan import Plan
@@ -29,7 +30,8 @@ def embedding_tensors(model: nn.Module, plan: Plan, *, copies: bool = False) -> 
     Args:
         model: The base model.
         plan: The adapter. Of a layer that it adapts, or trains in full, the original is meant.
-        copies: Whether the copies that are trained in full are meant too, under their second name in PEFT's files.
+        copies: Whether the copies that are trained in full, and trained rows of tied weights, are meant too, under
+            their second names in PEFT's files.
     """
     found = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -42,7 +44,9 @@ def embedding_tensors(model: nn.Module, plan: Plan, *, copies: bool = False) -> 
         if path is None:
             continue
         inner, original = path, module
-        if isinstance(module, AdapterLayer) or path in plan.adapters:
+        if isinstance(module, TrainableTokens) or path in plan.tokens or path in plan.tied:
+            inner, original = f"{path}.token_adapter.base_layer", getattr(module, "base_layer", module)
+        elif isinstance(module, AdapterLayer) or path in plan.adapters:
             inner, original = f"{path}.base_layer", getattr(module, "base_layer", module)
         elif isinstance(module, ModulesToSaveWrapper) or path in plan.saved:
             inner, original = f"{path}.original_module", getattr(module, "original_module", module)
@@ -52,6 +56,9 @@ def embedding_tensors(model: nn.Module, plan: Plan, *, copies: bool = False) -> 
         if copies and path in plan.saved:
             for name, tensor in state_of(plan.saved[path]):
                 found[f"{PREFIX}{path}.modules_to_save.{name}"] = tensor
+        if copies and path in plan.tied:
+            for name, tensor in plan.tokens[plan.tied[path]].saved_tensors():
+                found[f"{PREFIX}{path}.{name}"] = tensor
     return found
 
 

@@ -65,7 +65,9 @@ def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     The mapping is the same before and after the plan is attached. The adapter's name is in no key.
     """
     tensors: dict[str, Tensor] = {
-        f"{path}.{name}": tensor for path, adapter in plan.adapters.items() for name, tensor in adapter.saved_tensors()
+        f"{path}.{name}": tensor
+        for path, adapter in (*plan.adapters.items(), *plan.tokens.items())
+        for name, tensor in adapter.saved_tensors()
     }
     for path, module in plan.saved.items():
         for name, tensor in state_of(module):
@@ -95,11 +97,11 @@ def same_meaning(ours: PeftConfig, theirs: PeftConfig, paths: Iterable[str]) -> 
     if type(ours) is not type(theirs):
         raise ValueError(f"adapter: the file is a {theirs._kind}, the loaded adapter a {ours._kind}")
     for field in dataclasses.fields(ours):
-        a, b = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.name == "modules_to_save":
-            a, b = set(a or ()), set(b or ()) | set(HEADS.get(theirs.task_type or "", ()))
         if field.name not in ours._meaning:
             continue
+        a, b = ours._meant(field.name), theirs._meant(field.name)
+        if field.name == "modules_to_save":
+            a, b = set(a or ()), set(b or ()) | set(HEADS.get(theirs.task_type or "", ()))
         differ = a != b
         if field.name in PATTERNS:
             # What counts is what each module gets; that depends on the order of the keys too.

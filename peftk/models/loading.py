@@ -122,6 +122,10 @@ def read_into_plan(
         if plan.adapters:
             tell_missing(model, plan, os.path.join(folder, files.WEIGHTS_NAME), {*values})
         plan.materialise()
+        if embeddings:
+            # What is trained has its memory now.
+            found = embedding_tensors(model, plan, copies=True)
+            embeddings = {key: found[key] for key in embeddings}
     targets = {**tuner._file_tensors(plan), **embeddings}
     _check_not_merged(tuner, targets)
     _check_there(targets)
@@ -146,6 +150,11 @@ def _rename_fields(model: nn.Module, config: PeftConfig, mapping: Mapping[str, s
         if names and not isinstance(names, str):
             unknown = unknown_names(model, names)
             setattr(config, field, type(names)([*({*names} - unknown), *rename_names(unknown, mapping)]))
+    tokens = getattr(config, "trainable_token_indices", None)
+    if isinstance(tokens, dict):
+        unknown = unknown_names(model, tokens)
+        renamed = {name: next(iter(rename_names([name], mapping))) if name in unknown else name for name in tokens}
+        config.trainable_token_indices = {renamed[name]: indices for name, indices in tokens.items()}
 
 
 @contextlib.contextmanager

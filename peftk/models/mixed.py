@@ -13,6 +13,7 @@ from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import put_back
 from ..nn.lora.layer import BASE, LoRALayer
+from ..nn.trainable_tokens import TrainableTokens
 from .adapters import Tuner
 from .targets import describe_unknown
 
@@ -82,9 +83,9 @@ def mixed_batch(tuner: Tuner, kwargs: dict[str, Any]) -> Iterator[None]:
             module.__dict__[attribute] = value
 
     with put_back(restore):
-        # Everything that is no LoRA layer runs as the base model has it.
+        # Everything else runs as the base model has it.
         for module in parts:
-            if isinstance(module, LoRALayer):
+            if isinstance(module, (LoRALayer, TrainableTokens)):
                 changed.append((module, "batch_adapters", module.batch_adapters))
                 module.__dict__["batch_adapters"] = names
             else:

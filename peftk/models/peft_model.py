@@ -330,6 +330,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
     ) -> None:
         """Write adapters in PEFT's format: "default" into the folder itself, others into sub-folders of their name.
 
@@ -340,6 +341,8 @@ class PeftModel(nn.Module):
             save_embedding_layers: Whether to write the embeddings of the base model too; "auto" does so, with a
                 warning, where its vocabulary was resized, because nobody else has the new rows.
             is_main_process: Write only if True.
+            path_initial_model_for_weight_conversion: The folder of the adapter as it was before it was trained; what
+                it has learned since is then written as a LoRA adapter of twice the rank.
 
         Raises:
             ValueError: An argument is not one of the above.
@@ -350,14 +353,11 @@ class PeftModel(nn.Module):
         folder = os.fspath(save_directory)
         if os.path.isfile(folder):
             raise ValueError(f"save_directory: expected a folder, got the file {folder!r}")
-        names = self.base_model._known(
-            list(self.peft_config) if selected_adapters is None else selected_adapters, "selected_adapters"
-        )
-        if not is_main_process:
-            return
-        for name in names:
-            target = folder if name == "default" else os.path.join(folder, name)
-            save_adapter(self.base_model, name, target, save_embedding_layers)
+        chosen = list(self.peft_config) if selected_adapters is None else selected_adapters
+        names = self.base_model._known(chosen, "selected_adapters")
+        options = save_embedding_layers, path_initial_model_for_weight_conversion
+        for name in names if is_main_process else ():
+            save_adapter(self.base_model, name, folder if name == "default" else os.path.join(folder, name), *options)
 
     @classmethod
     def from_pretrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,10 @@ from ..nn.base.adapter_layer import Adapter, AdapterLayer
 from ..nn.base.config import warn_of_field
 from ..nn.base.offloading import copy_onloaded
 from ..nn.base.saved import ModulesToSaveWrapper
+from ..nn.trainable_tokens import TrainableTokens
 from .names import place_of
 from .targets import HEADS, candidates, describe_unknown, places, resolve, resolve_saved
+from .tokens import layers_for, plan_tokens, tokens_of
 
 PATTERNS = ("rank_pattern", "alpha_pattern", "block_size_pattern")
 
@@ -31,22 +34,26 @@ class Plan:
         config: Its configuration, with the targets filled in.
         adapters: Module path to the adapter on that layer.
         saved: Module path to the adapter's own copy of a module in `modules_to_save`.
+        tokens: Module path to the rows of an embedding that the adapter trains.
+        tied: Path of a layer that shares the weight of an embedding in `tokens` to the path of that embedding.
     """
 
     name: str
     config: PeftConfig
     adapters: dict[str, Adapter]
     saved: dict[str, nn.Module]
+    tokens: dict[str, Adapter] = dataclass_field(default_factory=dict)
+    tied: dict[str, str] = dataclass_field(default_factory=dict)
 
     def materialise(self) -> None:
         """Give memory, with any values, to what was planned without."""
-        for path, adapter in self.adapters.items():
+        for path, adapter in (*self.adapters.items(), *self.tokens.items()):
             if adapter.device is not None and adapter.device.type == "meta":
                 raise ValueError(
                     f"module {path!r}: its weight is on the meta device, so the adapter has no place; load the "
                     "weights of the base model before its adapters"
                 )
-        for adapter in self.adapters.values():
+        for adapter in (*self.adapters.values(), *self.tokens.values()):
             adapter.materialise()
 
     def changed(self) -> list[Tensor]:
@@ -107,7 +114,8 @@ def make_plan(
         module = modules[path]
         _tell_shared(path, module, held, owners)
         saved[path] = copy_onloaded(getattr(module, "original_module", module))
-    return Plan(name, config, adapters, saved)
+    options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
+    return Plan(name, config, adapters, saved, *plan_tokens(model, config, {**adapters, **saved}, **options))
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -155,11 +163,13 @@ def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:
     """Describe an adapter that the model has already."""
     adapters, saved = {}, {}
     for path, module in candidates(model).items():
+        if isinstance(module, TrainableTokens):
+            continue
         if isinstance(module, AdapterLayer) and name in module.adapter_names:
             adapters[path] = module.adapter(name)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             saved[path] = module.modules_to_save[name]
-    return Plan(name, config, adapters, saved)
+    return Plan(name, config, adapters, saved, *tokens_of(model, name))
 
 
 def attach(model: nn.Module, plan: Plan) -> None:
@@ -177,6 +187,10 @@ def attach(model: nn.Module, plan: Plan) -> None:
             wrapper = ModulesToSaveWrapper(wrapper)
             replace_module(model, path, wrapper)
         wrapper.attach(plan.name, module)
+    for path, tokens, adapter in layers_for(modules, plan.tokens, plan.tied):
+        if modules[path] is not tokens:
+            replace_module(model, path, tokens)
+        tokens.attach(plan.name, adapter)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -10,11 +10,18 @@ from torch import Tensor
 from ..nn.base.offloading import offloaded_values
 from .adapters import Tuner
 from .batch_statistics import tell_statistics
+from .conversion import converted_tensors, converted_values, start_to_subtract
 from .embeddings import embeddings_to_save
 from .file_keys import unaliased
 
 
-def save_adapter(tuner: Tuner, name: str, folder: str, save_embedding_layers: str | bool) -> None:
+def save_adapter(
+    tuner: Tuner,
+    name: str,
+    folder: str,
+    save_embedding_layers: str | bool,
+    initial: str | os.PathLike[str] | None = None,
+) -> None:
     """Write the files of an adapter, by the arguments of `PeftModel.save_pretrained`."""
     from ..checkpoint import peft as files
 
@@ -22,8 +29,11 @@ def save_adapter(tuner: Tuner, name: str, folder: str, save_embedding_layers: st
     tell_statistics(tuner, plan)
     embeddings = embeddings_to_save(tuner.model, plan, save_embedding_layers)
     tensors = tuner._pruned(name, unaliased(_with_memory(tuner, {**tuner._file_tensors(plan), **embeddings})))
+    values, start = _config_values(tuner, name), start_to_subtract(tuner, plan, initial)
+    if start is not None:
+        tensors, values = converted_tensors(tensors, start), converted_values(plan.config, values)
     os.makedirs(folder, exist_ok=True)
-    files.write_adapter(folder, tensors, _config_values(tuner, name))
+    files.write_adapter(folder, tensors, values)
 
 
 def _with_memory(tuner: Tuner, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

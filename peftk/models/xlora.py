@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..checkpoint.container import shown
 from ..nn import LoraConfig, PeftConfig, XLoraConfig
-from ..nn.base.adapter_layer import give_memory
 from ..nn.base.config import check_int, check_number
+from ..nn.base.memory import give_memory
 from ..nn.base.undo import put_back
+from ..nn.lora.start import starts_inside
 from ..nn.xlora.layer import GATED, Gates, XLoraClassifier, XLoraLayer
 from .adapters import Tuner
 from .loading import Reading, config_values, naming_the_file, read_config, read_into_plan
@@ -39,7 +40,7 @@ class XLoraPlan(Plan):
         experts: Every expert, read and checked.
     """
 
-    classifier: XLoraClassifier
+    classifier: XLoraClassifier = field(kw_only=True)
     experts: list[Reading] = field(default_factory=list)
     device: torch.device | None = None
 
@@ -162,7 +163,7 @@ class XLoraTuner(Tuner):
         device = first.device if initialise else torch.device("meta")
         with contextlib.nullcontext() if initialise else device:
             classifier = XLoraClassifier(config, len(experts), len(adapted)).to(device=device, dtype=first.dtype)
-        return XLoraPlan(name, config, {}, {}, classifier, experts, first.device)
+        return XLoraPlan(name, config, {}, {}, classifier=classifier, experts=experts, device=first.device)
 
     def _expert(self, name: str, folder: str, autocast: bool) -> Reading:
         where = f"adapters: expert {folder!r}"
@@ -173,8 +174,12 @@ class XLoraTuner(Tuner):
         for field_name, wanted in (("bias", "none"), ("lora_bias", False), ("use_dora", False)):
             if getattr(config, field_name) != wanted:
                 raise NotImplementedError(f"{where} has {field_name}={getattr(config, field_name)!r}")
+        if starts_inside(config.init_lora_weights):
+            raise NotImplementedError(f"{where} has init_lora_weights={config.init_lora_weights!r}")
         read = read_into_plan(Tuner(self.model), folder, name, True, autocast, saved, self._key_mapping)
         plan = read.plan
+        if plan.tokens:
+            raise NotImplementedError(f"{where} has trainable_token_indices: {sorted(plan.tokens)}")
         if plan.saved:
             raise NotImplementedError(f"{where} has modules_to_save: {sorted(plan.saved)}")
         for path, adapter in plan.adapters.items():
@@ -205,7 +210,7 @@ class XLoraTuner(Tuner):
     def _plan_of(self, name: str) -> Plan:
         """Describe the X-LoRA adapter, or one of its experts."""
         if name in self.active_adapters:
-            return XLoraPlan(name, self.peft_config[name], {}, {}, self.internal_xlora_classifier)
+            return XLoraPlan(name, self.peft_config[name], {}, {}, classifier=self.internal_xlora_classifier)
         return super()._plan_of(name)
 
     def _file_tensors(self, plan: Plan) -> dict[str, Tensor]:

@@ -153,6 +153,10 @@ BAD = [
     *((LoraConfig, "inference_mode", v) for v in [1, None]),
     *((LoraConfig, "auto_mapping", v) for v in ["os", 1]),
     *((LoraConfig, "layers_pattern", v) for v in ["h"]),
+    *(
+        (LoraConfig, "trainable_token_indices", v)
+        for v in [[], [-1], [True], [1, 1], "1", 3, {"a": []}, {"a": 1}, {1: [1]}]
+    ),
     *((LoKrConfig, "r", v) for v in [0, -1, True, 1.5, None]),
     *((LoKrConfig, "alpha", v) for v in [0, -1, NAN, True]),
     *((LoKrConfig, "decompose_factor", v) for v in [0, -2, True, 1.5, 2**70]),
@@ -201,10 +205,9 @@ def test_nonsense_is_refused_by_name_in_every_field(cls, name):
 
 
 NOT_YET = {
-    "init_lora_weights": "pissa",
+    "init_lora_weights": "corda",
     "layer_replication": [(0, 2)],
     "target_parameters": ["weight"],
-    "trainable_token_indices": [1],
     "megatron_config": {"a": 1},
     "megatron_core": "os",
     "use_qalora": True,

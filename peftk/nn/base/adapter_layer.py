@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from ...methods._base_layer import features_of, kind_of
 from .config import PeftConfig, check_adapter_name
 from .freezing import note_rerun, set_trainable
 from .kinds import HALF, dtype_of, why_unsupported
+from .memory import give_memory, with_memory
 from .merging import Mergeable
 from .offloading import TAKE_OFF, call_onloaded, cast_for_calls, comes_and_goes, hooked, onloaded
 from .scaling import Scalable
@@ -29,12 +30,14 @@ class Adapter:
         settings: Attribute name (`r`, `scaling`, ...) to this adapter's value.
         layer_class: The class of the layer that it belongs to.
         device: Where its parameters belong, if they have no memory yet.
+        rest: Makes what is in no file and is found from the layer, once the others have memory; or None.
     """
 
     parts: dict[str, nn.Module | nn.Parameter]
     settings: dict[str, Any] = field(default_factory=dict)
     layer_class: type[AdapterLayer] = field(default_factory=lambda: AdapterLayer)
     device: torch.device | None = None
+    rest: Callable[[], dict[str, nn.Module]] | None = None
 
     def materialise(self) -> None:
         """Give memory, with any values, to parameters that were made without."""
@@ -42,7 +45,10 @@ class Adapter:
             if isinstance(part, nn.Module):
                 give_memory(part, self.device)
             elif part.is_meta:
-                self.parts[container] = _with_memory(part, self.device)
+                self.parts[container] = with_memory(part, self.device)
+        if self.rest is not None:
+            self.parts.update(self.rest())
+            self.rest = None
 
     def saved_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the file key, after the path of the layer, and the tensor of everything that a file holds."""
@@ -50,25 +56,12 @@ class Adapter:
             if container in self.layer_class.constant_names:
                 continue
             if isinstance(part, nn.Parameter):
-                yield container, part
+                yield self.layer_class.file_names.get(container, container), part
                 continue
             for name, parameter in part.named_parameters():
                 # FSDP may have wrapped the part.
                 key = f"{container}.{name.replace('_fsdp_wrapped_module.', '')}"
                 yield self.layer_class.file_names.get(key, key), parameter
-
-
-def give_memory(module: nn.Module, device: torch.device | None) -> None:
-    """Give memory on a device, with any values, to the parameters of a module that have none."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                part._parameters[name] = _with_memory(parameter, device)
-
-
-def _with_memory(parameter: nn.Parameter, device: torch.device | None) -> nn.Parameter:
-    # Not torch.empty_like, which for a tensor without memory loads half of torch's compiler.
-    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad)
 
 
 class AdapterLayer(Mergeable, Scalable):
@@ -84,7 +77,7 @@ class AdapterLayer(Mergeable, Scalable):
         parameter_names: Those that hold bare parameters (`hada_w1_a.<adapter>`); the others hold modules
             (`lora_A.<adapter>.weight`).
         constant_names: Those that are never trained and never saved.
-        file_names: File keys where they differ from `<container>.<parameter>`.
+        file_names: File keys where they differ from `<container>` or `<container>.<parameter>`.
         other_param_names: Dicts of settings; every adapter has an entry in the first.
 
     Args:
@@ -203,13 +196,18 @@ class AdapterLayer(Mergeable, Scalable):
         with contextlib.nullcontext() if initialise else torch.device("meta"):
             adapter = cls._create(base_layer, config, module_name, initialise)
         adapter.layer_class, adapter.device = cls, base_layer.weight.device
+        cls._place(adapter.parts.values(), base_layer, autocast_adapter_dtype)
+        return adapter
+
+    @staticmethod
+    def _place(parts: Iterable[nn.Module | nn.Parameter], base_layer: Any, autocast_adapter_dtype: bool) -> None:
+        """Move made parameters to the device of the layer, and round them to its dtype."""
         dtype = dtype_of(base_layer)
-        for part in adapter.parts.values():
+        for part in parts:
             for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
-                device = parameter.device if parameter.is_meta else adapter.device
+                device = parameter.device if parameter.is_meta else base_layer.weight.device
                 value = parameter.data.to(device=device, dtype=dtype)
                 parameter.data = value.float() if autocast_adapter_dtype and dtype in HALF else value
-        return adapter
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str | None:

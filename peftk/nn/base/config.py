@@ -310,6 +310,10 @@ class PeftConfig:
         used = set(module_names).union(*(keys.matching(name) for name in module_names))
         return sorted(key for key in patterns if key not in used)
 
+    def _meant(self, name: str) -> Any:
+        """Return what a field of `_meaning` says of trained tensors: values of one meaning are equal."""
+        return getattr(self, name)
+
     @classmethod
     def _check_file(cls, values: Mapping[str, Any]) -> None:
         """Refuse, or warn about, a configuration file whose age changes its meaning."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ...checkpoint.container import shown
 from ..base.config import (
     Form,
     PeftConfig,
@@ -16,9 +17,11 @@ from ..base.config import (
     check_patterns,
     refuse_unimplemented,
 )
+from .start import starts_inside
 
 MAX_RANK = 65_536
 MAX_ALPHA = 1e6
+MAX_TOKENS = 2**40
 
 
 @dataclass
@@ -51,13 +54,20 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         use_rslora: Rank-stabilised scale.
         modules_to_save: Modules trained and saved in full beside the adapter.
         init_lora_weights: True (A uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal",
-            or False (both random: not the identity).
+            or False (both random: not the identity). On linear layers also "pissa" (the largest singular values of the
+            weight, which the layer then lacks), "pissa_niter_<n>" (the same by n random iterations) and "olora" (the
+            first columns of its QR decomposition).
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: Name of the list that the indices count in.
         rank_pattern: Name ending or expression to the rank of the modules it matches.
         alpha_pattern: Name ending or expression to the alpha of the modules it matches.
         lora_bias: Give B a bias.
         use_dora: Give every output a magnitude of its own (DoRA).
+        trainable_token_indices: Rows of the input embeddings that are trained, such as those of new tokens; or names of
+            embeddings to their rows. Layers that share the weight of such an embedding follow it, unless they are named
+            with other rows.
+        ensure_weight_tying: Raise an error where tied layers are named with other rows, and warn where nothing is
+            tied. Tied layers in `target_modules` or `modules_to_save` are not implemented with it.
 
     The remaining fields belong to variants that are not implemented; a value other than the default raises
     NotImplementedError.
@@ -121,6 +131,8 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         "lora_bias",
         "bias",
         "modules_to_save",
+        "trainable_token_indices",
+        "init_lora_weights",
     )
     _never_in_file = frozenset({"runtime_config"})
 
@@ -131,11 +143,12 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         self._check_alpha()
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
-        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora"):
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora", "ensure_weight_tying"):
             check_bool(name, getattr(self, name))
         self._check_patterns()
         self._check_targets()
         self._check_init()
+        self._check_tokens()
         if not isinstance(self.runtime_config, LoraRuntimeConfig):
             raise TypeError(f"runtime_config: expected a LoraRuntimeConfig, got {self.runtime_config!r}")
         refuse_unimplemented(self, _NOT_IMPLEMENTED)
@@ -146,20 +159,49 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     def _check_patterns(self) -> None:
         check_patterns(self, MAX_RANK, MAX_ALPHA)
 
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        if tokens is None:
+            if self.ensure_weight_tying:
+                raise NotImplementedError(
+                    "ensure_weight_tying=True: implemented for trainable_token_indices only, which is None"
+                )
+            return
+        if not isinstance(tokens, (list, tuple, dict)):
+            raise TypeError(f"trainable_token_indices: expected a list of ints or a dict of lists, got {shown(tokens)}")
+        for name, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
+            where = f"trainable_token_indices[{shown(name)}]" if name else "trainable_token_indices"
+            if not isinstance(name, str) or not isinstance(indices, (list, tuple)):
+                raise TypeError(f"{where}: expected the name of an embedding and a list, got {shown(indices)}")
+            if not indices:
+                raise ValueError(f"{where}: expected at least one index, got an empty list")
+            for index in indices:
+                check_int(where, index, 0, MAX_TOKENS)
+            if len({*indices}) != len(indices):
+                raise ValueError(f"{where}: expected every index once")
+
     def _check_init(self) -> None:
         init = self.init_lora_weights
         if not isinstance(init, (bool, str)):
             raise TypeError(f"init_lora_weights: expected a bool or a string, got {init!r}")
-        if init not in (True, False, "gaussian", "orthogonal"):
+        if init not in (True, False, "gaussian", "orthogonal") and not starts_inside(init):
             raise NotImplementedError(
-                f"init_lora_weights={init!r}: not implemented; expected True, False, 'gaussian' or 'orthogonal'"
+                f"init_lora_weights={shown(init)}: not implemented; expected True, False, 'gaussian', 'orthogonal', "
+                "'pissa', 'pissa_niter_<number>' or 'olora'"
             )
+        if starts_inside(init) and self.use_dora:
+            raise NotImplementedError(f"use_dora: not implemented with init_lora_weights={init!r}")
         if init == "orthogonal" and any(r % 2 for r in (self.r, *(self.rank_pattern or {}).values())):
             raise ValueError(f"r: init_lora_weights='orthogonal' needs an even rank, got {self.r}")
         if self.lora_bias and isinstance(init, str):
             raise ValueError(f"lora_bias: needs init_lora_weights True or False, got {init!r}")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias: cannot be combined with use_dora=True")
+
+    def _meant(self, name: str) -> Any:
+        value = super()._meant(name)
+        # The other ways to start change no meaning of a trained factor.
+        return value if name != "init_lora_weights" or starts_inside(value) else True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values, without `runtime_config`, which is never saved."""
@@ -169,7 +211,6 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
 _NOT_IMPLEMENTED = (
     "megatron_config",
     "megatron_core",
-    "trainable_token_indices",
     "loftq_config",
     "eva_config",
     "corda_config",
@@ -185,7 +226,6 @@ _NOT_IMPLEMENTED = (
     "use_bdlora",
     "arrow_config",
     "kasa_config",
-    "ensure_weight_tying",
 )
 
 

@@ -16,6 +16,7 @@ from .config import LoraConfig
 from .layer import LoRALayer
 from .linear import initialise_factors
 from .magnitude import Magnitude
+from .start import starts_inside
 
 
 class LoRAConv(LoRALayer):
@@ -61,8 +62,8 @@ class LoRAConv(LoRALayer):
             raise ValueError(f"r: {where} with groups={groups}, which must divide the rank; got r={r}")
         if groups > 1 and config.use_dora:
             raise ValueError(f"use_dora: {where} with groups={groups}; DoRA needs groups=1")
-        if config.init_lora_weights == "orthogonal":
-            raise ValueError(f"init_lora_weights: {where}, for which 'orthogonal' has no meaning")
+        if config.init_lora_weights == "orthogonal" or starts_inside(config.init_lora_weights):
+            raise ValueError(f"init_lora_weights: {where}, for which {config.init_lora_weights!r} has no meaning")
         cls._warn_about_bias(base_layer, config, module_name)
         geometry: dict[str, Any] = {
             name: getattr(base_layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")

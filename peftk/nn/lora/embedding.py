@@ -13,6 +13,7 @@ from ..base.adapter_layer import Adapter
 from .config import LoraConfig
 from .layer import LoRALayer
 from .magnitude import Magnitude
+from .start import starts_inside
 
 
 class LoRAEmbedding(LoRALayer):
@@ -56,6 +57,11 @@ class LoRAEmbedding(LoRALayer):
             raise ValueError(
                 f"target_modules: module {module_name!r} is an embedding with max_norm={base_layer.max_norm}, which "
                 "changes its weight in its forward pass; only embeddings without it are supported"
+            )
+        if starts_inside(config.init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights: module {module_name!r} is an embedding, for which "
+                f"{config.init_lora_weights!r} has no meaning"
             )
         settings = cls._settings(config, module_name)
         number, features = base_layer.num_embeddings, base_layer.embedding_dim

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..base.merging import Merged
 from ..base.offloading import onloaded
 from .config import LoraConfig
 from .magnitude import Magnitude
+from .start import starts_inside
 
 BASE = "__base__"
 
@@ -31,7 +32,7 @@ class LoRALayer(AdapterLayer):
     layer is merged or in training mode, or if one of them is a DoRA adapter.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
     file_names = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}  # noqa: RUF012 - a ClassVar of the base
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora")
     config_class = LoraConfig
@@ -47,10 +48,13 @@ class LoRALayer(AdapterLayer):
         initialise: bool = True,
     ) -> Adapter:
         """See `AdapterLayer.make`; DoRA's magnitudes are the norms of the adapted weight, never rounded to half."""
-        if config.use_dora and initialise and "weight" in base_layer.__dict__:
+        reads = "use_dora" if config.use_dora else "init_lora_weights"
+        if ((initialise and config.use_dora) or starts_inside(config.init_lora_weights)) and (
+            "weight" in base_layer.__dict__
+        ):
             raise NotImplementedError(
-                f"use_dora: the weight of module {module_name!r} is computed by a hook whenever the layer is called "
-                "(as by torch.nn.utils.weight_norm), and DoRA needs its norms before; use "
+                f"{reads}: the weight of module {module_name!r} is computed by a hook whenever the layer is called "
+                "(as by torch.nn.utils.weight_norm), and it is needed before; use "
                 "torch.nn.utils.parametrizations.weight_norm, or remove it"
             )
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
@@ -67,6 +71,11 @@ class LoRALayer(AdapterLayer):
     def check_add(self, config: PeftConfig, initialise: bool = True) -> None:
         """Raise ValueError if the norms of the base weight are needed and adapters are merged into it."""
         super().check_add(config, initialise)
+        if starts_inside(config.init_lora_weights) and self.merged_adapters:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r}: such an adapter starts as a part of the base weight, "
+                f"and {self.merged_adapters} are merged into it; unmerge first"
+            )
         if initialise and config.use_dora and self.merged_adapters:
             raise ValueError(
                 f"use_dora: a new DoRA adapter starts at the norms of the base weight, and {self.merged_adapters} are "

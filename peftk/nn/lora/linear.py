@@ -12,10 +12,13 @@ from ...methods import lora
 from ...methods._base_layer import features_of, listened_to, opaque_weight, stored
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter
+from ..base.config import PeftConfig
 from ..base.kinds import settle_fan_in_fan_out
+from ..base.offloading import onloaded
 from .config import LoraConfig, LoraRuntimeConfig
 from .layer import LoRALayer
 from .magnitude import Magnitude
+from .start import is_random, start_of, starts_inside
 
 
 class LoRALinear(LoRALayer):
@@ -26,6 +29,10 @@ class LoRALinear(LoRALayer):
 
     Parameters per adapter: `lora_A.<name>.weight` (r, in), `lora_B.<name>.weight` (out, r), with `lora_bias`
     `lora_B.<name>.bias` (out,), and with `use_dora` `lora_magnitude_vector.<name>.weight` (out,).
+
+    With `init_lora_weights` "pissa" or "olora" the factors start as a part ``s * B0 A0`` of the weight, and the layer
+    is ``y = x (W - s B0 A0)^T + bias + s * (dropout(x) A^T) B^T``: `lora_start.<name>` holds `a` and `b`, which are
+    never trained, and the weight stays what it is.
 
     Args:
         base_layer: The layer to adapt; it is frozen.
@@ -47,6 +54,41 @@ class LoRALinear(LoRALayer):
     """
 
     base_kinds = ("Linear", "Conv1D")
+    adapter_layer_names = (*LoRALayer.adapter_layer_names, "lora_start")
+    constant_names = frozenset({"lora_start"})
+
+    @classmethod
+    def make(
+        cls,
+        base_layer: nn.Module,
+        config: PeftConfig,
+        module_name: str = "",
+        *,
+        autocast_adapter_dtype: bool = True,
+        initialise: bool = True,
+    ) -> Adapter:
+        """See `LoRALayer.make`; what the factors start as is found again where they are about to be read."""
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
+        adapter = super().make(base_layer, config, module_name, **options)
+        how = config.init_lora_weights
+        if initialise or not starts_inside(how):
+            return adapter
+        if is_random(how):
+            raise ValueError(
+                f"init_lora_weights: {how!r} starts at random numbers that are in no file, so that what is left of the "
+                "weight is not known; save such an adapter with path_initial_model_for_weight_conversion"
+            )
+
+        def rest() -> dict[str, nn.Module]:
+            with onloaded([base_layer]):
+                start = start_of(
+                    base_layer, adapter.settings["r"], adapter.settings["scaling"], how, f"module {module_name!r}"
+                )
+                cls._place([start], base_layer, autocast_adapter_dtype)
+            return {"lora_start": start}
+
+        adapter.rest = rest
+        return adapter
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
@@ -63,15 +105,48 @@ class LoRALinear(LoRALayer):
         features, outputs = features_of(base_layer)
         a = linear(features, settings["r"], bias=False)
         b = linear(settings["r"], outputs, bias=config.lora_bias)
-        if initialise:
-            initialise_factors(a, b, config.init_lora_weights)
         parts: dict[str, nn.Module | nn.Parameter] = {"lora_A": a, "lora_B": b}
+        if initialise and starts_inside(config.init_lora_weights):
+            how = str(config.init_lora_weights)
+            start = start_of(base_layer, settings["r"], settings["scaling"], how, f"module {module_name!r}")
+            a.weight.data, b.weight.data = start.a.data.clone(), start.b.data.clone()
+            parts["lora_start"] = start
+        elif initialise:
+            initialise_factors(a, b, config.init_lora_weights)
         if config.use_dora:
             parts["lora_magnitude_vector"] = Magnitude(outputs)
         return Adapter(parts, settings)
 
     def low_rank(self, name: str) -> LowRank:
-        """Return the tensors and settings of one adapter, as its arithmetic takes them."""
+        """Return the tensors and settings of one adapter, as its arithmetic takes them, with what it subtracts."""
+        start = self.__dict__["_modules"]["lora_start"]._modules.get(name)
+        own = self._trained(name)
+        if start is None:
+            return own
+        return own._replace(a=torch.cat([own.a, start.a]), b=torch.cat([own.b, -start.b], 1))
+
+    def _subtracted(self, name: str) -> LowRank:
+        start = self.lora_start[name]
+        return LowRank(start.a, start.b, -self.scaling[name])
+
+    def _each(self, names: list[str]) -> list[LowRank]:
+        """Return what adapters add in this pass; dropout reaches what is trained, not what is subtracted."""
+        found = []
+        for name in names:
+            if self.training and self.lora_dropout[name] and name in self.lora_start:
+                found += [self._subtracted(name), self._trained(name)]
+            else:
+                found.append(self.low_rank(name))
+        return found
+
+    def _called(self, x: Tensor, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        result = super()._called(x, names, args, kwargs)
+        for name in names:
+            if name in self.lora_start:
+                result = lora.add(result, x, self._subtracted(name))
+        return result
+
+    def _trained(self, name: str) -> LowRank:
         # Straight from the dictionaries: a look-up that goes through nn.Module runs Python of its own.
         own = self.__dict__
         modules = own["_modules"]
@@ -88,7 +163,8 @@ class LoRALinear(LoRALayer):
         heard = not alone or listened_to(nn.Linear, modules["lora_A"]._modules[name], modules["lora_B"]._modules[name])
         if heard and self._listened_to(names):
             return self._called(x, names, args, kwargs)
-        adapters = [self.low_rank(name)] if alone else [self.low_rank(name) for name in names]
+        plain = alone and not modules["lora_start"]._modules
+        adapters = [self._trained(name)] if plain else self._each(names)
         base = modules["base_layer"]
         assert base is not None
         return lora.linear(base, x, adapters, args, kwargs)
