@@ -68,14 +68,19 @@ def vjp(
         return found[0], lambda grads: found[1](tuple(grads))
     with torch.enable_grad():
         # An alias keeps the history of a value apart: gradients in the one are not those in the other.
-        leaves = [value.view_as(value) if differentiable else value.detach().requires_grad_() for value in values]
+        leaves = []
+        for value in values:
+            leaves.append(value.view_as(value) if differentiable else value.detach().requires_grad_())
         results = function(*leaves)
 
     def gradients(grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        pairs = [(y, grad) for y, grad in zip(results, grads, strict=True) if y.requires_grad]
-        if not pairs:
+        ys, incoming = [], []
+        for y, grad in zip(results, grads, strict=True):
+            if y.requires_grad:
+                ys.append(y)
+                incoming.append(grad)
+        if not ys:
             return [None] * len(leaves)
-        ys, incoming = zip(*pairs, strict=True)
         return torch.autograd.grad(ys, leaves, incoming, create_graph=differentiable, allow_unused=True)
 
     return results, gradients

@@ -212,10 +212,11 @@ def _gradients(
     wanted = [value for value, need in zip(values, need_values, strict=True) if need]
 
     def derived(*chosen: Tensor) -> list[Tensor]:
-        rest = iter(chosen)
+        if len(chosen) < len(values):
+            rest = iter(chosen)
+            chosen = tuple(next(rest) if need else value for value, need in zip(values, need_values, strict=True))
         # In float32 at least, so that the gradient of the weight is not rounded on its way to the values.
-        all_values = (next(rest) if need else value for value, need in zip(values, need_values, strict=True))
-        return [derive(widened(weight), *all_values)]
+        return [derive(widened(weight), *chosen)]
 
     (used,), pull = vjp(derived, wanted, registry.is_differentiable())
     dx, dweight, dbias = _convolution_gradients(
