@@ -3,8 +3,40 @@
 from . import functional, nn
 from ._version import __version__
 from .integrations.accelerate import accelerate
+from .models.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from .models.inject import inject_adapter_in_model
 from .models.peft_model import PeftModel, get_peft_model
+from .models.preparation import create_loraplus_optimizer, prepare_model_for_kbit_training
+from .models.state_dict import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .models.status import get_layer_status, get_model_status
+from .models.strength import rescale_adapter_scale
+from .models.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from .models.tuners import (
+    AdaLoraModel,
+    AdaptionPromptModel,
+    BOFTModel,
+    C3AModel,
+    LoHaModel,
+    LoKrModel,
+    LoraModel,
+    OFTModel,
+)
+from .models.xlora import XLoraModel
 from .nn import (
     AdaLoraConfig,
     AdaptionPromptConfig,
@@ -13,36 +45,69 @@ from .nn import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    LoraRuntimeConfig,
     OFTConfig,
     PeftConfig,
     PeftType,
     TaskType,
     XLoraConfig,
 )
+from .nn.base.foreign_config import get_peft_config
 from .runtime.registry import explain
 from .runtime.settings import use_backend
 
 __all__ = [
     "AdaLoraConfig",
+    "AdaLoraModel",
     "AdaptionPromptConfig",
+    "AdaptionPromptModel",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BOFTConfig",
+    "BOFTModel",
     "C3AConfig",
+    "C3AModel",
     "LoHaConfig",
+    "LoHaModel",
     "LoKrConfig",
+    "LoKrModel",
     "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
     "OFTConfig",
+    "OFTModel",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
     "XLoraConfig",
+    "XLoraModel",
     "__version__",
     "accelerate",
+    "create_loraplus_optimizer",
     "explain",
     "functional",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
     "nn",
+    "prepare_model_for_kbit_training",
+    "rescale_adapter_scale",
+    "set_peft_model_state_dict",
     "use_backend",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .container import CONFIG_DIGEST_KEY, CheckpointError, capped, config_digest, parse_json, shown
 from .key_mapping import Rename, describe_rename
-from .reader import REFUSED_PICKLE, header_shapes, open_inside, scan_safetensors
+from .reader import REFUSED_PICKLE, header_shapes, open_inside, read_safetensors, scan_safetensors
 from .writer import leftovers, locked, replace_together, snapshot, write_safetensors
 
 __all__ = ["read_adapter", "read_config", "write_adapter"]
@@ -81,6 +81,14 @@ def _between_saves(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
             return read()
     except TimeoutError as error:
         raise CheckpointError(folder, f"cannot be read: {error}") from None
+
+
+def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Save a configuration alone, as `write_adapter` does beside its tensors."""
+    raw = _config_bytes(config)
+    path = _folder(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    replace_together(path, {CONFIG_NAME: lambda stream: stream.write(raw)})
 
 
 def _check_json(value: Any, where: str, depth: int = 0) -> None:
@@ -242,6 +250,15 @@ def _renamed(path: Path, tensors: Mapping[str, Tensor], rename: Rename) -> dict[
             )
         result[new], sources[new] = tensor, name
     return result
+
+
+def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read all tensors of an adapter, checked as far as the file alone allows: no key or shape is expected.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return dict(_between_saves(folder, lambda: read_safetensors(_existing(folder, WEIGHTS_NAME) / WEIGHTS_NAME)))
 
 
 def read_adapter(

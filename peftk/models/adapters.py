@@ -91,7 +91,7 @@ class Tuner(Allocating):
         self.train(model.training)
 
     if TYPE_CHECKING:
-        # A property of `XLoraTuner`: nobody puts another one here.
+        # A property of `XLoraModel`: nobody puts another one here.
         @property
         def model(self) -> nn.Module:
             """The base model."""

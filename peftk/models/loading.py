@@ -127,7 +127,7 @@ def read_into_plan(
             found = embedding_tensors(model, plan, copies=True)
             embeddings = {key: found[key] for key in embeddings}
     targets = {**tuner._file_tensors(plan), **embeddings}
-    _check_not_merged(tuner, targets)
+    check_not_merged(tuner, targets)
     _check_there(targets)
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     changed = [targets[key] for key in values if id(targets[key]) in own]
@@ -250,7 +250,7 @@ def _check_vocabulary(file: str, embeddings: Mapping[str, Tensor], shapes: Mappi
             )
 
 
-def _check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
+def check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
     """Refuse a file with weights or biases of the base model that stand merged: unmerging would undo the load."""
     merged = {
         id(tensor): path

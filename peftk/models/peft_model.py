@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import AdapterLayer, PeftConfig
 from ..nn.base.config import check_bool, check_choice
+from ..nn.base.foreign_config import as_config
 from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.scaling import note_attention_scale
 from .adapters import Tuner
@@ -26,7 +27,7 @@ from .xlora import tuner_for, tuner_for_file
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: PeftConfig,
+    peft_config: PeftConfig | Mapping[str, Any],
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
@@ -39,16 +40,17 @@ def get_peft_model(
 
     Args:
         model: Any nn.Module.
-        peft_config: The method and its targets, for instance a `LoraConfig`.
+        peft_config: The method and its targets, for instance a `LoraConfig`; a configuration of Hugging Face PEFT, or a
+            dict of fields, is converted.
         adapter_name: The name of the adapter.
         mixed: Must be False: several methods on one layer are not supported. Several methods on different layers need
             no flag: add another adapter.
         autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
         revision: The revision of the base model, kept in the configuration.
-        low_cpu_mem_usage: Must be False: adapters that are about to be trained need their initial values.
+        low_cpu_mem_usage: Accepted for scripts that pass it: the adapter is made with memory and initial values.
 
     Returns:
-        The adapted model, ready to train.
+        The adapted model, ready to train: a `PeftModelForCausalLM` and so on, if the configuration names a task.
 
     Raises:
         TypeError: An argument has the wrong type, or a targeted module cannot be adapted.
@@ -64,30 +66,21 @@ def get_peft_model(
     check_bool("mixed", mixed)
     if mixed:
         raise ValueError("mixed: expected False; add adapters of other methods to other layers with add_adapter")
-    _check_not_lazy(low_cpu_mem_usage)
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config: expected a configuration of peftk, got {type(peft_config).__module__}."
-            f"{type(peft_config).__name__}"
-        )
+    check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
+    given = as_config("peft_config", peft_config)
     _check_base(model)
-    result = PeftModel.__new__(PeftModel)
-    tuner = tuner_for(model, peft_config)
-    tuner._check_new(adapter_name, peft_config)
+    cls = PeftModel._for_task(given)
+    result = cls.__new__(cls)
+    tuner = tuner_for(model, given)
+    tuner._check_new(adapter_name, given)
     with tuner._whole() as before:
-        plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        plan = tuner._plan(adapter_name, given, autocast_adapter_dtype=autocast_adapter_dtype)
         before.keep(plan.changed())
         result._start(tuner, plan)
         config = result.peft_config[adapter_name]
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
         config.revision = revision or config.revision
         return result
-
-
-def _check_not_lazy(low_cpu_mem_usage: object) -> None:
-    check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
-    if low_cpu_mem_usage:
-        raise ValueError("low_cpu_mem_usage: expected False for a new adapter, whose initial values are needed")
 
 
 class PeftModel(nn.Module):
@@ -101,7 +94,20 @@ class PeftModel(nn.Module):
         peft_config: The configuration of the first adapter.
         adapter_name: Its name.
         autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
+        low_cpu_mem_usage: As in `get_peft_model`.
     """
+
+    _by_task: ClassVar[dict[str, type[PeftModel]]] = {}
+
+    def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            PeftModel._by_task[task] = cls
+
+    @classmethod
+    def _for_task(cls, config: PeftConfig) -> type[PeftModel]:
+        """Return the class of a model whose first adapter has this configuration."""
+        return cls if cls is not PeftModel else cls._by_task.get(config.task_type or "", cls)
 
     def __init__(
         self,
@@ -109,7 +115,10 @@ class PeftModel(nn.Module):
         peft_config: PeftConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
+        check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
+        peft_config = as_config("peft_config", peft_config)
         _check_base(model)
         tuner = tuner_for(model, peft_config)
         tuner._check_new(adapter_name, peft_config)
@@ -166,7 +175,7 @@ class PeftModel(nn.Module):
         return self.get_base_model()._get_name()
 
     def __repr__(self) -> str:
-        return type(self).__name__ + super().__repr__()[len(self._get_name()) :]
+        return getattr(type(self), "_public_class", type(self)).__name__ + super().__repr__()[len(self._get_name()) :]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -212,9 +221,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an untrained adapter of any method; `set_adapter` activates it. On failure nothing changes."""
-        _check_not_lazy(low_cpu_mem_usage)
-        if not isinstance(peft_config, PeftConfig):
-            raise TypeError(f"peft_config: expected a configuration of peftk, got {type(peft_config).__name__}")
+        check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
+        peft_config = as_config("peft_config", peft_config)
         tuner = self.base_model
         tuner._check_new(adapter_name, peft_config)
         with tuner._whole():

@@ -24,6 +24,7 @@ from ..nn.xlora.layer import GATED, Gates, XLoraClassifier, XLoraLayer
 from .adapters import Tuner
 from .loading import Reading, config_values, naming_the_file, read_config, read_into_plan
 from .plan import Plan, attach
+from .tuners import tuner_class
 
 _CHECKPOINT = "_gradient_checkpointing_func"
 """Where a module of transformers keeps what it checkpoints with."""
@@ -55,7 +56,7 @@ class XLoraPlan(Plan):
 
 def tuner_for(model: nn.Module, config: PeftConfig) -> Tuner:
     """Return an empty tuner for a model whose first adapter has this configuration."""
-    return XLoraTuner(model) if isinstance(config, XLoraConfig) else Tuner(model)
+    return XLoraModel(model) if isinstance(config, XLoraConfig) else tuner_class(config)(model)
 
 
 def tuner_for_file(
@@ -73,7 +74,7 @@ def tuner_for_file(
     if not isinstance(config, XLoraConfig):
         if adapters is not None:
             raise ValueError(f"adapters: only for X-LoRA, and {os.fspath(folder)!r} holds {config._kind}")
-        return Tuner(model)
+        return tuner_class(config)(model)
     experts = config.adapters or {}
     if adapters is not None:
         if not isinstance(adapters, Mapping):
@@ -82,7 +83,7 @@ def tuner_for_file(
             raise ValueError(
                 f"adapters: expected the folders of {len(experts)} experts, {list(experts)}, got {len(adapters)}"
             )
-        return XLoraTuner(model, [os.fspath(path) for path in adapters.values()], key_mapping)
+        return XLoraModel(model, [os.fspath(path) for path in adapters.values()], key_mapping)
     inside = [os.path.join(folder, str(index)) for index in range(len(experts))]
     missing = [path for path in inside if not os.path.isdir(path)]
     if missing:
@@ -90,10 +91,10 @@ def tuner_for_file(
             f"model_id: the experts are expected in the sub-folders {shown(inside)}, and {shown(missing)} are missing; "
             f"or name the folders with adapters={shown(config.adapters)}, if these are they"
         )
-    return XLoraTuner(model, inside, key_mapping)
+    return XLoraModel(model, inside, key_mapping)
 
 
-class XLoraTuner(Tuner):
+class XLoraModel(Tuner):
     """Holds a model with LoRA experts and the classifier that weights them.
 
     A forward pass runs the base model twice: first without experts (or all with `scaling_pass_value`) and without
@@ -412,4 +413,4 @@ class XLoraTuner(Tuner):
         return buckets
 
 
-__all__ = ["XLoraPlan", "XLoraTuner", "tuner_for", "tuner_for_file"]
+__all__ = ["XLoraModel", "XLoraPlan", "tuner_for", "tuner_for_file"]

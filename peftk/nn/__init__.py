@@ -14,7 +14,7 @@ from .boft import BOFTConfig, BOFTConv2d, BOFTLinear
 from .c3a import C3AConfig, C3AConv2d, C3ALinear
 from .loha import LoHaConfig, LoHaConv, LoHaLinear
 from .lokr import LoKrConfig, LoKrConv, LoKrLinear
-from .lora import LoraConfig, LoRAConv, LoRAEmbedding, LoRALinear
+from .lora import LoraConfig, LoRAConv, LoRAEmbedding, LoRALinear, LoraRuntimeConfig
 from .oft import OFTConfig, OFTConv2d, OFTLinear
 from .xlora import XLoraConfig
 
@@ -86,6 +86,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
+    "LoraRuntimeConfig",
     "OFTConfig",
     "OFTConv2d",
     "OFTLinear",

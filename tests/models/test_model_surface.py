@@ -99,7 +99,7 @@ def test_a_trace_is_that_of_the_model(tmp_path):
 
 
 def test_objects_that_are_not_filled_yet_have_no_attributes():
-    for cls in (peftk.PeftModel, peftk.models.adapters.Tuner, peftk.models.xlora.XLoraTuner):
+    for cls in (peftk.PeftModel, peftk.models.adapters.Tuner, peftk.models.xlora.XLoraModel):
         empty = cls.__new__(cls)
         for name in (*properties(empty), "anything"):
             assert not hasattr(empty, name)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ...checkpoint.container import shown
+from .config_files import ConfigFiles
 from .patterns import check_expression, keys_of
 
 PEFT_FORMAT_VERSION = "0.21.2"
@@ -172,7 +173,7 @@ class Form(NamedTuple):
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(ConfigFiles):
     """The fields that every adapter configuration has; names and defaults are those of Hugging Face PEFT.
 
     Args:
@@ -362,13 +363,6 @@ class PeftConfig:
                 stacklevel=2,
             )
         return target(**{name: value for name, value in values.items() if name in known})
-
-    @classmethod
-    def from_pretrained(cls, folder: str) -> PeftConfig:
-        """Read `adapter_config.json` from a local folder."""
-        from ...checkpoint import peft as files
-
-        return cls.from_dict(files.read_config(folder))
 
     @property
     def bias_mode(self) -> str:
