@@ -174,7 +174,7 @@ PROBES: dict[str, Callable[[Callable[[], PeftConfig], str, dict], None]] = {
     "merging": _merge,
     "merging with groups": _merge_groups,
     "several active adapters": _several,
-    "a quantised nn.Linear": _quantised,
+    "an nn.Linear quantised by a class of your own": _quantised,
     "batches that mix adapters": _mixed,
 }
 """What a layer may refuse by name, and how it is tried."""
@@ -244,7 +244,7 @@ def _attention(name: str, fields: dict[str, Any]) -> Iterator[Subject]:
         {
             "merging": lambda: adapted(model_of("llama")).merge_adapter(),
             "several active adapters": several,
-            "a quantised nn.Linear": quantised,
+            "an nn.Linear quantised by a class of your own": quantised,
             "batches that mix adapters": lambda: adapted(model_of("llama"))(tokens, adapter_names=["default"] * 2),
         }
     )
@@ -343,7 +343,7 @@ def _experts() -> Iterator[Subject]:
             {
                 "merging": lambda kind=kind: mixture(kind, BASES[kind]()).layer.merge(),
                 "several active adapters": functools.partial(together, kind),
-                "a quantised nn.Linear": lambda kind=kind: mixture(kind, _Quantised()),
+                "an nn.Linear quantised by a class of your own": lambda kind=kind: mixture(kind, _Quantised()),
                 "batches that mix adapters": functools.partial(mixed, kind),
             }
         )

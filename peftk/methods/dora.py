@@ -11,7 +11,8 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ..ops.conv import channels_last
 from ..ops.dropout import Drawn, Dropout
-from ._base_layer import rows_of
+from ._base_layer import opaque_weight, rows_of
+from ._quantised import dequantised
 
 if TYPE_CHECKING:
     from .lora import LowRank
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 def norms(base: Any, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """Return the norms of the rows of ``W + scale * B A``, (out,), through which no gradient passes."""
-    weight = rows_of(base, base.weight)
+    # A quantised weight is made dense for each pass: what is kept of it between them would be as large as it is.
+    weight = rows_of(base, base.weight) if opaque_weight(base) is None else dequantised(base)
     if weight.dim() > 2 and channels_last(weight):
         # The order of the columns changes no norm, and this one copies no weight.
         weight, a = weight.movedim(1, -1), a.movedim(1, -1)
@@ -55,9 +57,18 @@ def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank, dropp
         return F.dora_compose(result, x, a, b, g, base.bias, scale)
     # The base product that g scales is that of the dropped input too, as in Hugging Face PEFT.
     seen = Dropout(x, p) if dropped is None else Drawn(dropped.to(result.dtype))
-    second = tf.linear(seen.dropped(), rows_of(base, base.weight).to(x.dtype))
+    second = _product(base, seen.dropped())
     result = torch.addcmul(result, second, (g - 1).to(result.dtype))
     hidden = seen.product(tf.linear, a.to(x.dtype))
     b = (b * (g.unsqueeze(1) * scale)).to(x.dtype)
     rows, hidden = (t.reshape(-1, t.shape[-1]) for t in (result, hidden))
     return torch.addmm(rows, hidden, b.mT).view(result.shape)
+
+
+def _product(base: Any, x: Tensor) -> Tensor:
+    """Return the product of an input and the weight of a linear layer, (..., out), without its bias."""
+    if opaque_weight(base) is None:
+        return tf.linear(x, rows_of(base, base.weight).to(x.dtype))
+    # The layer keeps less for the backward pass than a dense weight. No hook is to see a second call.
+    result: Tensor = base.forward(x).to(x.dtype)
+    return result if base.bias is None else result - base.bias.to(x.dtype)

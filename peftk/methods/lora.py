@@ -117,7 +117,7 @@ def add_called(
 def _with_magnitudes(
     base: nn.Module, x: Tensor, adapters: Sequence[LowRank], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Tensor:
-    result = base(x, *args, **kwargs)
+    result = call(base, x, *args, **kwargs)
     x = x.to(result.dtype)
     for adapter in adapters:
         apart = adapter.magnitude is None

@@ -20,14 +20,15 @@ from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.undo import Before, all_or_nothing, process_kept, put_back
 from ..nn.base.walking import all_modules, all_parameters
-from ..nn.trainable_tokens import TiedTokens, TrainableTokens
 from .adalora import Allocating
 from .batch_statistics import batches_seen
+from .dequantising import make_dense
 from .file_keys import biases, file_tensors
 from .names import inner_name, unwrapped
 from .plan import Plan, attach, make_plan, plan_of, replace_module
 from .targets import candidates, describe_unknown, places
 from .ties import note_untied
+from .tokens import alike
 
 _MISSING = "Hugging Face PEFT has it, peftk lacks it"
 _XLORA = "it belongs to X-LoRA, and this model has no X-LoRA adapter"
@@ -330,21 +331,12 @@ class Tuner(Allocating):
             except ValueError as error:
                 raise ValueError(f"module {path!r}: {error}") from None
             weight = layer.base_layer.weight
-            if holders[id(weight)] > self._alike(weight, names):
+            if holders[id(weight)] > alike((layer for _, layer in self._layers()), weight, names):
                 raise ValueError(
                     f"merge: the weight of {path!r} is shared by {self._sharing(weight)}, and merging "
                     "would change all of them; give the layer a copy of the weight first"
                 )
         return names
-
-    def _alike(self, weight: Tensor, names: list[str] | None) -> int:
-        """Count the layers of a weight that merging changes alike: an embedding with trained rows and what is tied."""
-        layers = [layer for _, layer in self._layers() if layer.base_layer.weight is weight]
-        free = [layer for layer in layers if isinstance(layer, TrainableTokens) and not isinstance(layer, TiedTokens)]
-        tied = [layer for layer in layers if isinstance(layer, TiedTokens)]
-        if len(free) != 1 or any(layer._to_merge(names) != free[0]._to_merge(names) for layer in tied):
-            return 1
-        return 1 + len(tied)
 
     def _holders(self) -> Counter[int]:
         """Count in how many places of the model every parameter stands, by its id."""
@@ -398,15 +390,22 @@ class Tuner(Allocating):
                     layer.unmerge_checked()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dequantise: bool = False,
     ) -> nn.Module:
         """Merge adapters and return the base model without any adapter layer; see `PeftModel.merge_and_unload`."""
-        names = self._check_merge(adapter_names)
-        if safe_merge:
-            for path, layer in self._layers():
-                acting = layer.active_adapters if names is None else names
-                check_finite(layer.merged_tensors(names), acting, f"of {path!r} ")
         with self._whole():
+            if dequantise:
+                make_dense(self.model, [layer for _, layer in self._layers() if layer._to_merge(adapter_names)])
+            names = self._check_merge(adapter_names)
+            if safe_merge:
+                for path, layer in self._layers():
+                    acting = layer.active_adapters if names is None else names
+                    check_finite(layer.merged_tensors(names), acting, f"of {path!r} ")
             return self._merge_for_good(names, progressbar)
 
     def _merge_for_good(self, names: list[str] | None, progressbar: bool) -> nn.Module:

@@ -43,8 +43,7 @@ def get_peft_model(
         peft_config: The method and its targets, for instance a `LoraConfig`; a configuration of Hugging Face PEFT, or a
             dict of fields, is converted.
         adapter_name: The name of the adapter.
-        mixed: Must be False: several methods on one layer are not supported. Several methods on different layers need
-            no flag: add another adapter.
+        mixed: Must be False: for several methods on different layers, add another adapter.
         autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
         revision: The revision of the base model, kept in the configuration.
         low_cpu_mem_usage: Accepted for scripts that pass it: the adapter is made with memory and initial values.
@@ -135,19 +134,14 @@ class PeftModel(nn.Module):
         self.train(tuner.model.training)
         model = tuner.model
         self.__class__ = with_signature_of(type(self), type(model))
-        # Checkpointed blocks compute gradients only if one of their inputs asks for them, and with frozen embeddings
-        # none would.
+        # Checkpointed blocks compute gradients only if an input asks for them, which none does of frozen embeddings.
         renamed = hasattr(type(model), "is_activation_checkpointing")
         flag = "is_activation_checkpointing" if renamed else "is_gradient_checkpointing"
         if getattr(model, flag, False) and (enable := getattr(model, "enable_input_require_grads", None)):
             enable()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the adapted model.
-
-        `adapter_names=[...]` gives every sample of the batch a LoRA adapter of its own, or none ("__base__"), instead
-        of the active ones; in evaluation mode only.
-        """
+        """Run the adapted model; `adapter_names` gives every sample in evaluation a LoRA adapter, or "__base__"."""
         if not torch.compiler.is_compiling():
             note_attention_scale(kwargs)
         if torch.jit.is_tracing():  # type: ignore[attr-defined]  # torch imports it and exports it no further.
@@ -265,7 +259,12 @@ class PeftModel(nn.Module):
         self.base_model.unmerge_adapter()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dequantise: bool = False,
     ) -> nn.Module:
         """Merge the active (or the named) adapters for good and return the base model without adapter layers.
 
@@ -273,11 +272,13 @@ class PeftModel(nn.Module):
             progressbar: Show a progress bar.
             safe_merge: Check all merged weights first; if one is not finite, nothing is changed.
             adapter_names: Which adapters, in the order in which they act.
+            dequantise: Put a dense nn.Linear in place of a layer that bitsandbytes or torchao has quantised, and merge
+                into that; without it, such a layer is refused.
 
         Returns:
             The base model, with the trained copies of `modules_to_save` in place. This object must not be used again.
         """
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, dequantise=dequantise)
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before it was adapted: original weights, original modules, frozen."""
@@ -393,9 +394,8 @@ class PeftModel(nn.Module):
             low_cpu_mem_usage: Accepted for scripts that pass it: what is loaded is never initialised first.
             adapters: For X-LoRA: names to the folders of the experts; None means the sub-folders 0, 1, ... of
                 `model_id`.
-            key_mapping: Regular expressions to replacements for the keys of the file, where its modules have other
-                names; of a key without `base_model.model.`, what the first one finds is replaced. None means the
-                `_checkpoint_conversion_mapping` of the model, if it has one and the keys do not fit without.
+            key_mapping: Regular expressions to replacements for the keys of the file without `base_model.model.`, of
+                which the first that is found counts. None means the `_checkpoint_conversion_mapping` of the model.
 
         Raises:
             ValueError: The file is damaged, or its keys or shapes do not fit the model.

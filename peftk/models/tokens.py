@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import PeftConfig
 from ..nn.base.adapter_layer import Adapter, AdapterLayer
@@ -70,6 +70,22 @@ def layers_for(
         yield path, _layer(modules[path], TrainableTokens, path), adapter
     for path, source in tied.items():
         yield path, _layer(modules[path], TiedTokens, path), adapters[source]
+
+
+def alike(layers: Iterable[AdapterLayer], weight: Tensor, names: list[str] | None) -> int:
+    """Count the layers of a weight that merging changes alike: an embedding with trained rows and what is tied to it.
+
+    Args:
+        layers: All adapted layers.
+        weight: The weight.
+        names: The adapters that are to be merged; None means the active ones.
+    """
+    sharing = [layer for layer in layers if layer.base_layer.weight is weight and isinstance(layer, TrainableTokens)]
+    free = [layer for layer in sharing if not isinstance(layer, TiedTokens)]
+    tied = [layer for layer in sharing if isinstance(layer, TiedTokens)]
+    if len(free) != 1 or any(layer._to_merge(names) != free[0]._to_merge(names) for layer in tied):
+        return 1
+    return 1 + len(tied)
 
 
 def _layer(module: nn.Module, kind: type[TrainableTokens], path: str) -> TrainableTokens:
@@ -158,4 +174,4 @@ def _check_free(path: str, module: nn.Module, taken: Mapping[str, Any]) -> None:
         )
 
 
-__all__ = ["layers_for", "plan_tokens", "tokens_of"]
+__all__ = ["alike", "layers_for", "plan_tokens", "tokens_of"]

@@ -35,7 +35,9 @@ from peftk.nn.xlora.layer import GATED, Gates
 from peftk.testing.compare import assert_close, assert_same_bits
 
 METHODS = [name for name, case in CASES.items() if case.base == "linear" and not case.decomposes]
-FRESH = [name for name, case in IDENTITIES.items() if case.base == "linear" and not case.decomposes]
+FRESH = [name for name, case in IDENTITIES.items() if case.base == "linear"]
+# DoRA reads the weight.
+EVERY = [(name, kind) for name in METHODS for kind in QUANTISE] + [("dora", kind) for kind in LIBRARIES]
 
 
 def adapter_parameters(layer):
@@ -60,8 +62,7 @@ def pair(case, kind, bias=True):
 # -- formulas -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", QUANTISE)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_output_and_gradients_follow_the_formula(name, kind):
     case = CASES[name]
     # Where the processor has instructions for it, bitsandbytes packs 4-bit weights anew in evaluation mode.
@@ -87,8 +88,37 @@ def test_output_and_gradients_follow_the_formula(name, kind):
         assert {p.dtype for p in mine.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", QUANTISE)
-@pytest.mark.parametrize("name", FRESH)
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_dora_is_that_of_peft_and_drops_the_input_of_both_products(kind):
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=0.5, init_lora_weights=False)
+    torch.manual_seed(0)
+    ours = get_peft_model(nn.Sequential(QUANTISE[kind](linear())), config)
+    values = {"r": 2, "target_modules": ["0"], "use_dora": True, "init_lora_weights": False}
+    theirs = peft.get_peft_model(nn.Sequential(QUANTISE[kind](linear())), peft.LoraConfig(**values))
+    theirs.load_state_dict({n: p for n, p in ours.state_dict().items() if "lora_" in n}, strict=False)
+    with torch.no_grad():
+        ours.get_base_model()[0].lora_magnitude_vector["default"].weight.mul_(1.5)
+        theirs.base_model.model[0].lora_magnitude_vector["default"].weight.mul_(1.5)
+    x = torch.randn(6, I)
+    assert_close(ours.eval()(x), theirs.eval()(x).double(), torch.float32)
+    layer, dense = ours.train().get_base_model()[0], linear()
+    with torch.no_grad():
+        dense.weight.copy_(dequantised(layer.base_layer))
+    other = layer_class_for(config, dense)(dense, config)
+    other.load_state_dict({n: p for n, p in layer.state_dict().items() if "base_layer" not in n}, strict=False)
+    results = []
+    for module in (layer, other):
+        torch.manual_seed(7)
+        y = module(x)
+        y.square().sum().backward()
+        results.append({"y": y.detach(), **{n: p.grad for n, p in adapter_parameters(module).items()}})
+    for name, value in results[1].items():
+        assert_close(results[0][name], value.double(), torch.float32, what=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in FRESH for k in QUANTISE if not IDENTITIES[n].decomposes or k in LIBRARIES]
+)
 def test_a_fresh_adapter_changes_no_bit(name, kind):
     base = QUANTISE[kind](linear())
     config = IDENTITIES[name].config
@@ -274,6 +304,52 @@ def test_merging_is_refused_and_changes_nothing(kind):
     assert not isinstance(unloaded.head, AdapterLayer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", LIBRARIES)
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "lokr"])
+def test_merging_for_good_into_dense_layers(name, kind, dtype):
+    config = copy.deepcopy(CASES[name].config)
+    config.target_modules = ["first"]
+    model = get_peft_model(net(kind).to(dtype) if "torchao" in kind or dtype is torch.float32 else net(kind), config)
+    if dtype is not torch.float32 and "bnb" in kind:
+        model.get_base_model().head.to(dtype)
+    base = model.get_base_model().first
+    dense = layer_class_for(config, linear(sizes=(base.in_features, base.out_features)))
+    other = linear(sizes=(base.in_features, base.out_features)).double()
+    with torch.no_grad():
+        other.weight.copy_(dequantised(base.base_layer))
+        other.bias.copy_(base.bias)
+    exact = dense(other, config, autocast_adapter_dtype=False)
+    exact.load_state_dict({n: p.double() for n, p in base.state_dict().items() if "base_layer" not in n}, strict=False)
+    x = torch.randn(3, I)
+    if name == "lora":
+        with torch.no_grad():
+            base.lora_A["default"].weight[0, 0], kept = torch.nan, base.lora_A["default"].weight[0, 0].clone()
+        with pytest.raises(ValueError, match="safe_merge"):
+            model.merge_and_unload(safe_merge=True, dequantise=True)
+        assert type(base.base_layer.weight).__name__ == WEIGHT[kind], "what fails changes nothing"
+        with torch.no_grad():
+            base.lora_A["default"].weight[0, 0] = kept
+    merged = model.merge_and_unload(dequantise=True).first
+    assert type(merged) is nn.Linear
+    assert_close(merged(x.to(merged.weight.dtype)), exact(x.double()), merged.weight.dtype)
+    assert_close(merged.weight, exact.merged_tensors()["weight"], merged.weight.dtype)
+
+
+def test_the_configuration_of_a_model_that_is_dense_now_is_told():
+    model = net("bnb_nf4")
+    model.config = LlamaConfig(quantization_config={"load_in_4bit": True})
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["first"]))
+    with pytest.warns(UserWarning, match="dequantise: 1 layers are dense now, .* quantization_config"):
+        adapted.merge_and_unload(dequantise=True)
+
+
+def test_what_nobody_can_read_is_not_made_dense():
+    model = get_peft_model(net("locked"), LoraConfig(r=2, target_modules=["first"]))
+    with pytest.raises(ValueError, match=r"unload\(\)"):
+        model.merge_and_unload(dequantise=True)
+
+
 @pytest.mark.parametrize("kind", QUANTISE)
 def test_the_status_names_the_library(kind):
     config = copy.deepcopy(CASES["oft"].config)
@@ -361,8 +437,7 @@ def test_the_dtype_of_the_products_decides_where_the_layer_names_it():
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", QUANTISE)
-def test_dora_is_refused_by_name(kind):
+def test_dora_on_a_weight_that_nobody_can_read_is_refused_by_name(kind="locked"):
     model = net(kind)
     before = [id(module) for module in model.modules()]
     with pytest.raises(NotImplementedError, match=rf"use_dora: .*'first'.*{WEIGHT[kind]}.*LoRA"):

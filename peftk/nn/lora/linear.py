@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...methods import lora
 from ...methods._base_layer import features_of, listened_to, opaque_weight, stored
+from ...methods._quantised import readable
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter
 from ..base.config import PeftConfig
@@ -93,11 +94,11 @@ class LoRALinear(LoRALayer):
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
         settle_fan_in_fan_out(config, base_layer)
-        if config.use_dora and opaque_weight(base_layer) is not None:
+        if config.use_dora and not readable(base_layer):
             raise NotImplementedError(
                 f"use_dora: the weight of module {module_name!r}, a {type(base_layer).__name__}, is "
-                f"{opaque_weight(base_layer)}; DoRA reads the weight in every pass and needs it dense and "
-                "floating-point; leave the module out, or use LoRA"
+                f"{opaque_weight(base_layer)}; DoRA reads the weight in every pass and needs it dense, or quantised by "
+                "bitsandbytes or torchao; leave the module out, or use LoRA"
             )
         cls._warn_about_bias(base_layer, config, module_name)
         settings = cls._settings(config, module_name)

@@ -1,0 +1,66 @@
+"""The weights that quantised linear layers stand for, by the rules of the libraries that quantised them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._base_layer import opaque_weight
+
+
+def readable(layer: Any) -> bool:
+    """Whether the weight of a linear layer is dense, or quantised by a library whose rules are known."""
+    return opaque_weight(layer) is None or _library(layer) is not None
+
+
+def _library(layer: Any) -> str | None:
+    kind = type(layer.weight)
+    library = kind.__module__.partition(".")[0]
+    if library == "torchao" and hasattr(layer.weight, "dequantize"):
+        return library
+    return library if library == "bitsandbytes" and kind.__name__ in ("Params4bit", "Int8Params") else None
+
+
+@torch.no_grad()
+def dequantised(layer: Any) -> Tensor:
+    """Return the dense weight of a linear layer, (out, in), in the dtype that its library gives it.
+
+    Raises:
+        NotImplementedError: The rules are not known.
+    """
+    weight, library = layer.weight, _library(layer)
+    if opaque_weight(layer) is None:
+        return weight.detach()
+    if library == "torchao":
+        return weight.dequantize().detach()
+    if library is None:
+        raise NotImplementedError(f"base_layer: its weight is {opaque_weight(layer)}, of which nothing dense is known")
+    return _four_bits(weight) if type(weight).__name__ == "Params4bit" else _eight_bits(layer)
+
+
+def _four_bits(weight: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    data, state = weight.data, weight.quant_state
+    if state is None:
+        # It is quantised when it reaches its device.
+        return weight.data
+    if getattr(state, "packing_format_for_cpu", False):
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+    found: Tensor = functional.dequantize_4bit(data, state)
+    return found.view(state.shape)
+
+
+def _eight_bits(layer: Any) -> Tensor:
+    weight, state = layer.weight, getattr(layer, "state", None)
+    if weight.dtype.is_floating_point:
+        return weight.data
+    scales = weight.SCB if weight.SCB is not None else getattr(state, "SCB", None)
+    if scales is None:
+        raise NotImplementedError("base_layer: its weight has 8 bits and no scales, so that nothing dense is known")
+    return weight.data * (scales.to(weight.device).view(-1, 1) / 127)
+
+
+__all__ = ["dequantised", "readable"]
