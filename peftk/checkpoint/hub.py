@@ -49,7 +49,7 @@ def _fetched(name: str, subfolder: str | None, given: dict[str, Any]) -> str:
     wrong = f"model_id: expected the folder of a saved adapter, or the name of a repository, got {name!r}"
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import HFValidationError
+        from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise ValueError(f"{wrong}, which is no folder; to fetch a repository, install huggingface_hub") from None
     token = given.pop("use_auth_token", None)
@@ -64,10 +64,26 @@ def _fetched(name: str, subfolder: str | None, given: dict[str, Any]) -> str:
         raise ValueError(f"{wrong}; it is no folder, and huggingface_hub says: {error}") from error
 
 
+def push_folder(folder: str, repo_id: str, *, private: bool | None, token: Any, **options: Any) -> str:
+    """Upload a folder to a repository, which is created, and return the address of the commit.
+
+    Raises:
+        ImportError: `huggingface_hub` is not installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ImportError("push_to_hub: expected huggingface_hub; install it, or upload the saved folder") from error
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **options)
+    return str(commit.commit_url)
+
+
 def split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the keyword arguments that say where a folder is, and the others."""
     own = {name: value for name, value in arguments.items() if name in ARGUMENTS}
     return own, {name: value for name, value in arguments.items() if name not in ARGUMENTS}
 
 
-__all__ = ["ARGUMENTS", "local_folder", "split_hub_arguments"]
+__all__ = ["ARGUMENTS", "local_folder", "push_folder", "split_hub_arguments"]

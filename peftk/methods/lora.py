@@ -63,7 +63,7 @@ def linear(
         if adapter.magnitude is not None:
             return _with_magnitudes(base, x, adapters, args, kwargs)
     plain = plain_tensors(base, x, args, kwargs)
-    if plain is not None and len(adapters) == 1 and not torch.is_grad_enabled():
+    if plain is not None and len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
         a, b, scale, gate, bias, p, _ = adapters[0]
         if p == 0 and bias is None and (y := low_rank_few(x, *plain, a, b, scale, gate)) is not None:
             return y

@@ -331,7 +331,9 @@ class Tuner(Allocating):
             except ValueError as error:
                 raise ValueError(f"module {path!r}: {error}") from None
             weight = layer.base_layer.weight
-            if holders[id(weight)] > alike((layer for _, layer in self._layers()), weight, names):
+            if holders[id(weight)] > 1 and holders[id(weight)] > alike(
+                (layer for _, layer in self._layers()), weight, names
+            ):
                 raise ValueError(
                     f"merge: the weight of {path!r} is shared by {self._sharing(weight)}, and merging "
                     "would change all of them; give the layer a copy of the weight first"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from ..checkpoint.container import shown
 from ..nn import PeftConfig
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
-from .names import clean_state, is_inside, unwrapped
+from .names import clean_state, is_inside, unwrapped, without_wrappers
 from .plan import PATTERNS, Plan
 from .targets import HEADS, candidates
 
@@ -90,6 +91,30 @@ def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         result[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return result
+
+
+def taken_from(model: nn.Module, tensors: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace tensors of a model by those that a state dict of the model, or of its base model, has for them."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+    given = {without_wrappers(key).removeprefix(PREFIX): value for key, value in state_dict.items()}
+    paths: dict[int, str] = {}
+    for held in (model.named_parameters, model.named_buffers):
+        for path, tensor in held(remove_duplicate=False):
+            paths.setdefault(id(tensor), without_wrappers(path))
+    found, missing = {}, []
+    for key, tensor in tensors.items():
+        path = paths.get(id(tensor), key.removeprefix(PREFIX))
+        if path in given:
+            found[key] = given[path]
+        else:
+            missing.append(path)
+    if missing:
+        raise ValueError(
+            f"state_dict: expected the state dict of the whole model; {shown(sorted(missing))} of the adapter are "
+            "missing. Gather it with state_dict() of the outermost wrapper, or accelerator.get_state_dict(model)"
+        )
+    return found
 
 
 def same_meaning(ours: PeftConfig, theirs: PeftConfig, paths: Iterable[str]) -> None:

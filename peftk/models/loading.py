@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -70,6 +71,18 @@ def naming_the_file(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
         raise type(error)(f"{file}: {said}") from None
 
 
+class LoadResult(NamedTuple):
+    """What `set_peft_model_state_dict` did not find a partner for.
+
+    Attributes:
+        missing_keys: Names in the model's state dict that got no value, those of the base model among them.
+        unexpected_keys: Keys that stand for nothing in the adapter.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 class Reading(NamedTuple):
     """A saved adapter that was read and checked.
 
@@ -92,19 +105,22 @@ def read_into_plan(
     autocast: bool,
     saved: Mapping[str, Any] | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    given: PeftConfig | None = None,
 ) -> Reading:
     """Read and check a saved adapter; nothing is written to the model yet.
 
     `saved` is the content of the configuration file, if the caller has read it: what it has checked there must be what
-    is loaded. A new adapter is planned without memory, and gets it once the shapes in the file are those of the plan:
+    is loaded. `given` takes the place of that file. A new adapter is planned without memory, and gets it once the
+    shapes in the file are those of the plan:
     a configuration alone costs nothing.
     """
     from ..checkpoint import peft as files
 
     check_bool("is_trainable", is_trainable)
     check_key_mapping(key_mapping)
-    saved = config_values(folder) if saved is None else saved
-    config = _config(folder, saved)
+    saved = config_values(folder) if saved is None and given is None else saved
+    # A configuration that is given need not be the one that the tensors were saved with.
+    config = copy.deepcopy(given) if saved is None and given is not None else _config(folder, saved or {})
     naming_the_file(folder, lambda: config.settle_with_file(lambda: files.read_shapes(folder)))
     config.inference_mode = not is_trainable
     model = tuner.model
@@ -215,7 +231,7 @@ def _values(
     tuner: Tuner,
     folder: str | os.PathLike[str],
     plan: Plan,
-    saved: Mapping[str, Any],
+    saved: Mapping[str, Any] | None,
     rename: Rename,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read the values of a plan; return them, and those tensors of the base model that the file holds beside them."""

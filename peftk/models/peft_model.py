@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import AdapterLayer, PeftConfig
-from ..nn.base.config import check_bool, check_choice
+from ..nn import PeftConfig
+from ..nn.base.config import check_bool
 from ..nn.base.foreign_config import as_config
 from ..nn.base.offloading import HOOK_NAMES
 from ..nn.base.scaling import note_attention_scale
 from .adapters import Tuner
-from .loading import read_into_plan
 from .mixed import mixed_batch
 from .plan import Plan
-from .saving import save_adapter
+from .pretrained import Pretrained, check_base
 from .signature import restore, with_signature_of
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
-from .xlora import tuner_for, tuner_for_file
+from .xlora import tuner_for
 
 
 def get_peft_model(
@@ -67,7 +65,7 @@ def get_peft_model(
         raise ValueError("mixed: expected False; add adapters of other methods to other layers with add_adapter")
     check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
     given = as_config("peft_config", peft_config)
-    _check_base(model)
+    check_base(model)
     cls = PeftModel._for_task(given)
     result = cls.__new__(cls)
     tuner = tuner_for(model, given)
@@ -82,7 +80,7 @@ def get_peft_model(
         return result
 
 
-class PeftModel(nn.Module):
+class PeftModel(Pretrained):
     """A model with named adapters. Attributes that it does not have are those of the base model.
 
     Parameters are named as by PEFT: `base_model.model.<path>.lora_A.<adapter>.weight` and so on. The class of an object
@@ -118,7 +116,7 @@ class PeftModel(nn.Module):
     ) -> None:
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         peft_config = as_config("peft_config", peft_config)
-        _check_base(model)
+        check_base(model)
         tuner = tuner_for(model, peft_config)
         tuner._check_new(adapter_name, peft_config)
         with tuner._whole() as before:
@@ -329,130 +327,6 @@ class PeftModel(nn.Module):
     def get_model_status(self) -> TunerModelStatus:
         """Return the state of the adapters as a whole; see `peftk.get_model_status`."""
         return get_model_status(self)
-
-    # -- files ------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Write adapters in PEFT's format: "default" into the folder itself, others into sub-folders of their name.
-
-        Args:
-            save_directory: The folder; it is created.
-            safe_serialization: Must be True: pickles are not written.
-            selected_adapters: Which adapters; None means all.
-            save_embedding_layers: Whether to write the embeddings of the base model too; "auto" does so, with a
-                warning, where its vocabulary was resized, because nobody else has the new rows.
-            is_main_process: Write only if True.
-            path_initial_model_for_weight_conversion: The folder of the adapter as it was before it was trained; what
-                it has learned since is then written as a LoRA adapter of twice the rank.
-
-        Raises:
-            ValueError: An argument is not one of the above.
-        """
-        if safe_serialization is not True:
-            raise ValueError(f"safe_serialization: expected True (pickles are refused), got {safe_serialization!r}")
-        check_choice("save_embedding_layers", save_embedding_layers, ("auto", True, False))
-        folder = os.fspath(save_directory)
-        if os.path.isfile(folder):
-            raise ValueError(f"save_directory: expected a folder, got the file {folder!r}")
-        chosen = list(self.peft_config) if selected_adapters is None else selected_adapters
-        names = self.base_model._known(chosen, "selected_adapters")
-        options = save_embedding_layers, path_initial_model_for_weight_conversion
-        for name in names if is_main_process else ():
-            save_adapter(self.base_model, name, folder if name == "default" else os.path.join(folder, name), *options)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        *,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
-        key_mapping: Mapping[str, str] | None = None,
-    ) -> PeftModel:
-        """Load an adapter that peftk or PEFT has saved onto its base model.
-
-        The whole file is read and checked before the model is touched; if anything is wrong, it stays as it is.
-
-        Args:
-            model: The base model; its layers are replaced in place.
-            model_id: The folder of the adapter. Nothing is downloaded.
-            adapter_name: The name that the adapter gets.
-            is_trainable: Whether it can be trained further; if not, the model is put into evaluation mode.
-            autocast_adapter_dtype: Keep adapter parameters in float32 on a half-precision base.
-            low_cpu_mem_usage: Accepted for scripts that pass it: what is loaded is never initialised first.
-            adapters: For X-LoRA: names to the folders of the experts; None means the sub-folders 0, 1, ... of
-                `model_id`.
-            key_mapping: Regular expressions to replacements for the keys of the file without `base_model.model.`, of
-                which the first that is found counts. None means the `_checkpoint_conversion_mapping` of the model.
-
-        Raises:
-            ValueError: The file is damaged, or its keys or shapes do not fit the model.
-        """
-        check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
-        check_bool("is_trainable", is_trainable)
-        _check_base(model)
-        tuner = tuner_for_file(model, model_id, adapters, key_mapping)
-        result = cls.__new__(cls)
-        with tuner._whole() as before:
-            options = is_trainable, autocast_adapter_dtype, None, key_mapping
-            read = read_into_plan(tuner, model_id, adapter_name, *options)
-            before.keep([*read.changed, *read.plan.changed()])
-            result._start(tuner, read.plan)
-            read.fill()
-            if not is_trainable:
-                result.eval()
-            return result
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        *,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-    ) -> None:
-        """Load another saved adapter, or new values for one that exists; `set_adapter` activates it.
-
-        On failure nothing changes. Arguments as in `from_pretrained`.
-        """
-        check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
-        tuner = self.base_model
-        with tuner._whole(self) as before:
-            read = read_into_plan(
-                tuner, model_id, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
-            )
-            before.keep(read.changed)
-            if adapter_name not in self.peft_config:
-                tuner._commit(read.plan)
-                if is_trainable:
-                    tuner.set_requires_grad(adapter_name)
-            read.fill()
-            if not is_trainable:
-                self.eval()
-
-
-def _check_base(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, PeftModel):
-        raise ValueError("model: it is a PeftModel already; use add_adapter or load_adapter, or unload it first")
-    adapted = next((name for name, module in model.named_modules() if isinstance(module, AdapterLayer)), None)
-    if adapted is not None:
-        raise ValueError(f"model: module {adapted!r} is adapted already; call unload on the PeftModel that owns it")
 
 
 __all__ = ["PeftModel", "get_peft_model"]

@@ -151,12 +151,9 @@ def _tell_shared(path: str, module: nn.Module, held: dict[int, list[str]], owner
 def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter], strict: bool) -> None:
     for field in PATTERNS:
         unused = config.unused_keys(getattr(config, field, None) or {}, adapters)
-        if unused and strict:
-            raise ValueError(f"{field}: these keys match no adapted module: {describe_unknown(unused, adapters)}")
         if unused:
-            warn_of_field(
-                f"{field}: these keys match no adapted module and have no effect: {shown(unused)}", stacklevel=3
-            )
+            what = describe_unknown(unused, adapters) if strict else shown(unused)
+            warn_of_field(f"{field}: these keys match no adapted module and have no effect: {what}", stacklevel=3)
 
 
 def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:

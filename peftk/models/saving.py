@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from .adapters import Tuner
 from .batch_statistics import tell_statistics
 from .conversion import converted_tensors, converted_values, start_to_subtract
 from .embeddings import embeddings_to_save
-from .file_keys import unaliased
+from .file_keys import taken_from, unaliased
 
 
 def save_adapter(
@@ -21,6 +22,7 @@ def save_adapter(
     folder: str,
     save_embedding_layers: str | bool,
     initial: str | os.PathLike[str] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the files of an adapter, by the arguments of `PeftModel.save_pretrained`."""
     from ..checkpoint import peft as files
@@ -28,7 +30,9 @@ def save_adapter(
     plan = tuner._plan_of(name)
     tell_statistics(tuner, plan)
     embeddings = embeddings_to_save(tuner.model, plan, save_embedding_layers)
-    tensors = tuner._pruned(name, unaliased(_with_memory(tuner, {**tuner._file_tensors(plan), **embeddings})))
+    own = {**tuner._file_tensors(plan), **embeddings}
+    found = _with_memory(tuner, own) if state_dict is None else taken_from(tuner.model, own, state_dict)
+    tensors = tuner._pruned(name, unaliased(found))
     values, start = _config_values(tuner, name), start_to_subtract(tuner, plan, initial)
     if start is not None:
         tensors, values = converted_tensors(tensors, start), converted_values(plan.config, values)

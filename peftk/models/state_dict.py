@@ -5,33 +5,20 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.container import shown
 from ..checkpoint.hub import local_folder
 from ..checkpoint.key_mapping import check_key_mapping, renamer
 from ..nn import AdapterLayer
 from ..nn.base.config import check_choice
 from .adapters import Tuner
 from .embeddings import embedding_tensors, embeddings_to_save
-from .file_keys import PREFIX, unaliased
-from .loading import check_not_merged
+from .file_keys import PREFIX, taken_from, unaliased
+from .loading import LoadResult, check_not_merged
 from .names import unwrapped, without_wrappers
-
-
-class LoadResult(NamedTuple):
-    """What `set_peft_model_state_dict` did not find a partner for.
-
-    Attributes:
-        missing_keys: Names in the model's state dict that got no value, those of the base model among them.
-        unexpected_keys: Keys that stand for nothing in the adapter.
-    """
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 def tuner_of(model: nn.Module, argument: str = "model") -> tuple[Tuner, str]:
@@ -95,33 +82,9 @@ def get_peft_model_state_dict(
     embeddings = embeddings_to_save(tuner.model, plan, save_embedding_layers)
     tensors = {**tuner._file_tensors(plan), **embeddings}
     if state_dict is not None:
-        tensors = taken_from(tuner, tensors, state_dict)
+        tensors = taken_from(tuner.model, tensors, state_dict)
     found = tuner._pruned(adapter_name, unaliased(tensors))
     return {prefix + key.removeprefix(PREFIX): tensor for key, tensor in found.items()}
-
-
-def taken_from(tuner: Tuner, tensors: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace tensors of a model by those that a state dict of the model, or of its base model, has for them."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
-    given = {without_wrappers(key).removeprefix(PREFIX): value for key, value in state_dict.items()}
-    paths: dict[int, str] = {}
-    for held in (tuner.model.named_parameters, tuner.model.named_buffers):
-        for path, tensor in held(remove_duplicate=False):  # type: ignore[operator]  # mypy sees their common base.
-            paths.setdefault(id(tensor), without_wrappers(path))
-    found, missing = {}, []
-    for key, tensor in tensors.items():
-        path = paths.get(id(tensor), key.removeprefix(PREFIX))
-        if path in given:
-            found[key] = given[path]
-        else:
-            missing.append(path)
-    if missing:
-        raise ValueError(
-            f"state_dict: expected the state dict of the whole model; {shown(sorted(missing))} of the adapter are "
-            "missing. Gather it with state_dict() of the outermost wrapper, or accelerator.get_state_dict(model)"
-        )
-    return found
 
 
 @torch.no_grad()

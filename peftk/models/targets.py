@@ -59,6 +59,10 @@ HEADS: dict[str, tuple[str, ...]] = {
 """The task heads that are trained and saved in full, by task."""
 
 
+_RENAMED = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+"""What transformers has renamed in some models, such as DINOv2 and ViT."""
+
+
 def closest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """Return the candidates nearest to `name`: whole names, and the endings that a configuration may use."""
     endings = {ending for candidate in candidates for ending in _endings(candidate)}
@@ -241,12 +245,19 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
     fill_default_targets(model, config)
     if not isinstance(config.target_modules, str):
         config.target_modules = {without_wrappers(name) for name in config.target_modules}
+    if strict and not isinstance(config.target_modules, str):
+        config.target_modules = _renamed(model, config.target_modules)
     spec = config.target_modules
     by_name = list(filter(_selector(spec), modules))
     unknown = []
     if not isinstance(spec, str):
         unknown = sorted(unknown_names(model, spec))
-    if unknown and (strict or not by_name):
+    if unknown and strict and by_name:
+        # As in PEFT: lists of names are written for whole families of models.
+        warn_of_field(
+            f"target_modules: not in the model, and left out: {describe_unknown(unknown, modules)}", stacklevel=2
+        )
+    if unknown and not by_name:
         meant = _selector(unknown)
         for paths in places(model).values():
             other = next((path for path in paths if path not in modules and meant(path)), None)
@@ -274,6 +285,22 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
             f"{shown(config.layers_to_transform)} or layers_pattern={shown(config.layers_pattern)}"
         )
     return kept
+
+
+def _renamed(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Return names with the new ones of what transformers has renamed in the model, with a warning."""
+    unknown = unknown_names(model, names)
+    new = {name: _RENAMED[name] for name in unknown & _RENAMED.keys()}
+    absent = unknown_names(model, new.values())
+    new = {name: other for name, other in new.items() if other not in absent}
+    if new:
+        warn_of_field(
+            "target_modules: transformers has renamed "
+            + ", ".join(f"{name!r} to {other!r}" for name, other in sorted(new.items()))
+            + " in this model; the new names are used",
+            stacklevel=2,
+        )
+    return {new.get(name, name) for name in names}
 
 
 def _unmatched(pattern: str, modules: dict[str, nn.Module]) -> str:

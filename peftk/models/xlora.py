@@ -64,13 +64,14 @@ def tuner_for_file(
     folder: str | os.PathLike[str],
     adapters: Mapping[str, str | os.PathLike[str]] | None,
     key_mapping: Mapping[str, str] | None = None,
+    given: PeftConfig | None = None,
 ) -> Tuner:
-    """Return an empty tuner for an adapter that is about to be read.
+    """Return an empty tuner for an adapter that is about to be read, with a configuration that is given or its own.
 
     The experts of X-LoRA are read from `adapters` or from the sub-folders 0, 1, ...; the folders that the file names
     are not followed: a file does not choose what is opened.
     """
-    config = read_config(folder)
+    config = read_config(folder) if given is None else given
     if not isinstance(config, XLoraConfig):
         if adapters is not None:
             raise ValueError(f"adapters: only for X-LoRA, and {os.fspath(folder)!r} holds {config._kind}")

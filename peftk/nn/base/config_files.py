@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...checkpoint.container import shown
 from ...checkpoint.hub import local_folder
@@ -12,16 +13,19 @@ from ...checkpoint.hub import local_folder
 if TYPE_CHECKING:
     from .config import PeftConfig
 
-C = TypeVar("C", bound="ConfigFiles")
-
 
 class ConfigFiles:
     """The part of `PeftConfig` that reads and writes `adapter_config.json`."""
 
     if TYPE_CHECKING:
-        _by_type: Any
-        from_dict: Any
-        file_values: Any
+        _by_type: ClassVar[dict[str, type[PeftConfig]]]
+
+        @classmethod
+        def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
+            """Build a configuration."""
+
+        def file_values(self, adapted: Callable[[], Iterable[str]]) -> dict[str, Any]:
+            """Return the fields for a file."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into a folder, which is created.
