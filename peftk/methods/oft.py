@@ -104,6 +104,11 @@ def _rotated(weight: Tensor, *blocks: Tensor) -> Tensor:
     return filters.view(weight.shape)
 
 
+def rotated(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Return rows, (..., features), such as those of an embedding, that are rotated: ``rows R``."""
+    return F.block_rotate(rows, blocks)
+
+
 def rotation(blocks: Tensor, count: int) -> Tensor:
     """Return the dense rotation, (in, in), of `count` blocks, which may be one that all share."""
     return torch.block_diag(*blocks.expand(count, -1, -1))

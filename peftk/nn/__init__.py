@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..methods._base_layer import kind_of
-from .adalora import AdaLoraConfig, AdaLoRALinear
+from .adalora import AdaLoraConfig, AdaLoRAConv, AdaLoRALinear
 from .adaption_prompt import AdaptedAttention, AdaptionPromptConfig
 from .base.adapter_layer import AdapterLayer
 from .base.config import PeftConfig, PeftType, TaskType
@@ -16,13 +16,16 @@ from .loha import LoHaConfig, LoHaConv, LoHaLinear
 from .lokr import LoKrConfig, LoKrConv, LoKrLinear
 from .lora import LoraConfig, LoRAConv, LoRAEmbedding, LoRALinear, LoraRuntimeConfig
 from .oft import OFTConfig, OFTConv2d, OFTLinear
+from .oft_embedding import OFTEmbedding
 from .xlora import XLoraConfig
 
 LAYERS: tuple[type[AdapterLayer], ...] = (
     LoRALinear,
     AdaLoRALinear,
+    AdaLoRAConv,
     OFTLinear,
     OFTConv2d,
+    OFTEmbedding,
     BOFTLinear,
     BOFTConv2d,
     C3ALinear,
@@ -65,6 +68,7 @@ def layer_class_for(config: PeftConfig, module: nn.Module, name: str = "") -> ty
 
 
 __all__ = [
+    "AdaLoRAConv",
     "AdaLoRALinear",
     "AdaLoraConfig",
     "AdaptedAttention",
@@ -89,6 +93,7 @@ __all__ = [
     "LoraRuntimeConfig",
     "OFTConfig",
     "OFTConv2d",
+    "OFTEmbedding",
     "OFTLinear",
     "PeftConfig",
     "PeftType",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -294,7 +294,7 @@ class OFTLinear(AdapterLayer):
     """
 
     base_kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
-    adapter_layer_names = ("oft_R",)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("oft_R",)
     other_param_names = ("r", "oft_block_size")
     config_class = OFTConfig
 
@@ -320,14 +320,20 @@ class OFTLinear(AdapterLayer):
         rotation = Rotation(features, block_size, config, module_name)
         if initialise and not config.init_weights:
             nn.init.normal_(rotation.weight, std=0.1)
-        return Adapter({"oft_R": rotation}, {"r": features // block_size, "oft_block_size": block_size})
+        return Adapter(
+            {cls.adapter_layer_names[0]: rotation}, {"r": features // block_size, "oft_block_size": block_size}
+        )
 
     @staticmethod
     def _rotated_features(base_layer: Any, module_name: str) -> int:
         return features_of(base_layer)[0]
 
+    def _rotations(self, names: Iterable[str]) -> list[Any]:
+        container = self.__dict__["_modules"][self.adapter_layer_names[0]]._modules
+        return [container[name] for name in names]
+
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        rotations = [self.oft_R._modules[name] for name in names]
+        rotations = self._rotations(names)
         if listened_to(Rotation, *rotations):
             for rotation in rotations:
                 x = rotation(x)
@@ -339,7 +345,7 @@ class OFTLinear(AdapterLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense rotation R of one adapter, (in, in), without dropout."""
-        rotation = self.oft_R[adapter]
+        (rotation,) = self._rotations([adapter])
         blocks = _resting(rotation, rotation.weight.dtype)
         return oft.rotation(blocks, rotation.block_count).to(rotation.weight.dtype)
 
@@ -348,7 +354,7 @@ class OFTLinear(AdapterLayer):
 
     def _blocks_to_merge(self, tensors: Merged, name: str) -> Tensor:
         """Return the blocks in the dtype of the merge, and note in `tensors` if they are no rotations."""
-        rotation = self.oft_R[name]
+        (rotation,) = self._rotations([name])
         blocks = _resting(rotation, tensors["weight"].dtype)
         if rotation.neumann_terms is not None:
             error = orthogonality_error(blocks)

@@ -14,7 +14,7 @@ from torch import nn
 
 import peftk
 from peftk import AdaLoraConfig, LoraConfig, PeftModel
-from peftk.nn import AdaLoRALinear, PeftConfig
+from peftk.nn import AdaLoRAConv, AdaLoRALinear, PeftConfig
 from peftk.testing.compare import assert_close
 
 SETTINGS = {"init_r": 6, "target_r": 2, "total_step": 12, "tinit": 2, "tfinal": 3, "target_modules": ["a", "b", "c"]}
@@ -327,9 +327,55 @@ def test_fields_and_files_are_those_of_peft(tmp_path):
 
 def test_layers_that_have_no_adalora_are_refused():
     config = AdaLoraConfig(init_r=2, target_r=1, total_step=4)
-    for base in (nn.Conv2d(4, 4, 1), nn.Embedding(4, 4)):
+    for base in (nn.ConvTranspose2d(4, 4, 1), nn.Embedding(4, 4)):
         with pytest.raises(TypeError, match=type(base).__name__):
             AdaLoRALinear(base, config)
+
+
+def test_convolutions_are_pruned_as_in_peft(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(64, 3))
+    values = {
+        "target_modules": ["0", "2", "4"],
+        "init_r": 4,
+        "target_r": 2,
+        "total_step": 6,
+        "init_lora_weights": False,
+    }
+    models = []
+    for library in (peftk, peft):
+        torch.manual_seed(1)
+        models.append(library.get_peft_model(copy.deepcopy(base), library.AdaLoraConfig(**values)))
+        with torch.no_grad():
+            for name, parameter in models[-1].named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(0.2)
+    ours, theirs = models
+    x = torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 4, 4)
+    for step in range(7):
+        for model in models:
+            model.zero_grad()
+            model(x).square().sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.sub_(0.01 * parameter.grad)
+            (model if model is ours else model.base_model).update_and_allocate(step)
+    found = {name: p for name, p in ours.named_parameters() if "lora_" in name}
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            assert_close(found[name], parameter.double(), torch.float32, what=name)
+    assert any((p == 0).any() for name, p in found.items() if "lora_E" in name and ".0." in name)
+    ours.save_pretrained(tmp_path)
+    assert_close(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), ours.eval()(x).double(), torch.float32)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    assert_close(loaded(x), ours(x).double(), torch.float32)
+
+
+def test_convolutions_with_groups_are_refused_by_name():
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=4)
+    with pytest.raises(ValueError, match="'m' is a convolution with groups=2; AdaLoRA"):
+        AdaLoRAConv(nn.Conv2d(4, 4, 1, groups=2), config, module_name="m")
 
 
 def test_a_pattern_that_matches_no_module_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import AdaLoraConfig
+from .conv import AdaLoRAConv
 from .linear import AdaLoRALinear
 
-__all__ = ["AdaLoRALinear", "AdaLoraConfig"]
+__all__ = ["AdaLoRAConv", "AdaLoRALinear", "AdaLoraConfig"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class AdaLoRALinear(AdapterLayer):
         torch.Size([2, 8])
     """
 
-    base_kinds = ("Linear", "Conv1D")
+    base_kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "ranknum")
     parameter_names = frozenset(adapter_layer_names)
     constant_names = frozenset({"ranknum"})
@@ -55,7 +55,7 @@ class AdaLoRALinear(AdapterLayer):
     @classmethod
     def _create(cls, base_layer: nn.Module, config: AdaLoraConfig, module_name: str, initialise: bool) -> Adapter:
         settle_fan_in_fan_out(config, base_layer)
-        features, outputs = features_of(base_layer)
+        features, outputs = cls._sizes(base_layer, module_name)
         triplets = config.kept_triplets(module_name)
         rank = len(triplets)
         # In the order of PEFT, whose random numbers these are.
@@ -79,6 +79,11 @@ class AdaLoRALinear(AdapterLayer):
                 "triplets": triplets,
             },
         )
+
+    @classmethod
+    def _sizes(cls, base_layer: Any, module_name: str) -> tuple[int, int]:
+        """Return how many numbers a row of A, and how many a column of B has."""
+        return features_of(base_layer)
 
     def low_rank(self, name: str) -> LowRank:
         """Return the tensors and settings of one adapter, as its arithmetic takes them."""

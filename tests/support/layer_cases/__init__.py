@@ -157,7 +157,9 @@ def dense_weight(layer: AdapterLayer, names=("default",)) -> tuple[Tensor, Tenso
 
 def _order(layer, names):
     """The adapter next to the weight first: the last one, unless the method says otherwise (as PEFT's BOFT does)."""
-    return names if layer.config_class in _FIRST_NEXT_TO_WEIGHT else reversed(names)
+    # What is looked up is acted on afterwards.
+    first = layer.config_class in _FIRST_NEXT_TO_WEIGHT or layer.kind == "Embedding"
+    return names if first else reversed(names)
 
 
 _METHODS = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]

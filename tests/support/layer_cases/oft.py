@@ -25,6 +25,8 @@ CASES = {
     "oft_conv_uneven": Case(_config(), "conv_uneven"),
     "oft_conv_same": Case(_config(use_cayley_neumann=False), "conv_same"),
     "oft_pointwise": Case(_config(block_share=True), "pointwise_strided"),
+    "oft_embedding": Case(_config(), "embedding", together="oft_embedding_exact"),
+    "oft_embedding_exact": Case(_config(2, use_cayley_neumann=False, block_share=True), "embedding"),
 }
 
 IDENTITIES = {
@@ -36,6 +38,7 @@ IDENTITIES = {
     "oft_conv": Case(OFTConfig(oft_block_size=4), "conv"),
     "oft_conv_uneven": Case(OFTConfig(oft_block_size=4), "conv_uneven"),
     "oft_pointwise": Case(OFTConfig(oft_block_size=4, use_cayley_neumann=False), "pointwise"),
+    "oft_embedding": Case(OFTConfig(oft_block_size=4), "embedding"),
 }
 
 
@@ -55,6 +58,8 @@ ROTATES = True
 
 
 def dense(layer, name, weight, bias):
+    if layer.kind == "Embedding":
+        return weight @ rotation(layer.oft_embedding_R[name]), bias
     rotated = weight.flatten(1) @ rotation(layer.oft_R[name]).T
     return rotated.view(weight.shape), bias
 

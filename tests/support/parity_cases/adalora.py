@@ -14,5 +14,6 @@ CASES = {
         AdaLoraConfig,
         {**SMALL, "target_modules": ["first", "second"], "init_lora_weights": False, "lora_alpha": 0},
     ),
+    "adalora convolutions": ("cnn", AdaLoraConfig, {**SMALL, "target_modules": ["first", "second", "pointwise"]}),
     "adalora gpt2": ("gpt2", AdaLoraConfig, {**SMALL, "fan_in_fan_out": True}),
 }

@@ -23,6 +23,7 @@ CASES = {
     "coft": ("mlp", OFTConfig, {"oft_block_size": 4, "coft": True, "eps": 0.2, "target_modules": ["first"]}),
     "oft nearest": ("mlp", OFTConfig, {"oft_block_size": 5, "target_modules": ["first", "second"]}),
     "oft bias": ("mlp", OFTConfig, {"oft_block_size": 4, "bias": "oft_only", "target_modules": ["first", "second"]}),
+    "oft embeddings": ("bert", OFTConfig, {"oft_block_size": 4, "target_modules": ["word_embeddings", "query"]}),
     # A kernel larger than 1 is where PEFT is wrong (D3).
     "oft pointwise": ("cnn", OFTConfig, {"oft_block_size": 4, "target_modules": ["pointwise"], "init_weights": False}),
 }
