@@ -20,6 +20,7 @@ from .plan import Plan
 from .pretrained import Pretrained, check_base
 from .signature import restore, with_signature_of
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from .weighted import add_weighted_adapter
 from .xlora import tuner_for
 
 
@@ -220,6 +221,42 @@ class PeftModel(Pretrained):
         with tuner._whole():
             plan = tuner._plan(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
             tuner._commit(plan)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add a LoRA adapter that is a weighted combination of others, frozen; `set_adapter` activates it.
+
+        Args:
+            adapters: The names of LoRA adapters, without DoRA.
+            weights: A number for each, which its own scale is multiplied by.
+            adapter_name: The name of the new adapter.
+            combination_type: "cat" is the exact sum, of the sum of the ranks; "svd" is its best approximation of
+                `svd_rank`; "linear" sums the factors themselves, as PEFT does, which is not the sum of the updates.
+                "ties", "dare_linear", "dare_ties" and "magnitude_prune" prune before they sum, factors or, with "_svd"
+                behind, updates.
+            svd_rank: None means the largest of the ranks.
+            svd_clamp: The quantile to which the numbers of the new factors are clamped.
+            svd_full_matrices: As in `torch.linalg.svd`.
+            svd_driver: As in `torch.linalg.svd`.
+            density: The share of numbers that pruning leaves.
+            majority_sign_method: How the sign that counts is found: by the "total" or the "frequency".
+
+        Raises:
+            ValueError: An argument is not one of the above, or the adapters do not go together.
+        """
+        options = combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        add_weighted_adapter(self.base_model, adapters, weights, adapter_name, *options)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make this adapter (or these), and no other, active and (unless `inference_mode`) trainable."""

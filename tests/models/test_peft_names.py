@@ -1,0 +1,410 @@
+"""Names of Hugging Face PEFT: what they return is what PEFT returns for the same model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import peft
+import pytest
+import torch
+from support.layer_cases import TOYS
+from support.toy_model import X, lora, oft, toy
+from torch import nn
+
+import peftk
+from peftk.nn import PeftConfig
+
+TASKS = {
+    "CAUSAL_LM": "PeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM",
+    "SEQ_CLS": "PeftModelForSequenceClassification",
+    "TOKEN_CLS": "PeftModelForTokenClassification",
+    "QUESTION_ANS": "PeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "PeftModelForFeatureExtraction",
+}
+
+
+def trained(model: nn.Module) -> nn.Module:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.3)
+    return model.eval()
+
+
+def both(config: PeftConfig, name: str = "default") -> list[nn.Module]:
+    """Return the same model with the same adapter, of PEFT and of this package."""
+    pairs = (peft, theirs_of(config)), (peftk, copy.deepcopy(config))
+    made = [lib.get_peft_model(toy(), given, name) for lib, given in pairs]
+    trained(made[0])
+    made[1].load_state_dict(made[0].state_dict(), strict=False)
+    return [model.eval() for model in made]
+
+
+def theirs_of(config: PeftConfig) -> peft.PeftConfig:
+    cls = getattr(peft, type(config).__name__)
+    known = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in config.to_dict().items() if k in known and k not in ("peft_type", "runtime_config")})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_has_its_class(task: str) -> None:
+    model = peftk.get_peft_model(toy(), lora(task_type=task))
+    cls = getattr(peftk, TASKS[task])
+    assert isinstance(model, cls) and not isinstance(peftk.get_peft_model(toy(), lora()), cls)
+    assert repr(model).startswith(f"{TASKS[task]}(\n  (base_model): LoraModel(")
+    assert type(copy.deepcopy(model)) is type(model)
+
+
+@pytest.mark.parametrize("method", TOYS)
+def test_a_method_has_its_class_and_prefix(method: str) -> None:
+    config = TOYS[method].config
+    model = peftk.get_peft_model(toy(), copy.deepcopy(config))
+    name = type(config).__name__.replace("Config", "Model")
+    assert type(model.base_model) is getattr(peftk, name) and repr(model.base_model).startswith(f"{name}(")
+    assert model.base_model.prefix == getattr(peft, name).prefix
+
+
+def test_loading_makes_the_class_of_the_task(tmp_path) -> None:
+    peftk.get_peft_model(toy(), lora(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    assert isinstance(peftk.PeftModel.from_pretrained(toy(), tmp_path), peftk.PeftModelForCausalLM)
+
+
+# -- configurations -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TOYS)
+def test_configurations_of_peft_and_dictionaries_are_converted(method: str) -> None:
+    config = TOYS[method].config
+    expected = peftk.get_peft_model(toy(), copy.deepcopy(config)).state_dict()
+    for given in (theirs_of(config), {k: v for k, v in config.to_dict().items() if v is not None}):
+        found = peftk.get_peft_model(toy(), given)
+        assert found.peft_config["default"].to_dict().keys() == config.to_dict().keys()
+        assert {k: v.shape for k, v in found.state_dict().items()} == {k: v.shape for k, v in expected.items()}
+
+
+def test_what_a_configuration_of_peft_asks_for_beyond_is_refused_by_name() -> None:
+    with pytest.raises(NotImplementedError, match="layer_replication"):
+        peftk.get_peft_model(toy(), peft.LoraConfig(target_modules=["query"], layer_replication=[(0, 1)]))
+    with pytest.raises(ValueError, match=r"peft_config: expected one of the methods .* got IA3"):
+        peftk.get_peft_model(toy(), peft.IA3Config(target_modules=["query"], feedforward_modules=[]))
+    with pytest.raises(TypeError, match="peft_config: expected a configuration of peftk or of Hugging Face PEFT"):
+        peftk.get_peft_model(toy(), object())
+
+
+def test_configurations_in_files(tmp_path) -> None:
+    config = lora(r=3, task_type="SEQ_CLS")
+    config.save_pretrained(tmp_path)
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)).r == 3
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert peftk.LoraConfig.from_pretrained(tmp_path, r=5).r == 5
+    read = PeftConfig.from_json_file(tmp_path / "adapter_config.json")
+    assert read["r"] == 3 and peftk.get_peft_config(read).r == 3
+    assert peftk.LoraConfig.check_kwargs(r=2) == {"r": 2}
+    (tmp_path / "inner").mkdir()
+    config.save_pretrained(tmp_path / "inner")
+    assert PeftConfig.from_pretrained(tmp_path, subfolder="inner").r == 3
+    with pytest.raises(ValueError, match="subfolder"):
+        PeftConfig.from_pretrained(tmp_path, subfolder="nowhere")
+    for wrong in ({"r": 3}, {"peft_type": "IA3"}):
+        with pytest.raises(ValueError, match="peft_type"):
+            peftk.get_peft_config(wrong)
+    with pytest.raises(TypeError, match="rank"):
+        peftk.get_peft_config({"peft_type": "LORA", "rank": 3})
+
+
+# -- tensors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TOYS)
+def test_the_tensors_of_an_adapter_are_those_of_peft(method: str) -> None:
+    # PEFT without its extension has one factor of a butterfly.
+    one = {"boft_n_butterfly_factor": 1} if method == "boft" else {}
+    config = dataclasses.replace(TOYS[method].config, **one)
+    theirs, ours = both(config)
+    expected, found = peft.get_peft_model_state_dict(theirs), peftk.get_peft_model_state_dict(ours)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    again = peftk.get_peft_model_state_dict(ours, state_dict={k: v * 2 for k, v in ours.state_dict().items()})
+    assert all(torch.equal(again[key], found[key] * 2) for key in found)
+    fresh = peftk.get_peft_model(toy(), copy.deepcopy(config)).eval()
+    result = peftk.set_peft_model_state_dict(fresh, found)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "default" in key and "ranknum" not in key]
+    assert torch.equal(fresh(X), ours(X))
+
+
+def test_tensors_that_do_not_fit_change_nothing() -> None:
+    model = peftk.get_peft_model(toy(), lora())
+    tensors = {key: tensor + 1 for key, tensor in peftk.get_peft_model_state_dict(model).items()}
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    odd = next(iter(tensors))
+    wrong = tensors | {odd: torch.zeros(1, 1)}
+    with pytest.raises(RuntimeError, match=f"size mismatch for {odd}"):
+        peftk.set_peft_model_state_dict(model, wrong)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    with pytest.warns(UserWarning, match="left out, because ignore_mismatched_sizes"):
+        result = peftk.set_peft_model_state_dict(model, wrong | {"odd": odd}, ignore_mismatched_sizes=True)
+    assert result.unexpected_keys == ["odd"] and any(key.startswith(odd[:-7]) for key in result.missing_keys)
+    with pytest.raises(ValueError, match="'nobody'"):
+        peftk.get_peft_model_state_dict(model, adapter_name="nobody")
+    with pytest.raises(ValueError, match="state_dict: expected the state dict of the whole model"):
+        peftk.get_peft_model_state_dict(model, state_dict={})
+    with pytest.raises(ValueError, match="without adapters of peftk"):
+        peftk.get_peft_model_state_dict(toy())
+    model.merge_adapter()
+    trained_bias = peftk.get_peft_model(toy(), lora(bias="lora_only", lora_bias=True))
+    found = peftk.get_peft_model_state_dict(trained_bias)
+    trained_bias.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        peftk.set_peft_model_state_dict(trained_bias, found)
+
+
+def test_files_are_read_and_written_with_a_given_state_dict(tmp_path) -> None:
+    model = trained(peftk.get_peft_model(toy(), lora()))
+    doubled = {key: value * 2 for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=doubled, save_function=torch.save, max_shard_size="5GB")
+    found, expected = peftk.load_peft_weights(tmp_path), peftk.get_peft_model_state_dict(model)
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k] * 2) for k in found)
+    renamed = peftk.load_peft_weights(tmp_path, key_mapping={"query": "other"})
+    assert renamed.keys() == {key.replace("query", "other") for key in found}
+
+
+@pytest.mark.parametrize("config", [lora(), oft()], ids=["lora", "oft"])
+def test_injected_adapters(config: PeftConfig) -> None:
+    theirs = peft.inject_adapter_in_model(theirs_of(config), toy())
+    base = toy()
+    ours = peftk.inject_adapter_in_model(config, base)
+    assert ours is base and "default" in ours.peft_config
+    expected = peft.get_peft_model_state_dict(trained(theirs))
+    assert peftk.get_peft_model_state_dict(ours).keys() == expected.keys()
+    peftk.set_peft_model_state_dict(ours, expected)
+    assert torch.allclose(ours.eval()(X), theirs(X), atol=1e-5)
+    peftk.inject_adapter_in_model(config, ours, "second")
+    assert peftk.get_peft_model_state_dict(ours, adapter_name="second").keys() == expected.keys()
+    by_keys = peftk.inject_adapter_in_model(
+        dataclasses.replace(config, target_modules=None), toy(), state_dict=expected
+    )
+    assert peftk.get_peft_model_state_dict(by_keys).keys() == expected.keys()
+    with pytest.raises(ValueError, match="exists already"):
+        peftk.inject_adapter_in_model(config, ours)
+
+
+# -- the rest -----------------------------------------------------------------------------------------------------
+
+COMBINATIONS = ["linear", "svd", "cat", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"]
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_weighted_adapters_are_those_of_peft(kind: str) -> None:
+    theirs, ours = both(lora(r=4, lora_alpha=6))
+    for model, lib in ((theirs, peft), (ours, peftk)):
+        config = lib.LoraConfig(r=4, lora_alpha=2, target_modules=["query", "value"])
+        model.add_adapter("b", config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if ".b." in name:
+                p.normal_(std=0.3)
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    for model in (theirs, ours):
+        model.add_weighted_adapter(["default", "b"], [0.7, -0.4], "sum", kind, density=0.5)
+        model.set_adapter("sum")
+    assert torch.allclose(ours(X), theirs(X), atol=2e-4)
+    if kind == "cat":
+        layer = ours.base_model.model.layers[0].query
+        one, other, found = (layer.get_delta_weight(name) for name in ("default", "b", "sum"))
+        assert torch.allclose(found, 0.7 * one - 0.4 * other, atol=1e-5)
+
+
+def test_weighted_adapters_by_chance_keep_the_mean() -> None:
+    model = trained(peftk.get_peft_model(toy(), lora(r=4)))
+    torch.manual_seed(0)
+    model.add_weighted_adapter(["default"], [1.0], "thin", "dare_linear_svd", density=0.5, svd_rank=12)
+    layer = model.base_model.model.layers[0].query
+    found, whole = layer.get_delta_weight("thin"), layer.get_delta_weight("default")
+    assert not torch.allclose(found, whole, atol=1e-3)
+    kept = found.abs() > 1e-5
+    assert torch.allclose(found[kept], 2 * whole[kept], atol=1e-4) and 0.2 < kept.float().mean() < 0.8
+
+
+def test_weighted_adapters_that_do_not_go_together_are_refused() -> None:
+    model = peftk.get_peft_model(toy(), lora(r=4))
+    model.add_adapter("small", lora(r=2))
+    model.add_adapter("dora", lora(use_dora=True))
+    model.add_adapter("turned", oft(target_modules=["classifier"]))
+    for arguments, text in (
+        ((["default", "small"], [1, 1], "new", "linear"), "their ranks differ"),
+        ((["default", "dora"], [1, 1], "new"), "'dora' has use_dora"),
+        ((["default", "turned"], [1, 1], "new"), "expected LoRA adapters, got 'turned'"),
+        ((["default"], [1, 1], "new"), "weights: expected 1 numbers"),
+        ((["default"], [1], "new", "ties"), "density"),
+        ((["default"], [1], "new", "sum"), "combination_type"),
+        ((["nobody"], [1], "new"), "nobody"),
+        (([], [], "new"), "at least one"),
+        ((["default"], [1], "small"), "exists already"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            model.add_weighted_adapter(*arguments)
+    assert "new" not in model.peft_config
+
+
+def test_the_scale_of_all_adapters_for_a_while() -> None:
+    model = trained(peftk.get_peft_model(toy(), lora()))
+    y = model(X)
+    with peftk.rescale_adapter_scale(model, 0.0):
+        inside = model(X)
+    with model.disable_adapter():
+        assert torch.equal(inside, model(X))
+    assert torch.equal(model(X), y)
+    with pytest.raises(ValueError, match="adapters with a scale"), peftk.rescale_adapter_scale(toy(), 2.0):
+        pass
+
+
+def test_loraplus_groups_are_those_of_peft() -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    theirs, ours = both(lora(bias="all"))
+    options = {"lr": 1e-3, "loraplus_lr_ratio": 4.0, "loraplus_weight_decay": 0.1}
+    groups = [
+        make(model, torch.optim.AdamW, **options).param_groups
+        for make, model in ((create_loraplus_optimizer, theirs), (peftk.create_loraplus_optimizer, ours))
+    ]
+    for one, other in zip(*groups, strict=True):
+        assert sorted(p.shape for p in one["params"]) == sorted(p.shape for p in other["params"])
+        assert (one["lr"], one["weight_decay"]) == (other["lr"], other["weight_decay"])
+
+
+def test_preparing_for_few_bits() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.is_loaded_in_4bit = True
+    prepared = peftk.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert prepared is model and model.is_gradient_checkpointing
+    assert all(p.dtype is torch.float32 and not p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="use_gradient_checkpointing"):
+        plain = toy()
+        plain.is_loaded_in_8bit = True
+        peftk.prepare_model_for_kbit_training(plain)
+
+
+# -- repositories -------------------------------------------------------------------------------------------------
+
+
+def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path, monkeypatch) -> None:
+    model = trained(peftk.get_peft_model(toy(), lora()))
+    revision = "a" * 40
+    cached = tmp_path / "models--someone--adapter"
+    model.save_pretrained(cached / "snapshots" / revision)
+    model.save_pretrained(cached / "snapshots" / revision / "inner")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    options = {"cache_dir": str(tmp_path), "local_files_only": True}
+    loaded = peftk.PeftModel.from_pretrained(toy(), "someone/adapter", **options)
+    assert torch.equal(loaded(X), model(X))
+    inner = peftk.PeftModel.from_pretrained(toy(), "someone/adapter", subfolder="inner", **options)
+    assert torch.equal(inner(X), model(X))
+    assert loaded.load_adapter("someone/adapter", "again", **options) == ([], [])
+    assert PeftConfig.from_pretrained("someone/adapter", **options).r == 2
+    for name in ("someone/other", "no such folder, and no name"):
+        with pytest.raises(ValueError, match="model_id: expected the folder of a saved adapter, or the name"):
+            peftk.PeftModel.from_pretrained(toy(), name, **options)
+
+
+def test_pushing_uploads_the_saved_folder(monkeypatch) -> None:
+    import huggingface_hub
+
+    seen = {}
+
+    class Api:
+        def __init__(self, token=None):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            seen["private"] = private
+            return type("Repo", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            from pathlib import Path
+
+            seen["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            seen["options"] = options
+            return type("Commit", (), {"commit_url": f"address of {repo_id}"})()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    model = peftk.get_peft_model(toy(), lora(base_model_name_or_path="someone/model"))
+    assert model.push_to_hub("me/adapter", private=True, token="t") == "address of me/adapter"
+    assert seen["files"].keys() >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    card = seen["files"]["README.md"].decode()
+    assert "base_model: someone/model" in card and "library_name: peft" in card and "- lora" in card
+    assert json.loads(seen["files"]["adapter_config.json"])["peft_type"] == "LORA"
+    assert (seen["token"], seen["private"], seen["options"]["create_pr"]) == ("t", True, False)
+
+
+def test_a_model_card_that_is_there_stays(tmp_path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    peftk.get_peft_model(toy(), lora()).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("ephemeral_gpu_offload", True, NotImplementedError),
+        ("use_safetensors", False, NotImplementedError),
+        ("ignore_mismatched_sizes", True, NotImplementedError),
+        ("device_map", "auto", NotImplementedError),
+        ("torch_dtype", torch.bfloat16, NotImplementedError),
+        ("odd", 1, TypeError),
+    ],
+)
+def test_arguments_whose_feature_is_not_here_are_refused_by_name(tmp_path, name, value, error) -> None:
+    model = peftk.get_peft_model(toy(), lora())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(error, match=name):
+        peftk.PeftModel.from_pretrained(toy(), tmp_path, **{name: value})
+    with pytest.raises(error, match=name):
+        model.load_adapter(tmp_path, "other", **{name: value})
+    assert model.load_adapter(tmp_path, "other", torch_device="cpu", use_safetensors=True) == ([], [])
+
+
+def test_a_given_configuration_takes_the_place_of_the_file(tmp_path) -> None:
+    model = trained(peftk.get_peft_model(toy(), lora(lora_alpha=8)))
+    model.save_pretrained(tmp_path)
+    loaded = peftk.PeftModel.from_pretrained(toy(), tmp_path, config=lora(lora_alpha=16))
+    assert {layer.scaling["default"] for _, layer in loaded.base_model._layers()} == {8.0}
+    (tmp_path / "adapter_config.json").unlink()
+    again = peftk.PeftModel.from_pretrained(toy(), tmp_path, config=theirs_of(lora(lora_alpha=8)))
+    assert torch.equal(again(X), model(X))
+
+
+def test_a_base_model_and_its_adapter_in_one_call(tmp_path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    for task in ("CAUSAL_LM", None):
+        model = trained(peftk.get_peft_model(base, lora(target_modules=["q_proj"], task_type=task)))
+        model.save_pretrained(tmp_path / "adapter")
+        ids = torch.arange(6)[None]
+        expected = model(input_ids=ids).logits
+        for cls in (peftk.AutoPeftModelForCausalLM, *([] if task else [peftk.AutoPeftModel])):
+            loaded = cls.from_pretrained(tmp_path / "adapter")
+            assert isinstance(loaded, peftk.PeftModel) and torch.allclose(loaded(input_ids=ids).logits, expected)
+        base = model.unload()
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    evil = PeftConfig.from_dict(values | {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}})
+    with pytest.raises(ValueError, match=r"auto_mapping: the configuration names os\.system"):
+        peftk.AutoPeftModel.from_pretrained(tmp_path / "adapter", config=evil)
+    with pytest.raises(OSError, match="from_pretrained"):
+        peftk.AutoPeftModel()
