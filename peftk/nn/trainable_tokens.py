@@ -52,6 +52,10 @@ class TrainableTokens(AdapterLayer):
     file_names: ClassVar[dict[str, str]] = {_ROWS: f"token_adapter.{_ROWS}"}
     other_param_names = ("token_indices",)
 
+    def _wrap(self, base_layer: nn.Module) -> None:
+        super()._wrap(base_layer)
+        self._on_device: dict[str, tuple[list[int], Tensor]] = {}
+
     @classmethod
     def of_rows(
         cls,
@@ -106,8 +110,13 @@ class TrainableTokens(AdapterLayer):
 
     def tokens(self, name: str) -> Tokens:
         """Return the tensors of one adapter, as its arithmetic takes them."""
-        rows = getattr(self, _ROWS)[name]
-        return Tokens(torch.tensor(self.token_indices[name], device=rows.device), rows)
+        rows, indices = getattr(self, _ROWS)[name], self.token_indices[name]
+        kept, found = self._on_device.get(name, (None, None))
+        if kept is not indices or found is None or found.device != rows.device:
+            found = torch.tensor(indices, device=rows.device)
+            # Once, because a copy to a device waits and cannot be captured.
+            self._on_device[name] = indices, found
+        return Tokens(found, rows)
 
     def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
         """Raise ValueError if two of these adapters train the same row."""

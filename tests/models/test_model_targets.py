@@ -86,10 +86,15 @@ def test_default_targets_are_in_the_models_of_transformers(kind):
         (lora(target_modules=None), ValueError, "no default for model type None"),
         (lora(exclude_modules=["query"]), ValueError, "left out"),
         (lora(layers_to_transform=7), ValueError, "left out"),
+        (
+            lora(target_modules=["query", "conv"]),
+            TypeError,
+            r"'layers.0.conv' is a torch.nn.modules.conv.ConvTranspose1d.*nn.Linear",
+        ),
         (lora(target_modules=["layers"]), TypeError, "ModuleList"),
         (lora(modules_to_save=["clasifier"]), ValueError, "modules_to_save.*closest: classifier"),
         (lora(target_modules=["classifier"], modules_to_save=["layers"]), TypeError, "modules_to_save.*ModuleList"),
-        (oft(oft_block_size=4, target_modules=["query", "conv"]), TypeError, "Conv1d"),
+        (oft(oft_block_size=4, target_modules=["query", "conv"]), TypeError, "ConvTranspose1d"),
     ],
 )
 def test_bad_targets_are_refused_and_nothing_changes(config, error, text):

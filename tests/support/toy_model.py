@@ -22,7 +22,7 @@ class Block(nn.Module):
         super().__init__()
         self.query = nn.Linear(12, 12)
         self.value = nn.Linear(12, 12)
-        self.conv = nn.Conv1d(1, 1, 1)
+        self.conv = nn.ConvTranspose1d(1, 1, 1)
 
     def forward(self, x):
         return x + self.value(self.query(x).relu())
