@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..nn import AdaLoraConfig, AdapterLayer, PeftConfig
 from ..nn.adalora.linear import AdaLoRALinear
 from ..nn.adalora.rank_allocator import RankAllocator, orthogonality_loss
 from ..nn.base.config import check_int
 from ..nn.base.undo import all_or_nothing
+from .described import Described
 from .file_keys import PREFIX
 
 
-class Allocating(nn.Module):
+class Allocating(Described):
     """The part of `Tuner` that allocates ranks; without a trainable AdaLoRA adapter it does nothing."""
 
     peft_config: dict[str, PeftConfig]
@@ -80,6 +81,15 @@ class Allocating(nn.Module):
         """Return the term that keeps A and B of AdaLoRA orthogonal; see `PeftModel.orthogonality_loss`."""
         allocator = self._allocator()
         return allocator.config.orth_reg_weight * orthogonality_loss(allocator.layers, allocator.adapter_name)
+
+    def _with_regulariser(self, outputs: Any) -> Any:
+        """Return what a model returns, with AdaLoRA's regulariser in its loss where PEFT adds it too."""
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, Tensor) and (names := self._trained_adalora()):
+            config = self.peft_config[names[0]]
+            if config.task_type is not None and config.orth_reg_in_loss and config.orth_reg_weight:
+                outputs.loss = loss + self.orthogonality_loss()
+        return outputs
 
     def _pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned."""

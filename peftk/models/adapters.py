@@ -34,18 +34,16 @@ _MISSING = "Hugging Face PEFT has it, peftk lacks it"
 _XLORA = "it belongs to X-LoRA, and this model has no X-LoRA adapter"
 # What PEFT's models answer themselves. A base model asked in their place would do something else, or be blamed.
 ABSENT = {
-    "push_to_hub": f"{_MISSING}; save_pretrained writes the adapter to a folder, for huggingface_hub to upload",
+    "push_to_hub": f"{_MISSING} here; call that of the PeftModel",
     "rankallocator": "no adapter of this model is a trainable AdaLoRA adapter",
     "active_peft_config": "no adapter is active",
     **dict.fromkeys(
         (
             "add_weighted_adapter",
-            "base_model_torch_dtype",
             "create_or_update_model_card",
             "get_model_config",
             "get_prompt",
             "get_prompt_embedding_to_save",
-            "has_active_enabled_adapter",
             "inject_adapter",
             "prepare_model_for_gradient_checkpointing",
             "resize_modules_by_rank_pattern",
@@ -99,7 +97,7 @@ class Tuner(Allocating):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the adapted model."""
-        return self.model(*args, **kwargs)
+        return self._with_regulariser(self.model(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         try:

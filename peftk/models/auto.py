@@ -116,7 +116,7 @@ class AutoPeftModelForQuestionAnswering(AutoPeftModel):
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """An `AutoPeftModel` for encoders."""
+    """An `AutoPeftModel` for encoders without a head."""
 
     _auto_class = "AutoModel"
 

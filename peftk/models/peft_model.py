@@ -338,7 +338,8 @@ class PeftModel(Pretrained):
         """Return AdaLoRA's regulariser, `orth_reg_weight` included: a scalar to be added to the loss in training.
 
         ``orth_reg_weight * mean(||A A^T - I||, ||B^T B - I||)`` over all A and B of the trainable AdaLoRA adapter,
-        Frobenius norms. PEFT adds it to `outputs.loss` by itself; here nothing is added that was not asked for.
+        Frobenius norms. A model whose configuration has a `task_type` adds it to `outputs.loss` itself, as in PEFT,
+        unless `orth_reg_in_loss` is False.
 
         Raises:
             ValueError: There is no trainable AdaLoRA adapter.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..methods._base_layer import kind_of
 from ..nn import AdapterLayer, PeftType
 from ..nn.base.kinds import quantised_by
 from ..nn.base.saved import ModulesToSaveWrapper
@@ -23,7 +24,7 @@ class TunerLayerStatus:
 
     Attributes:
         name: Its path in the model.
-        module_type: The name of its class.
+        module_type: What PEFT calls its class, such as "lora.Linear".
         enabled: Whether its adapters are switched on.
         active_adapters: The names of those that act.
         merged_adapters: The names of those that are merged into the base weight.
@@ -141,7 +142,7 @@ def _layer_status(name: str, module: AdapterLayer | ModulesToSaveWrapper) -> Tun
     parameters = {adapter: [p for part in found for p in _parameters(part)] for adapter, found in parts.items()}
     return TunerLayerStatus(
         name=name,
-        module_type=type(module).__name__,
+        module_type=_class_of_peft(module),
         enabled=not module.disable_adapters,
         active_adapters=list(module.active_adapters),
         merged_adapters=list(merged),
@@ -150,6 +151,15 @@ def _layer_status(name: str, module: AdapterLayer | ModulesToSaveWrapper) -> Tun
         devices={a: sorted({p.device.type for p in found}) for a, found in parameters.items()},
         quantization_backend=quantised,
     )
+
+
+def _class_of_peft(module: AdapterLayer | ModulesToSaveWrapper) -> str:
+    """Return what PEFT calls the class of an adapted layer; a class that it does not have is called by its own name."""
+    kind = kind_of(module.base_layer) if isinstance(module, AdapterLayer) else None
+    if not isinstance(module, AdapterLayer) or kind is None or module.config_class._method is None:
+        return type(module).__name__
+    kind = "Linear" if kind == "Conv1D" else kind
+    return f"{module.config_class._method.value.lower()}.{module.peft_class_prefix}{kind}"
 
 
 def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:

@@ -122,6 +122,7 @@ class C3ALinear(AdapterLayer):
         torch.Size([2, 12])
     """
 
+    peft_class_prefix = "C3A"
     base_kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     adapter_layer_names = ("c3a_kernel",)
     parameter_names = frozenset(("c3a_kernel",))

@@ -73,6 +73,37 @@ def test_loading_makes_the_class_of_the_task(tmp_path) -> None:
     assert isinstance(peftk.PeftModel.from_pretrained(toy(), tmp_path), peftk.PeftModelForCausalLM)
 
 
+def test_what_scripts_read_off_a_model_is_what_peft_says() -> None:
+    theirs, ours = both(lora(modules_to_save=["classifier"]))
+    for name in ("targeted_module_names", "active_adapter", "prefix"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert ours.modules_to_save == {"classifier"}
+    assert ours.base_model_torch_dtype is theirs.base_model_torch_dtype is None
+    assert ours.has_active_enabled_adapter
+    with ours.disable_adapter():
+        assert not ours.has_active_enabled_adapter
+    found, expected = (lib.get_layer_status(model) for lib, model in ((peftk, ours), (peft, theirs)))
+    assert [dataclasses.asdict(one) for one in found] == [dataclasses.asdict(one) for one in expected]
+    found, expected = (lib.get_model_status(model) for lib, model in ((peftk, ours), (peft, theirs)))
+    assert dataclasses.asdict(found) == dataclasses.asdict(expected)
+
+
+@pytest.mark.parametrize("method", TOYS)
+def test_layers_are_called_what_peft_calls_them(method: str) -> None:
+    config = dataclasses.replace(TOYS[method].config, **({"boft_n_butterfly_factor": 1} if method == "boft" else {}))
+    theirs, ours = both(config)
+    kinds = [[one.module_type for one in lib.get_layer_status(m)] for lib, m in ((peftk, ours), (peft, theirs))]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_prompt_methods_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"PeftType.{kind}: peftk has no prompt methods"):
+        getattr(peftk.PeftType, kind)
+    with pytest.raises(ValueError, match=f"peft_type: expected one of .* got '{kind}'"):
+        peftk.get_peft_config({"peft_type": kind})
+
+
 # -- configurations -----------------------------------------------------------------------------------------------
 
 
@@ -218,6 +249,13 @@ def test_weighted_adapters_are_those_of_peft(kind: str) -> None:
         layer = ours.base_model.model.layers[0].query
         one, other, found = (layer.get_delta_weight(name) for name in ("default", "b", "sum"))
         assert torch.allclose(found, 0.7 * one - 0.4 * other, atol=1e-5)
+
+
+def test_the_sum_of_adapters_with_another_scale_is_the_sum() -> None:
+    model = trained(peftk.get_peft_model(toy(), lora(r=4, use_rslora=True)))
+    model.add_weighted_adapter(["default"], [0.5], "halved", "cat")
+    layer = model.base_model.model.layers[0].query
+    assert torch.allclose(layer.get_delta_weight("halved"), 0.5 * layer.get_delta_weight("default"), atol=1e-6)
 
 
 def test_weighted_adapters_by_chance_keep_the_mean() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..base.config import Form, PeftType, check_int, check_number, warn_of_field
+from ..base.config import Form, PeftType, check_bool, check_int, check_number, warn_of_field
 from ..lora.config import MAX_ALPHA, MAX_RANK, LoraConfig
 
 MAX_STEPS = 2**53
@@ -32,6 +32,8 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
         beta1: Smoothing of the importance, between 0 and 1.
         beta2: Smoothing of its uncertainty, between 0 and 1.
         orth_reg_weight: Weight of the orthogonality term, see `PeftModel.orthogonality_loss`.
+        orth_reg_in_loss: Whether a model with a `task_type` adds that term to `outputs.loss`, as PEFT does. It is not
+            in files.
         total_step: Number of training steps; required.
         rank_pattern: Which of its `init_r` triplets each layer keeps; found in training and read from files.
         lora_alpha: As in `LoraConfig`; 0 or less stands for `init_r`.
@@ -62,7 +64,9 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     total_step: int | None = None
+    orth_reg_in_loss: bool = True
 
+    _never_in_file = LoraConfig._never_in_file | {"orth_reg_in_loss"}
     _forms = (Form("AdaLoRA", {"init_r": 4, "target_r": 2, "total_step": 9}),)
     _meaning: ClassVar[tuple[str, ...]] = ("init_r", "lora_alpha", "bias", "modules_to_save")
     _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -91,6 +95,7 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)!r}")
         check_number("orth_reg_weight", self.orth_reg_weight, 0, 1e6)
+        check_bool("orth_reg_in_loss", self.orth_reg_in_loss)
         if self.total_step is None:
             raise ValueError("total_step: expected the number of training steps, got None")
         check_int("total_step", self.total_step, 1, MAX_STEPS)

@@ -39,6 +39,7 @@ class AdaLoRAConv(AdaLoRALinear):
         torch.Size([1, 8, 3, 3])
     """
 
+    peft_class_prefix = "SVD"
     base_kinds: ClassVar[tuple[str, ...]] = ("Conv1d", "Conv2d", "Conv3d")
 
     @classmethod

@@ -43,6 +43,7 @@ class AdaLoRALinear(AdapterLayer):
         torch.Size([2, 8])
     """
 
+    peft_class_prefix = "SVD"
     base_kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "ranknum")
     parameter_names = frozenset(adapter_layer_names)

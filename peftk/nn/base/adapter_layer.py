@@ -73,6 +73,7 @@ class AdapterLayer(Mergeable, Scalable):
 
     Attributes:
         base_kinds: Which of `KINDS` the class wraps.
+        peft_class_prefix: What stands before the kind in the name of PEFT's class for it.
         adapter_layer_names: The containers of parameters, in PEFT's order. An adapter need not have all of them.
         parameter_names: Those that hold bare parameters (`hada_w1_a.<adapter>`); the others hold modules
             (`lora_A.<adapter>.weight`).
@@ -93,6 +94,7 @@ class AdapterLayer(Mergeable, Scalable):
     """
 
     base_kinds: ClassVar[tuple[str, ...]] = ("Linear",)
+    peft_class_prefix: ClassVar[str] = ""
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     parameter_names: ClassVar[frozenset[str]] = frozenset()
     constant_names: ClassVar[frozenset[str]] = frozenset()

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, EnumMeta
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -36,7 +36,14 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftType(str, Enum):
+class _Methods(EnumMeta):
+    def __getattr__(cls, name: str) -> Any:
+        if name in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+            raise NotImplementedError(f"PeftType.{name}: peftk has no prompt methods; use Hugging Face PEFT for them")
+        raise AttributeError(f"PeftType has no {name!r}; it has {', '.join(cls.__members__)}")
+
+
+class PeftType(str, Enum, metaclass=_Methods):
     """The adapter methods that peftk implements."""
 
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
