@@ -20,6 +20,7 @@ from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.trainable_tokens import TrainableTokens
 from .names import place_of
 from .targets import HEADS, candidates, describe_unknown, places, resolve, resolve_saved
+from .ties import tie_copies
 from .tokens import layers_for, plan_tokens, tokens_of
 
 PATTERNS = ("rank_pattern", "alpha_pattern", "block_size_pattern")
@@ -107,15 +108,20 @@ def make_plan(
             module, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
         )
     _check_patterns(config, adapters, strict)
-    saved = {}
+    saved, ensured = {}, bool(getattr(config, "ensure_weight_tying", False))
     found = resolve_saved(model, config, asked)
     owners = _owners(model) if found else {}
     for path in found:
         module = modules[path]
-        _tell_shared(path, module, held, owners)
+        if not ensured:
+            _tell_shared(path, module, held, owners)
         saved[path] = copy_onloaded(getattr(module, "original_module", module))
+    tied = ensured and tie_copies(modules, saved, adapters)
     options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
-    return Plan(name, config, adapters, saved, *plan_tokens(model, config, {**adapters, **saved}, **options))
+    plan = Plan(name, config, adapters, saved, *plan_tokens(model, config, {**adapters, **saved}, **options))
+    if ensured and not tied and not plan.tied:
+        warnings.warn("ensure_weight_tying: nothing that the adapter trains shares its weight", stacklevel=3)
+    return plan
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.base.offloading import copy_onloaded
 from .names import unwrapped
 
 _TIED = "_tied_weights_keys"
@@ -48,6 +50,45 @@ def note_untied(model: nn.Module) -> None:
         )
 
 
+def tie_copies(modules: Mapping[str, nn.Module], saved: dict[str, nn.Module], adapted: Container[str]) -> bool:
+    """Let the copies of modules that share a weight share one too, and copy those of them that were not named.
+
+    Args:
+        modules: The modules of a model by path.
+        saved: The copies that an adapter trains in full; others are added.
+        adapted: The paths of the modules that the adapter adapts.
+
+    Returns:
+        Whether any share one.
+
+    Raises:
+        NotImplementedError: Modules that share a weight are adapted.
+    """
+    sharing: dict[int, dict[str, nn.Module]] = {}
+    for path, module in modules.items():
+        own = getattr(module, "original_module", getattr(module, "base_layer", module))
+        weight = own._parameters.get("weight")
+        if weight is not None:
+            sharing.setdefault(id(weight), {})[path] = own
+    found = False
+    for group in sharing.values():
+        if len(group) == 1:
+            continue
+        if any(path in adapted for path in group):
+            raise NotImplementedError(
+                f"ensure_weight_tying=True: {[*group]} have one weight, and one of them is adapted; it is implemented "
+                "for modules_to_save and trainable_token_indices"
+            )
+        if not any(path in saved for path in group):
+            continue
+        source = next((path for path, module in group.items() if isinstance(module, nn.Embedding)), next(iter(group)))
+        saved.update({path: copy_onloaded(module) for path, module in group.items() if path not in saved})
+        for path in group:
+            saved[path].weight = saved[source].weight
+        found = True
+    return found
+
+
 def _ties(module: nn.Module) -> dict[str, str]:
     """Return the names of the parameters that a transformers model ties, each with what it is tied to."""
     expand = getattr(type(module), "get_expanded_tied_weights_keys", None)
@@ -87,4 +128,4 @@ def _keep_only(model: nn.Module, kept: list[tuple[nn.Module, dict[str, str]]], b
             known.pop(name, None)
 
 
-__all__ = ["note_untied"]
+__all__ = ["note_untied", "tie_copies"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -39,8 +38,6 @@ def plan_tokens(
     """
     modules = candidates(model)
     ensured = bool(getattr(config, "ensure_weight_tying", False))
-    if ensured:
-        _check_no_tied(modules, taken)
     asked = _asked(model, modules, getattr(config, _FIELD, None))
     tied = _tied(modules, asked, ensured)
     adapters = {}
@@ -49,8 +46,6 @@ def plan_tokens(
     for path, indices in asked.items():
         if path not in tied:
             adapters[path] = TrainableTokens.of_rows(_base(modules[path]), indices, path, **options)
-    if ensured and asked and not tied:
-        warnings.warn("ensure_weight_tying: no layer shares its weight with the embedding", stacklevel=4)
     return adapters, tied
 
 
@@ -146,21 +141,6 @@ def _tied(modules: Mapping[str, nn.Module], asked: Mapping[str, list[int]], ensu
         if other is None:
             tied.update(dict.fromkeys(group, source))
     return tied
-
-
-def _check_no_tied(modules: Mapping[str, nn.Module], taken: Mapping[str, Any]) -> None:
-    """Raise NotImplementedError if an embedding that is adapted, or trained in full, shares its weight."""
-    held: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        weight = getattr(_base(getattr(module, "original_module", module)), "weight", None)
-        if weight is not None and not isinstance(module, ModulesToSaveWrapper):
-            held.setdefault(id(weight), []).append(path)
-    for paths in held.values():
-        if len(paths) > 1 and any(path in taken for path in paths):
-            raise NotImplementedError(
-                f"ensure_weight_tying=True: {paths} have one weight and are in target_modules or modules_to_save; "
-                "it is implemented for trainable_token_indices only"
-            )
 
 
 def _check_free(path: str, module: nn.Module, taken: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import peftk
 from peftk import AdaLoraConfig, LoraConfig, PeftModel, get_layer_status, get_peft_model
 from peftk.nn.trainable_tokens import TiedTokens, TrainableTokens
 from peftk.testing.compare import assert_close, assert_same_bits
@@ -333,6 +334,54 @@ def test_adalora_trains_tokens_too(tmp_path):
     assert_same_bits(logits(PeftModel.from_pretrained(llama(True), tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_copies_of_tied_modules_stay_tied(names, tmp_path):
+    values = {"r": 2, "target_modules": ["q_proj"], "ensure_weight_tying": True, "init_lora_weights": False}
+    models = []
+    for library in (peftk, peft):
+        torch.manual_seed(1)
+        model = library.get_peft_model(llama(True), library.LoraConfig(**values, modules_to_save=list(names)))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.add_(torch.linspace(0, 1, parameter.numel()).view_as(parameter))
+        logits(model).square().sum().backward()
+        models.append(model)
+    ours, theirs = models
+    assert_close(logits(ours), logits(theirs).double(), torch.float32)
+    found, expected = ({n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in models)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient.double(), torch.float32, what=name)
+    for who, model in (("ours", ours), ("theirs", theirs)):
+        model.save_pretrained(str(tmp_path / who), save_embedding_layers=False)
+        for library in (peftk, peft):
+            loaded = library.PeftModel.from_pretrained(llama(True), str(tmp_path / who))
+            assert_close(logits(loaded), logits(theirs).double(), torch.float32)
+    keys = [load_file(tmp_path / who / "adapter_model.safetensors").keys() for who in ("ours", "theirs")]
+    assert keys[0] == keys[1]
+    y = logits(ours)
+    done = copy.deepcopy(ours).merge_and_unload()
+    assert done.lm_head.weight is done.model.embed_tokens.weight
+    assert_close(logits(done), y.double(), torch.float32)
+    assert_same_bits(logits(ours.unload()), logits(llama(True)))
+
+
+def test_what_is_interrupted_changes_nothing(monkeypatch):
+    base = llama(True)
+    before = {n: (type(m), [p.requires_grad for p in m.parameters(recurse=False)]) for n, m in base.named_modules()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TiedTokens, "attach", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get_peft_model(base, config([1]))
+    assert before == {
+        n: (type(m), [p.requires_grad for p in m.parameters(recurse=False)]) for n, m in base.named_modules()
+    }
+
+
 def test_what_is_refused_changes_nothing():
     for tokens, values, match in (
         ({"embed_token": [1]}, {}, "trainable_token_indices: no module has this name.*embed_tokens"),
@@ -349,11 +398,8 @@ def test_what_is_refused_changes_nothing():
             get_peft_model(base, config(tokens, **values))
         assert before == {name: type(module) for name, module in base.named_modules()}
     with pytest.raises(NotImplementedError, match="ensure_weight_tying"):
-        LoraConfig(ensure_weight_tying=True)
-    with pytest.raises(NotImplementedError, match="ensure_weight_tying"):
-        base = llama(True)
-        get_peft_model(base, config({"norm": [1]}, ensure_weight_tying=True, modules_to_save=["lm_head"]))
-    with pytest.warns(UserWarning, match="ensure_weight_tying: no layer shares"):
+        get_peft_model(llama(True), LoraConfig(r=1, target_modules=["embed_tokens"], ensure_weight_tying=True))
+    with pytest.warns(UserWarning, match="ensure_weight_tying: nothing that the adapter trains"):
         get_peft_model(llama(False), config([1], ensure_weight_tying=True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -143,6 +143,7 @@ BAD = [
     *((LoraConfig, "bias", v) for v in ["oft_only", "", None, True, 1]),
     *((LoraConfig, "use_rslora", v) for v in [1, "yes", None]),
     *((LoraConfig, "use_dora", v) for v in [1, "yes", None]),
+    *((LoraConfig, "ensure_weight_tying", v) for v in [1, "yes", None]),
     *((LoraConfig, "init_lora_weights", v) for v in [1, None, 0.5]),
     *((LoraConfig, "target_modules", v) for v in [[], [1], [""], 3, "(", ""]),
     *((LoraConfig, "modules_to_save", v) for v in ["head", [1], 3]),
@@ -222,7 +223,6 @@ NOT_YET = {
     "monteclora_config": {"a": 1},
     "use_bdlora": {"a": 1},
     "kasa_config": {"a": 1},
-    "ensure_weight_tying": True,
 }
 
 

@@ -66,8 +66,9 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         trainable_token_indices: Rows of the input embeddings that are trained, such as those of new tokens; or names of
             embeddings to their rows. Layers that share the weight of such an embedding follow it, unless they are named
             with other rows.
-        ensure_weight_tying: Raise an error where tied layers are named with other rows, and warn where nothing is
-            tied. Tied layers in `target_modules` or `modules_to_save` are not implemented with it.
+        ensure_weight_tying: Let the trained copies of tied modules in `modules_to_save` be tied, whichever of them is
+            named; raise an error where tied layers are named with other rows; warn where nothing is tied. For
+            `target_modules` it is not implemented.
 
     The remaining fields belong to variants that are not implemented; a value other than the default raises
     NotImplementedError.
@@ -162,10 +163,6 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     def _check_tokens(self) -> None:
         tokens = self.trainable_token_indices
         if tokens is None:
-            if self.ensure_weight_tying:
-                raise NotImplementedError(
-                    "ensure_weight_tying=True: implemented for trainable_token_indices only, which is None"
-                )
             return
         if not isinstance(tokens, (list, tuple, dict)):
             raise TypeError(f"trainable_token_indices: expected a list of ints or a dict of lists, got {shown(tokens)}")
