@@ -12,6 +12,7 @@ from .models.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from .models.base_state import get_base_model_state_dict, set_base_model_state_dict
 from .models.inject import inject_adapter_in_model
 from .models.peft_model import PeftModel, get_peft_model
 from .models.preparation import create_loraplus_optimizer, prepare_model_for_kbit_training
@@ -98,6 +99,7 @@ __all__ = [
     "create_loraplus_optimizer",
     "explain",
     "functional",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -108,6 +110,7 @@ __all__ = [
     "nn",
     "prepare_model_for_kbit_training",
     "rescale_adapter_scale",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "use_backend",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,12 +20,17 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from tools.peft_place import REFUSED
+from tools.peft_place import SWITCH as IN_PLACE
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("test_custom_models.py", "test_mixed.py", "test_lora_variants.py", "test_initialization.py")
 METHODS = "(lora or loha or lokr or oft or c3a)"
 # Other methods, whose names have one of those in them.
 OTHERS = "velora or adamss or vera or shira or miss or hira or randlora or gralora or bdlora or deft or unilora or osf"
 SWITCH = "PEFTK_ACCELERATE"
+_WORDS = ("NotImplementedError", "cannot be adapted", "pickles are refused", "needs groups=1", "tools.peft_place")
+"""Words of messages by which peftk refuses a feature that README names."""
 
 
 def pytest_configure(config: object) -> None:
@@ -55,31 +61,63 @@ def unpacked(folder: Path) -> Path:
     return tests
 
 
-def run(tests: Path, accelerate: bool, results: Path, workers: int, select: str) -> dict[str, str]:
-    """Run the tests and return how each of them ended."""
+def run(tests: Path, switch: str, results: Path, workers: int, select: str) -> dict[str, str]:
+    """Run the tests, with one of the plugins switched on, and return how each of them ended."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        SWITCH: "1" if accelerate else "",
+        **({switch: "1"} if switch else {}),
     }
-    call = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "tools.peft_tests", "-p", "no:warnings", "-q"]
+    call = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "tools.peft_place",
+        "-p",
+        "tools.peft_tests",
+        "-p",
+        "no:warnings",
+        "-q",
+    ]
     call += ["-n", str(workers), "-k", select, f"--junitxml={results}", "--tb=line", "-r", "N"]
-    call += [f"tests/{file}" for file in FILES]
+    call += [f"tests/{file}" for file in (FILES[:1] if switch == IN_PLACE else FILES)]
     subprocess.run(call, cwd=tests.parent, env=environment, check=False)
-    return read(results)
+    return read(results, switch == IN_PLACE)
 
 
-def read(results: Path) -> dict[str, str]:
-    """Return how each test of a JUnit file ended; of one that was skipped, why."""
+def read(results: Path, in_place: bool = False) -> dict[str, str]:
+    """Return how each test of a JUnit file ended; of one that was skipped, or with peftk in place failed, why."""
     found = {}
     for case in Xml.parse(results).iter("testcase"):
         ends = [child for child in case if child.tag in ("failure", "error", "skipped")]
         end = ends[0].tag if ends else "passed"
-        reason = f": {ends[0].get('message')}" if end == "skipped" else ""
+        reason = f": {ends[0].get('message')}" if ends and (end == "skipped" or in_place) else ""
         found[f"{case.get('classname')}::{case.get('name')}"] = end + reason
     return found
+
+
+def print_in_place(ends: dict[str, str]) -> int:
+    """Print how tests ended that met peftk in the place of PEFT; see `tools.peft_place`."""
+    kinds: Counter[str] = Counter()
+    different: Counter[str] = Counter()
+    for end in ends.values():
+        kind, _, said = end.partition(": ")
+        refused = REFUSED in said or any(word in said for word in _WORDS)
+        name = "passed" if kind == "passed" else REFUSED if refused else kind if kind == "skipped" else "different"
+        kinds[name] += 1
+        if name == "different":
+            different[re.sub(r"\d+", "#", said.partition("\n")[0])[:120]] += 1
+    print(f"{len(ends)} tests: {', '.join(f'{count} {name}' for name, count in kinds.most_common())}")
+    tried = kinds["passed"] + kinds["different"]
+    print(f"{kinds['passed'] / max(tried, 1):.1%} of those that ask for nothing refused pass")
+    for said, count in different.most_common(40):
+        print(f"{count:6} {said}")
+    return int(not tried)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,12 +126,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peft-tests", help="where the tests are kept")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("-k", dest="select", default=f"{METHODS} and not ({OTHERS})", help="pytest's -k")
+    parser.add_argument("--in-place", action="store_true", help="with peftk in the place of PEFT, custom models alone")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     tests = unpacked(options.folder.resolve())
+    if options.in_place:
+        return print_in_place(run(tests, IN_PLACE, tests.parent / "place.xml", options.workers, options.select))
     off, on = (
-        run(tests, accelerate, tests.parent / f"{accelerate}.xml", options.workers, options.select)
-        for accelerate in (False, True)
+        run(tests, switch, tests.parent / f"{bool(switch)}.xml", options.workers, options.select)
+        for switch in ("", SWITCH)
     )
     changed = [name for name in off.keys() | on.keys() if off.get(name) != on.get(name)]
     counts = Counter(end.partition(":")[0] for end in off.values())

@@ -50,7 +50,6 @@ ABSENT = {
             "resize_state_dict_by_rank_pattern",
             "subtract_mutated_init",
             "supports_lora_conversion",
-            "uses_shared_state",
         ),
         _MISSING,
     ),
@@ -376,6 +375,8 @@ class Tuner(Allocating):
         check_keep_base(keep_base)
         names = self._check_merge(adapter_names)
         layers = [layer for _, layer in self._layers()]
+        if layers and all(layer.merged_adapters and not layer._to_merge(names) for layer in layers):
+            warnings.warn("merge_adapter: all of these are merged already; nothing is left to merge", stacklevel=3)
         with self._switches(layers):
             for layer in layers:
                 layer.merge_checked(safe_merge, names, keep_base=keep_base)

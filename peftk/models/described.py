@@ -14,6 +14,7 @@ from ..nn import AdapterLayer, PeftConfig
 class Described(nn.Module):
     """The part of `Tuner` that answers such questions."""
 
+    uses_shared_state = False
     prefix: str = ""
     """What the names of the parameters of the first adapter's method begin with."""
 

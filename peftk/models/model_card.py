@@ -8,19 +8,20 @@ from collections.abc import Mapping
 from ..nn import PeftConfig
 
 
-def write_model_card(folder: str, configs: Mapping[str, PeftConfig]) -> None:
+def write_model_card(folder: str, configs: Mapping[str, PeftConfig], named: bool) -> None:
     """Write `README.md` into a folder, unless there is one.
 
     Args:
         folder: The folder.
         configs: The configuration of every adapter, by name.
+        named: Whether the base model has a configuration, and so a name that the hub may know.
     """
     path = os.path.join(folder, "README.md")
     if os.path.lexists(path) or not configs:
         return
     base = next((c.base_model_name_or_path for c in configs.values() if c.base_model_name_or_path), None)
     # A folder of somebody's machine is no name that others know.
-    known = base if base and not os.path.isabs(base) and not os.path.exists(base) else None
+    known = base if named and base and not os.path.isabs(base) and not os.path.exists(base) else None
     tags = sorted({c._kind.lower() for c in configs.values()})
     lines = ["---", "library_name: peft", *([f"base_model: {known}"] if known else []), "tags:"]
     lines += [f"- base_model:adapter:{known}"] if known else []

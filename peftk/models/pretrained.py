@@ -93,7 +93,8 @@ class Pretrained(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write `README.md`, a model card for the hub, into a folder; one that is there stays as it is."""
-        write_model_card(os.fspath(output_dir), self.peft_config)
+        named = hasattr(self.base_model.model, "config")
+        write_model_card(os.fspath(output_dir), self.peft_config, named)
 
     def push_to_hub(
         self,

@@ -117,7 +117,10 @@ def set_peft_model_state_dict(
         raise TypeError(f"peft_model_state_dict: expected a dict, got {type(peft_model_state_dict).__name__}")
     given = {PREFIX + without_wrappers(k).removeprefix(PREFIX): (k, v) for k, v in peft_model_state_dict.items()}
     plan.materialise()
-    targets = {**embedding_tensors(tuner.model, plan, copies=True), **tuner._file_tensors(plan)}
+    # A trained bias of the base model may be in a dict, although this adapter's configuration does not train it.
+    own = tuner.model.state_dict(keep_vars=True).items()
+    targets = {PREFIX + without_wrappers(name): tensor for name, tensor in own}
+    targets |= {**embedding_tensors(tuner.model, plan, copies=True), **tuner._file_tensors(plan)}
     values, unexpected, mismatched = {}, [], []
     for key, (name, value) in given.items():
         if key not in targets:

@@ -194,6 +194,22 @@ def test_tensors_that_do_not_fit_change_nothing() -> None:
         peftk.set_peft_model_state_dict(trained_bias, found)
 
 
+def test_biases_that_the_configuration_does_not_train_are_taken_too() -> None:
+    model = trained(peftk.get_peft_model(toy(), lora(bias="lora_only")))
+    fresh = peftk.get_peft_model(toy(), lora()).eval()
+    assert not peftk.set_peft_model_state_dict(fresh, peftk.get_peft_model_state_dict(model)).unexpected_keys
+    assert torch.equal(fresh(X), model(X))
+
+
+def test_merging_again_is_told() -> None:
+    model = trained(peftk.get_peft_model(toy(), lora()))
+    model.merge_adapter()
+    y = model(X)
+    with pytest.warns(UserWarning, match="merge_adapter: all of these are merged already"):
+        model.merge_adapter()
+    assert torch.equal(model(X), y)
+
+
 def test_files_are_read_and_written_with_a_given_state_dict(tmp_path) -> None:
     model = trained(peftk.get_peft_model(toy(), lora()))
     doubled = {key: value * 2 for key, value in model.state_dict().items()}
@@ -202,6 +218,32 @@ def test_files_are_read_and_written_with_a_given_state_dict(tmp_path) -> None:
     assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k] * 2) for k in found)
     renamed = peftk.load_peft_weights(tmp_path, key_mapping={"query": "other"})
     assert renamed.keys() == {key.replace("query", "other") for key in found}
+
+
+@pytest.mark.parametrize("method", TOYS)
+def test_the_base_model_in_an_adapted_one(method: str) -> None:
+    base = toy()
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    config = copy.deepcopy(TOYS[method].config)
+    config.modules_to_save = ["classifier"]
+    model = trained(peftk.get_peft_model(base, config))
+    found = peftk.get_base_model_state_dict(model)
+    assert found.keys() == before.keys() and all(torch.equal(found[key], before[key]) for key in before)
+    if method != "adaption_prompt":
+        model.merge_adapter()
+        merged = peftk.get_base_model_state_dict(model)
+        assert all(torch.equal(merged[key], before[key]) for key in before)
+        with pytest.raises(ValueError, match="merged"):
+            peftk.set_base_model_state_dict(model, found)
+        model.unmerge_adapter()
+    doubled = {key: tensor * 2 for key, tensor in before.items()}
+    assert peftk.set_base_model_state_dict(model, doubled) == ([], [])
+    assert all(torch.equal(tensor, doubled[key]) for key, tensor in peftk.get_base_model_state_dict(model).items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        peftk.set_base_model_state_dict(model, {})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peftk.set_base_model_state_dict(model, doubled | {"classifier.bias": torch.zeros(1)})
+    assert peftk.set_base_model_state_dict(model, {"odd": X}, strict=False).unexpected_keys == ["odd"]
 
 
 @pytest.mark.parametrize("config", [lora(), oft()], ids=["lora", "oft"])
@@ -377,7 +419,9 @@ def test_pushing_uploads_the_saved_folder(monkeypatch) -> None:
             return type("Commit", (), {"commit_url": f"address of {repo_id}"})()
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    model = peftk.get_peft_model(toy(), lora(base_model_name_or_path="someone/model"))
+    base = toy()
+    base.config = object()
+    model = peftk.get_peft_model(base, lora(base_model_name_or_path="someone/model"))
     assert model.push_to_hub("me/adapter", private=True, token="t") == "address of me/adapter"
     assert seen["files"].keys() >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     card = seen["files"]["README.md"].decode()
