@@ -39,7 +39,7 @@ test-long: $(DONE)-test  ## Run the tests that take minutes: thousands of damage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n $(JOBS) --dist loadgroup -q $(ARGS)
 
 # What PEFT's own tests import beyond what ours do.
-test-peft: $(DONE)-test  ## Run PEFT's own tests without and with peftk.accelerate: all must end alike
+test-peft: $(DONE)-test  ## Run PEFT's own tests without and with peftk.accelerate; ARGS=--in-place: with peftk in PEFT's place
 	$(PIP) parameterized attrs scipy datasets
 	$(BIN)/python -m tools.peft_tests $(ARGS)
 

@@ -114,3 +114,9 @@ __all__ = [
     "set_peft_model_state_dict",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    raise AttributeError(
+        f"peftk has no {name!r}; if Hugging Face PEFT has it, it is not here yet: docs/methods.md says what is"
+    )
