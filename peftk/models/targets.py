@@ -252,20 +252,12 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
     unknown = []
     if not isinstance(spec, str):
         unknown = sorted(unknown_names(model, spec))
-    if unknown and strict and by_name:
+    if unknown and (strict or not by_name):
+        said = _same_module(model, modules, unknown) or f"not in the model: {describe_unknown(unknown, modules)}"
+        if not by_name:
+            raise ValueError(f"target_modules: {said}")
         # As in PEFT: lists of names are written for whole families of models.
-        warn_of_field(
-            f"target_modules: not in the model, and left out: {describe_unknown(unknown, modules)}", stacklevel=2
-        )
-    if unknown and not by_name:
-        meant = _selector(unknown)
-        for paths in places(model).values():
-            other = next((path for path in paths if path not in modules and meant(path)), None)
-            if other is not None and paths[0] in modules:
-                raise ValueError(
-                    f"target_modules: {other!r} is the same module as {paths[0]!r}, under which name it is adapted"
-                )
-        raise ValueError(f"target_modules: not in the model: {describe_unknown(unknown, modules)}")
+        warn_of_field(f"target_modules: {said}; the other names are adapted", stacklevel=2)
     if not by_name:
         raise ValueError(f"target_modules: {_unmatched(spec, modules)}")
     if config.exclude_modules and not any(map(_selector(config.exclude_modules), by_name)):
@@ -285,6 +277,16 @@ def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.M
             f"{shown(config.layers_to_transform)} or layers_pattern={shown(config.layers_pattern)}"
         )
     return kept
+
+
+def _same_module(model: nn.Module, modules: dict[str, nn.Module], unknown: list[str]) -> str | None:
+    """Say that an unknown name is a second one of a module, if it is."""
+    meant = _selector(unknown)
+    for paths in places(model).values():
+        other = next((path for path in paths if path not in modules and meant(path)), None)
+        if other is not None and paths[0] in modules:
+            return f"{other!r} is the same module as {paths[0]!r}, under which name it is adapted"
+    return None
 
 
 def _renamed(model: nn.Module, names: Collection[str]) -> set[str]:
