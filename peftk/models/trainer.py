@@ -39,7 +39,10 @@ class AdapterTrainerMixin(_Trainer):
             return None
         for kind in ("fsdp", "deepspeed"):
             if getattr(self, f"is_{kind}_enabled", False):
-                raise NotImplementedError(f"{kind}: expected whole parameters; sharded adapters cannot be saved yet")
+                raise NotImplementedError(
+                    f"{kind}: expected whole parameters; a Trainer cannot save and resume sharded adapters yet: use a "
+                    "loop of your own, and save_pretrained(state_dict=...)"
+                )
         return model
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -51,8 +54,10 @@ class AdapterTrainerMixin(_Trainer):
             return
         folder = self.args.output_dir if output_dir is None else output_dir
         model.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        # As the Trainer does: a collator may have the only tokenizer.
+        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processing is not None:
+            processing.save_pretrained(folder)
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,26 @@ def arguments(folder, **kwargs):
 
 def trained(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Collator:
+    """Puts rows together, and has a tokenizer that knows how to save itself."""
+
+    def __init__(self):
+        self.tokenizer = self
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+    def __call__(self, rows):
+        return torch.utils.data.default_collate(rows)
+
+
+def test_the_tokenizer_of_a_collator_is_saved_too(tmp_path):
+    model = get_peft_model(bert(), lora(task_type="SEQ_CLS"))
+    trainer = AdapterTrainer(model, arguments(tmp_path), train_dataset=Rows(), data_collator=Collator())
+    trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("kind", [Trainer, AdapterTrainer])
