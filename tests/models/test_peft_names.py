@@ -98,8 +98,8 @@ def test_layers_are_called_what_peft_calls_them(method: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
 def test_prompt_methods_are_refused_by_name(kind: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"PeftType.{kind}: peftk has no prompt methods"):
-        getattr(peftk.PeftType, kind)
+    # Scripts ask whether a configuration has one of these types.
+    assert lora().peft_type != peftk.PeftType[kind]
     with pytest.raises(ValueError, match=f"peft_type: expected one of .* got '{kind}'"):
         peftk.get_peft_config({"peft_type": kind})
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from enum import Enum, EnumMeta
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -36,15 +36,8 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class _Methods(EnumMeta):
-    def __getattr__(cls, name: str) -> Any:
-        if name in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
-            raise NotImplementedError(f"PeftType.{name}: peftk has no prompt methods; use Hugging Face PEFT for them")
-        raise AttributeError(f"PeftType has no {name!r}; it has {', '.join(cls.__members__)}")
-
-
-class PeftType(str, Enum, metaclass=_Methods):
-    """The adapter methods that peftk implements."""
+class PeftType(str, Enum):
+    """The adapter methods that peftk implements, and the prompt methods that scripts ask about, which it refuses."""
 
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     ADALORA = "ADALORA"
@@ -55,6 +48,9 @@ class PeftType(str, Enum, metaclass=_Methods):
     LORA = "LORA"
     OFT = "OFT"
     XLORA = "XLORA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
 
 
 read_from: ContextVar[str | None] = ContextVar("read_from", default=None)
