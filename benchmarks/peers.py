@@ -20,8 +20,8 @@ from .methods import METHODS, Cell, Values
 class Bench:
     """The inputs, the frozen layer and the adapter's values of a cell, and the arms that use them."""
 
-    def __init__(self, cell: Cell, seed: int = 0, device: str = "cpu") -> None:
-        self.cell, self.device = cell, device
+    def __init__(self, cell: Cell, seed: int = 0, device: str = "cpu", training: bool = True) -> None:
+        self.cell, self.device, self.training = cell, device, training
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, spread: float = 1.0, dtype: torch.dtype = cell.dtype) -> Tensor:
@@ -180,7 +180,7 @@ class Bench:
             # A layer with fewer of them, such as PEFT's BOFT, takes the first.
             parameter.data = self.values[name][: len(parameter)].clone()
             parameter.requires_grad_()
-        layer.train()
+        layer.train(self.training)
         return parameters
 
     def compiled(self) -> Arm:
@@ -209,7 +209,7 @@ class Bench:
                 self.device, self.cell.parameters
             )
             parameter.requires_grad_()
-        layer.train()
+        layer.train(self.training)
         return self.arm("lycoris", layer, parameters, note=note, remark=variant.remark, exact=variant.exact)
 
 

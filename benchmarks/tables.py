@@ -348,6 +348,25 @@ def accelerated(results: Results) -> Iterable[Table]:
         )
 
 
+def decode(results: Results) -> Iterable[Table]:
+    """What a layer takes on few rows without gradients."""
+    rows = []
+    for c in results.of("decode"):
+        found = {arm: c.rows[arm].found for arm in ("frozen", "peftk", "accelerated", "hf") if arm in c.rows}
+        us = ["-" if (t := found.get(a, {}).get("median_us")) is None else f"{t:.1f}" for a in found]
+        ratios = (found.get(arm, {}).get("ratio") for arm in ("peftk", "hf"))
+        rows.append((c.info["cell"], *us, *("-" if not ratio else f"{ratio:.2f}" for ratio in ratios), _samples(c)))
+    if rows:
+        yield Table(
+            "Few rows without gradients: microseconds",
+            "The forward pass of one layer in evaluation mode, recording nothing, on one thread: the frozen layer, "
+            "peftk's, PEFT's under `peftk.accelerate`, and PEFT's. The last two columns are multiples of the frozen "
+            "layer.",
+            ("cell", "frozen", "peftk", "accelerated", "PEFT", "peftk / frozen", "PEFT / frozen", "N"),
+            rows,
+        )
+
+
 def _mib(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**20:.1f}"
 
@@ -376,5 +395,6 @@ def everything(results: Results) -> list[Table]:
         *overhead(results),
         *model(results),
         *accelerated(results),
+        *decode(results),
     ]
     return [*found, *costs.tables(results), *missing(results)]
