@@ -86,7 +86,8 @@ class Tuner(Allocating):
         self._start_allocating()
         # What training has changed since is not in any adapter.
         self._counted: dict[str, int] = {}
-        self.train(model.training)
+        # Not by train(), which would reach into the model.
+        self.training = model.training
 
     if TYPE_CHECKING:
         # A property of `XLoraModel`: nobody puts another one here.

@@ -11,7 +11,7 @@ from ..checkpoint.container import shown
 from ..nn import AdapterLayer
 from ..nn.base.saved import ModulesToSaveWrapper
 from .adapters import Tuner
-from .loading import LoadResult
+from .loading import LoadResult, check_there
 from .state_dict import tuner_of
 
 
@@ -86,6 +86,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     if wrong:
         shapes = "; ".join(f"{n}: {tuple(state_dict[n].shape)}, not {tuple(own[n].shape)}" for n in wrong)
         raise RuntimeError(f"state_dict: size mismatch for {shapes}")
+    check_there({name: own[name] for name in state_dict if name in own})
     for name, value in state_dict.items():
         if name in own:
             own[name].copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ def inject_adapter_in_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if state_dict is not None:
+        config = copy.copy(config)
         config.target_modules = _layers_of(state_dict)
     adapted = any(isinstance(module, AdapterLayer) for module in model.modules())
     tuner: Tuner = tuner_of(model)[0] if adapted else tuner_for(model, config)

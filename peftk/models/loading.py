@@ -144,7 +144,7 @@ def read_into_plan(
             embeddings = {key: found[key] for key in embeddings}
     targets = {**tuner._file_tensors(plan), **embeddings}
     check_not_merged(tuner, targets)
-    _check_there(targets)
+    check_there(targets)
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     changed = [targets[key] for key in values if id(targets[key]) in own]
     return Reading(plan, lambda: copy_into(targets, values), changed)
@@ -282,7 +282,7 @@ def check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
             )
 
 
-def _check_there(targets: Mapping[str, Tensor]) -> None:
+def check_there(targets: Mapping[str, Tensor]) -> None:
     away = [key for key, tensor in targets.items() if tensor.is_meta]
     if away:
         raise ValueError(

@@ -17,7 +17,7 @@ from ..nn.base.config import check_choice
 from .adapters import Tuner
 from .embeddings import embedding_tensors, embeddings_to_save
 from .file_keys import PREFIX, taken_from, unaliased
-from .loading import LoadResult, check_not_merged
+from .loading import LoadResult, check_not_merged, check_there
 from .names import unwrapped, without_wrappers
 
 
@@ -102,13 +102,13 @@ def set_peft_model_state_dict(
         peft_model_state_dict: Key to tensor, as `get_peft_model_state_dict` and `load_peft_weights` return them.
         adapter_name: The adapter.
         ignore_mismatched_sizes: Leave tensors of another shape out, with a warning, instead of raising.
-        low_cpu_mem_usage: Accepted for scripts that pass it: an adapter on the meta device gets memory anyway.
+        low_cpu_mem_usage: Accepted for scripts that pass it: adapters of this package always have memory.
 
     Returns:
         The keys without a partner, on either side.
 
     Raises:
-        ValueError: There is no such adapter, or it is merged.
+        ValueError: There is no such adapter, it is merged, or what is to be written is on the meta device.
         RuntimeError: A shape differs.
     """
     tuner, _ = tuner_of(model)
@@ -116,7 +116,6 @@ def set_peft_model_state_dict(
     if not isinstance(peft_model_state_dict, Mapping):
         raise TypeError(f"peft_model_state_dict: expected a dict, got {type(peft_model_state_dict).__name__}")
     given = {PREFIX + without_wrappers(k).removeprefix(PREFIX): (k, v) for k, v in peft_model_state_dict.items()}
-    plan.materialise()
     # A trained bias of the base model may be in a dict, although this adapter's configuration does not train it.
     own = tuner.model.state_dict(keep_vars=True).items()
     targets = {PREFIX + without_wrappers(name): tensor for name, tensor in own}
@@ -132,6 +131,7 @@ def set_peft_model_state_dict(
     if mismatched and not ignore_mismatched_sizes:
         raise RuntimeError(f"peft_model_state_dict: size mismatch for {'; '.join(mismatched)}")
     check_not_merged(tuner, {key: targets[key] for key in values})
+    check_there({key: targets[key] for key in values})
     if mismatched:
         warnings.warn(
             f"peft_model_state_dict: left out, because ignore_mismatched_sizes is True: {'; '.join(mismatched)}",

@@ -32,7 +32,8 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
     def restore() -> None:
         for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update(scaling)
+            # An adapter that was deleted meanwhile stays deleted.
+            layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
 
     with put_back(restore):
         for layer in layers:

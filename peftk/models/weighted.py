@@ -13,6 +13,7 @@ from torch import Tensor
 from ..methods._base_layer import kind_of
 from ..nn import AdapterLayer, LoraConfig
 from ..nn.base.config import check_choice, check_int, check_number
+from ..nn.lora.start import starts_inside
 from .adapters import Tuner
 
 _PRUNING = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
@@ -116,7 +117,12 @@ def _checked(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float]) ->
         config = tuner.peft_config[name]
         if not isinstance(config, LoraConfig):
             raise ValueError(f"adapters: expected LoRA adapters, got {name!r}, which is {config._kind}")
-        for field in ("use_dora", "lora_bias", "modules_to_save"):
+        if starts_inside(config.init_lora_weights):
+            raise ValueError(
+                f"adapters: {name!r} has init_lora_weights={config.init_lora_weights!r}, whose update is what its factors "
+                "have moved by; save it with path_initial_model_for_weight_conversion and load that"
+            )
+        for field in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
             if getattr(config, field):
                 raise ValueError(
                     f"adapters: {name!r} has {field}, of which a weighted sum of low-rank updates has no part; merge "

@@ -47,11 +47,12 @@ def as_config(argument: str, value: object) -> PeftConfig:
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
-    if field.default is not dataclasses.MISSING:
-        return bool(value == field.default) or not value
+    default = field.default
     if field.default_factory is not dataclasses.MISSING:
-        return bool(value == field.default_factory()) or not value
-    return not value
+        default = field.default_factory()
+    # None and an empty container ask for the same: nothing.
+    nothing = [v is None or (isinstance(v, (dict, list, set, tuple)) and not v) for v in (value, default)]
+    return bool(value == default) or all(nothing)
 
 
 def _plain(value: Any) -> Any:
