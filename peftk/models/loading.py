@@ -283,6 +283,7 @@ def check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
 
 
 def check_there(targets: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor that is to be written has no memory."""
     away = [key for key, tensor in targets.items() if tensor.is_meta]
     if away:
         raise ValueError(

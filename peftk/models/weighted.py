@@ -119,8 +119,8 @@ def _checked(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float]) ->
             raise ValueError(f"adapters: expected LoRA adapters, got {name!r}, which is {config._kind}")
         if starts_inside(config.init_lora_weights):
             raise ValueError(
-                f"adapters: {name!r} has init_lora_weights={config.init_lora_weights!r}, whose update is what its factors "
-                "have moved by; save it with path_initial_model_for_weight_conversion and load that"
+                f"adapters: {name!r} has init_lora_weights={config.init_lora_weights!r}, whose update is what its "
+                "factors have moved by; save it with path_initial_model_for_weight_conversion and load that"
             )
         for field in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
             if getattr(config, field):

@@ -209,7 +209,7 @@ def left_to_peft(layer: Any, x: Tensor) -> bool:
     """Whether an input of one adapter has few rows, and not so few, without gradients, as peftk has a short way for."""
     if x.numel() >= FEW_ROWS * layer.in_features:
         return False
-    return torch.is_grad_enabled() or not few(x, layer.in_features)
+    return torch.is_grad_enabled() or layer.training or not few(x, layer.in_features)
 
 
 def unfit_rows(layer: Any, x: Tensor, small: bool) -> str | None:
