@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
+from ..checkpoint.writer import replace_together
 from ..nn import PeftConfig
 
 
@@ -29,8 +31,9 @@ def write_model_card(folder: str, configs: Mapping[str, PeftConfig], named: bool
     lines += ["- peftk", "---", "", f"# Adapter: {', '.join(c._kind for c in configs.values())}", ""]
     lines += ["Load it onto its base model with Hugging Face PEFT, or with peftk:", "", "```python"]
     lines += ["from peftk import PeftModel", "", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""]
-    with open(path, "x", encoding="utf-8") as stream:
-        stream.write("\n".join(lines))
+    # As a whole or not at all: half a card would stay for ever.
+    os.makedirs(folder, exist_ok=True)
+    replace_together(Path(folder), {"README.md": lambda stream: stream.write("\n".join(lines).encode())})
 
 
 __all__ = ["write_model_card"]

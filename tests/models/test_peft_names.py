@@ -311,15 +311,42 @@ def test_weighted_adapters_by_chance_keep_the_mean() -> None:
     assert torch.allclose(found[kept], 2 * whole[kept], atol=1e-4) and 0.2 < kept.float().mean() < 0.8
 
 
+def test_what_callers_have_stays_as_it_is() -> None:
+    base = toy()
+    base.layers[0].eval()
+    config = lora(target_modules=["value"])
+    keys = peftk.get_peft_model_state_dict(peftk.get_peft_model(toy(), lora()))
+    model = peftk.inject_adapter_in_model(config, base, state_dict=keys)
+    assert config.target_modules == {"value"} and hasattr(model.layers[0].query, "lora_A")
+    peftk.get_peft_model_state_dict(model)
+    assert not model.layers[0].training and not model.layers[0].query.training and model.layers[1].training
+    model = peftk.get_peft_model(toy(), lora())
+    model.add_adapter("other", lora())
+    with peftk.rescale_adapter_scale(model, 2.0):
+        model.delete_adapter("other")
+    assert all(layer.scaling.keys() == {"default"} for _, layer in model.base_model._layers())
+
+
+def test_nothing_is_written_where_there_is_no_memory() -> None:
+    tensors = peftk.get_peft_model_state_dict(peftk.get_peft_model(toy(), lora()))
+    model = peftk.get_peft_model(toy(), lora()).to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        peftk.set_peft_model_state_dict(model, tensors)
+    with pytest.raises(ValueError, match="meta device"):
+        peftk.set_base_model_state_dict(model, toy().state_dict())
+
+
 def test_weighted_adapters_that_do_not_go_together_are_refused() -> None:
     model = peftk.get_peft_model(toy(), lora(r=4))
     model.add_adapter("small", lora(r=2))
     model.add_adapter("dora", lora(use_dora=True))
     model.add_adapter("turned", oft(target_modules=["classifier"]))
+    model.add_adapter("pissa", lora(init_lora_weights="pissa"))
     for arguments, text in (
         ((["default", "small"], [1, 1], "new", "linear"), "their ranks differ"),
         ((["default", "dora"], [1, 1], "new"), "'dora' has use_dora"),
         ((["default", "turned"], [1, 1], "new"), "expected LoRA adapters, got 'turned'"),
+        ((["default", "pissa"], [1, 1], "new"), "'pissa' has init_lora_weights='pissa'"),
         ((["default"], [1, 1], "new"), "weights: expected 1 numbers"),
         ((["default"], [1], "new", "ties"), "density"),
         ((["default"], [1], "new", "sum"), "combination_type"),
