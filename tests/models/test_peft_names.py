@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 
 import peft
 import pytest
 import torch
+from support.beside_peft import both, theirs_of, trained
 from support.layer_cases import TOYS
 from support.toy_model import X, lora, oft, toy
-from torch import nn
 
 import peftk
 from peftk.nn import PeftConfig
+from peftk.testing.compare import assert_close
 
 TASKS = {
     "CAUSAL_LM": "PeftModelForCausalLM",
@@ -24,30 +24,6 @@ TASKS = {
     "QUESTION_ANS": "PeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "PeftModelForFeatureExtraction",
 }
-
-
-def trained(model: nn.Module) -> nn.Module:
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.normal_(std=0.3)
-    return model.eval()
-
-
-def both(config: PeftConfig, name: str = "default") -> list[nn.Module]:
-    """Return the same model with the same adapter, of PEFT and of this package."""
-    pairs = (peft, theirs_of(config)), (peftk, copy.deepcopy(config))
-    made = [lib.get_peft_model(toy(), given, name) for lib, given in pairs]
-    trained(made[0])
-    made[1].load_state_dict(made[0].state_dict(), strict=False)
-    return [model.eval() for model in made]
-
-
-def theirs_of(config: PeftConfig) -> peft.PeftConfig:
-    cls = getattr(peft, type(config).__name__)
-    known = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in config.to_dict().items() if k in known and k not in ("peft_type", "runtime_config")})
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -255,7 +231,7 @@ def test_injected_adapters(config: PeftConfig) -> None:
     expected = peft.get_peft_model_state_dict(trained(theirs))
     assert peftk.get_peft_model_state_dict(ours).keys() == expected.keys()
     peftk.set_peft_model_state_dict(ours, expected)
-    assert torch.allclose(ours.eval()(X), theirs(X), atol=1e-5)
+    assert_close(ours.eval()(X), theirs(X).detach().double(), torch.float32)
     peftk.inject_adapter_in_model(config, ours, "second")
     assert peftk.get_peft_model_state_dict(ours, adapter_name="second").keys() == expected.keys()
     by_keys = peftk.inject_adapter_in_model(
@@ -267,96 +243,6 @@ def test_injected_adapters(config: PeftConfig) -> None:
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------
-
-COMBINATIONS = ["linear", "svd", "cat", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"]
-
-
-@pytest.mark.parametrize("kind", COMBINATIONS)
-def test_weighted_adapters_are_those_of_peft(kind: str) -> None:
-    theirs, ours = both(lora(r=4, lora_alpha=6))
-    for model, lib in ((theirs, peft), (ours, peftk)):
-        config = lib.LoraConfig(r=4, lora_alpha=2, target_modules=["query", "value"])
-        model.add_adapter("b", config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            if ".b." in name:
-                p.normal_(std=0.3)
-    ours.load_state_dict(theirs.state_dict(), strict=False)
-    for model in (theirs, ours):
-        model.add_weighted_adapter(["default", "b"], [0.7, -0.4], "sum", kind, density=0.5)
-        model.set_adapter("sum")
-    assert torch.allclose(ours(X), theirs(X), atol=2e-4)
-    if kind == "cat":
-        layer = ours.base_model.model.layers[0].query
-        one, other, found = (layer.get_delta_weight(name) for name in ("default", "b", "sum"))
-        assert torch.allclose(found, 0.7 * one - 0.4 * other, atol=1e-5)
-
-
-def test_the_sum_of_adapters_with_another_scale_is_the_sum() -> None:
-    model = trained(peftk.get_peft_model(toy(), lora(r=4, use_rslora=True)))
-    model.add_weighted_adapter(["default"], [0.5], "halved", "cat")
-    layer = model.base_model.model.layers[0].query
-    assert torch.allclose(layer.get_delta_weight("halved"), 0.5 * layer.get_delta_weight("default"), atol=1e-6)
-
-
-def test_weighted_adapters_by_chance_keep_the_mean() -> None:
-    model = trained(peftk.get_peft_model(toy(), lora(r=4)))
-    torch.manual_seed(0)
-    model.add_weighted_adapter(["default"], [1.0], "thin", "dare_linear_svd", density=0.5, svd_rank=12)
-    layer = model.base_model.model.layers[0].query
-    found, whole = layer.get_delta_weight("thin"), layer.get_delta_weight("default")
-    assert not torch.allclose(found, whole, atol=1e-3)
-    kept = found.abs() > 1e-5
-    assert torch.allclose(found[kept], 2 * whole[kept], atol=1e-4) and 0.2 < kept.float().mean() < 0.8
-
-
-def test_what_callers_have_stays_as_it_is() -> None:
-    base = toy()
-    base.layers[0].eval()
-    config = lora(target_modules=["value"])
-    keys = peftk.get_peft_model_state_dict(peftk.get_peft_model(toy(), lora()))
-    model = peftk.inject_adapter_in_model(config, base, state_dict=keys)
-    assert config.target_modules == {"value"} and hasattr(model.layers[0].query, "lora_A")
-    peftk.get_peft_model_state_dict(model)
-    assert not model.layers[0].training and not model.layers[0].query.training and model.layers[1].training
-    model = peftk.get_peft_model(toy(), lora())
-    model.add_adapter("other", lora())
-    with peftk.rescale_adapter_scale(model, 2.0):
-        model.delete_adapter("other")
-    assert all(layer.scaling.keys() == {"default"} for _, layer in model.base_model._layers())
-
-
-def test_nothing_is_written_where_there_is_no_memory() -> None:
-    tensors = peftk.get_peft_model_state_dict(peftk.get_peft_model(toy(), lora()))
-    model = peftk.get_peft_model(toy(), lora()).to("meta")
-    with pytest.raises(ValueError, match="meta device"):
-        peftk.set_peft_model_state_dict(model, tensors)
-    with pytest.raises(ValueError, match="meta device"):
-        peftk.set_base_model_state_dict(model, toy().state_dict())
-
-
-def test_weighted_adapters_that_do_not_go_together_are_refused() -> None:
-    model = peftk.get_peft_model(toy(), lora(r=4))
-    model.add_adapter("small", lora(r=2))
-    model.add_adapter("dora", lora(use_dora=True))
-    model.add_adapter("turned", oft(target_modules=["classifier"]))
-    model.add_adapter("pissa", lora(init_lora_weights="pissa"))
-    for arguments, text in (
-        ((["default", "small"], [1, 1], "new", "linear"), "their ranks differ"),
-        ((["default", "dora"], [1, 1], "new"), "'dora' has use_dora"),
-        ((["default", "turned"], [1, 1], "new"), "expected LoRA adapters, got 'turned'"),
-        ((["default", "pissa"], [1, 1], "new"), "'pissa' has init_lora_weights='pissa'"),
-        ((["default"], [1, 1], "new"), "weights: expected 1 numbers"),
-        ((["default"], [1], "new", "ties"), "density"),
-        ((["default"], [1], "new", "sum"), "combination_type"),
-        ((["nobody"], [1], "new"), "nobody"),
-        (([], [], "new"), "at least one"),
-        ((["default"], [1], "small"), "exists already"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            model.add_weighted_adapter(*arguments)
-    assert "new" not in model.peft_config
 
 
 def test_the_scale_of_all_adapters_for_a_while() -> None:
@@ -402,118 +288,26 @@ def test_preparing_for_few_bits() -> None:
         peftk.prepare_model_for_kbit_training(plain)
 
 
-# -- repositories -------------------------------------------------------------------------------------------------
-
-
-def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path, monkeypatch) -> None:
-    model = trained(peftk.get_peft_model(toy(), lora()))
-    revision = "a" * 40
-    cached = tmp_path / "models--someone--adapter"
-    model.save_pretrained(cached / "snapshots" / revision)
-    model.save_pretrained(cached / "snapshots" / revision / "inner")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(revision)
-    options = {"cache_dir": str(tmp_path), "local_files_only": True}
-    loaded = peftk.PeftModel.from_pretrained(toy(), "someone/adapter", **options)
-    assert torch.equal(loaded(X), model(X))
-    inner = peftk.PeftModel.from_pretrained(toy(), "someone/adapter", subfolder="inner", **options)
-    assert torch.equal(inner(X), model(X))
-    assert loaded.load_adapter("someone/adapter", "again", **options) == ([], [])
-    assert PeftConfig.from_pretrained("someone/adapter", **options).r == 2
-    for name in ("someone/other", "no such folder, and no name"):
-        with pytest.raises(ValueError, match="model_id: expected the folder of a saved adapter, or the name"):
-            peftk.PeftModel.from_pretrained(toy(), name, **options)
-
-
-def test_pushing_uploads_the_saved_folder(monkeypatch) -> None:
-    import huggingface_hub
-
-    seen = {}
-
-    class Api:
-        def __init__(self, token=None):
-            seen["token"] = token
-
-        def create_repo(self, repo_id, private=None, exist_ok=False):
-            seen["private"] = private
-            return type("Repo", (), {"repo_id": repo_id})()
-
-        def upload_folder(self, *, repo_id, folder_path, **options):
-            from pathlib import Path
-
-            seen["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-            seen["options"] = options
-            return type("Commit", (), {"commit_url": f"address of {repo_id}"})()
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+def test_what_callers_have_stays_as_it_is() -> None:
     base = toy()
-    base.config = object()
-    model = peftk.get_peft_model(base, lora(base_model_name_or_path="someone/model"))
-    assert model.push_to_hub("me/adapter", private=True, token="t") == "address of me/adapter"
-    assert seen["files"].keys() >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-    card = seen["files"]["README.md"].decode()
-    assert "base_model: someone/model" in card and "library_name: peft" in card and "- lora" in card
-    assert json.loads(seen["files"]["adapter_config.json"])["peft_type"] == "LORA"
-    assert (seen["token"], seen["private"], seen["options"]["create_pr"]) == ("t", True, False)
-
-
-def test_a_model_card_that_is_there_stays(tmp_path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    peftk.get_peft_model(toy(), lora()).save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("ephemeral_gpu_offload", True, NotImplementedError),
-        ("use_safetensors", False, NotImplementedError),
-        ("ignore_mismatched_sizes", True, NotImplementedError),
-        ("device_map", "auto", NotImplementedError),
-        ("torch_dtype", torch.bfloat16, NotImplementedError),
-        ("odd", 1, TypeError),
-    ],
-)
-def test_arguments_whose_feature_is_not_here_are_refused_by_name(tmp_path, name, value, error) -> None:
+    base.layers[0].eval()
+    config = lora(target_modules=["value"])
+    keys = peftk.get_peft_model_state_dict(peftk.get_peft_model(toy(), lora()))
+    model = peftk.inject_adapter_in_model(config, base, state_dict=keys)
+    assert config.target_modules == {"value"} and hasattr(model.layers[0].query, "lora_A")
+    peftk.get_peft_model_state_dict(model)
+    assert not model.layers[0].training and not model.layers[0].query.training and model.layers[1].training
     model = peftk.get_peft_model(toy(), lora())
-    model.save_pretrained(tmp_path)
-    with pytest.raises(error, match=name):
-        peftk.PeftModel.from_pretrained(toy(), tmp_path, **{name: value})
-    with pytest.raises(error, match=name):
-        model.load_adapter(tmp_path, "other", **{name: value})
-    assert model.load_adapter(tmp_path, "other", torch_device="cpu", use_safetensors=True) == ([], [])
+    model.add_adapter("other", lora())
+    with peftk.rescale_adapter_scale(model, 2.0):
+        model.delete_adapter("other")
+    assert all(layer.scaling.keys() == {"default"} for _, layer in model.base_model._layers())
 
 
-def test_a_given_configuration_takes_the_place_of_the_file(tmp_path) -> None:
-    model = trained(peftk.get_peft_model(toy(), lora(lora_alpha=8)))
-    model.save_pretrained(tmp_path)
-    loaded = peftk.PeftModel.from_pretrained(toy(), tmp_path, config=lora(lora_alpha=16))
-    assert {layer.scaling["default"] for _, layer in loaded.base_model._layers()} == {8.0}
-    (tmp_path / "adapter_config.json").unlink()
-    again = peftk.PeftModel.from_pretrained(toy(), tmp_path, config=theirs_of(lora(lora_alpha=8)))
-    assert torch.equal(again(X), model(X))
-
-
-def test_a_base_model_and_its_adapter_in_one_call(tmp_path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    for task in ("CAUSAL_LM", None):
-        model = trained(peftk.get_peft_model(base, lora(target_modules=["q_proj"], task_type=task)))
-        model.save_pretrained(tmp_path / "adapter")
-        ids = torch.arange(6)[None]
-        expected = model(input_ids=ids).logits
-        for cls in (peftk.AutoPeftModelForCausalLM, *([] if task else [peftk.AutoPeftModel])):
-            loaded = cls.from_pretrained(tmp_path / "adapter")
-            assert isinstance(loaded, peftk.PeftModel) and torch.allclose(loaded(input_ids=ids).logits, expected)
-        base = model.unload()
-    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    evil = PeftConfig.from_dict(values | {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}})
-    with pytest.raises(ValueError, match=r"auto_mapping: the configuration names os\.system"):
-        peftk.AutoPeftModel.from_pretrained(tmp_path / "adapter", config=evil)
-    with pytest.raises(OSError, match="from_pretrained"):
-        peftk.AutoPeftModel()
+def test_nothing_is_written_where_there_is_no_memory() -> None:
+    tensors = peftk.get_peft_model_state_dict(peftk.get_peft_model(toy(), lora()))
+    model = peftk.get_peft_model(toy(), lora()).to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        peftk.set_peft_model_state_dict(model, tensors)
+    with pytest.raises(ValueError, match="meta device"):
+        peftk.set_base_model_state_dict(model, toy().state_dict())
