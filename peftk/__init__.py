@@ -14,8 +14,9 @@ from .models.auto import (
 )
 from .models.base_state import get_base_model_state_dict, set_base_model_state_dict
 from .models.inject import inject_adapter_in_model
+from .models.optimizers import create_loraplus_optimizer
 from .models.peft_model import PeftModel, get_peft_model
-from .models.preparation import create_loraplus_optimizer, prepare_model_for_kbit_training
+from .models.preparation import prepare_model_for_kbit_training
 from .models.state_dict import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .models.status import get_layer_status, get_model_status
 from .models.strength import rescale_adapter_scale

@@ -101,14 +101,15 @@ class _Place(types.ModuleType):
         elif name.startswith("is_") and name.endswith("_available"):
             found = lambda: False  # noqa: E731 - One of many values.
         elif name.islower() and self.__name__ in ("peft", "peft.tuners"):
-            return importlib.import_module(f"{self.__name__}.{name}") if name in _PACKAGES else _missing(name)
+            package = name in _PACKAGES or name.upper() in peftk.PeftType.__members__
+            return importlib.import_module(f"{self.__name__}.{name}") if package else _missing(name)
         else:
             found = _missing(name)
         setattr(self, name, found)
         return found
 
 
-_PACKAGES = ("tuners", "utils", "lora", "loha", "lokr", "oft", "boft", "c3a", "adalora", "xlora", "mapping", "helpers")
+_PACKAGES = ("tuners", "utils", "mapping", "helpers")
 
 
 def _missing(name: str) -> Any:

@@ -56,7 +56,7 @@ class XLoraPlan(Plan):
 
 def tuner_for(model: nn.Module, config: PeftConfig) -> Tuner:
     """Return an empty tuner for a model whose first adapter has this configuration."""
-    return XLoraModel(model) if isinstance(config, XLoraConfig) else tuner_class(config)(model)
+    return XLoraModel(model) if isinstance(config, XLoraConfig) else tuner_class(type(config))(model)
 
 
 def tuner_for_file(
@@ -75,7 +75,7 @@ def tuner_for_file(
     if not isinstance(config, XLoraConfig):
         if adapters is not None:
             raise ValueError(f"adapters: only for X-LoRA, and {os.fspath(folder)!r} holds {config._kind}")
-        return tuner_class(config)(model)
+        return tuner_class(type(config))(model)
     experts = config.adapters or {}
     if adapters is not None:
         if not isinstance(adapters, Mapping):

@@ -16,11 +16,13 @@ from support.quantised import (
     QUANTISE,
     WEIGHT,
     Locked,
+    adapter_parameters,
     bnb,
     dequantised,
     dynamic,
     linear,
     locked,
+    net,
     severed,
 )
 from torch import nn
@@ -38,10 +40,6 @@ METHODS = [name for name, case in CASES.items() if case.base == "linear" and not
 FRESH = [name for name, case in IDENTITIES.items() if case.base == "linear"]
 # DoRA reads the weight.
 EVERY = [(name, kind) for name in METHODS for kind in QUANTISE] + [("dora", kind) for kind in LIBRARIES]
-
-
-def adapter_parameters(layer):
-    return {name: p for name, p in layer.named_parameters() if "base_layer" not in name}
 
 
 def pair(case, kind, bias=True):
@@ -199,27 +197,6 @@ def test_batches_that_mix_adapters(kind):
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    """Two linear layers that may be quantised, and a head that is not."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.head = nn.Linear(I, 8), nn.Linear(8, O), nn.Linear(O, 3)
-
-    def forward(self, x):
-        return self.head(self.second(self.first(x).relu()))
-
-
-def net(kind=None):
-    model = Net()
-    if kind is not None:
-        model.first, model.second = (QUANTISE[kind](layer) for layer in (model.first, model.second))
-    # What transformers says of such a model, by which PEFT chooses its layers.
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "bnb_nf4", kind == "bnb_int8"
-    return model
-
-
 @pytest.mark.parametrize("kind", LIBRARIES)
 @pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
 def test_lora_is_that_of_peft(kind, tmp_path):
@@ -277,80 +254,6 @@ def test_files_load_on_quantised_and_on_dense_models(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", QUANTISE)
-def test_merging_is_refused_and_changes_nothing(kind):
-    config = copy.deepcopy(CASES["c3a"].config)
-    config.target_modules = ["first", "second"]
-    base = net(kind)
-    parts = [base.first, base.second]
-    model = get_peft_model(base, config)
-    model.add_adapter("dense", LoraConfig(r=2, target_modules=["head"], init_lora_weights=False))
-    x = torch.randn(3, I, requires_grad=True)
-    before, tensors = model(x), adapter_parameters(model)
-    message = rf"'first'.*{type(parts[0]).__name__} is {WEIGHT[kind]},.*unload\(\).*full precision"
-    for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True)):
-        with pytest.raises(ValueError, match=message):
-            merge()
-    for merge in (model.first.merge, model.first.merged_tensors):
-        with pytest.raises(ValueError, match=rf"{WEIGHT[kind]},.*unload\(\)"):
-            merge()
-    assert_same_bits(model(x), before)
-    assert adapter_parameters(model).keys() == tensors.keys()
-    # Layers that are not quantised are merged as ever.
-    model.merge_adapter(["dense"])
-    assert model.head.merged_adapters == ["dense"] and not model.first.merged_adapters
-    model.unmerge_adapter()
-    unloaded = model.unload()
-    assert [unloaded.first, unloaded.second] == parts
-    assert not isinstance(unloaded.head, AdapterLayer)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", LIBRARIES)
-@pytest.mark.parametrize("name", ["lora", "dora", "oft", "lokr"])
-def test_merging_for_good_into_dense_layers(name, kind, dtype):
-    config = copy.deepcopy(CASES[name].config)
-    config.target_modules = ["first"]
-    model = get_peft_model(net(kind).to(dtype) if "torchao" in kind or dtype is torch.float32 else net(kind), config)
-    if dtype is not torch.float32 and "bnb" in kind:
-        model.get_base_model().head.to(dtype)
-    base = model.get_base_model().first
-    dense = layer_class_for(config, linear(sizes=(base.in_features, base.out_features)))
-    other = linear(sizes=(base.in_features, base.out_features)).double()
-    with torch.no_grad():
-        other.weight.copy_(dequantised(base.base_layer))
-        other.bias.copy_(base.bias)
-    exact = dense(other, config, autocast_adapter_dtype=False)
-    exact.load_state_dict({n: p.double() for n, p in base.state_dict().items() if "base_layer" not in n}, strict=False)
-    x = torch.randn(3, I)
-    if name == "lora":
-        with torch.no_grad():
-            base.lora_A["default"].weight[0, 0], kept = torch.nan, base.lora_A["default"].weight[0, 0].clone()
-        with pytest.raises(ValueError, match="safe_merge"):
-            model.merge_and_unload(safe_merge=True, dequantise=True)
-        assert type(base.base_layer.weight).__name__ == WEIGHT[kind], "what fails changes nothing"
-        with torch.no_grad():
-            base.lora_A["default"].weight[0, 0] = kept
-    merged = model.merge_and_unload(dequantise=True).first
-    assert type(merged) is nn.Linear
-    assert_close(merged(x.to(merged.weight.dtype)), exact(x.double()), merged.weight.dtype)
-    assert_close(merged.weight, exact.merged_tensors()["weight"], merged.weight.dtype)
-
-
-def test_the_configuration_of_a_model_that_is_dense_now_is_told():
-    model = net("bnb_nf4")
-    model.config = LlamaConfig(quantization_config={"load_in_4bit": True})
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["first"]))
-    with pytest.warns(UserWarning, match="dequantise: 1 layers are dense now, .* quantization_config"):
-        adapted.merge_and_unload(dequantise=True)
-
-
-def test_what_nobody_can_read_is_not_made_dense():
-    model = get_peft_model(net("locked"), LoraConfig(r=2, target_modules=["first"]))
-    with pytest.raises(ValueError, match=r"unload\(\)"):
-        model.merge_and_unload(dequantise=True)
-
-
-@pytest.mark.parametrize("kind", QUANTISE)
 def test_the_status_names_the_library(kind):
     config = copy.deepcopy(CASES["oft"].config)
     config.target_modules = ["first", "second"]
@@ -402,7 +305,7 @@ def test_half_precision_parameters_are_those_of_peft(kind):
     made = []
     for library in (peftk, peft):
         for autocast in (True, False):
-            base = Net().bfloat16()
+            base = net().bfloat16()
             base.first = _bnb_half(base.first) if kind == "bnb_nf4" else QUANTISE[kind](base.first)
             base.is_loaded_in_4bit, base.is_loaded_in_8bit = kind == "bnb_nf4", kind == "bnb_int8"
             torch.manual_seed(1)

@@ -126,3 +126,28 @@ def dynamic():
     layer = linear()
     quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
     return layer
+
+
+def adapter_parameters(layer):
+    return {name: p for name, p in layer.named_parameters() if "base_layer" not in name}
+
+
+class Net(nn.Module):
+    """Two linear layers that may be quantised, and a head that is not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(I, 8), nn.Linear(8, O), nn.Linear(O, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()))
+
+
+def net(kind=None):
+    model = Net()
+    if kind is not None:
+        model.first, model.second = (QUANTISE[kind](layer) for layer in (model.first, model.second))
+    # What transformers says of such a model, by which PEFT chooses its layers.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "bnb_nf4", kind == "bnb_int8"
+    return model
