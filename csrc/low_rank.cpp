@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -95,7 +94,7 @@ void low_rank(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<T
 }
 
 void low_rank_few(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> gate, double scale,
-                  Tensor& out, std::optional<Tensor> hidden) {
+                  Tensor& out) {
   const Dtype dtype = check_dtype(x, "x");
   const int64_t depth = a.dim() == 2 ? a.size(1) : 0, rank = a.dim() == 2 ? a.size(0) : 0;
   STD_TORCH_CHECK(depth > 0 && x.numel() % depth == 0, "a: expected shape (rank, depth of x)");
@@ -106,7 +105,6 @@ void low_rank_few(const Tensor& x, const Tensor& a, const Tensor& b, std::option
   STD_TORCH_CHECK(out.scalar_type() == x.scalar_type() && out.numel() == rows * columns,
                   "out: expected the dtype of x and as many rows");
   if (gate) check_shape(*gate, "gate", rank);
-  if (hidden) check_shape(*hidden, "hidden", rows, rank);
   const Buffer products(new float[rows * rank]);
   const LowRankFewParams p{x.const_data_ptr(),
                            floats(a),
@@ -120,7 +118,6 @@ void low_rank_few(const Tensor& x, const Tensor& a, const Tensor& b, std::option
                            dtype};
   parallel_for(0, rank, 1 + kTaskOperations / (1 + depth * rows),
                [&](int64_t begin, int64_t end) { low_rank_few_hidden_cpu(p, begin, end); });
-  if (hidden) std::memcpy(writable(*hidden), p.hidden, sizeof(float) * rows * rank);
   for (int64_t i = 0; i < rows * rank; ++i)
     p.hidden[i] *= (gate ? floats(*gate)[i % rank] : 1.0f) * static_cast<float>(scale);
   parallel_for(0, columns, 1 + kTaskOperations / (1 + rank * rows),
@@ -190,9 +187,7 @@ void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Ten
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def("low_rank(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out, Tensor(b!) hidden) -> ()");
-  m.def(
-      "low_rank_few(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out, Tensor(b!)? hidden) -> "
-      "()");
+  m.def("low_rank_few(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out) -> ()");
   m.def(
       "low_rank_backward(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor? gate, float scale, "
       "Tensor(a!) dx, Tensor(b!) da, Tensor(c!) db, Tensor(d!) dgate) -> ()");

@@ -80,7 +80,7 @@ def few_(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, scal
         hidden = torch.mm(_as_rows(x), a.mT)
         _as_rows(out).addmm_(hidden if gate is None else hidden.mul_(gate), b.mT, alpha=scale)
     else:
-        _few(x, a, b, gate, scale, out, None)
+        _few(x, a, b, gate, scale, out)
 
 
 def _gate_rows(gate: Tensor) -> Tensor:
