@@ -45,7 +45,7 @@ def test_adapters_come_and_go():
     assert list(model.peft_config) == ["other"]
     model.delete_adapter("other")
     assert torch.equal(model(X), expected)
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="does not exist"):
         model.delete_adapter("other")
 
 

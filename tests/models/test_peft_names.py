@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import peft
 import pytest
@@ -269,6 +270,29 @@ def test_an_adapter_taken_from_the_weight_needs_memory() -> None:
     with pytest.raises(ValueError, match=r"low_cpu_mem_usage: .*pissa"):
         peftk.inject_adapter_in_model(lora(init_lora_weights="pissa"), base, low_cpu_mem_usage=True)
     assert before.keys() == base.state_dict().keys()
+
+
+def test_disabled_layers_are_restored_one_by_one_and_frozen_meanwhile() -> None:
+    model = peftk.get_peft_model(toy(), lora(modules_to_save=["classifier"]))
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    layers[0].enable_adapters(False)
+    layers[1].lora_B["default"].weight.requires_grad_(False)
+    trained_before = {name for name, p in model.named_parameters() if p.requires_grad}
+    with model.disable_adapter():
+        assert all(layer.disable_adapters for layer in layers)
+        assert not any(p.requires_grad for p in model.parameters())
+    assert [layer.disable_adapters for layer in layers] == [True] + [False] * (len(layers) - 1)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained_before
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained_before
+
+
+def test_a_configuration_for_loading_is_copied(tmp_path: Path) -> None:
+    peftk.get_peft_model(toy(), lora()).save_pretrained(tmp_path)
+    config = lora()
+    model = peftk.PeftModel.from_pretrained(toy(), tmp_path, config=config)
+    assert model.peft_config["default"].inference_mode and not config.inference_mode
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ class ModulesToSaveWrapper(nn.Module):
     """
 
     adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
