@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -91,14 +92,32 @@ class Allocating(Described):
                 outputs.loss = loss + self.orthogonality_loss()
         return outputs
 
-    def _pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned."""
-        config = self.peft_config[name]
+    def _pruned(self, name: str, tensors: dict[str, Tensor], config: PeftConfig | None = None) -> dict[str, Tensor]:
+        """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned.
+
+        `config` is that of a file, if the adapter is to be compared with one.
+        """
+        config = config or self.peft_config.get(name)
         if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
             for path, layer in self._layers():
                 if name in layer.adapter_names:
                     layer.prune(name, config.kept_triplets(path), tensors, f"{PREFIX}{path}.")
         return tensors
+
+    def _widened(self, name: str, values: dict[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:
+        """Return what a pruned file holds as an adapter holds it that has more triplets: zeros for the others."""
+        if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
+            for path, layer in self._layers():
+                if name in layer.adapter_names:
+                    layer.widen(name, config.kept_triplets(path), values, f"{PREFIX}{path}.")
+        return values
+
+    def _take_pattern(self, name: str, config: PeftConfig) -> None:
+        """Let an adapter that got the values of a file know which triplets that has pruned, and forget its averages."""
+        ours = self.peft_config.get(name)
+        if isinstance(ours, AdaLoraConfig) and isinstance(config, AdaLoraConfig) and ours is not config:
+            ours.rank_pattern = copy.deepcopy(config.rank_pattern)
+            self._forget_allocator(name)
 
 
 __all__ = ["Allocating"]

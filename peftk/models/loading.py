@@ -133,7 +133,7 @@ def read_into_plan(
         _rename_fields(model, config, key_mapping)
         plan = naming_the_file(folder, lambda: _plan_from_file(tuner, folder, name, config, autocast))
     rename = _rename(model, folder, tuner._file_tensors(plan), key_mapping)
-    values, embeddings = _values(tuner, folder, plan, saved, rename)
+    values, embeddings = _values(tuner, folder, plan, config, saved, rename)
     if name not in tuner.peft_config:
         if plan.adapters:
             tell_missing(model, plan, os.path.join(folder, files.WEIGHTS_NAME), {*values})
@@ -147,7 +147,12 @@ def read_into_plan(
     check_there(targets)
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     changed = [targets[key] for key in values if id(targets[key]) in own]
-    return Reading(plan, lambda: copy_into(targets, values), changed)
+
+    def fill() -> None:
+        copy_into(targets, values)
+        tuner._take_pattern(name, config)
+
+    return Reading(plan, fill, changed)
 
 
 def _plan_from_file(
@@ -231,6 +236,7 @@ def _values(
     tuner: Tuner,
     folder: str | os.PathLike[str],
     plan: Plan,
+    config: PeftConfig,
     saved: Mapping[str, Any] | None,
     rename: Rename,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -238,9 +244,10 @@ def _values(
     from ..checkpoint import CheckpointError
     from ..checkpoint import peft as files
 
-    targets = tuner._file_tensors(plan)
+    targets = tuner._pruned(plan.name, tuner._file_tensors(plan), config)
     try:
-        return files.read_adapter(folder, *_expected(targets), saved, rename), {}
+        values = files.read_adapter(folder, *_expected(targets), saved, rename)
+        return tuner._widened(plan.name, values, config), {}
     except CheckpointError:
         # Whole embeddings stand in the file where the vocabulary was resized, and PEFT adds those of adapted ones.
         embeddings = embedding_tensors(tuner.model, plan, copies=True)
@@ -249,7 +256,8 @@ def _values(
         if not found:
             raise
     _check_vocabulary(os.path.join(folder, files.WEIGHTS_NAME), found, shapes)
-    return files.read_adapter(folder, *_expected({**targets, **found}), saved, rename), found
+    values = files.read_adapter(folder, *_expected({**targets, **found}), saved, rename)
+    return tuner._widened(plan.name, values, config), found
 
 
 def _check_vocabulary(file: str, embeddings: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

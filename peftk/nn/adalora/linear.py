@@ -108,12 +108,29 @@ class AdaLoRALinear(AdapterLayer):
 
     def prune(self, name: str, kept: list[int], tensors: dict[str, Tensor], prefix: str) -> None:
         """Take the triplets that are not among `kept` out of an adapter's tensors, whose keys begin with `prefix`."""
-        rows = [row for row, triplet in enumerate(self.triplets[name]) if triplet in set(kept)]
+        rows = self._rows(name, kept)
         if len(rows) == self.r[name]:
             return
         for container in ("lora_A", "lora_E", "lora_B"):
             key = prefix + container
             tensors[key] = tensors[key][:, rows].contiguous() if container == "lora_B" else tensors[key][rows]
+
+    def widen(self, name: str, kept: list[int], tensors: dict[str, Tensor], prefix: str) -> None:
+        """Undo what `prune` does: the triplets that are not among `kept` are zeros."""
+        rows = self._rows(name, kept)
+        if len(rows) == self.r[name]:
+            return
+        for container in ("lora_A", "lora_E", "lora_B"):
+            key, dim = prefix + container, int(container == "lora_B")
+            if key in tensors:
+                shape = list(tensors[key].shape)
+                shape[dim] = self.r[name]
+                index = torch.tensor(rows, dtype=torch.long, device=tensors[key].device)
+                tensors[key] = tensors[key].new_zeros(shape).index_copy(dim, index, tensors[key])
+
+    def _rows(self, name: str, kept: list[int]) -> list[int]:
+        among = set(kept)
+        return [row for row, triplet in enumerate(self.triplets[name]) if triplet in among]
 
 
 __all__ = ["AdaLoRALinear", "AdaLoraConfig"]
