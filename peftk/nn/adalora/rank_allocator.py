@@ -94,7 +94,7 @@ class RankAllocator:
         """
         groups: dict[str, list[_Group]] = {}
         try:
-            pairs = []
+            pairs: list[tuple[Tensor, Any]] = []
             for container in _CONTAINERS:
                 mine, theirs = self._parameters(container), state["parameters"][container]
                 pairs += list(zip(mine, theirs, strict=True))
