@@ -14,7 +14,6 @@ from ..nn.adalora.rank_allocator import RankAllocator, orthogonality_loss
 from ..nn.base.config import check_int
 from ..nn.base.undo import all_or_nothing
 from .described import Described
-from .file_keys import PREFIX
 
 
 class Allocating(Described):
@@ -91,26 +90,6 @@ class Allocating(Described):
             if config.task_type is not None and config.orth_reg_in_loss and config.orth_reg_weight:
                 outputs.loss = loss + self.orthogonality_loss()
         return outputs
-
-    def _pruned(self, name: str, tensors: dict[str, Tensor], config: PeftConfig | None = None) -> dict[str, Tensor]:
-        """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned.
-
-        `config` is that of a file, if the adapter is to be compared with one.
-        """
-        config = config or self.peft_config.get(name)
-        if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
-            for path, layer in self._layers():
-                if name in layer.adapter_names:
-                    layer.prune(name, config.kept_triplets(path), tensors, f"{PREFIX}{path}.")
-        return tensors
-
-    def _widened(self, name: str, values: dict[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:
-        """Return what a pruned file holds as an adapter holds it that has more triplets: zeros for the others."""
-        if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
-            for path, layer in self._layers():
-                if name in layer.adapter_names:
-                    layer.widen(name, config.kept_triplets(path), values, f"{PREFIX}{path}.")
-        return values
 
     def _take_pattern(self, name: str, config: PeftConfig) -> None:
         """Let an adapter that got the values of a file know which triplets that has pruned, and forget its averages."""
