@@ -273,7 +273,7 @@ class PeftModel(Pretrained):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run a block with the base model's own outputs; afterwards every layer is exactly as before."""
+        """Run a block with the base model's own outputs and frozen adapters; afterwards all is exactly as before."""
         with self.base_model._disabled():
             yield
 

@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(prepared, tmp_path):
         r"adapter_model.safetensors: several problems(.|\n)*expected \(3, 12\), got \(2, 12\)",
     )
     refused(model, tmp_path / "nowhere", "model_id")
-    refused(model, tmp_path / "first", "adapter_name: unknown: 'defualt'", name="defualt")
+    refused(model, tmp_path / "first", "adapter_name: Adapter defualt does not exist: 'defualt'", name="defualt")
     refused(model, tmp_path / "first", "weird: expected no such argument", TypeError, weird=1)
     model.merge_adapter()
     refused(model, tmp_path / "first", "Cannot hot-swap adapter 'default' because it is currently merged into")

@@ -19,6 +19,7 @@ from .kinds import HALF, dtype_of, why_unsupported
 from .memory import give_memory, with_memory
 from .merging import Mergeable
 from .offloading import TAKE_OFF, call_onloaded, cast_for_calls, comes_and_goes, hooked, onloaded
+from .readable import Readable
 from .scaling import Scalable
 
 
@@ -65,7 +66,7 @@ class Adapter:
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
-class AdapterLayer(Mergeable, Scalable, Filed):
+class AdapterLayer(Mergeable, Scalable, Filed, Readable):
     """A frozen layer with any number of named adapters, of which some are active.
 
     Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
@@ -410,40 +411,6 @@ class AdapterLayer(Mergeable, Scalable, Filed):
             values.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
-    # -- what other code reads off a layer --------------------------------------------------------------------
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The active adapters, under PEFT's other name for them."""
-        return self.active_adapters
-
     def unwrap(self) -> nn.Module:
         """Return the wrapped layer, which is about to take this one's place."""
         return self.base_layer
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the wrapped layer."""
-        return self.base_layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the base layer."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of the base layer, if it has one."""
-        return getattr(self.base_layer, "bias", None)
-
-    def extra_repr(self) -> str:
-        """Name the active and merged adapters and their settings."""
-        parts = [f"active_adapters={self.active_adapters}"]
-        if self.merged_adapters:
-            parts.append(f"merged_adapters={self.merged_adapters}")
-        if self.disable_adapters:
-            parts.append("disabled")
-        for name in self.adapter_names:
-            settings = {key: getattr(self, key) for key in self.other_param_names}
-            values = ", ".join(f"{key}={values[name]}" for key, values in settings.items() if name in values)
-            parts.append(f"{name}=({values})")
-        return ", ".join(parts)
