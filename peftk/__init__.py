@@ -19,6 +19,7 @@ if TYPE_CHECKING or not asked_for():
         AutoPeftModelForTokenClassification,
     )
     from .models.base_state import get_base_model_state_dict, set_base_model_state_dict
+    from .models.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from .models.inject import inject_adapter_in_model
     from .models.optimizers import create_loraplus_optimizer
     from .models.peft_model import PeftModel, get_peft_model
@@ -112,9 +113,11 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "inject_adapter_in_model",
     "load_peft_weights",
     "nn",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "rescale_adapter_scale",
     "set_base_model_state_dict",

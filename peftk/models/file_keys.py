@@ -81,6 +81,33 @@ def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
+def as_in_file(
+    layers: Iterable[tuple[str, AdapterLayer]], name: str, config: PeftConfig, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Change tensors of an adapter into those that a file of `config` has, where the adapter is larger in memory.
+
+    Args:
+        layers: Path and layer of every adapted layer.
+        name: The adapter; there is nothing to change where no layer has it yet.
+        config: The configuration.
+        tensors: File key to tensor.
+    """
+    for path, layer in layers:
+        if name in layer.adapter_names and isinstance(config, layer.config_class):
+            layer.as_in_file(name, config, path, tensors, f"{PREFIX}{path}.")
+    return tensors
+
+
+def as_in_memory(
+    layers: Iterable[tuple[str, AdapterLayer]], name: str, config: PeftConfig, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Undo what `as_in_file` does, of values that were read from a file; arguments as there."""
+    for path, layer in layers:
+        if name in layer.adapter_names and isinstance(config, layer.config_class):
+            layer.as_in_memory(name, config, path, tensors, f"{PREFIX}{path}.")
+    return tensors
+
+
 def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Detach tensors for a file, and copy those whose memory an earlier one of them uses."""
     seen: set[int] = set()

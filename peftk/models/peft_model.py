@@ -18,7 +18,7 @@ from .adapters import Tuner
 from .mixed import mixed_batch
 from .plan import Plan
 from .pretrained import Pretrained, check_base
-from .signature import restore, with_signature_of
+from .signature import refuse_forward_of_trl, restore, with_signature_of
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .weighted import add_weighted_adapter
 from .xlora import tuner_for
@@ -169,6 +169,11 @@ class PeftModel(Pretrained):
 
     def __repr__(self) -> str:
         return getattr(type(self), "_public_class", type(self)).__name__ + super().__repr__()[len(self._get_name()) :]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            refuse_forward_of_trl(value)
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

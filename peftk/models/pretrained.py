@@ -225,6 +225,11 @@ class Pretrained(nn.Module):
         return LoadResult([], [])
 
 
+def local_adapter(model_id: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
+    """Return the folder of an adapter; arguments of loading that ask for what is not here are refused by name."""
+    return _folder(model_id, False, kwargs)
+
+
 def _folder(model_id: str | os.PathLike[str], ephemeral_gpu_offload: object, kwargs: dict[str, Any]) -> str:
     """Check the arguments that PEFT has beside those of its signature, and return the folder of the adapter."""
     where, others = split_hub_arguments(kwargs)
@@ -265,4 +270,4 @@ def check_base(model: object) -> None:
         raise ValueError(f"model: module {adapted!r} is adapted already; call unload on the PeftModel that owns it")
 
 
-__all__ = ["Pretrained", "check_base"]
+__all__ = ["Pretrained", "check_base", "local_adapter"]

@@ -17,7 +17,7 @@ from ..nn.base.config import check_bool, check_choice
 from ..nn.base.memory import with_memory
 from .adapters import Tuner
 from .embeddings import embedding_tensors, embeddings_to_save
-from .file_keys import PREFIX, taken_from, unaliased
+from .file_keys import PREFIX, as_in_file, as_in_memory, taken_from, unaliased
 from .loading import LoadResult, check_not_merged, check_there
 from .names import unwrapped, without_wrappers
 
@@ -84,7 +84,7 @@ def get_peft_model_state_dict(
     tensors = {**tuner._file_tensors(plan), **embeddings}
     if state_dict is not None:
         tensors = taken_from(tuner.model, tensors, state_dict)
-    found = tuner._pruned(adapter_name, unaliased(tensors))
+    found = as_in_file(tuner._layers(), adapter_name, plan.config, unaliased(tensors))
     return {prefix + key.removeprefix(PREFIX): tensor for key, tensor in found.items()}
 
 
@@ -118,6 +118,8 @@ def set_peft_model_state_dict(
     if not isinstance(peft_model_state_dict, Mapping):
         raise TypeError(f"peft_model_state_dict: expected a dict, got {type(peft_model_state_dict).__name__}")
     given = {PREFIX + without_wrappers(k).removeprefix(PREFIX): (k, v) for k, v in peft_model_state_dict.items()}
+    larger = as_in_memory(tuner._layers(), plan.name, plan.config, {key: value for key, (_, value) in given.items()})
+    given = {key: (name, larger[key]) for key, (name, _) in given.items()}
     # A trained bias of the base model may be in a dict, although this adapter's configuration does not train it.
     own = tuner.model.state_dict(keep_vars=True).items()
     targets = {PREFIX + without_wrappers(name): tensor for name, tensor in own}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...methods._base_layer import features_of, kind_of
 from .config import PeftConfig, check_adapter_name
+from .filed import Filed
 from .freezing import note_rerun, set_trainable
 from .kinds import HALF, dtype_of, why_unsupported
 from .memory import give_memory, with_memory
@@ -65,7 +66,7 @@ class Adapter:
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
-class AdapterLayer(Mergeable, Scalable, Readable):
+class AdapterLayer(Mergeable, Scalable, Filed, Readable):
     """A frozen layer with any number of named adapters, of which some are active.
 
     Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.

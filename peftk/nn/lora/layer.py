@@ -18,6 +18,7 @@ from ..base.decomposed import Decomposed
 from ..base.merging import Merged
 from .config import LoraConfig
 from .magnitude import Magnitude
+from .padding import rank_of, resized
 from .start import starts_inside
 
 BASE = "__base__"
@@ -108,6 +109,35 @@ class LoRALayer(Decomposed):
             else:
                 found = found or listened_to(self._factor_class, *self._factor_modules(name))
         return found
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def factors(self, name: str) -> list[tuple[str, nn.Module | nn.Parameter]]:
+        """Return the file key, after the path of the layer, and the holder of A and of B of an adapter."""
+        held = self.adapter_layer_names[:2]
+        return [(c if c in self.parameter_names else f"{c}.weight", getattr(self, c)[name]) for c in held]
+
+    def as_in_file(self, name: str, config: Any, path: str, tensors: dict[str, Tensor], prefix: str) -> None:
+        """Give the factors the rank that the configuration says; in memory there may be zeros beside it."""
+        self._resize(name, self.r[name], self._settings(config, path)["r"], tensors, prefix)
+
+    def as_in_memory(self, name: str, config: Any, path: str, tensors: dict[str, Tensor], prefix: str) -> None:
+        """Put zeros beside factors of a smaller rank; those of a larger one stay as they are."""
+        rank = self._settings(config, path)["r"]
+        if rank < self.r[name]:
+            self._resize(name, rank, self.r[name], tensors, prefix)
+
+    def _resize(self, name: str, before: int, after: int, tensors: dict[str, Tensor], prefix: str) -> None:
+        for which, (key, _) in enumerate(self.factors(name)):
+            factor = tensors.get(prefix + key)
+            # What a caller gives may have another rank, and is refused as it is.
+            if factor is not None and factor.dim() > 1 and rank_of(factor, which, self.groups) == before:
+                tensors[prefix + key] = resized(factor, which, self.groups, after)
+
+    @property
+    def groups(self) -> int:
+        """The groups of the base layer, which a convolution has."""
+        return getattr(self.base_layer, "groups", 1)
 
     @property
     def _factor_class(self) -> type[nn.Module]:
