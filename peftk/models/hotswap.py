@@ -75,7 +75,7 @@ def prepare_model_for_compiled_hotswap(
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        said = "model: it is compiled already; call prepare_model_for_compiled_hotswap *before* compiling the model"
+        said = "model: it is compiled already. Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
             raise ValueError(said)
         if check_compiled == "warn":
