@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint.container import shown
@@ -96,6 +97,25 @@ def as_in_file(
         if name in layer.adapter_names and isinstance(config, layer.config_class):
             layer.as_in_file(name, config, path, tensors, f"{PREFIX}{path}.")
     return tensors
+
+
+def without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the same shapes and dtypes, for those who ask for nothing else."""
+    return {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
+
+
+def check_as_configured(layers: Iterable[tuple[str, AdapterLayer]], name: str, config: PeftConfig) -> None:
+    """Raise ValueError if `update_layer` has given an adapter other settings than its configuration says."""
+    for path, layer in layers:
+        if name in layer.updated:
+            try:
+                same_meaning(layer.updated[name], config, [path])
+            except ValueError as error:
+                raise ValueError(
+                    f"save_pretrained: update_layer of module {path!r} has changed {name!r}, and its "
+                    f"configuration, which the file would have, says something else: {error}; change the fields of "
+                    f"model.peft_config[{name!r}] too"
+                ) from None
 
 
 def as_in_memory(

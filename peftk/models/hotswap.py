@@ -19,7 +19,7 @@ from ..nn.lora.layer import LoRALayer
 from ..nn.lora.padding import resized, set_factor
 from ..nn.lora.start import starts_inside
 from .adapters import Tuner
-from .file_keys import PREFIX, as_in_file, as_in_memory, same_meaning
+from .file_keys import PREFIX, as_in_file, as_in_memory, same_meaning, without_values
 from .loading import (
     check_not_merged,
     check_there,
@@ -75,7 +75,7 @@ def prepare_model_for_compiled_hotswap(
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        said = "model: it is compiled already; call prepare_model_for_compiled_hotswap *before* compiling the model"
+        said = "model: it is compiled already. Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
             raise ValueError(said)
         if check_compiled == "warn":
@@ -284,14 +284,14 @@ def _read(
     from ..checkpoint import peft as files
 
     covered = naming_the_file(folder, lambda: _covered(tuner, plan, config))
-    expected = as_in_file(tuner._layers(), plan.name, config, tuner._file_tensors(plan))
-    left_out = [f"{PREFIX}{path}." for path in plan.adapters if path not in covered]
-    zeros = {key: tensor for key, tensor in expected.items() if key.startswith(tuple(left_out))}
+    targets = tuner._file_tensors(plan)
+    left_out = tuple(f"{PREFIX}{path}." for path in plan.adapters if path not in covered)
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in targets.items() if key.startswith(left_out)}
+    expected = as_in_file(tuner._layers(), plan.name, config, without_values(targets))
     expected = {key: tensor for key, tensor in expected.items() if key not in zeros}
     rename = rename_of(tuner.model, folder, expected, key_mapping)
     read = files.read_adapter(folder, *expected_of(expected), saved, rename)
-    values = {**read, **{key: torch.zeros_like(tensor) for key, tensor in zeros.items()}}
-    return read, as_in_memory(tuner._layers(), plan.name, config, values)
+    return read, {**as_in_memory(tuner._layers(), plan.name, config, read), **zeros}
 
 
 def _covered(tuner: Tuner, plan: Plan, config: LoraConfig) -> set[str]:
@@ -336,6 +336,7 @@ def _fill(layer: AdapterLayer, name: str, config: LoraConfig, path: str, values:
         if values[full].shape != _held(part).shape:
             set_factor(part, which, layer.groups, values.pop(full))
             layer.r[name] = settings["r"]
+    layer.updated.pop(name, None)
     layer.lora_alpha[name] = settings["lora_alpha"]
     layer._first_scaling[name] = settings["scaling"]
     layer.write_scaling(name, settings["scaling"])

@@ -20,7 +20,7 @@ from ..nn.base.config import check_bool, read_from
 from ..nn.base.offloading import TAKE_OFF
 from .adapters import Tuner
 from .embeddings import embedding_tensors, tell_missing
-from .file_keys import PREFIX, as_in_file, as_in_memory, same_meaning
+from .file_keys import PREFIX, as_in_file, as_in_memory, same_meaning, without_values
 from .names import unwrapped, without_wrappers
 from .plan import Plan, copy_into
 from .targets import candidates, resolve, unknown_names
@@ -244,7 +244,7 @@ def _values(
     from ..checkpoint import CheckpointError
     from ..checkpoint import peft as files
 
-    targets = as_in_file(tuner._layers(), plan.name, config, tuner._file_tensors(plan))
+    targets = as_in_file(tuner._layers(), plan.name, config, without_values(tuner._file_tensors(plan)))
     try:
         values = files.read_adapter(folder, *expected_of(targets), saved, rename)
         return as_in_memory(tuner._layers(), plan.name, config, values), {}

@@ -130,6 +130,7 @@ class LoHaLinear(Decomposed):
     parameter_names = frozenset(adapter_layer_names)
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "use_dora")
     config_class = LoHaConfig
+    update_fields = {"r": "r", "alpha": "alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoHaConfig, module_name: str, initialise: bool) -> Adapter:

@@ -235,6 +235,7 @@ class LoKrLinear(Decomposed):
     parameter_names = frozenset(adapter_layer_names)
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "rank_dropout_scale", "use_dora")
     config_class = LoKrConfig
+    update_fields = {"r": "r", "alpha": "alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoKrConfig, module_name: str, initialise: bool) -> Adapter:

@@ -52,6 +52,7 @@ class AdaLoRALinear(AdapterLayer):
     # when it was saved.
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "init_r", "triplets")
     config_class = AdaLoraConfig
+    update_fields = {"r": "init_r", "lora_alpha": "lora_alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: AdaLoraConfig, module_name: str, initialise: bool) -> Adapter:

@@ -72,6 +72,7 @@ class AdaptedAttention(AdapterLayer):
         self.disable_adapters = False
         self._original: dict[str, Tensor] = {}
         self._start_scaling()
+        self.updated = {}
         self.attention = ATTENTIONS[base_layer.config.model_type]
         # What the hooks of one forward pass hand on. They fire only while `_listening`: prompts pass through the same
         # projections, and so does everything while the adapter is off.

@@ -21,6 +21,7 @@ from .merging import Mergeable
 from .offloading import TAKE_OFF, call_onloaded, cast_for_calls, comes_and_goes, hooked, onloaded
 from .readable import Readable
 from .scaling import Scalable
+from .updating import Updatable
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Adapter:
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
-class AdapterLayer(Mergeable, Scalable, Filed, Readable):
+class AdapterLayer(Mergeable, Scalable, Filed, Updatable, Readable):
     """A frozen layer with any number of named adapters, of which some are active.
 
     Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
@@ -154,6 +155,7 @@ class AdapterLayer(Mergeable, Scalable, Filed, Readable):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self._switched = False
+        self.updated = {}
         self._start_scaling()
         # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
         self._original: dict[str, Tensor] = {}
@@ -407,7 +409,7 @@ class AdapterLayer(Mergeable, Scalable, Filed, Readable):
             container = getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
-        for values in (self._first_scaling, self._strengths, self._kept):
+        for values in (self._first_scaling, self._strengths, self._kept, self.updated):
             values.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 

@@ -37,6 +37,7 @@ class LoRALayer(Decomposed):
     file_names = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}  # noqa: RUF012 - a ClassVar of the base
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora")
     config_class = LoraConfig
+    update_fields = {"r": "r", "lora_alpha": "lora_alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
@@ -118,8 +119,29 @@ class LoRALayer(Decomposed):
         return [(c if c in self.parameter_names else f"{c}.weight", getattr(self, c)[name]) for c in held]
 
     def as_in_file(self, name: str, config: Any, path: str, tensors: dict[str, Tensor], prefix: str) -> None:
-        """Give the factors the rank that the configuration says; in memory there may be zeros beside it."""
-        self._resize(name, self.r[name], self._settings(config, path)["r"], tensors, prefix)
+        """Give the factors the rank that the configuration says; in memory there may be zeros beside it.
+
+        Raises:
+            ValueError: There is something else beside it.
+        """
+        before, after = self.r[name], self._settings(config, path)["r"]
+        given = dict(tensors)
+        self._resize(name, before, after, tensors, prefix)
+        if after < before and self._loses(name, before, given, tensors, prefix):
+            raise ValueError(
+                f"r: adapter {name!r} has rank {before} on module {path!r} and its configuration says {after}; set the "
+                "fields of the configuration to what was trained"
+            )
+
+    def _loses(self, name: str, before: int, given: dict[str, Tensor], cut: dict[str, Tensor], prefix: str) -> bool:
+        """Whether an update is more than what its factors have left after they were cut to a rank."""
+        lost = []
+        for which, (key, _) in enumerate(self.factors(name)):
+            whole, rest = given.get(prefix + key), cut.get(prefix + key)
+            if whole is None or rest is None or whole.is_meta:
+                return False
+            lost.append(bool((whole != resized(rest, which, self.groups, before)).any()))
+        return all(lost)
 
     def as_in_memory(self, name: str, config: Any, path: str, tensors: dict[str, Tensor], prefix: str) -> None:
         """Put zeros beside factors of a smaller rank; those of a larger one stay as they are."""
