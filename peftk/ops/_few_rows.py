@@ -1,8 +1,8 @@
 """The low-rank product for few rows that record nothing, as generating a token at a time does: without ceremony.
 
 An operator's way through checks, autograd and the choice of a backend takes longer than a row's own arithmetic. Here
-the base product is torch's own, and what is added costs a call or two, with sums and factors in float32 whatever the
-dtype of the activations.
+one call reads the weight once, for the base product and what is added to it; or the base product is torch's own, and
+what is added costs a call or two. Sums and factors are in float32 whatever the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -29,10 +29,38 @@ def few(x: Tensor, features: int) -> bool:
     return x.is_cpu and 0 < x.numel() <= FEW * features and x.dtype in _DTYPES
 
 
+def _fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Any, factor: Tensor | None) -> bool:
+    """Whether the native functions take these; the factor is a gate or a gain."""
+    features = x.shape[-1]
+    return not (
+        not few(x, features)
+        or type(scale) is not float
+        or type(x) not in _ORDINARY
+        or not (a.dtype is b.dtype is torch.float32)
+        or (factor is not None and (factor.dtype is not torch.float32 or factor.dim() != 1))
+        or a.shape[0] == 0
+        or a.shape[1] != features
+        or b.shape[0] != weight.shape[0]
+        or not (x.is_contiguous() and a.is_contiguous() and b.is_contiguous())
+        or not unobserved()
+    )
+
+
+def _in_one_pass(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> bool:
+    """Whether one pass over this weight is right for so many rows of x."""
+    return (
+        x.numel() <= rows * x.shape[-1]
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
+    )
+
+
 def low_rank_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Any, gate: Tensor | None
 ) -> Tensor | None:
     """Return ``linear(x, weight, bias) + scale * (x @ a.T * gate) @ b.T``, or None where the operators have to run.
+
+    Where b is zero, the output keeps every bit of the frozen layer's.
 
     Args:
         x: (..., in), in the dtype of the weight; no gradient is recorded.
@@ -43,23 +71,50 @@ def low_rank_few(
         scale: A number; operators take a tensor.
         gate: (rank,) or None.
     """
-    features = x.shape[-1]
-    if (
-        not few(x, features)
-        or type(scale) is not float
-        or type(x) not in _ORDINARY
-        or not (a.dtype is b.dtype is torch.float32)
-        or (gate is not None and (gate.dtype is not torch.float32 or gate.dim() != 1))
-        or a.shape[0] == 0
-        or a.shape[1] != features
-        or b.shape[0] != weight.shape[0]
-        or not (x.is_contiguous() and a.is_contiguous() and b.is_contiguous())
-        or not unobserved()
-    ):
+    if not _fits(x, weight, a, b, scale, gate):
         return None
-    module = registry.backend_module("native", "low_rank")
+    module = registry.backend_module("native", "few_rows")
     if isinstance(module, str):
         return None
+    if scale != 0.0 and _in_one_pass(x, weight, bias, module.ONE_PASS_ROWS):
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        if module.few_rows(x, weight, bias, a, b, gate, scale, None, None, y):
+            return y
     y = linear(x, weight, bias)
-    module.few_(y, x, a, b, gate, scale)
+    module.add_low_rank_(y, x, a, b, gate, scale)
     return y
+
+
+def rescaled_few(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: Any,
+    gain: Tensor,
+    sums: Tensor,
+) -> Tensor | None:
+    """Return ``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias`` in one pass over the weight, or None.
+
+    None also where the weight is another one than that of the checksums.
+
+    Args:
+        x: (..., in), in the dtype of the weight; no gradient is recorded.
+        weight: (out, in).
+        bias: (out,) or None.
+        a: (rank, in).
+        b: (out, rank).
+        scale: A number.
+        gain: (out,).
+        sums: The checksums of the weight that the gain was computed from.
+    """
+    module = registry.backend_module("native", "few_rows")
+    if (
+        isinstance(module, str)
+        or not _fits(x, weight, a, b, scale, gain)
+        or not _in_one_pass(x, weight, bias, module.RESCALED_ROWS)
+    ):
+        return None
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y if module.few_rows(x, weight, bias, a, b, None, scale, gain, sums, y) else None
