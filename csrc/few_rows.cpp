@@ -1,12 +1,14 @@
 #include "few_rows.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "check.h"
 #include "host.h"
@@ -16,17 +18,6 @@ namespace peftk {
 namespace {
 
 using Buffer = std::unique_ptr<float[]>;
-
-void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-  check_float(t, name);
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected shape (", rows, ", ",
-                  columns, ")");
-}
-
-void check_vector(const Tensor& t, const char* name, int64_t size) {
-  check_float(t, name);
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, ": expected ", size, " elements; got ", t.numel());
-}
 
 Dtype check_weight(const Tensor& weight) {
   const Dtype dtype = check_dtype(weight, "weight");
@@ -46,33 +37,35 @@ bool all_zero(const float* numbers, int64_t count) {
   return std::all_of(numbers, numbers + count, [](float number) { return number == 0.0f; });
 }
 
-// Return whether `out` may be used: false where the weight has other checksums, and where the output is that of the
-// frozen layer alone, whose bits only the library's own product has.
-bool few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a, const Tensor& b,
-              std::optional<Tensor> gate, double scale, std::optional<Tensor> gain, std::optional<Tensor> sums,
-              Tensor& out) {
-  const Dtype dtype = check_weight(weight);
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected 2 dimensions; got ", weight.dim());
-  const int64_t columns = weight.size(0), depth = weight.size(1);
-  check_dense(x, "x");
-  STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type() && depth > 0 && x.numel() % depth == 0,
-                  "x: expected rows of ", depth, " numbers in the dtype of weight");
+bool is_dense(const Tensor& t, ScalarType dtype, int64_t dimensions) {
+  return t.is_cpu() && t.scalar_type() == dtype && t.dim() == dimensions && t.is_contiguous();
+}
+
+bool is_vector(const std::optional<Tensor>& t, ScalarType dtype, int64_t size) {
+  return !t || (is_dense(*t, dtype, 1) && t->size(0) == size);
+}
+
+// Return the output, or nothing where this is not the way: for more rows than `most`, for what is of another dtype,
+// shape or layout than the kernels take, for a weight that has other checksums, and where the output is that of the
+// frozen layer alone, whose bits only the library's own product has. All of these are decided here, and not in Python,
+// where they would take longer than the arithmetic.
+std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
+                               const Tensor& b, std::optional<Tensor> gate, double scale, std::optional<Tensor> gain,
+                               std::optional<Tensor> sums, int64_t most) {
+  constexpr ScalarType kFloat = ScalarType::Float;
+  const ScalarType type = weight.scalar_type();
+  if ((type != kFloat && type != ScalarType::BFloat16) || x.dim() == 0 || !is_dense(x, type, x.dim()) ||
+      !is_dense(weight, type, 2) || !is_dense(a, kFloat, 2) || !is_dense(b, kFloat, 2))
+    return std::nullopt;
+  const int64_t columns = weight.size(0), depth = weight.size(1), rank = a.size(0);
+  if (columns == 0 || depth == 0 || rank == 0 || x.size(-1) != depth) return std::nullopt;
   const int64_t rows = x.numel() / depth;
-  check_dense(out, "out");
-  STD_TORCH_CHECK(out.scalar_type() == weight.scalar_type() && out.numel() == rows * columns,
-                  "out: expected the dtype of weight and as many rows as x");
-  if (bias) {
-    check_dense(*bias, "bias");
-    STD_TORCH_CHECK(bias->scalar_type() == weight.scalar_type() && bias->numel() == columns, "bias: expected ", columns,
-                    " elements in the dtype of weight");
-  }
-  const int64_t rank = a.dim() == 2 ? a.size(0) : 0;
-  check_matrix(a, "a", rank, depth);
-  check_matrix(b, "b", columns, rank);
-  if (gate) check_vector(*gate, "gate", rank);
-  if (gain) check_vector(*gain, "gain", columns);
+  if (rows == 0 || rows > most || a.size(1) != depth || b.size(0) != columns || b.size(1) != rank ||
+      !is_vector(bias, type, columns) || !is_vector(gate, kFloat, rank) || !is_vector(gain, kFloat, columns) ||
+      scale == 0.0 || all_zero(floats(b), columns * rank))
+    return std::nullopt;
   const uint32_t* expected = sums ? check_sums(*sums, columns) : nullptr;
-  if (!gain && all_zero(floats(b), columns * rank)) return false;
+  const Dtype dtype = type == kFloat ? Dtype::float32 : Dtype::bfloat16;
 
   const Buffer hidden(new float[rows * rank]);
   const Buffer laid_out(dtype == Dtype::float32 ? nullptr : new float[rows * depth]);
@@ -83,6 +76,9 @@ bool few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                [&](int64_t begin, int64_t end) { low_rank_few_hidden_cpu(thin, begin, end); });
   for (int64_t i = 0; i < rows * rank; ++i)
     hidden[i] *= (gate ? floats(*gate)[i % rank] : 1.0f) * static_cast<float>(scale);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = columns;
+  Tensor out = torch::stable::new_empty(x, shape);
   const FewRowsParams p{weight.const_data_ptr(),
                         laid_out ? laid_out.get() : x.const_data_ptr<float>(),
                         bias ? bias->const_data_ptr() : nullptr,
@@ -99,7 +95,8 @@ bool few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
   std::atomic<bool> changed{false};
   parallel_for(0, columns, 1 + kTaskOperations / (1 + depth * rows),
                [&](int64_t begin, int64_t end) { few_rows_cpu(p, begin, end, changed); });
-  return !changed.load(std::memory_order_relaxed);
+  if (changed.load(std::memory_order_relaxed)) return std::nullopt;
+  return out;
 }
 
 // Rows of a weight, of any number of dimensions, and the numbers of each.
@@ -143,7 +140,7 @@ bool same_row_sums(const Tensor& weight, const Tensor& sums) {
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def(
       "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? gate, float scale, Tensor? gain, "
-      "Tensor? sums, Tensor(a!) out) -> bool");
+      "Tensor? sums, int most) -> Tensor?");
   m.def("row_sums(Tensor weight, Tensor(a!) sums) -> ()");
   m.def("same_row_sums(Tensor weight, Tensor sums) -> bool");
 }

@@ -29,32 +29,6 @@ def few(x: Tensor, features: int) -> bool:
     return x.is_cpu and 0 < x.numel() <= FEW * features and x.dtype in _DTYPES
 
 
-def _fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Any, factor: Tensor | None) -> bool:
-    """Whether the native functions take these; the factor is a gate or a gain."""
-    features = x.shape[-1]
-    return not (
-        not few(x, features)
-        or type(scale) is not float
-        or type(x) not in _ORDINARY
-        or not (a.dtype is b.dtype is torch.float32)
-        or (factor is not None and (factor.dtype is not torch.float32 or factor.dim() != 1))
-        or a.shape[0] == 0
-        or a.shape[1] != features
-        or b.shape[0] != weight.shape[0]
-        or not (x.is_contiguous() and a.is_contiguous() and b.is_contiguous())
-        or not unobserved()
-    )
-
-
-def _in_one_pass(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> bool:
-    """Whether one pass over this weight is right for so many rows of x."""
-    return (
-        x.numel() <= rows * x.shape[-1]
-        and weight.is_contiguous()
-        and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
-    )
-
-
 def low_rank_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Any, gate: Tensor | None
 ) -> Tensor | None:
@@ -71,36 +45,45 @@ def low_rank_few(
         scale: A number; operators take a tensor.
         gate: (rank,) or None.
     """
-    if not _fits(x, weight, a, b, scale, gate):
+    features = x.shape[-1]
+    if (
+        not x.is_cpu
+        or x.numel() > FEW * features
+        or type(scale) is not float
+        or type(x) not in _ORDINARY
+        or not unobserved()
+    ):
         return None
     module = registry.backend_module("native", "few_rows")
     if isinstance(module, str):
         return None
-    if scale != 0.0 and _in_one_pass(x, weight, bias, module.ONE_PASS_ROWS):
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        if module.few_rows(x, weight, bias, a, b, gate, scale, None, None, y):
-            return y
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, gate, scale, None, None, module.ONE_PASS_ROWS)
+    if y is not None:
+        return y
+    if (
+        not few(x, features)
+        or not (a.dtype is b.dtype is torch.float32)
+        or (gate is not None and (gate.dtype is not torch.float32 or gate.dim() != 1))
+        or a.shape[0] == 0
+        or a.shape[1] != features
+        or b.shape[0] != weight.shape[0]
+        or not (x.is_contiguous() and a.is_contiguous() and b.is_contiguous())
+    ):
+        return None
     y = linear(x, weight, bias)
     module.add_low_rank_(y, x, a, b, gate, scale)
     return y
 
 
 def rescaled_few(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: Any,
-    gain: Tensor,
-    sums: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Any, gain: Tensor, sums: Tensor
 ) -> Tensor | None:
     """Return ``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias`` in one pass over the weight, or None.
 
     None also where the weight is another one than that of the checksums.
 
     Args:
-        x: (..., in), in the dtype of the weight; no gradient is recorded.
+        x: (..., in), in the dtype of the weight; nothing is recorded, and nobody listens.
         weight: (out, in).
         bias: (out,) or None.
         a: (rank, in).
@@ -110,11 +93,7 @@ def rescaled_few(
         sums: The checksums of the weight that the gain was computed from.
     """
     module = registry.backend_module("native", "few_rows")
-    if (
-        isinstance(module, str)
-        or not _fits(x, weight, a, b, scale, gain)
-        or not _in_one_pass(x, weight, bias, module.RESCALED_ROWS)
-    ):
+    if isinstance(module, str) or not x.is_cpu or type(x) not in _ORDINARY:
         return None
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y if module.few_rows(x, weight, bias, a, b, None, scale, gain, sums, y) else None
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, gain, sums, module.RESCALED_ROWS)
+    return y

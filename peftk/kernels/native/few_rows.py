@@ -20,9 +20,10 @@ SUM_WORDS = 16
 """Words of the checksum of one row of a weight."""
 
 few_rows = torch.ops.peftk_native.few_rows.default
-"""``few_rows(x, weight, bias, a, b, gate, scale, gain, sums, out)`` writes to `out`, and says whether that may be used:
-not where the weight has other checksums than `sums`, nor where b is zero and there is no gain, so that the output has
-to have the bits of the frozen layer's.
+"""``few_rows(x, weight, bias, a, b, gate, scale, gain, sums, most)`` returns
+``gain * (x @ weight.T + scale * (x @ a.T * gate) @ b.T) + bias``, or None where the caller has to go another way: for
+more rows than `most`, for other dtypes, shapes or layouts than the kernels take, for a weight that has other checksums
+than `sums`, and where b or the scale is zero, so that the output keeps the bits of the frozen layer's.
 """
 
 same_row_sums = torch.ops.peftk_native.same_row_sums.default

@@ -12,6 +12,7 @@ from ...methods import lora
 from ...methods._base_layer import features_of, listened_to, opaque_weight, stored
 from ...methods._quantised import readable
 from ...methods.lora import LowRank
+from ...ops.kept import Kept
 from ..base.adapter_layer import Adapter
 from ..base.config import PeftConfig
 from ..base.kinds import settle_fan_in_fan_out
@@ -154,8 +155,11 @@ class LoRALinear(LoRALayer):
         first, second = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         p = own["lora_dropout"][name] if own["training"] else 0.0
         scale, bias = own["scaling"][name], second._parameters["bias"]
-        magnitude = self.lora_magnitude_vector[name].weight if own["use_dora"][name] else None
-        return LowRank(stored(first), stored(second), scale, None, None if bias is None else bias * scale, p, magnitude)
+        bias = None if bias is None else bias * scale
+        if not own["use_dora"][name]:
+            return LowRank(stored(first), stored(second), scale, None, bias, p)
+        magnitude, kept = self.lora_magnitude_vector[name].weight, own["_kept"].setdefault(name, Kept())
+        return LowRank(stored(first), stored(second), scale, None, bias, p, magnitude, kept)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         name = names[0]
