@@ -45,13 +45,19 @@ bool is_vector(const std::optional<Tensor>& t, ScalarType dtype, int64_t size) {
   return !t || (is_dense(*t, dtype, 1) && t->size(0) == size);
 }
 
+bool same_bits(const Tensor& a, const Tensor& b) {
+  return is_dense(a, b.scalar_type(), b.dim()) && a.numel() == b.numel() && b.is_contiguous() &&
+         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.numel() * a.element_size()) == 0;
+}
+
 // Return the output, or nothing where this is not the way: for more rows than `most`, for what is of another dtype,
-// shape or layout than the kernels take, for a weight that has other checksums, and where the output is that of the
-// frozen layer alone, whose bits only the library's own product has. All of these are decided here, and not in Python,
-// where they would take longer than the arithmetic.
+// shape or layout than the kernels take, for a weight that has other checksums or a source of the gain that is not its
+// copy, and where the output is that of the frozen layer alone, whose bits only the library's own product has. All of
+// these are decided here, and not in Python, where they would take longer than the arithmetic.
 std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
                                const Tensor& b, std::optional<Tensor> gate, double scale, std::optional<Tensor> gain,
-                               std::optional<Tensor> sums, int64_t most) {
+                               std::optional<Tensor> sums, const std::vector<Tensor>& sources,
+                               const std::vector<Tensor>& copies, int64_t most) {
   constexpr ScalarType kFloat = ScalarType::Float;
   const ScalarType type = weight.scalar_type();
   if ((type != kFloat && type != ScalarType::BFloat16) || x.dim() == 0 || !is_dense(x, type, x.dim()) ||
@@ -64,6 +70,9 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
       !is_vector(bias, type, columns) || !is_vector(gate, kFloat, rank) || !is_vector(gain, kFloat, columns) ||
       scale == 0.0 || all_zero(floats(b), columns * rank))
     return std::nullopt;
+  if (sources.size() != copies.size()) return std::nullopt;
+  for (size_t i = 0; i < sources.size(); ++i)
+    if (!same_bits(sources[i], copies[i])) return std::nullopt;
   const uint32_t* expected = sums ? check_sums(*sums, columns) : nullptr;
   const Dtype dtype = type == kFloat ? Dtype::float32 : Dtype::bfloat16;
 
@@ -140,7 +149,7 @@ bool same_row_sums(const Tensor& weight, const Tensor& sums) {
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def(
       "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? gate, float scale, Tensor? gain, "
-      "Tensor? sums, int most) -> Tensor?");
+      "Tensor? sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
   m.def("row_sums(Tensor weight, Tensor(a!) sums) -> ()");
   m.def("same_row_sums(Tensor weight, Tensor sums) -> bool");
 }

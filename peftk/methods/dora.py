@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
-from ..ops._few_rows import few, rescaled_few
+from ..ops._few_rows import rescaled_few
 from ..ops.conv import channels_last
 from ..ops.dropout import Drawn, Dropout
 from ..ops.kept import keeps, rows_in_memory, same_weight, weight_sums
@@ -79,29 +79,34 @@ def _known(base: nn.Module, adapter: LowRank) -> _Known | None:
     rows = rows_in_memory(weight)
     if rows is None or not keeps(sources):
         return None
-    # The same words in another order are another weight.
-    settings = scale, weight.dtype, weight.shape, weight.stride()
-    found, sums = kept.get(sources, lambda: (_gain_of(base, adapter), weight_sums(rows)), settings)
+    found, sums = kept.get(sources, lambda: (_gain_of(base, adapter), weight_sums(rows)), _settings(scale, weight))
     return _Known(found, sums, rows)
 
 
-def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None, base: nn.Module, adapter: LowRank) -> Tensor | None:
+def _settings(scale: float, weight: Tensor) -> tuple[Any, ...]:
+    """Return what a gain depends on beside bits: the same words in another order are another weight."""
+    return scale, weight.dtype, weight.shape, weight.stride()
+
+
+def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Tensor | None:
     """Return the output of a plain linear layer with one adapter on few rows, or None where this is not the way.
+
+    It needs a gain that an earlier call has kept, of these parameters and this weight.
 
     Args:
         x: (..., in); nothing is recorded.
         weight: (out, in), that of the layer.
         bias: (out,) or None.
-        base: The layer.
         adapter: The adapter, with magnitudes.
     """
-    a, b, scale, gate, extra, p = adapter[:6]
-    if p > 0 or gate is not None or extra is not None or not few(x, x.shape[-1]):
+    a, b, scale, gate, extra, p, magnitude, kept = adapter
+    if kept is None or magnitude is None or p > 0 or gate is not None or extra is not None:
         return None
-    known = _known(base, adapter)
-    if known is None:
+    held = kept.held(_settings(scale, weight))
+    if held is None:
         return None
-    return rescaled_few(x, weight, bias, a, b, scale, known.gain, known.sums)
+    copies, (gain, sums) = held
+    return rescaled_few(x, weight, bias, a, b, scale, gain, sums, (a, b, magnitude), copies)
 
 
 def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank, dropped: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ what is added costs a call or two. Sums and factors are in float32 whatever the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def low_rank_few(
     module = registry.backend_module("native", "few_rows")
     if isinstance(module, str):
         return None
-    y: Tensor | None = module.few_rows(x, weight, bias, a, b, gate, scale, None, None, module.ONE_PASS_ROWS)
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, gate, scale, None, None, (), (), module.ONE_PASS_ROWS)
     if y is not None:
         return y
     if (
@@ -76,14 +77,23 @@ def low_rank_few(
 
 
 def rescaled_few(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Any, gain: Tensor, sums: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    gain: Tensor,
+    sums: Tensor,
+    sources: Sequence[Tensor],
+    copies: Sequence[Tensor],
 ) -> Tensor | None:
     """Return ``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias`` in one pass over the weight, or None.
 
-    None also where the weight is another one than that of the checksums.
+    None also where the gain may be another one by now.
 
     Args:
-        x: (..., in), in the dtype of the weight; nothing is recorded, and nobody listens.
+        x: (..., in), in the dtype of the weight; no gradient is recorded.
         weight: (out, in).
         bias: (out,) or None.
         a: (rank, in).
@@ -91,9 +101,14 @@ def rescaled_few(
         scale: A number.
         gain: (out,).
         sums: The checksums of the weight that the gain was computed from.
+        sources: The other tensors that it was computed from.
+        copies: What these were at that time.
     """
-    module = registry.backend_module("native", "few_rows")
-    if isinstance(module, str) or not x.is_cpu or type(x) not in _ORDINARY:
+    if not x.is_cpu or type(x) not in _ORDINARY or not unobserved():
         return None
-    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, gain, sums, module.RESCALED_ROWS)
+    module = registry.backend_module("native", "few_rows")
+    if isinstance(module, str):
+        return None
+    most = module.RESCALED_ROWS
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, gain, sums, sources, copies, most)
     return y

@@ -97,6 +97,11 @@ class Kept:
         self._entry = _Entry(copies, settings, value)
         return value
 
+    def held(self, settings: Any) -> tuple[tuple[Tensor, ...], Any] | None:
+        """Return copies of the sources, which the caller compares, and the value; or None if it has other settings."""
+        entry = self._entry
+        return None if entry is None or entry.settings != settings else (entry.copies, entry.value)
+
     def forget(self) -> None:
         """Have the value made anew at the next call."""
         self._entry = None

@@ -20,10 +20,11 @@ SUM_WORDS = 16
 """Words of the checksum of one row of a weight."""
 
 few_rows = torch.ops.peftk_native.few_rows.default
-"""``few_rows(x, weight, bias, a, b, gate, scale, gain, sums, most)`` returns
+"""``few_rows(x, weight, bias, a, b, gate, scale, gain, sums, sources, copies, most)`` returns
 ``gain * (x @ weight.T + scale * (x @ a.T * gate) @ b.T) + bias``, or None where the caller has to go another way: for
 more rows than `most`, for other dtypes, shapes or layouts than the kernels take, for a weight that has other checksums
-than `sums`, and where b or the scale is zero, so that the output keeps the bits of the frozen layer's.
+than `sums`, for `sources` that are not the same as their copies to the bit, and where b or the scale is zero, so that
+the output keeps the bits of the frozen layer's.
 """
 
 same_row_sums = torch.ops.peftk_native.same_row_sums.default
