@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...methods import dora, lora
 from ...methods._base_layer import listened_to, observed, rows_of
 from ...methods.lora import LowRank
+from ...ops.kept import Kept
 from ..base.adapter_layer import Adapter
 from ..base.config import PeftConfig
 from ..base.decomposed import Decomposed
@@ -94,8 +95,11 @@ class LoRALayer(Decomposed):
         """Return the tensors and settings of one adapter, as its arithmetic takes them."""
         a, b = self._pair(name)
         p = self.lora_dropout[name] if self.training else 0.0
-        magnitude = self.lora_magnitude_vector[name].weight if self.use_dora[name] else None
-        return LowRank(a, b, self.scaling[name], None, self._extra_bias(name), p, magnitude)
+        low_rank = LowRank(a, b, self.scaling[name], None, self._extra_bias(name), p)
+        if not self.use_dora[name]:
+            return low_rank
+        kept = self._kept.setdefault(name, Kept())
+        return low_rank._replace(magnitude=self.lora_magnitude_vector[name].weight, kept=kept)
 
     def _listened_to(self, names: list[str]) -> bool:
         """Whether somebody would notice that the modules of these adapters are not called.
