@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-COMMANDS = ("doctor", "demo", "bench")
+COMMANDS = ("doctor", "demo", "bench", "inspect")
 
 
 def load(name: str) -> Callable[..., None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -168,6 +168,21 @@ def _pairs(size: int, factor: int) -> list[tuple[int, int]]:
     first = factorization(size, factor)
     second = factorization(size, -1) if factor > math.isqrt(size) else first
     return list(dict.fromkeys([first, first[::-1], second, second[::-1]]))
+
+
+def factor_of(layers: Iterable[tuple[tuple[int, ...], int, int]]) -> int | None:
+    """Return a `decompose_factor` of which layers have the w1 that they have, or None if there is none.
+
+    Args:
+        layers: The shape of a weight, and l and m, the sizes of its w1.
+    """
+    found = [((outputs, left), (inputs, middle)) for (outputs, inputs, *_), left, middle in layers]
+    sides = [side for pair in found for side in pair]
+    sizes = {number for size, first in sides if first and size % first == 0 for number in (first, size // first)}
+    for factor in (-1, *sorted(sizes)):
+        if all(first in {one for one, _ in _pairs(size, factor)} for size, first in sides):
+            return factor
+    return None
 
 
 def _factors_in(shapes: Mapping[str, torch.Size]) -> dict[tuple[int, int], set[tuple[int, int]]]:
