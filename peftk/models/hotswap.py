@@ -18,6 +18,7 @@ from ..nn.base.undo import all_or_nothing
 from ..nn.lora.layer import LoRALayer
 from ..nn.lora.padding import resized, set_factor
 from ..nn.lora.start import starts_inside
+from ..nn.xlora.layer import XLoraLayer
 from .adapters import Tuner
 from .file_keys import PREFIX, as_in_file, as_in_memory, same_meaning, without_values
 from .loading import (
@@ -61,7 +62,7 @@ def prepare_model_for_compiled_hotswap(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: The model is compiled, it has no LoRA layer, or `target_rank` is below the rank of one.
+        ValueError: The model is compiled, it has no LoRA layer or one of X-LoRA, or `target_rank` is too small for one.
 
     Example:
         >>> import torch, peftk
@@ -86,6 +87,9 @@ def prepare_model_for_compiled_hotswap(
             "model: No adapter layers found on the model; load the first LoRA adapter, call "
             "prepare_model_for_compiled_hotswap, and load others by hotswap_adapter"
         )
+    for path, layer in layers:
+        if isinstance(layer, XLoraLayer):
+            raise ValueError(f"model: module {path!r} is one of X-LoRA, whose experts cannot be swapped")
     configs = _configs(config)
     if target_rank is not None:
         check_int("target_rank", target_rank, 1, 1 << 20)

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import xlora_models
 from support.toy_model import X, assert_unchanged, lora, oft, snapshot, toy
 from torch import nn
 
@@ -199,6 +200,36 @@ def test_prepared_adapters_load_merge_and_copy_like_others(tmp_path):
         delta = layer.get_delta_weight("default") + layer.get_delta_weight("other")
         expected.get_submodule(path).weight.data += 0.5 * delta.detach()
     assert_close(model(X), expected(X).double(), torch.float32)
+
+
+def test_prepared_scales_act_wherever_scales_do(tmp_path):
+    """In batches that mix adapters, in a block that rescales them, and when they are set."""
+    models = []
+    for prepared in (False, True):
+        model = saved(tmp_path, r=3, lora_alpha=5)
+        torch.manual_seed(7)
+        model.add_adapter("other", lora(target_modules=BOTH, r=2))
+        if prepared:
+            prepare_model_for_compiled_hotswap(model, target_rank=4)
+        models.append(model.eval())
+    plain, room = models
+    names = ["default", "other", "__base__"]
+    assert_close(room(X, adapter_names=names), plain(X, adapter_names=names).double(), torch.float32)
+    kept = {path: layer.scaling["default"] for path, layer in room.base_model._layers()}
+    with peftk.rescale_adapter_scale(room, 0.25), peftk.rescale_adapter_scale(plain, 0.25):
+        assert_close(room(X), plain(X).double(), torch.float32)
+    for change in (lambda layer: layer.scale_layer(3.0), lambda layer: layer.unscale_layer(2.0)):
+        for model in models:
+            for _, layer in model.base_model._layers():
+                change(layer)
+        assert_close(room(X), plain(X).double(), torch.float32)
+    assert all(layer.scaling["default"] is kept[path] for path, layer in room.base_model._layers())
+
+
+def test_experts_of_x_lora_are_refused(experts):
+    model = xlora_models.make(xlora_models.llama(), experts)
+    with pytest.raises(ValueError, match="is one of X-LoRA, whose experts cannot be swapped"):
+        prepare_model_for_compiled_hotswap(model, target_rank=64)
 
 
 def test_the_configuration_can_get_the_rank_too(tmp_path):
