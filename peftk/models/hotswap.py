@@ -76,11 +76,16 @@ def prepare_model_for_compiled_hotswap(
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        said = "model: it is compiled already. Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
-            raise ValueError(said)
+            raise ValueError(
+                "model: it is compiled already. Call prepare_model_for_compiled_hotswap *before* compiling the model"
+            )
         if check_compiled == "warn":
-            warnings.warn(f"{said}, or it will be compiled again", stacklevel=2)
+            warnings.warn(
+                "model: prepare_model_for_compiled_hotswap was called with a model that is already compiled, and what "
+                "it changes will be compiled again; call it before",
+                stacklevel=2,
+            )
     layers = [(path, layer) for path, layer in named_modules(model) if isinstance(layer, LoRALayer)]
     if not layers:
         raise ValueError(
@@ -116,14 +121,14 @@ def _check_room(layers: list[tuple[str, LoRALayer]], target_rank: int) -> None:
     for path, layer in layers:
         if target_rank % layer.groups:
             raise ValueError(
-                f"target_rank: module {path!r} is a convolution with groups={layer.groups}, which must divide it, got "
-                f"{target_rank}"
+                f"target_rank: Trying to pad an adapter on module {path!r}, a convolution with groups={layer.groups}, "
+                f"to target rank {target_rank}, but the target rank is not divisible by {layer.groups}"
             )
         for name in layer.adapter_names:
             if layer.r[name] > target_rank:
                 raise ValueError(
-                    f"target_rank: expected {layer.r[name]} or more, the rank of adapter {name!r} on module {path!r}, "
-                    f"got {target_rank}"
+                    f"target_rank: Trying to pad the adapter to the target rank {target_rank}, but the original rank "
+                    f"is larger ({layer.r[name]}): that of {name!r} on module {path!r}"
                 )
 
 
