@@ -286,6 +286,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(prepared, tmp_path):
         tmp_path / "wrong",
         r"adapter_model.safetensors: several problems(.|\n)*expected \(3, 12\), got \(2, 12\)",
     )
+    saved(tmp_path / "lacking")
+    file = tmp_path / "lacking" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.layers.1.value.lora_A.weight"]
+    save_file(tensors, file)
+    refused(model, tmp_path / "lacking", "missing key 'base_model.model.layers.1.value.lora_A.weight'")
     refused(model, tmp_path / "nowhere", "model_id")
     refused(model, tmp_path / "first", "adapter_name: Adapter defualt does not exist: 'defualt'", name="defualt")
     refused(model, tmp_path / "first", "weird: expected no such argument", TypeError, weird=1)
