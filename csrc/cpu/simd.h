@@ -9,14 +9,15 @@
 
 // PEFTK_KERNEL(name, (parameters), (arguments)) defines `void name(parameters)`, which calls
 // `name##_body(arguments)` compiled for the best instruction set of this CPU. The body must be PEFTK_INLINE:
-// it is compiled once for each set, in a function that carries the target attribute.
+// it is compiled once for each set, in a function that carries the target attribute. PEFTK_LEVEL_KERNEL is the same
+// for a body that is a template of the CpuLevel that it is compiled for.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define PEFTK_KERNEL(name, params, args)                                                               \
+#define PEFTK_VARIANTS(name, params, args, avx512_body, avx2_body, base_body)                          \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) static void name##_avx512 params { \
-    name##_body args;                                                                                  \
+    avx512_body args;                                                                                  \
   }                                                                                                    \
-  __attribute__((target("avx2,fma"))) static void name##_avx2 params { name##_body args; }             \
-  static void name##_base params { name##_body args; }                                                 \
+  __attribute__((target("avx2,fma"))) static void name##_avx2 params { avx2_body args; }               \
+  static void name##_base params { base_body args; }                                                   \
   void name params {                                                                                   \
     switch (cpu_level()) {                                                                             \
       case CpuLevel::avx512: return name##_avx512 args;                                                \
@@ -24,9 +25,15 @@
       default: return name##_base args;                                                                \
     }                                                                                                  \
   }
+#define PEFTK_KERNEL(name, params, args) PEFTK_VARIANTS(name, params, args, name##_body, name##_body, name##_body)
+#define PEFTK_LEVEL_KERNEL(name, params, args)                                                   \
+  PEFTK_VARIANTS(name, params, args, name##_body<CpuLevel::avx512>, name##_body<CpuLevel::avx2>, \
+                 name##_body<CpuLevel::base>)
 #else
 #define PEFTK_KERNEL(name, params, args) \
   void name params { name##_body args; }
+#define PEFTK_LEVEL_KERNEL(name, params, args) \
+  void name params { name##_body<CpuLevel::base> args; }
 #endif
 
 // Choose elements of two vectors by number; those of the second one follow those of the first. `Words` is a vector of

@@ -1,17 +1,21 @@
-"""DoRA: the magnitude of every output of a layer with LoRA is a parameter (Liu et al., arXiv 2402.09353)."""
+"""DoRA: the magnitude of every output of an adapted layer is a parameter (Liu et al., arXiv 2402.09353)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
+from ..kernels.shared.wide import wide
+from ..ops._few_rows import rescaled_few
 from ..ops.conv import channels_last
 from ..ops.dropout import Drawn, Dropout
-from ._base_layer import opaque_weight, rows_of
+from ..ops.kept import keeps, rows_in_memory, same_weight, weight_sums
+from ._base_layer import opaque_weight, rows_of, stored
 from ._quantised import dequantised
 
 if TYPE_CHECKING:
@@ -28,6 +32,51 @@ def norms(base: Any, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     return F.dora_norm(weight.flatten(1), a.flatten(1), b.flatten(1), scale)
 
 
+@torch.no_grad()
+def dense_norms(base: Any, write: Callable[[Tensor], Tensor], weight: Tensor | None = None) -> Tensor:
+    """Return the norms of the rows of an adapted weight, (out,), in float32 at least.
+
+    Args:
+        base: The layer.
+        write: Returns its weight, (out, in) or (out, in, *kernel), with an adapter in it.
+        weight: What stands for that weight where others are merged into it; None means the weight itself.
+    """
+    if weight is None:
+        weight = rows_of(base, base.weight) if opaque_weight(base) is None else dequantised(base)
+    return torch.linalg.vector_norm(write(weight.detach().to(wide(weight.dtype))).flatten(1), dim=1)
+
+
+class _Gained(Protocol):
+    @property
+    def gain(self) -> Tensor | None:
+        """A factor of every output, (out,), or None."""
+
+
+G = TypeVar("G", bound=_Gained)
+
+
+def runs(adapters: Sequence[G]) -> list[list[G]]:
+    """Return adapters in turn, those that may be added together in one list; the last of a list may have a gain."""
+    found: list[list[G]] = [[]]
+    for adapter in adapters:
+        found[-1].append(adapter)
+        if adapter.gain is not None:
+            found.append([])
+    return [run for run in found if run]
+
+
+def rescaled(base: Any, result: Tensor, gain: Tensor | None) -> Tensor:
+    """Scale the outputs of a linear layer, (..., out), about its bias."""
+    return result if gain is None else F.scale_channels(result, gain, base.bias)
+
+
+def rescaled_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
+    """Scale the rows of a weight, (out, in) or (out, in, *kernel), with a gain in float32 at least."""
+    if gain is None:
+        return weight
+    return (weight * gain.to(wide(weight.dtype)).view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+
+
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """Return ``magnitude / norms``, (out,), through which no gradient reaches the norms; a zero row is left alone."""
     magnitude = magnitude.view(-1)
@@ -36,9 +85,75 @@ def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 def gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
-    """Return DoRA's factor of every output of a layer with an adapter, (out,)."""
+    """Return DoRA's factor of every output of a layer with an adapter, (out,).
+
+    Where nothing is recorded, it is what an earlier call has found, if neither the parameters nor the weight have
+    changed since: checksums of the weight take a sixth of the time of its norms.
+    """
+    known = _known(base, adapter)
+    if known is None:
+        return _gain_of(base, adapter)
+    if not same_weight(known.rows, known.sums):
+        assert adapter.kept is not None
+        adapter.kept.forget()
+        known = _known(base, adapter)
+        assert known is not None
+    return known.gain
+
+
+def _gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
     assert adapter.magnitude is not None
     return gain(adapter.magnitude, norms(base, adapter.a, adapter.b, adapter.scale))
+
+
+class _Known(NamedTuple):
+    """A gain, the checksums of the weight that it was computed from, and that of now, which may be another one."""
+
+    gain: Tensor
+    sums: Tensor
+    rows: Tensor
+
+
+def _known(base: nn.Module, adapter: LowRank) -> _Known | None:
+    """Return the gain that is kept for the parameters of an adapter, or None where none is kept.
+
+    It is made where there is none yet. Whether the weight is still the same is left to the caller.
+    """
+    kept, scale, magnitude = adapter.kept, adapter.scale, adapter.magnitude
+    if kept is None or magnitude is None or type(scale) is not float or opaque_weight(base) is not None:
+        return None
+    sources, weight = (adapter.a, adapter.b, magnitude), stored(base)
+    rows = rows_in_memory(weight)
+    if rows is None or not keeps(sources):
+        return None
+    found, sums = kept.get(sources, lambda: (_gain_of(base, adapter), weight_sums(rows)), _settings(scale, weight))
+    return _Known(found, sums, rows)
+
+
+def _settings(scale: float, weight: Tensor) -> tuple[Any, ...]:
+    """Return what a gain depends on beside bits: the same words in another order are another weight."""
+    return scale, weight.dtype, weight.shape, weight.stride()
+
+
+def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Tensor | None:
+    """Return the output of a plain linear layer with one adapter on few rows, or None where this is not the way.
+
+    It needs a gain that an earlier call has kept, of these parameters and this weight.
+
+    Args:
+        x: (..., in); nothing is recorded.
+        weight: (out, in), that of the layer.
+        bias: (out,) or None.
+        adapter: The adapter, with magnitudes.
+    """
+    a, b, scale, gate, extra, p, magnitude, kept = adapter
+    if kept is None or magnitude is None or p > 0 or gate is not None or extra is not None or type(scale) is not float:
+        return None
+    held = kept.held(_settings(scale, weight))
+    if held is None:
+        return None
+    copies, (gain, sums) = held
+    return rescaled_few(x, weight, bias, a, b, scale, gain, sums, (a, b, magnitude), copies)
 
 
 def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank, dropped: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ..ops._few_rows import low_rank_few
 from ..ops.bias import add_bias
+from ..ops.kept import Kept
 from . import dora
 from ._base_layer import DENSE, NONE, call, plain_tensors
 
@@ -30,6 +31,7 @@ class LowRank(NamedTuple):
         bias: What is added to the output, (out,), the scale in it; or None.
         dropout_p: The probability with which an element of the input is dropped; drawn from torch's generator.
         magnitude: DoRA's magnitudes, of `out` elements; or None.
+        kept: Where its gain stays between calls that record nothing; or None.
     """
 
     a: Tensor
@@ -39,6 +41,7 @@ class LowRank(NamedTuple):
     bias: Tensor | None = None
     dropout_p: float = 0.0
     magnitude: Tensor | None = None
+    kept: Kept | None = None
 
 
 def linear(
@@ -64,7 +67,7 @@ def linear(
             return _with_magnitudes(base, x, adapters, args, kwargs)
     plain = plain_tensors(base, x, args, kwargs)
     if plain is not None and len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
-        a, b, scale, gate, bias, p, _ = adapters[0]
+        a, b, scale, gate, bias, p = adapters[0][:6]
         if p == 0 and bias is None and (y := low_rank_few(x, *plain, a, b, scale, gate)) is not None:
             return y
     result = None
@@ -72,7 +75,7 @@ def linear(
         result = call(base, x, *args, **kwargs)
         if x.dtype != result.dtype:
             x = x.to(result.dtype)
-    for a, b, scale, gate, bias, p, _ in adapters:
+    for a, b, scale, gate, bias, p, *_ in adapters:
         if a.shape[0] == 0:
             continue
         options: dict[str, Any] = {} if gate is None and p == 0 else {"gate": gate, "dropout_p": p}
@@ -89,7 +92,7 @@ def linear(
 
 def add(result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
     """Add an adapter without magnitudes to the output of a linear layer, (..., out), whose input was x, (..., in)."""
-    a, b, scale, gate, bias, p, _ = adapter
+    a, b, scale, gate, bias, p = adapter[:6]
     if a.shape[0] > 0:
         result = F.low_rank_add(result, x.to(result.dtype), a, b, scale, gate=gate, dropout_p=p)
     return result if bias is None else add_bias(result, bias)
@@ -117,6 +120,10 @@ def add_called(
 def _with_magnitudes(
     base: nn.Module, x: Tensor, adapters: Sequence[LowRank], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Tensor:
+    if len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
+        plain = plain_tensors(base, x, args, kwargs)
+        if plain is not None and (y := dora.linear_few(x, *plain, adapters[0])) is not None:
+            return y
     result = call(base, x, *args, **kwargs)
     x = x.to(result.dtype)
     for adapter in adapters:

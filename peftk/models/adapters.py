@@ -21,7 +21,7 @@ from ..nn.base.undo import Before, all_or_nothing, process_kept, put_back
 from ..nn.base.walking import all_modules, all_parameters
 from .adalora import Allocating
 from .batch_statistics import batches_seen
-from .dequantising import make_dense
+from .dequantising import make_dense, quantise_again
 from .file_keys import biases, file_tensors
 from .plan import Plan, attach, make_plan, plan_of, replace_module
 from .targets import candidates, describe_unknown
@@ -383,17 +383,22 @@ class Tuner(Allocating):
         adapter_names: Sequence[str] | None = None,
         *,
         dequantise: bool = False,
+        requantise: bool = False,
     ) -> nn.Module:
         """Merge adapters and return the base model without any adapter layer; see `PeftModel.merge_and_unload`."""
         with self._whole():
-            if dequantise:
-                make_dense(self.model, [layer for _, layer in self._layers() if layer._to_merge(adapter_names)])
+            replaced = []
+            if dequantise or requantise:
+                layers = {path: layer for path, layer in self._layers() if layer._to_merge(adapter_names)}
+                replaced = make_dense(self.model, layers, requantise)
             names = self._check_merge(adapter_names)
             if safe_merge:
                 for path, layer in self._layers():
                     acting = layer.active_adapters if names is None else names
                     check_finite(layer.merged_tensors(names), acting, f"of {path!r} ")
-            return self._merge_for_good(names, progressbar)
+            model = self._merge_for_good(names, progressbar)
+            quantise_again(model, replaced if requantise else [])
+            return model
 
     def _merge_for_good(self, names: list[str] | None, progressbar: bool) -> nn.Module:
         for path, layer in _progress(list(self._layers()), progressbar, "Merging"):

@@ -305,6 +305,7 @@ class PeftModel(Pretrained):
         adapter_names: Sequence[str] | None = None,
         *,
         dequantise: bool = False,
+        requantise: bool = False,
     ) -> nn.Module:
         """Merge the active (or the named) adapters for good and return the base model without adapter layers.
 
@@ -314,11 +315,14 @@ class PeftModel(Pretrained):
             adapter_names: Which adapters, in the order in which they act.
             dequantise: Put a dense nn.Linear in place of a layer that bitsandbytes or torchao has quantised, and merge
                 into that; without it, such a layer is refused.
+            requantise: Do that, and quantise the merged weights as they were, where bitsandbytes did it; a warning says
+                which share of the adapters rounding loses.
 
         Returns:
             The base model, with the trained copies of `modules_to_save` in place. This object must not be used again.
         """
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, dequantise=dequantise)
+        options = {"dequantise": dequantise, "requantise": requantise}
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, **options)
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before it was adapted: original weights, original modules, frozen."""

@@ -1,12 +1,13 @@
 """The low-rank product for few rows that record nothing, as generating a token at a time does: without ceremony.
 
 An operator's way through checks, autograd and the choice of a backend takes longer than a row's own arithmetic. Here
-the base product is torch's own, and what is added costs a call or two, with sums and factors in float32 whatever the
-dtype of the activations.
+one call reads the weight once, for the base product and what is added to it; or the base product is torch's own, and
+what is added costs a call or two. Sums and factors are in float32 whatever the dtype of the activations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def low_rank_few(
 ) -> Tensor | None:
     """Return ``linear(x, weight, bias) + scale * (x @ a.T * gate) @ b.T``, or None where the operators have to run.
 
+    Where b is zero, the output keeps every bit of the frozen layer's.
+
     Args:
         x: (..., in), in the dtype of the weight; no gradient is recorded.
         weight: (out, in).
@@ -45,21 +48,67 @@ def low_rank_few(
     """
     features = x.shape[-1]
     if (
-        not few(x, features)
+        not x.is_cpu
+        or x.numel() > FEW * features
         or type(scale) is not float
         or type(x) not in _ORDINARY
+        or not unobserved()
+    ):
+        return None
+    module = registry.backend_module("native", "few_rows")
+    if isinstance(module, str):
+        return None
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, gate, scale, None, None, (), (), module.ONE_PASS_ROWS)
+    if y is not None:
+        return y
+    if (
+        not few(x, features)
         or not (a.dtype is b.dtype is torch.float32)
         or (gate is not None and (gate.dtype is not torch.float32 or gate.dim() != 1))
         or a.shape[0] == 0
         or a.shape[1] != features
         or b.shape[0] != weight.shape[0]
         or not (x.is_contiguous() and a.is_contiguous() and b.is_contiguous())
-        or not unobserved()
     ):
         return None
-    module = registry.backend_module("native", "low_rank")
+    y = linear(x, weight, bias)
+    module.add_low_rank_(y, x, a, b, gate, scale)
+    return y
+
+
+def rescaled_few(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    gain: Tensor,
+    sums: Tensor,
+    sources: Sequence[Tensor],
+    copies: Sequence[Tensor],
+) -> Tensor | None:
+    """Return ``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias`` in one pass over the weight, or None.
+
+    None also where the gain may be another one by now.
+
+    Args:
+        x: (..., in), in the dtype of the weight; no gradient is recorded.
+        weight: (out, in).
+        bias: (out,) or None.
+        a: (rank, in).
+        b: (out, rank).
+        scale: A number.
+        gain: (out,).
+        sums: The checksums of the weight that the gain was computed from.
+        sources: The other tensors that it was computed from.
+        copies: What these were at that time.
+    """
+    if not x.is_cpu or type(x) not in _ORDINARY or not unobserved():
+        return None
+    module = registry.backend_module("native", "few_rows")
     if isinstance(module, str):
         return None
-    y = linear(x, weight, bias)
-    module.few_(y, x, a, b, gate, scale)
+    most = module.RESCALED_ROWS
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, gain, sums, sources, copies, most)
     return y

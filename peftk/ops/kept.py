@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..runtime import registry
@@ -15,7 +16,46 @@ Value = TypeVar("Value")
 
 class _Entry(NamedTuple):
     copies: tuple[Tensor, ...]
+    settings: Any
     value: Any
+
+
+def keeps(sources: Sequence[Tensor]) -> bool:
+    """Whether what is made of these tensors is kept: nothing records or transforms it, and their bits can be read."""
+    return unobserved() and all(t.is_cpu and t.is_contiguous() for t in sources)
+
+
+def rows_in_memory(weight: Tensor) -> Tensor | None:
+    """Return a view of a weight whose rows lie one behind the other, or None if it has no checksums.
+
+    Args:
+        weight: Of any shape. It has checksums on the CPU, in float32 or bfloat16, and contiguous, or the transpose of
+            what is, or a convolution's with the channels last.
+    """
+    module = registry.backend_module("native", "few_rows")
+    if isinstance(module, str) or not weight.is_cpu or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if weight.dim() > 1 and not weight.is_contiguous():
+        weight = weight.mT if weight.dim() == 2 else weight.movedim(1, -1)
+    return weight if weight.dim() > 1 and weight.is_contiguous() else None
+
+
+def weight_sums(rows: Tensor) -> Tensor:
+    """Return the checksums of a weight that is too large to be copied, of `rows_in_memory`, for `same_weight`.
+
+    A write to one number is always found; one to many is overlooked in one case of four thousand million.
+    """
+    module = registry.backend_module("native", "few_rows")
+    assert not isinstance(module, str)
+    sums: Tensor = module.row_sums(rows)
+    return sums
+
+
+def same_weight(rows: Tensor, sums: Tensor) -> bool:
+    """Whether a weight is the one that had these checksums."""
+    module = registry.backend_module("native", "few_rows")
+    assert not isinstance(module, str)
+    return rows.shape[0] == sums.shape[0] and bool(module.same_row_sums(rows, sums))
 
 
 class Kept:
@@ -28,22 +68,22 @@ class Kept:
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
-    def get(self, sources: Sequence[Tensor], make: Callable[[], Value]) -> Value:
-        """Return what `make` returns, or what it returned before for the same `sources`.
+    def get(self, sources: Sequence[Tensor], make: Callable[[], Value], settings: Any = None) -> Value:
+        """Return what `make` returns, or what it returned before for the same `sources` and `settings`.
 
         Args:
-            sources: The tensors that the value depends on; nothing else may change it. Small ones: all are compared.
+            sources: The tensors that the value depends on. Small ones: all are compared.
             make: Makes the value.
+            settings: What else the value depends on, compared by ``==``; nothing but this and the sources may change
+                it, or the caller finds out and has it forgotten.
         """
-        if not unobserved() or not all(t.is_cpu and t.is_contiguous() for t in sources):
-            self._entry = None
-            return make()
         module = registry.backend_module("native", "same_bits")
-        if isinstance(module, str):
+        if isinstance(module, str) or not keeps(sources):
+            self._entry = None
             return make()
         # Read once: another thread may run the same layer.
         entry = self._entry
-        if entry is not None and len(entry.copies) == len(sources):
+        if entry is not None and len(entry.copies) == len(sources) and entry.settings == settings:
             for source, copied in zip(sources, entry.copies, strict=True):
                 if source.dtype is not copied.dtype or source.shape != copied.shape:
                     break
@@ -54,8 +94,17 @@ class Kept:
                 return found
         copies = tuple(source.detach().clone() for source in sources)
         value = make()
-        self._entry = _Entry(copies, value)
+        self._entry = _Entry(copies, settings, value)
         return value
+
+    def held(self, settings: Any) -> tuple[tuple[Tensor, ...], Any] | None:
+        """Return copies of the sources, which the caller compares, and the value; or None if it has other settings."""
+        entry = self._entry
+        return None if entry is None or entry.settings != settings else (entry.copies, entry.value)
+
+    def forget(self) -> None:
+        """Have the value made anew at the next call."""
+        self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         return Kept()

@@ -12,6 +12,7 @@ import torch
 from support.beside_peft import both, theirs_of, trained
 from support.layer_cases import TOYS
 from support.toy_model import X, lora, oft, toy
+from support.xlora_models import llama
 
 import peftk
 from peftk.nn import PeftConfig
@@ -293,6 +294,26 @@ def test_a_configuration_for_loading_is_copied(tmp_path: Path) -> None:
     config = lora()
     model = peftk.PeftModel.from_pretrained(toy(), tmp_path, config=config)
     assert model.peft_config["default"].inference_mode and not config.inference_mode
+
+
+def test_frozen_embeddings_are_written_if_asked_for_and_by_peft_always() -> None:
+    config = lora(target_modules=["embed_tokens"])
+    ours = peftk.get_peft_model(llama(), config)
+    theirs = peft.get_peft_model(llama(), theirs_of(config))
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        expected = peft.get_peft_model_state_dict(theirs, save_embedding_layers="auto").keys()
+    frozen = {key for key in expected if "lora_" not in key}
+    assert frozen
+    assert peftk.get_peft_model_state_dict(ours).keys() == expected - frozen
+    assert peftk.get_peft_model_state_dict(ours, save_embedding_layers=True).keys() >= frozen
+    with pytest.raises(ValueError, match="save_embedding_layers"):
+        peftk.get_peft_model_state_dict(peftk.get_peft_model(toy(), lora()), save_embedding_layers=True)
+
+
+def test_layers_print_their_own_class() -> None:
+    model = peftk.get_peft_model(toy(), lora())
+    assert repr(model.layers[0].query).startswith("LoRALinear(")
+    assert model.get_layer_status()[0].module_type == "lora.Linear"
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def test_fields_and_defaults_are_those_of_peft(ours, theirs):
     more = [name for name in mine if name not in reference]
     # AdaLoRA's is True, for PEFT has no choice there.
     more_of = {C3AConfig: {"exclude_modules": None}, AdaLoraConfig: {"orth_reg_in_loss": True}}
+    more_of |= {kind: {"use_dora": False} for kind in (LoHaConfig, LoKrConfig)}
     assert {name: mine.pop(name) for name in more} == more_of.get(ours, {})
     assert list(mine) == list(reference)
     mine.pop("runtime_config", None), reference.pop("runtime_config", None)

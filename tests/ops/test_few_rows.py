@@ -60,6 +60,28 @@ def test_a_row_that_is_not_finite_changes_no_other(dtype: torch.dtype) -> None:
     assert_same_bits(found[kept], clean[kept])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_what_adds_nothing_keeps_the_bits_of_the_frozen_layer(rows: int, dtype: torch.dtype) -> None:
+    x, weight, bias, a, b, scale, _ = arguments(rows, 5, dtype)
+    frozen = torch.nn.functional.linear(x, weight, bias)
+    with torch.no_grad():
+        for zero in (0.0, -0.0):
+            assert_same_bits(low_rank_few(x, weight, bias, a, torch.full_like(b, zero), scale, None), frozen)
+        assert_same_bits(low_rank_few(x, weight, bias, a, b, 0.0, None), frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_and_biases_of_other_layouts(dtype: torch.dtype) -> None:
+    x, weight, bias, *others = arguments(2, 5, dtype)
+    truth = formula(x, weight, bias, *others)
+    with torch.no_grad():
+        for w in (weight, weight.T.contiguous().T):
+            for added in (bias, bias.repeat_interleave(2)[::2]):
+                assert_close(low_rank_few(x, w, added, *others), truth, dtype)
+            assert_close(low_rank_few(x, w, None, *others), truth - bias.double(), dtype)
+
+
 def test_leading_dimensions_and_strided_tensors() -> None:
     x, weight, bias, a, b, scale, _ = arguments(6, 5, torch.float32)
     with torch.no_grad():

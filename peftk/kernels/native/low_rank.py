@@ -17,7 +17,6 @@ from .wide_product import narrow, wide_product
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
 _fused = torch.ops.peftk_native.low_rank.default
-_few = torch.ops.peftk_native.low_rank_few.default
 _fused_backward = torch.ops.peftk_native.low_rank_backward.default
 _dropout = torch.ops.peftk_native.dropout.default
 
@@ -57,30 +56,9 @@ def _gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
 _THIN_RANK = 32
 _THIN_ROWS = 64
 
-_ONE_PASS_ROWS = 4
-"""Rows up to which one pass over float32 factors as they lie beats the two products of torch's library."""
-
 
 def _thin(rows: Tensor, rank: int) -> bool:
     return rows.dtype is torch.float32 and rank <= _THIN_RANK and rows.shape[0] >= _THIN_ROWS
-
-
-def few_(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, scale: float) -> None:
-    """Add the low-rank product of few rows onto a fresh output, in float32 whatever its dtype.
-
-    Args:
-        out: (..., out), contiguous, float32 or bfloat16.
-        x: (..., in), of its dtype.
-        a: (rank, in), float32, as are b and the gate; all contiguous.
-        b: (out, rank).
-        gate: (rank,) or None.
-        scale: The factor.
-    """
-    if x.dtype is torch.float32 and x.numel() > _ONE_PASS_ROWS * x.shape[-1]:
-        hidden = torch.mm(_as_rows(x), a.mT)
-        _as_rows(out).addmm_(hidden if gate is None else hidden.mul_(gate), b.mT, alpha=scale)
-    else:
-        _few(x, a, b, gate, scale, out)
 
 
 def _gate_rows(gate: Tensor) -> Tensor:

@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...methods import dora, lora
 from ...methods._base_layer import listened_to, observed, rows_of
 from ...methods.lora import LowRank
-from ..base.adapter_layer import Adapter, AdapterLayer
+from ...ops.kept import Kept
+from ..base.adapter_layer import Adapter
 from ..base.config import PeftConfig
+from ..base.decomposed import Decomposed
 from ..base.merging import Merged
-from ..base.offloading import onloaded
 from .config import LoraConfig
 from .magnitude import Magnitude
 from .padding import rank_of, resized
@@ -25,7 +25,7 @@ from .start import starts_inside
 BASE = "__base__"
 
 
-class LoRALayer(AdapterLayer):
+class LoRALayer(Decomposed):
     """A layer with LoRA adapters, each of them plain or DoRA; a subclass is a kind of base layer.
 
     ``layer(x, adapter_names=names)`` runs a batch whose samples have adapters of their own: one name for each sample,
@@ -33,55 +33,30 @@ class LoRALayer(AdapterLayer):
     layer is merged or in training mode, or if one of them is a DoRA adapter.
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
+    magnitudes = "lora_magnitude_vector"
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", magnitudes)
     file_names = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}  # noqa: RUF012 - a ClassVar of the base
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora")
     config_class = LoraConfig
     update_fields = {"r": "r", "lora_alpha": "lora_alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
-    def make(
-        cls,
-        base_layer: nn.Module,
-        config: PeftConfig,
-        module_name: str = "",
-        *,
-        autocast_adapter_dtype: bool = True,
-        initialise: bool = True,
-    ) -> Adapter:
-        """See `AdapterLayer.make`; DoRA's magnitudes are the norms of the adapted weight, never rounded to half."""
-        reads = "use_dora" if config.use_dora else "init_lora_weights"
-        if ((initialise and config.use_dora) or starts_inside(config.init_lora_weights)) and (
-            "weight" in base_layer.__dict__
-        ):
-            raise NotImplementedError(
-                f"{reads}: the weight of module {module_name!r} is computed by a hook whenever the layer is called "
-                "(as by torch.nn.utils.weight_norm), and it is needed before; use "
-                "torch.nn.utils.parametrizations.weight_norm, or remove it"
-            )
-        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
-        with onloaded([base_layer]), torch.no_grad():
-            adapter = super().make(base_layer, config, module_name, **options)
-            if config.use_dora and initialise:
-                magnitude = adapter.parts["lora_magnitude_vector"]
-                assert isinstance(magnitude, Magnitude)
-                # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
-                norms = dora.norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
-                magnitude.weight.copy_(norms.view_as(magnitude.weight))
-        return adapter
+    def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
+        return dora.norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
+
+    @classmethod
+    def _reads_weight(cls, config: LoraConfig, initialise: bool) -> str | None:
+        return super()._reads_weight(config, initialise) or (
+            "init_lora_weights" if starts_inside(config.init_lora_weights) else None
+        )
 
     def check_add(self, config: PeftConfig, initialise: bool = True) -> None:
-        """Raise ValueError if the norms of the base weight are needed and adapters are merged into it."""
+        """Raise ValueError if the base weight is needed and adapters are merged into it."""
         super().check_add(config, initialise)
         if starts_inside(config.init_lora_weights) and self.merged_adapters:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r}: such an adapter starts as a part of the base weight, "
                 f"and {self.merged_adapters} are merged into it; unmerge first"
-            )
-        if initialise and config.use_dora and self.merged_adapters:
-            raise ValueError(
-                f"use_dora: a new DoRA adapter starts at the norms of the base weight, and {self.merged_adapters} are "
-                "merged into it; unmerge first"
             )
 
     @classmethod
@@ -122,8 +97,11 @@ class LoRALayer(AdapterLayer):
         """Return the tensors and settings of one adapter, as its arithmetic takes them."""
         a, b = self._pair(name)
         p = self.lora_dropout[name] if self.training else 0.0
-        magnitude = self.lora_magnitude_vector[name].weight if self.use_dora[name] else None
-        return LowRank(a, b, self.scaling[name], None, self._extra_bias(name), p, magnitude)
+        low_rank = LowRank(a, b, self.scaling[name], None, self._extra_bias(name), p)
+        if not self.use_dora[name]:
+            return low_rank
+        kept = self._kept.setdefault(name, Kept())
+        return low_rank._replace(magnitude=self.lora_magnitude_vector[name].weight, kept=kept)
 
     def _listened_to(self, names: list[str]) -> bool:
         """Whether somebody would notice that the modules of these adapters are not called.
@@ -228,10 +206,6 @@ class LoRALayer(AdapterLayer):
         return self._factors_of({c: getattr(self, c)[name] for c in containers})
 
     # -- merging ----------------------------------------------------------------------------------------------
-
-    def _merge_order(self, names: list[str]) -> list[str]:
-        # All add to the output; DoRA also scales what the adapters before it have made of it.
-        return names
 
     def _extra_bias(self, name: str) -> Tensor | None:
         """Return what an adapter adds to the bias, or None."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...methods import lora
-from ...methods._base_layer import features_of, listened_to, opaque_weight, stored
+from ...methods._base_layer import features_of, listened_to, observed, opaque_weight, stored
 from ...methods._quantised import readable
 from ...methods.lora import LowRank
+from ...ops.kept import Kept
 from ..base.adapter_layer import Adapter
 from ..base.config import PeftConfig
 from ..base.kinds import settle_fan_in_fan_out
@@ -154,15 +155,28 @@ class LoRALinear(LoRALayer):
         first, second = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         p = own["lora_dropout"][name] if own["training"] else 0.0
         scale, bias = own["scaling"][name], second._parameters["bias"]
-        magnitude = self.lora_magnitude_vector[name].weight if own["use_dora"][name] else None
-        return LowRank(stored(first), stored(second), scale, None, None if bias is None else bias * scale, p, magnitude)
+        bias = None if bias is None else bias * scale
+        if not own["use_dora"][name]:
+            return LowRank(stored(first), stored(second), scale, None, bias, p)
+        magnitude, kept = stored(modules["lora_magnitude_vector"]._modules[name]), own["_kept"].get(name)
+        if kept is None:
+            kept = own["_kept"][name] = Kept()
+        return LowRank(stored(first), stored(second), scale, None, bias, p, magnitude, kept)
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        name = names[0]
-        alone = len(names) == 1 and not self.use_dora[name]
-        modules = self.__dict__["_modules"]
-        heard = not alone or listened_to(nn.Linear, modules["lora_A"]._modules[name], modules["lora_B"]._modules[name])
-        if heard and self._listened_to(names):
+        name, alone = names[0], len(names) == 1
+        own = self.__dict__
+        modules = own["_modules"]
+        if alone:
+            factors = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+            if own["use_dora"][name]:
+                # Its modules are never called, so that a hook on every module of the process has nothing to hear.
+                heard = observed(nn.Linear, *factors) or observed(
+                    Magnitude, modules["lora_magnitude_vector"]._modules[name]
+                )
+            else:
+                heard = listened_to(nn.Linear, *factors)
+        if (not alone or heard) and self._listened_to(names):
             return self._called(x, names, args, kwargs)
         plain = alone and not modules["lora_start"]._modules
         adapters = [self._trained(name)] if plain else self._each(names)

@@ -1,0 +1,161 @@
+#include "few_rows.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "host.h"
+#include "low_rank.h"
+
+namespace peftk {
+namespace {
+
+using Buffer = std::unique_ptr<float[]>;
+
+Dtype check_weight(const Tensor& weight) {
+  const Dtype dtype = check_dtype(weight, "weight");
+  STD_TORCH_CHECK(weight.dim() >= 1, "weight: expected a dimension of rows");
+  return dtype;
+}
+
+uint32_t* check_sums(const Tensor& sums, int64_t rows) {
+  check_dense(sums, "sums");
+  STD_TORCH_CHECK(
+      sums.scalar_type() == ScalarType::Int && sums.dim() == 2 && sums.size(0) == rows && sums.size(1) == kSumWords,
+      "sums: expected shape (", rows, ", ", kSumWords, ") in int32");
+  return static_cast<uint32_t*>(sums.mutable_data_ptr());
+}
+
+bool all_zero(const float* numbers, int64_t count) {
+  return std::all_of(numbers, numbers + count, [](float number) { return number == 0.0f; });
+}
+
+bool is_dense(const Tensor& t, ScalarType dtype, int64_t dimensions) {
+  return t.is_cpu() && t.scalar_type() == dtype && t.dim() == dimensions && t.is_contiguous();
+}
+
+bool is_vector(const std::optional<Tensor>& t, ScalarType dtype, int64_t size) {
+  return !t || (is_dense(*t, dtype, 1) && t->size(0) == size);
+}
+
+bool same_bits(const Tensor& a, const Tensor& b) {
+  return is_dense(a, b.scalar_type(), b.dim()) && a.numel() == b.numel() && b.is_contiguous() &&
+         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.numel() * a.element_size()) == 0;
+}
+
+// Return the output, or nothing where this is not the way: for more rows than `most`, for what is of another dtype,
+// shape or layout than the kernels take, for a weight that has other checksums or a source of the gain that is not its
+// copy, and where the output is that of the frozen layer alone, whose bits only the library's own product has. All of
+// these are decided here, and not in Python, where they would take longer than the arithmetic.
+std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
+                               const Tensor& b, std::optional<Tensor> gate, double scale, std::optional<Tensor> gain,
+                               std::optional<Tensor> sums, const std::vector<Tensor>& sources,
+                               const std::vector<Tensor>& copies, int64_t most) {
+  constexpr ScalarType kFloat = ScalarType::Float;
+  const ScalarType type = weight.scalar_type();
+  if ((type != kFloat && type != ScalarType::BFloat16) || x.dim() == 0 || !is_dense(x, type, x.dim()) ||
+      !is_dense(weight, type, 2) || !is_dense(a, kFloat, 2) || !is_dense(b, kFloat, 2))
+    return std::nullopt;
+  const int64_t columns = weight.size(0), depth = weight.size(1), rank = a.size(0);
+  if (columns == 0 || depth == 0 || rank == 0 || x.size(-1) != depth) return std::nullopt;
+  const int64_t rows = x.numel() / depth;
+  if (rows == 0 || rows > most || a.size(1) != depth || b.size(0) != columns || b.size(1) != rank ||
+      !is_vector(bias, type, columns) || !is_vector(gate, kFloat, rank) || !is_vector(gain, kFloat, columns) ||
+      scale == 0.0 || all_zero(floats(b), columns * rank))
+    return std::nullopt;
+  if (sources.size() != copies.size()) return std::nullopt;
+  for (size_t i = 0; i < sources.size(); ++i)
+    if (!same_bits(sources[i], copies[i])) return std::nullopt;
+  const uint32_t* expected = sums ? check_sums(*sums, columns) : nullptr;
+  const Dtype dtype = type == kFloat ? Dtype::float32 : Dtype::bfloat16;
+
+  const Buffer hidden(new float[rows * rank]);
+  const Buffer laid_out(dtype == Dtype::float32 ? nullptr : new float[rows * depth]);
+  if (laid_out) few_rows_input_cpu(x.const_data_ptr(), rows, depth, laid_out.get());
+  const LowRankFewParams thin{
+      x.const_data_ptr(), floats(a), floats(b), hidden.get(), nullptr, rows, depth, columns, rank, dtype};
+  parallel_for(0, rank, 1 + kTaskOperations / (1 + depth * rows),
+               [&](int64_t begin, int64_t end) { low_rank_few_hidden_cpu(thin, begin, end); });
+  for (int64_t i = 0; i < rows * rank; ++i)
+    hidden[i] *= (gate ? floats(*gate)[i % rank] : 1.0f) * static_cast<float>(scale);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = columns;
+  Tensor out = torch::stable::new_empty(x, shape);
+  const FewRowsParams p{weight.const_data_ptr(),
+                        laid_out ? laid_out.get() : x.const_data_ptr<float>(),
+                        bias ? bias->const_data_ptr() : nullptr,
+                        hidden.get(),
+                        floats(b),
+                        gain ? floats(*gain) : nullptr,
+                        expected,
+                        out.mutable_data_ptr(),
+                        rows,
+                        depth,
+                        columns,
+                        rank,
+                        dtype};
+  std::atomic<bool> changed{false};
+  parallel_for(0, columns, 1 + kTaskOperations / (1 + depth * rows),
+               [&](int64_t begin, int64_t end) { few_rows_cpu(p, begin, end, changed); });
+  if (changed.load(std::memory_order_relaxed)) return std::nullopt;
+  return out;
+}
+
+// Rows of a weight, of any number of dimensions, and the numbers of each.
+std::pair<int64_t, int64_t> rows_of(const Tensor& weight) {
+  const int64_t rows = weight.size(0);
+  return {rows, rows > 0 ? weight.numel() / rows : 0};
+}
+
+void row_sums(const Tensor& weight, Tensor& sums) {
+  const Dtype dtype = check_weight(weight);
+  const auto [rows, depth] = rows_of(weight);
+  uint32_t* to = check_sums(sums, rows);
+  const void* from = weight.const_data_ptr();
+  parallel_for(0, rows, 1 + kTaskOperations / (1 + depth),
+               [&](int64_t begin, int64_t end) { row_sums_cpu(from, depth, dtype, to, begin, end); });
+}
+
+bool same_row_sums(const Tensor& weight, const Tensor& sums) {
+  const Dtype dtype = check_weight(weight);
+  const auto [rows, depth] = rows_of(weight);
+  const uint32_t* expected = check_sums(sums, rows);
+  const char* from = static_cast<const char*>(weight.const_data_ptr());
+  const int64_t bytes = depth * weight.element_size();
+  std::atomic<bool> changed{false};
+  parallel_for(0, rows, 1 + kTaskOperations / (1 + depth), [&](int64_t begin, int64_t end) {
+    constexpr int64_t kRows = 16;
+    uint32_t found[kRows * kSumWords];
+    for (int64_t row = begin; row < end; row += kRows) {
+      const int64_t some = std::min(end - row, kRows);
+      row_sums_cpu(from + row * bytes, depth, dtype, found, 0, some);
+      if (std::memcmp(found, expected + row * kSumWords, some * kSumWords * sizeof(uint32_t)) != 0)
+        return changed.store(true, std::memory_order_relaxed);
+    }
+  });
+  return !changed.load(std::memory_order_relaxed);
+}
+
+}  // namespace
+}  // namespace peftk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def(
+      "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? gate, float scale, Tensor? gain, "
+      "Tensor? sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
+  m.def("row_sums(Tensor weight, Tensor(a!) sums) -> ()");
+  m.def("same_row_sums(Tensor weight, Tensor sums) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("few_rows", TORCH_BOX(&peftk::few_rows));
+  m.impl("row_sums", TORCH_BOX(&peftk::row_sums));
+  m.impl("same_row_sums", TORCH_BOX(&peftk::same_row_sums));
+}

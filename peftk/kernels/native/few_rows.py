@@ -1,0 +1,68 @@
+"""A frozen linear layer on few rows in C++: base product, adapter and gain in one pass over the weight, which also says
+whether the weight is still the one that the gain was computed from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from .low_rank import _as_rows
+
+ONE_PASS_ROWS = 4
+"""Rows of x up to which one pass over the weight takes no longer than the product of torch's library."""
+
+RESCALED_ROWS = 16
+"""The same, where the pass also finds out whether the weight is still the same, which else takes one of its own."""
+
+SUM_WORDS = 16
+"""Words of the checksum of one row of a weight."""
+
+few_rows = torch.ops.peftk_native.few_rows.default
+"""``few_rows(x, weight, bias, a, b, gate, scale, gain, sums, sources, copies, most)`` returns
+``gain * (x @ weight.T + scale * (x @ a.T * gate) @ b.T) + bias``, or None where the caller has to go another way: for
+more rows than `most`, for other dtypes, shapes or layouts than the kernels take, for a weight that has other checksums
+than `sums`, for `sources` that are not the same as their copies to the bit, and where b or the scale is zero, so that
+the output keeps the bits of the frozen layer's.
+"""
+
+same_row_sums = torch.ops.peftk_native.same_row_sums.default
+"""``same_row_sums(weight, sums)`` says whether a weight has these checksums."""
+
+_row_sums = torch.ops.peftk_native.row_sums.default
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """Return the checksum of every row of a contiguous weight, float32 or bfloat16: (rows, SUM_WORDS), int32.
+
+    A change of one word of a row, one float32 or two neighbours in bfloat16, always changes it; other changes are
+    missed in one case of four thousand million.
+    """
+    sums = torch.empty(weight.shape[0], SUM_WORDS, dtype=torch.int32)
+    _row_sums(weight, sums)
+    return sums
+
+
+_low_rank = torch.ops.peftk_native.low_rank_few.default
+
+_FACTORS_ROWS = 4
+"""Rows up to which one pass over float32 factors as they lie beats the two products of torch's library."""
+
+
+def add_low_rank_(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, scale: float) -> None:
+    """Add the low-rank product of few rows onto a fresh output, in float32 whatever its dtype.
+
+    Args:
+        out: (..., out), contiguous, float32 or bfloat16.
+        x: (..., in), of its dtype.
+        a: (rank, in), float32, as are b and the gate; all contiguous.
+        b: (out, rank).
+        gate: (rank,) or None.
+        scale: The factor.
+    """
+    if x.dtype is torch.float32 and x.numel() > _FACTORS_ROWS * x.shape[-1]:
+        hidden = torch.mm(_as_rows(x), a.mT)
+        _as_rows(out).addmm_(hidden if gate is None else hidden.mul_(gate), b.mT, alpha=scale)
+    else:
+        _low_rank(x, a, b, gate, scale, out)
