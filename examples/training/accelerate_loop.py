@@ -1,18 +1,16 @@
 """A loop with Hugging Face accelerate and OFT: `save_state` to go on from, and the adapter alone to give away.
 
 python examples/training/accelerate_loop.py       # a tiny random LLaMA, in seconds, offline
-accelerate launch examples/training/accelerate_loop.py
+torchrun --nproc_per_node 2 examples/training/accelerate_loop.py --cpu
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,6 +36,7 @@ def main(arguments: list[str] | None = None) -> dict:
     """Train, go back to a saved state, train again, and return what the test looks at."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--output", default="adapters/accelerate_loop", help="the folder, which all processes share")
     options = parser.parse_args(arguments)
 
     accelerator = Accelerator(cpu=options.cpu, gradient_accumulation_steps=2)
@@ -47,11 +46,10 @@ def main(arguments: list[str] | None = None) -> dict:
     model = peftk.get_peft_model(tiny_llama(), config)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=32)
-    data = DataLoader(passages(64), batch_size=4, shuffle=True)
+    data = DataLoader(passages(64), batch_size=4)
     model, optimizer, scheduler, data = accelerator.prepare(model, optimizer, scheduler, data)
 
     def epoch() -> list[float]:
-        set_seed(1)
         model.train()
         losses = []
         for ids in data:
@@ -65,22 +63,23 @@ def main(arguments: list[str] | None = None) -> dict:
         return losses
 
     losses = epoch()
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator.save_state(f"{folder}/state")
-        second = epoch()
-        accelerator.load_state(f"{folder}/state")
-        resumed = epoch()
+    accelerator.save_state(f"{options.output}/state")
+    second = epoch()
+    accelerator.load_state(f"{options.output}/state")
+    resumed = epoch()
 
-        accelerator.wait_for_everyone()
-        accelerator.unwrap_model(model).save_pretrained(
-            f"{folder}/adapter",
-            is_main_process=accelerator.is_main_process,
-            save_function=accelerator.save,
-            state_dict=accelerator.get_state_dict(model),
-        )
-        accelerator.wait_for_everyone()
-        sizes = {kind: sum(p.stat().st_size for p in Path(folder, kind).iterdir()) for kind in ("state", "adapter")}
-        loaded = peftk.PeftModel.from_pretrained(tiny_llama(), f"{folder}/adapter").to(accelerator.device)
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(model).save_pretrained(
+        f"{options.output}/adapter",
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )
+    accelerator.wait_for_everyone()
+    sizes = {
+        kind: sum(path.stat().st_size for path in Path(options.output, kind).iterdir()) for kind in ("state", "adapter")
+    }
+    loaded = peftk.PeftModel.from_pretrained(tiny_llama(), f"{options.output}/adapter").to(accelerator.device)
     model.eval()
     ids = next(iter(data))
     with torch.no_grad():

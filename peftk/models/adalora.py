@@ -35,7 +35,7 @@ class Allocating(Described):
         trained = self._trained_adalora()
         if trained and isinstance(config, AdaLoraConfig) and not config.inference_mode:
             raise ValueError(
-                f"inference_mode: adapter {trained[0]!r} is a trainable AdaLoRA adapter already, and only one can be; "
+                f"inference_mode: AdaLoraModel supports only 1 trainable adapter, and {trained[0]!r} is one already; "
                 "set inference_mode=True for the others"
             )
 

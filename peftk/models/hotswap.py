@@ -18,6 +18,7 @@ from ..nn.base.undo import all_or_nothing
 from ..nn.lora.layer import LoRALayer
 from ..nn.lora.padding import resized, set_factor
 from ..nn.lora.start import starts_inside
+from ..nn.xlora.layer import XLoraLayer
 from .adapters import Tuner
 from .file_keys import PREFIX, as_in_file, as_in_memory, same_meaning, without_values
 from .loading import (
@@ -61,7 +62,7 @@ def prepare_model_for_compiled_hotswap(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: The model is compiled, it has no LoRA layer, or `target_rank` is below the rank of one.
+        ValueError: The model is compiled, it has no LoRA layer or one of X-LoRA, or `target_rank` is too small for one.
 
     Example:
         >>> import torch, peftk
@@ -75,17 +76,25 @@ def prepare_model_for_compiled_hotswap(
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        said = "model: it is compiled already. Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
-            raise ValueError(said)
+            raise ValueError(
+                "model: it is compiled already. Call prepare_model_for_compiled_hotswap *before* compiling the model"
+            )
         if check_compiled == "warn":
-            warnings.warn(f"{said}, or it will be compiled again", stacklevel=2)
+            warnings.warn(
+                "model: prepare_model_for_compiled_hotswap was called with a model that is already compiled, and what "
+                "it changes will be compiled again; call it before",
+                stacklevel=2,
+            )
     layers = [(path, layer) for path, layer in named_modules(model) if isinstance(layer, LoRALayer)]
     if not layers:
         raise ValueError(
             "model: No adapter layers found on the model; load the first LoRA adapter, call "
             "prepare_model_for_compiled_hotswap, and load others by hotswap_adapter"
         )
+    for path, layer in layers:
+        if isinstance(layer, XLoraLayer):
+            raise ValueError(f"model: module {path!r} is one of X-LoRA, whose experts cannot be swapped")
     configs = _configs(config)
     if target_rank is not None:
         check_int("target_rank", target_rank, 1, 1 << 20)
@@ -112,14 +121,14 @@ def _check_room(layers: list[tuple[str, LoRALayer]], target_rank: int) -> None:
     for path, layer in layers:
         if target_rank % layer.groups:
             raise ValueError(
-                f"target_rank: module {path!r} is a convolution with groups={layer.groups}, which must divide it, got "
-                f"{target_rank}"
+                f"target_rank: Trying to pad an adapter on module {path!r}, a convolution with groups={layer.groups}, "
+                f"to target rank {target_rank}, but the target rank is not divisible by {layer.groups}"
             )
         for name in layer.adapter_names:
             if layer.r[name] > target_rank:
                 raise ValueError(
-                    f"target_rank: expected {layer.r[name]} or more, the rank of adapter {name!r} on module {path!r}, "
-                    f"got {target_rank}"
+                    f"target_rank: Trying to pad the adapter to the target rank {target_rank}, but the original rank "
+                    f"is larger ({layer.r[name]}): that of {name!r} on module {path!r}"
                 )
 
 

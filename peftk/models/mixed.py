@@ -39,14 +39,23 @@ def check(tuner: Tuner, parts: Iterable[nn.Module], adapter_names: Any) -> list[
     names = list(adapter_names)
     wrong = [name for name in dict.fromkeys(names) if name != BASE and name not in tuner.peft_config]
     if wrong:
-        raise ValueError(f"adapter_names: unknown: {describe_unknown(map(str, wrong), tuner.peft_config)}")
+        raise ValueError(
+            f"adapter_names: Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, wrong)))}: "
+            f"{describe_unknown(map(str, wrong), tuner.peft_config)}"
+        )
     for name in dict.fromkeys(names):
         config = tuner.peft_config.get(name)
         if config is None:
             continue
-        if type(config) is not LoraConfig or config.use_dora:
-            kind = "DORA" if isinstance(config, LoraConfig) and config.use_dora else config._kind
-            raise ValueError(f"adapter_names: adapter {name!r} is {kind}; only LoRA adapters can be mixed in a batch")
+        if type(config) is not LoraConfig:
+            raise ValueError(
+                f"adapter_names: adapter {name!r} is {config._kind}; only LoRA adapters can be mixed in a batch"
+            )
+        if config.use_dora:
+            raise ValueError(
+                f"adapter_names: Cannot pass `adapter_names` when DoRA is enabled. Adapter {name!r} has it; only LoRA "
+                "adapters can be mixed in a batch"
+            )
         if config.bias != "none":
             raise ValueError(
                 f"adapter_names: adapter {name!r} trains biases of the base model (bias={config.bias!r}), which all "
@@ -58,10 +67,15 @@ def check(tuner: Tuner, parts: Iterable[nn.Module], adapter_names: Any) -> list[
                 "mixed in a batch"
             )
     if tuner.training:
-        raise ValueError("adapter_names: the model is in training mode; call eval() first")
+        raise ValueError(
+            "adapter_names: Cannot pass `adapter_names` when the model is in training mode. Call eval() first"
+        )
     if any(part.merged_adapters for part in parts if isinstance(part, AdapterLayer)):
         merged = next(path for path, layer in tuner._layers() if layer.merged_adapters)
-        raise ValueError(f"adapter_names: layer {merged!r} is merged; unmerge it first")
+        raise ValueError(
+            "adapter_names: Cannot pass `adapter_names` when there are merged adapters, please call "
+            f"`unmerge_adapter` first. (Layer {merged!r} is merged.)"
+        )
     return names
 
 

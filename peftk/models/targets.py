@@ -183,8 +183,8 @@ def fill_default_targets(model: nn.Module, config: PeftConfig) -> None:
         spec = {**DEFAULT_TARGETS, **config._default_targets}.get(kind) if kind else None
         if spec is None:
             raise ValueError(
-                f"target_modules: None, and there is no default for model type {kind!r}; name the modules to adapt "
-                f'or pass "{ALL_LINEAR}"'
+                f"target_modules: None, and there is no default for model type {kind!r}. Please specify "
+                f'`target_modules`: the names of the modules to adapt, or "{ALL_LINEAR}"'
             )
         present = candidates(model)
         config.target_modules = (

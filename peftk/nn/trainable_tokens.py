@@ -56,6 +56,11 @@ class TrainableTokens(AdapterLayer):
         super()._wrap(base_layer)
         self._on_device: dict[str, tuple[list[int], Tensor]] = {}
 
+    @property
+    def token_adapter(self) -> TrainableTokens:
+        """This layer: PEFT keeps the rows in a module of that name."""
+        return self
+
     @classmethod
     def of_rows(
         cls,

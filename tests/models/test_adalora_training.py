@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.bert_trainer import Rows, arguments, bert, trained
 from transformers import Trainer
 
-from peftk import AdaLoraConfig, PeftModel, get_peft_model
+from peftk import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peftk.integrations.hf_trainer import AllocateCallback
 from peftk.models.trainer import AdapterTrainerMixin
 
@@ -119,3 +120,17 @@ def test_training_that_ends_before_the_schedule_is_told(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="total_step")
         trainer.train()
+
+
+def test_a_step_that_is_skipped_counts_for_nothing():
+    """Where a gradient scaler finds infinities, they must not get into the averages."""
+    model, state = adapted(), SimpleNamespace(global_step=2)
+    model(input_ids=torch.arange(6)[None], labels=torch.tensor([1])).loss.backward()
+    callback, allocator = AllocateCallback(), model.base_model.rankallocator
+    callback.on_optimizer_step(None, state, None, model=model, optimizer=SimpleNamespace(step_was_skipped=True))
+    assert not allocator.state_dict()["averages"]
+    callback.on_optimizer_step(None, state, None, model=model, optimizer=SimpleNamespace(step_was_skipped=False))
+    assert allocator.state_dict()["averages"]
+    # Other models are left alone.
+    callback.on_optimizer_step(None, state, None, model=bert())
+    callback.on_train_begin(None, state, None, model=get_peft_model(bert(), LoraConfig(target_modules=["query"])))

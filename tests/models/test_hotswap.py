@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import xlora_models
 from support.toy_model import X, assert_unchanged, lora, oft, snapshot, toy
 from torch import nn
 
@@ -201,6 +202,36 @@ def test_prepared_adapters_load_merge_and_copy_like_others(tmp_path):
     assert_close(model(X), expected(X).double(), torch.float32)
 
 
+def test_prepared_scales_act_wherever_scales_do(tmp_path):
+    """In batches that mix adapters, in a block that rescales them, and when they are set."""
+    models = []
+    for prepared in (False, True):
+        model = saved(tmp_path, r=3, lora_alpha=5)
+        torch.manual_seed(7)
+        model.add_adapter("other", lora(target_modules=BOTH, r=2))
+        if prepared:
+            prepare_model_for_compiled_hotswap(model, target_rank=4)
+        models.append(model.eval())
+    plain, room = models
+    names = ["default", "other", "__base__"]
+    assert_close(room(X, adapter_names=names), plain(X, adapter_names=names).double(), torch.float32)
+    kept = {path: layer.scaling["default"] for path, layer in room.base_model._layers()}
+    with peftk.rescale_adapter_scale(room, 0.25), peftk.rescale_adapter_scale(plain, 0.25):
+        assert_close(room(X), plain(X).double(), torch.float32)
+    for change in (lambda layer: layer.scale_layer(3.0), lambda layer: layer.unscale_layer(2.0)):
+        for model in models:
+            for _, layer in model.base_model._layers():
+                change(layer)
+        assert_close(room(X), plain(X).double(), torch.float32)
+    assert all(layer.scaling["default"] is kept[path] for path, layer in room.base_model._layers())
+
+
+def test_experts_of_x_lora_are_refused(experts):
+    model = xlora_models.make(xlora_models.llama(), experts)
+    with pytest.raises(ValueError, match="is one of X-LoRA, whose experts cannot be swapped"):
+        prepare_model_for_compiled_hotswap(model, target_rank=64)
+
+
 def test_the_configuration_can_get_the_rank_too(tmp_path):
     model = saved(tmp_path / "first", r=2, rank_pattern={"query": 4}, alpha_pattern={"value": 7})
     before = model(X)
@@ -255,6 +286,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(prepared, tmp_path):
         tmp_path / "wrong",
         r"adapter_model.safetensors: several problems(.|\n)*expected \(3, 12\), got \(2, 12\)",
     )
+    saved(tmp_path / "lacking")
+    file = tmp_path / "lacking" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.layers.1.value.lora_A.weight"]
+    save_file(tensors, file)
+    refused(model, tmp_path / "lacking", "missing key 'base_model.model.layers.1.value.lora_A.weight'")
     refused(model, tmp_path / "nowhere", "model_id")
     refused(model, tmp_path / "first", "adapter_name: Adapter defualt does not exist: 'defualt'", name="defualt")
     refused(model, tmp_path / "first", "weird: expected no such argument", TypeError, weird=1)
@@ -302,10 +339,13 @@ def test_an_interruption_leaves_the_model_as_it_was(prepared, tmp_path, monkeypa
 def test_preparing_is_refused_by_name(tmp_path):
     model = saved(tmp_path, base=nets, target_modules=ALL, r=4)
     before = snapshot(model)
-    for target, match in ((3, "expected 4 or more, the rank of adapter 'default' on module"), (0, "target_rank")):
+    for target, match in (
+        (3, r"target_rank: Trying to pad .* original rank is larger \(4\): that of 'default'"),
+        (0, "target_rank"),
+    ):
         with pytest.raises(ValueError, match=match):
             prepare_model_for_compiled_hotswap(model, target_rank=target)
-    with pytest.raises(ValueError, match=r"target_rank: module '.*grouped' is a convolution with groups=2"):
+    with pytest.raises(ValueError, match="grouped', a convolution with groups=2, to target rank 5"):
         prepare_model_for_compiled_hotswap(model, target_rank=5)
     with pytest.raises(TypeError, match="config: expected a LoraConfig, or a dict of them, got OFTConfig"):
         prepare_model_for_compiled_hotswap(model, target_rank=8, config=oft())
@@ -317,7 +357,7 @@ def test_preparing_is_refused_by_name(tmp_path):
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match=r"\*before\* compiling the model"):
         prepare_model_for_compiled_hotswap(compiled)
-    with pytest.warns(UserWarning, match=r"\*before\* compiling the model, or it will be compiled again"):
+    with pytest.warns(UserWarning, match="called with a model that is already compiled"):
         prepare_model_for_compiled_hotswap(compiled, check_compiled="warn")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -62,9 +62,9 @@ def test_own_loop(script: Callable[[str], ModuleType]) -> None:
     assert found["files"].keys() == ADAPTER | {"optimizer.pt"}
 
 
-def test_accelerate_loop(script: Callable[[str], ModuleType]) -> None:
+def test_accelerate_loop(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    found = script("accelerate_loop").main(["--cpu"])
+    found = script("accelerate_loop").main(["--cpu", "--output", str(tmp_path)])
     assert falls(found["losses"])
     assert found["resumed"] == found["second"]
     assert found["difference"] == 0

@@ -113,13 +113,13 @@ def test_what_cannot_be_mixed_is_refused():
     model.add_adapter("dora", LoraConfig(r=2, target_modules=["0"], use_dora=True))
     model.add_adapter("turned", OFTConfig(oft_block_size=4, target_modules=["1"], init_weights=False))
     x = torch.randn(2, I)
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
         model(x, adapter_names=["default", "__base__"])
     model.eval()
     for names, text in (
-        (["default"], "2 samples"),
-        (["default", "nothing"], "nothing"),
-        (["default", "dora"], "'dora' is DORA"),
+        (["default"], "Length of `adapter_names` should be the same as the number of inputs, but got 1 and 2"),
+        (["default", "nothing"], r"Trying to infer with non-existing adapter\(s\): nothing"),
+        (["default", "dora"], "Cannot pass `adapter_names` when DoRA is enabled"),
         (["default", "turned"], "'turned' is OFT"),
     ):
         with pytest.raises(ValueError, match=f"adapter_names.*{text}"):
@@ -137,5 +137,5 @@ def test_what_cannot_be_mixed_is_refused():
     assert layer.batch_adapters is None
     assert not torch.equal(model(x), expected)
     model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters"):
         model(x, adapter_names=["default", "__base__"])

@@ -75,7 +75,9 @@ class LoRALayer(Decomposed):
     def _warn_about_bias(base_layer: nn.Module, config: LoraConfig, module_name: str) -> None:
         if config.lora_bias and base_layer.bias is None:
             warnings.warn(
-                f"lora_bias: module {module_name!r} has no bias, so this adapter can never be merged", stacklevel=2
+                "lora_bias: `lora_bias=True` was passed but the targeted layer of type "
+                f"{type(base_layer).__name__} has no bias (module {module_name!r}), so it can never be merged",
+                stacklevel=2,
             )
 
     # -- what a subclass says ---------------------------------------------------------------------------------
@@ -255,12 +257,20 @@ class LoRALayer(Decomposed):
     def _check_mixed(self, x: Tensor, names: Sequence[str]) -> None:
         if isinstance(names, str) or len(names) != len(x):
             raise ValueError(
-                f"adapter_names: expected a list with one name for each of the {len(x)} samples, got {names!r}"
+                "adapter_names: expected a list with one name for each sample. Length of `adapter_names` should be the "
+                f"same as the number of inputs, but got {len(names)} and {len(x)}"
             )
         if self.training:
-            raise ValueError("adapter_names: the layer is in training mode; call eval() first")
+            raise ValueError(
+                "adapter_names: Cannot pass `adapter_names` when the model is in training mode. Call eval() first"
+            )
         if self.merged_adapters:
-            raise ValueError("adapter_names: the layer is merged; unmerge it first")
+            raise ValueError(
+                "adapter_names: Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
         for name in set(names):
             if self.use_dora.get(name):
-                raise ValueError(f"adapter_names: adapter {name!r} is a DoRA adapter, which cannot be mixed in a batch")
+                raise ValueError(
+                    f"adapter_names: Cannot pass `adapter_names` when DoRA is enabled. Adapter {name!r} has it"
+                )
