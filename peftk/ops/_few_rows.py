@@ -31,17 +31,17 @@ def few(x: Tensor, features: int) -> bool:
 
 
 def usual(x: Tensor, *factors: Tensor) -> bool:
-    """Whether x has few rows and all are what this way takes: contiguous, factors in float32, and nobody listens."""
+    """Whether x has few rows and all are what this way takes: contiguous, and factors in float32."""
     if not few(x, x.shape[-1]) or type(x) not in _ORDINARY or not x.is_contiguous():
         return False
-    for factor in factors:
-        if factor.dtype is not torch.float32 or not factor.is_contiguous():
-            return False
-    return unobserved()
+    return all(factor.dtype is torch.float32 and factor.is_contiguous() for factor in factors)
 
 
 def module_of(family: str) -> Any:
-    """Return the native kernels of a family, or None where there are none."""
+    """Return the native kernels of a family, or None where there are none, or where somebody listens to operators."""
+    # First: nothing behind it is traced by a compiler.
+    if not unobserved():
+        return None
     module = registry.backend_module("native", family)
     return None if isinstance(module, str) else module
 
@@ -50,12 +50,13 @@ def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -
     """Return ``linear(x, weight, bias) + added``; where that is zero, with every bit of the frozen layer's output.
 
     Args:
-        x: (..., in), `usual`.
+        x: (..., in), `usual`; nobody listens.
         weight: (out, in), in its dtype.
         bias: (out,) or None.
         added: (..., out), float32 and contiguous.
     """
-    module = module_of("few_rows")
+    module = registry.backend_module("native", "few_rows")
+    assert not isinstance(module, str)
     most = module.ONE_PASS_ROWS
     y: Tensor | None = module.few_rows(x, weight, bias, None, None, None, 1.0, added, None, None, (), (), most)
     return linear(x, weight, bias).add_(added) if y is None else y
@@ -78,13 +79,7 @@ def low_rank_few(
         gate: (rank,) or None.
     """
     features = x.shape[-1]
-    if (
-        not x.is_cpu
-        or x.numel() > FEW * features
-        or type(scale) is not float
-        or type(x) not in _ORDINARY
-        or not unobserved()
-    ):
+    if not x.is_cpu or x.numel() > FEW * features or type(scale) is not float or type(x) not in _ORDINARY:
         return None
     module = module_of("few_rows")
     if module is None:
