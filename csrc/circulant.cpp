@@ -130,6 +130,22 @@ void circulant_weight_backward(const Tensor& grad, double scale, Tensor& dkernel
                [&](int64_t begin, int64_t end) { circulant_weight_backward_cpu(p, begin, end); });
 }
 
+void circulant_few(const Tensor& x, const Tensor& kernel, double scale, Tensor& out) {
+  const Dtype dtype = check_dtype(x, "x");
+  check_float(kernel, "kernel");
+  STD_TORCH_CHECK(kernel.dim() == 3 && kernel.numel() > 0, "kernel: expected shape (out_blocks, in_blocks, b)");
+  const int64_t size = kernel.size(2), features = kernel.size(1) * size;
+  STD_TORCH_CHECK(x.numel() % features == 0, "x: expected rows of ", features, " numbers");
+  const int64_t rows = x.numel() / features;
+  check_float(out, "out");
+  STD_TORCH_CHECK(out.numel() == rows * kernel.size(0) * size, "out: expected as many rows as x");
+  const FloatNumbers numbers(x, dtype);
+  const CirculantFewParams p{numbers.get(),  floats(kernel), writable(out), rows,
+                             kernel.size(0), kernel.size(1), size,          static_cast<float>(scale)};
+  parallel_for(0, p.out_blocks, 1 + kTaskOperations / (1 + rows * features * size),
+               [&](int64_t begin, int64_t end) { circulant_few_cpu(p, begin, end); });
+}
+
 #ifdef PEFTK_CUDA
 
 void circulant_mix_on_cuda(const Tensor& x, const Tensor& kernel, bool adjoint, Tensor& out) {
@@ -168,6 +184,7 @@ void circulant_weight_backward_on_cuda(const Tensor& grad, double scale, Tensor&
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def("circulant_mix(Tensor x, Tensor kernel, bool adjoint, Tensor(a!) out) -> ()");
   m.def("circulant_contract(Tensor grad, Tensor x, Tensor(a!) out) -> ()");
+  m.def("circulant_few(Tensor x, Tensor kernel, float scale, Tensor(a!) out) -> ()");
   m.def("circulant_weight(Tensor weight, Tensor kernel, float scale, Tensor(a!) out) -> ()");
   m.def("circulant_weight_backward(Tensor grad, float scale, Tensor(a!) dkernel) -> ()");
 }
@@ -175,6 +192,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("circulant_mix", TORCH_BOX(&peftk::circulant_mix));
   m.impl("circulant_contract", TORCH_BOX(&peftk::circulant_contract));
+  m.impl("circulant_few", TORCH_BOX(&peftk::circulant_few));
   m.impl("circulant_weight", TORCH_BOX(&peftk::circulant_weight));
   m.impl("circulant_weight_backward", TORCH_BOX(&peftk::circulant_weight_backward));
 }

@@ -38,6 +38,15 @@ struct CirculantWeightParams {
   Dtype dtype;  // of weight and out
 };
 
+// out[t, m b + p] = scale * sum_n sum_q kernel[m, n, (q - p) mod b] * x[t, n b + q]
+struct CirculantFewParams {
+  const float* x;       // (rows, in_blocks * size)
+  const float* kernel;  // (out_blocks, in_blocks, size)
+  float* out;           // (rows, out_blocks * size)
+  int64_t rows, out_blocks, in_blocks, size;
+  float scale;
+};
+
 // dkernel[m, n, l] = scale * sum_p grad[m b + p, n b + (p + l) mod b]
 struct CirculantWeightBackwardParams {
   const void* grad;  // (out_blocks * size, in_blocks * size)
@@ -59,6 +68,9 @@ void circulant_contract_cpu(const CirculantContractParams& p, int64_t begin, int
 // The ranges are of rows of blocks.
 void circulant_weight_cpu(const CirculantWeightParams& p, int64_t begin, int64_t end);
 void circulant_weight_backward_cpu(const CirculantWeightBackwardParams& p, int64_t begin, int64_t end);
+
+// For few rows: the sums as they are written, without spectra. The range is of rows of blocks.
+void circulant_few_cpu(const CirculantFewParams& p, int64_t begin, int64_t end);
 
 // The stream is a cudaStream_t. A launch that fails throws a std::runtime_error that names the kernel.
 void circulant_mix_cuda(const CirculantMixParams& p, void* stream);

@@ -54,22 +54,32 @@ bool same_bits(const Tensor& a, const Tensor& b) {
 // shape or layout than the kernels take, for a weight that has other checksums or a source of the gain that is not its
 // copy, and where the output is that of the frozen layer alone, whose bits only the library's own product has. All of
 // these are decided here, and not in Python, where they would take longer than the arithmetic.
-std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
-                               const Tensor& b, std::optional<Tensor> gate, double scale, std::optional<Tensor> gain,
+std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                               std::optional<Tensor> a, std::optional<Tensor> b, std::optional<Tensor> gate,
+                               double scale, std::optional<Tensor> added, std::optional<Tensor> gain,
                                std::optional<Tensor> sums, const std::vector<Tensor>& sources,
                                const std::vector<Tensor>& copies, int64_t most) {
   constexpr ScalarType kFloat = ScalarType::Float;
   const ScalarType type = weight.scalar_type();
   if ((type != kFloat && type != ScalarType::BFloat16) || x.dim() == 0 || !is_dense(x, type, x.dim()) ||
-      !is_dense(weight, type, 2) || !is_dense(a, kFloat, 2) || !is_dense(b, kFloat, 2))
+      !is_dense(weight, type, 2) || a.has_value() != b.has_value() || a.has_value() == added.has_value())
     return std::nullopt;
-  const int64_t columns = weight.size(0), depth = weight.size(1), rank = a.size(0);
-  if (columns == 0 || depth == 0 || rank == 0 || x.size(-1) != depth) return std::nullopt;
+  const int64_t columns = weight.size(0), depth = weight.size(1);
+  if (columns == 0 || depth == 0 || x.size(-1) != depth) return std::nullopt;
   const int64_t rows = x.numel() / depth;
-  if (rows == 0 || rows > most || a.size(1) != depth || b.size(0) != columns || b.size(1) != rank ||
-      !is_vector(bias, type, columns) || !is_vector(gate, kFloat, rank) || !is_vector(gain, kFloat, columns) ||
-      scale == 0.0 || all_zero(floats(b), columns * rank))
+  if (rows == 0 || rows > most || !is_vector(bias, type, columns) || !is_vector(gain, kFloat, columns))
     return std::nullopt;
+  int64_t rank = 0;
+  if (a) {
+    if (!is_dense(*a, kFloat, 2) || !is_dense(*b, kFloat, 2)) return std::nullopt;
+    rank = a->size(0);
+    if (rank == 0 || a->size(1) != depth || b->size(0) != columns || b->size(1) != rank ||
+        !is_vector(gate, kFloat, rank) || scale == 0.0 || all_zero(floats(*b), columns * rank))
+      return std::nullopt;
+  } else if (!is_dense(*added, kFloat, added->dim()) || added->numel() != rows * columns ||
+             all_zero(floats(*added), rows * columns)) {
+    return std::nullopt;
+  }
   if (sources.size() != copies.size()) return std::nullopt;
   for (size_t i = 0; i < sources.size(); ++i)
     if (!same_bits(sources[i], copies[i])) return std::nullopt;
@@ -79,12 +89,14 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
   const Buffer hidden(new float[rows * rank]);
   const Buffer laid_out(dtype == Dtype::float32 ? nullptr : new float[rows * depth]);
   if (laid_out) few_rows_input_cpu(x.const_data_ptr(), rows, depth, laid_out.get());
-  const LowRankFewParams thin{
-      x.const_data_ptr(), floats(a), floats(b), hidden.get(), nullptr, rows, depth, columns, rank, dtype};
-  parallel_for(0, rank, 1 + kTaskOperations / (1 + depth * rows),
-               [&](int64_t begin, int64_t end) { low_rank_few_hidden_cpu(thin, begin, end); });
-  for (int64_t i = 0; i < rows * rank; ++i)
-    hidden[i] *= (gate ? floats(*gate)[i % rank] : 1.0f) * static_cast<float>(scale);
+  if (rank > 0) {
+    const LowRankFewParams thin{
+        x.const_data_ptr(), floats(*a), floats(*b), hidden.get(), nullptr, rows, depth, columns, rank, dtype};
+    parallel_for(0, rank, 1 + kTaskOperations / (1 + depth * rows),
+                 [&](int64_t begin, int64_t end) { low_rank_few_hidden_cpu(thin, begin, end); });
+    for (int64_t i = 0; i < rows * rank; ++i)
+      hidden[i] *= (gate ? floats(*gate)[i % rank] : 1.0f) * static_cast<float>(scale);
+  }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
   Tensor out = torch::stable::new_empty(x, shape);
@@ -92,7 +104,8 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
                         laid_out ? laid_out.get() : x.const_data_ptr<float>(),
                         bias ? bias->const_data_ptr() : nullptr,
                         hidden.get(),
-                        floats(b),
+                        b ? floats(*b) : nullptr,
+                        added ? floats(*added) : nullptr,
                         gain ? floats(*gain) : nullptr,
                         expected,
                         out.mutable_data_ptr(),
@@ -148,8 +161,8 @@ bool same_row_sums(const Tensor& weight, const Tensor& sums) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def(
-      "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? gate, float scale, Tensor? gain, "
-      "Tensor? sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
+      "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor? gate, float scale, Tensor? added, "
+      "Tensor? gain, Tensor? sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
   m.def("row_sums(Tensor weight, Tensor(a!) sums) -> ()");
   m.def("same_row_sums(Tensor weight, Tensor sums) -> bool");
 }

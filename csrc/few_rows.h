@@ -11,13 +11,14 @@ namespace peftk {
 // Words of the checksum of one row of a weight.
 constexpr int64_t kSumWords = 16;
 
-// out = gain * (x @ weight.T + hidden @ b.T) + bias.
+// out = gain * (x @ weight.T + hidden @ b.T + added) + bias.
 struct FewRowsParams {
   const void* weight;    // (columns, depth)
   const float* x;        // (rows, depth), as `few_rows_input_cpu` lays it out
   const void* bias;      // (columns), or null
   const float* hidden;   // (rows, rank)
   const float* b;        // (columns, rank)
+  const float* added;    // (rows, columns), or null
   const float* gain;     // (columns), or null
   const uint32_t* sums;  // (columns, kSumWords), what `row_sums_cpu` gave for the weight; or null
   void* out;             // (rows, columns)

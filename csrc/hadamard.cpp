@@ -177,6 +177,35 @@ void hadamard_weight_backward(const Tensor& grad, const Tensor& w1_a, const Tens
   if (db2) add_up(sums2.get(), chunks, s.r2, s.features, stride, 1.0f, db2);
 }
 
+void hadamard_few(const Tensor& x, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b,
+                  double scale, Tensor& out) {
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
+  const Dtype dtype = check_dtype(x, "x");
+  STD_TORCH_CHECK(s.features > 0 && x.numel() % s.features == 0, "x: expected rows of ", s.features, " numbers");
+  const int64_t rows = x.numel() / s.features;
+  check_float(out, "out");
+  STD_TORCH_CHECK(out.numel() == rows * s.out, "out: expected as many rows as x");
+  const FloatNumbers numbers(x, dtype);
+  const std::unique_ptr<float[]> hidden(new float[rows * s.r1 * s.r2]);
+  const HadamardFewParams p{numbers.get(),
+                            floats(w1_a),
+                            floats(w1_b),
+                            floats(w2_a),
+                            floats(w2_b),
+                            hidden.get(),
+                            writable(out),
+                            rows,
+                            s.out,
+                            s.features,
+                            s.r1,
+                            s.r2,
+                            static_cast<float>(scale)};
+  parallel_for(0, rows * s.r1, 1 + kTaskOperations / (1 + s.features * s.r2),
+               [&](int64_t begin, int64_t end) { hadamard_few_hidden_cpu(p, begin, end); });
+  parallel_for(0, s.out, 1 + kTaskOperations / (1 + rows * s.r1 * s.r2),
+               [&](int64_t begin, int64_t end) { hadamard_few_cpu(p, begin, end); });
+}
+
 #ifdef PEFTK_CUDA
 
 void hadamard_weight_on_cuda(const Tensor& weight, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a,
@@ -230,6 +259,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
       "khatri_rao_backward(Tensor grad_a, Tensor grad_b, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b,"
       " Tensor(a!) dw1_a, Tensor(b!) dw1_b, Tensor(c!) dw2_a, Tensor(d!) dw2_b) -> ()");
   m.def(
+      "hadamard_few(Tensor x, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale, Tensor(a!) out)"
+      " -> ()");
+  m.def(
       "hadamard_weight(Tensor weight, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale,"
       " Tensor(a!) out) -> ()");
   m.def(
@@ -240,6 +272,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("khatri_rao", TORCH_BOX(&peftk::khatri_rao));
   m.impl("khatri_rao_backward", TORCH_BOX(&peftk::khatri_rao_backward));
+  m.impl("hadamard_few", TORCH_BOX(&peftk::hadamard_few));
   m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight));
   m.impl("hadamard_weight_backward", TORCH_BOX(&peftk::hadamard_weight_backward));
 }

@@ -45,6 +45,16 @@ struct HadamardWeightBackwardParams {
   Dtype dtype;  // of the incoming gradient
 };
 
+// out = scale * x @ ((w1_a @ w1_b) * (w2_a @ w2_b)).T, through hidden[t, i, j] = sum_k w1_b[i, k] w2_b[j, k] x[t, k].
+struct HadamardFewParams {
+  const float* x;                          // (rows, features)
+  const float *w1_a, *w1_b, *w2_a, *w2_b;  // (out, r1), (r1, features), (out, r2), (r2, features)
+  float* hidden;                           // (rows, r1, r2)
+  float* result;                           // (rows, out)
+  int64_t rows, out, features, r1, r2;
+  float scale;
+};
+
 // Rows of a tile of the weight, and its columns: both products of a tile stay in the first-level cache.
 constexpr int64_t kHadamardRows = 24;
 constexpr int64_t kHadamardColumns = 128;
@@ -55,6 +65,9 @@ void khatri_rao_b_cpu(const KhatriRaoParams& p, int64_t begin, int64_t end);
 // Groups of kHadamardColumns columns of a, and rows of b.
 void khatri_rao_backward_a_cpu(const KhatriRaoBackwardParams& p, int64_t begin, int64_t end);
 void khatri_rao_backward_b_cpu(const KhatriRaoBackwardParams& p, int64_t begin, int64_t end);
+// The range is of the rows * r1 rows of `hidden`, and of the columns of `result`.
+void hadamard_few_hidden_cpu(const HadamardFewParams& p, int64_t begin, int64_t end);
+void hadamard_few_cpu(const HadamardFewParams& p, int64_t begin, int64_t end);
 // Groups of kHadamardRows rows.
 void hadamard_weight_cpu(const HadamardWeightParams& p, int64_t begin, int64_t end);
 // Chunks of rows.

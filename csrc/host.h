@@ -6,6 +6,9 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <memory>
+
+#include "cpu/simd.h"
 
 namespace peftk {
 
@@ -35,6 +38,22 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& run) {
   });
   if (thrown) std::rethrow_exception(thrown);
 }
+
+// The numbers of a tensor as floats, copied if it holds others.
+class FloatNumbers {
+ public:
+  FloatNumbers(const Tensor& t, Dtype dtype)
+      : copy_(dtype == Dtype::float32 ? nullptr : new float[t.numel()]),
+        data_(copy_ ? copy_.get() : static_cast<const float*>(t.const_data_ptr())) {
+    const BFloat16* from = static_cast<const BFloat16*>(t.const_data_ptr());
+    for (int64_t i = 0; copy_ && i < t.numel(); ++i) copy_[i] = to_float(from[i]);
+  }
+  const float* get() const { return data_; }
+
+ private:
+  std::unique_ptr<float[]> copy_;
+  const float* data_;
+};
 
 // out (rows, columns) = scale * the sum of `chunks` matrices of rows of `stride` floats each, in their order.
 inline void add_up(const float* partial, int64_t chunks, int64_t rows, int64_t columns, int64_t stride, float scale,

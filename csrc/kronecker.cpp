@@ -140,6 +140,24 @@ void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tenso
   if (need_w1) add_up(partial.get(), chunks, 1, entries, entries, static_cast<float>(scale), writable(dw1));
 }
 
+void kronecker_few(const Tensor& x, const Tensor& w1, const Tensor& w2, double scale, Tensor& out) {
+  const Dtype dtype = check_dtype(x, "x");
+  check_float(w1, "w1");
+  check_float(w2, "w2");
+  STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2 && w1.numel() > 0 && w2.numel() > 0,
+                  "w1, w2: expected 2 dimensions, none of them empty");
+  const int64_t l = w1.size(0), m = w1.size(1), k = w2.size(0), n = w2.size(1);
+  STD_TORCH_CHECK(x.numel() % (m * n) == 0, "x: expected rows of ", m * n, " numbers");
+  const int64_t tokens = x.numel() / (m * n);
+  check_float(out, "out");
+  STD_TORCH_CHECK(out.numel() == tokens * l * k, "out: expected as many rows as x");
+  const FloatNumbers numbers(x, dtype);
+  const KroneckerFewParams p{
+      numbers.get(), floats(w1), floats(w2), writable(out), tokens, l, m, k, n, static_cast<float>(scale)};
+  parallel_for(0, k, 1 + kTaskOperations / (1 + tokens * m * (n + l)),
+               [&](int64_t begin, int64_t end) { kronecker_few_cpu(p, begin, end); });
+}
+
 #ifdef PEFTK_CUDA
 
 void kronecker_weight_on_cuda(const Tensor& weight, const Tensor& w1, const Tensor& w2, double scale, Tensor& out) {
@@ -184,6 +202,7 @@ void kronecker_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1, con
 }  // namespace peftk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
+  m.def("kronecker_few(Tensor x, Tensor w1, Tensor w2, float scale, Tensor(a!) out) -> ()");
   m.def(
       "kronecker_mix(Tensor left, Tensor right, Tensor w1, float scale, int columns, bool add_left, bool add_right,"
       " Tensor(a!) mixed_left,"
@@ -195,6 +214,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
+  m.impl("kronecker_few", TORCH_BOX(&peftk::kronecker_few));
   m.impl("kronecker_mix", TORCH_BOX(&peftk::kronecker_mix));
   m.impl("kronecker_weight", TORCH_BOX(&peftk::kronecker_weight));
   m.impl("kronecker_weight_backward", TORCH_BOX(&peftk::kronecker_weight_backward));

@@ -7,6 +7,15 @@
 
 namespace peftk {
 
+// out[t, i, k] = scale * sum_j sum_n w1[i, j] w2[k, n] x[t, j, n]
+struct KroneckerFewParams {
+  const float* x;        // (tokens, m, n)
+  const float *w1, *w2;  // (l, m), (k, n)
+  float* out;            // (tokens, l, k)
+  int64_t tokens, l, m, k, n;
+  float scale;
+};
+
 // mixed_left[t] (+)= w1 @ right[t]; mixed_right[t] (+)= w1.T @ left[t]; partial = sum over t of left[t] @ right[t].T
 struct KroneckerMixParams {
   const void* left;   // (tokens, left_size, columns); null if nothing asks for it
@@ -63,5 +72,8 @@ void kronecker_weight_cuda(const KroneckerWeightParams& p, void* stream);
 int64_t kronecker_weight_chunks_cuda(int64_t entries, int64_t rows);
 // `dw1` (left, middle) is the sum of the partials; null if not wanted.
 void kronecker_weight_backward_cuda(const KroneckerWeightBackwardParams& p, float* dw1, void* stream);
+
+// For few tokens. The range is of rows of w2.
+void kronecker_few_cpu(const KroneckerFewParams& p, int64_t begin, int64_t end);
 
 }  // namespace peftk

@@ -158,6 +158,45 @@ PEFTK_INLINE void write_rows(const CirculantWeightParams& p, int64_t begin, int6
   }
 }
 
+// kLanes outputs of a row of blocks, or as many as there are, for one row of x.
+PEFTK_INLINE void few_outputs(const CirculantFewParams& p, const float* twice, const float* x, int64_t first,
+                              int64_t some, float* out) {
+  const int64_t b = p.size, whole = b / kLanes * kLanes;
+  Floats lanes[kLanes] = {};
+  float rest[kLanes] = {};
+  for (int64_t n = 0; n < p.in_blocks; ++n, x += b, twice += 2 * b) {
+    const float* values = twice + b - first;
+    if (some == kLanes) {
+      for (int64_t q = 0; q < whole; q += kLanes) {
+        const Floats numbers = *reinterpret_cast<const Floats*>(x + q);
+        for (int i = 0; i < kLanes; ++i) lanes[i] += numbers * *reinterpret_cast<const Floats*>(values + q - i);
+      }
+    } else {
+      for (int64_t q = 0; q < whole; q += kLanes)
+        for (int64_t i = 0; i < some; ++i)
+          lanes[i] += *reinterpret_cast<const Floats*>(x + q) * *reinterpret_cast<const Floats*>(values + q - i);
+    }
+    for (int64_t q = whole; q < b; ++q)
+      for (int64_t i = 0; i < some; ++i) rest[i] += x[q] * values[q - i];
+  }
+  const Floats total = sums_of(lanes);
+  for (int64_t i = 0; i < some; ++i) out[i] = total[i] + rest[i];
+}
+
+PEFTK_INLINE void circulant_few_cpu_body(const CirculantFewParams& p, int64_t begin, int64_t end) {
+  const int64_t b = p.size, features = p.in_blocks * b;
+  const std::unique_ptr<float[]> twice(new float[2 * features]);
+  for (int64_t m = begin; m < end; ++m) {
+    for (int64_t n = 0; n < p.in_blocks; ++n)
+      for (int64_t l = 0; l < b; ++l)
+        twice[2 * n * b + l] = twice[(2 * n + 1) * b + l] = p.kernel[(m * p.in_blocks + n) * b + l] * p.scale;
+    for (int64_t t = 0; t < p.rows; ++t)
+      for (int64_t first = 0; first < b; first += kLanes)
+        few_outputs(p, twice.get(), p.x + t * features, first, b - first < kLanes ? b - first : kLanes,
+                    p.out + (t * p.out_blocks + m) * b + first);
+  }
+}
+
 PEFTK_INLINE void circulant_weight_cpu_body(const CirculantWeightParams& p, int64_t begin, int64_t end) {
   if (p.dtype == Dtype::float32)
     write_rows<float>(p, begin, end);
@@ -196,6 +235,7 @@ PEFTK_INLINE void circulant_weight_backward_cpu_body(const CirculantWeightBackwa
 
 PEFTK_KERNEL(circulant_mix_cpu, (const CirculantMixParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(circulant_contract_cpu, (const CirculantContractParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_KERNEL(circulant_few_cpu, (const CirculantFewParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(circulant_weight_cpu, (const CirculantWeightParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(circulant_weight_backward_cpu, (const CirculantWeightBackwardParams& p, int64_t begin, int64_t end),
              (p, begin, end))

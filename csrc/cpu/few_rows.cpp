@@ -110,6 +110,7 @@ PEFTK_INLINE bool few_tile(const FewRowsParams& p, int64_t column, int64_t row) 
       float sum = total(all);
       for (; j < p.rank; ++j) sum += b[j] * h[j];
       for (int64_t i = 0; i < p.depth - k; ++i) sum += to_float(tail[i]) * rest[i];
+      if (p.added) sum += p.added[(row + r) * p.columns + n];
       if (p.gain) sum *= p.gain[n];
       if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[n]);
       from_float(sum, static_cast<T*>(p.out)[(row + r) * p.columns + n]);

@@ -174,8 +174,67 @@ PEFTK_INLINE void hadamard_weight_backward_cpu_body(const HadamardWeightBackward
                             : hadamard_contract_chunks<BFloat16>(p, begin, end);
 }
 
+PEFTK_INLINE Floats vector_at(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+
+PEFTK_INLINE void hadamard_few_hidden_cpu_body(const HadamardFewParams& p, int64_t begin, int64_t end) {
+  const int64_t whole = p.features / kLanes * kLanes;
+  for (int64_t at = begin; at < end; ++at) {
+    const float *x = p.x + at / p.r1 * p.features, *w1 = p.w1_b + at % p.r1 * p.features;
+    for (int64_t first = 0; first < p.r2; first += kLanes) {
+      const int64_t some = p.r2 - first < kLanes ? p.r2 - first : kLanes;
+      const float* w2 = p.w2_b + first * p.features;
+      Floats lanes[kLanes] = {};
+      if (some == kLanes) {
+        for (int64_t k = 0; k < whole; k += kLanes) {
+          const Floats values = vector_at(x + k) * vector_at(w1 + k);
+          for (int j = 0; j < kLanes; ++j) lanes[j] += values * vector_at(w2 + j * p.features + k);
+        }
+      } else {
+        for (int64_t k = 0; k < whole; k += kLanes)
+          for (int64_t j = 0; j < some; ++j)
+            lanes[j] += vector_at(x + k) * vector_at(w1 + k) * vector_at(w2 + j * p.features + k);
+      }
+      const Floats total = sums_of(lanes);
+      for (int64_t j = 0; j < some; ++j) {
+        float sum = total[j];
+        for (int64_t k = whole; k < p.features; ++k) sum += x[k] * w1[k] * w2[j * p.features + k];
+        p.hidden[at * p.r2 + first + j] = sum;
+      }
+    }
+  }
+}
+
+PEFTK_INLINE void hadamard_few_cpu_body(const HadamardFewParams& p, int64_t begin, int64_t end) {
+  const int64_t whole = p.r2 / kLanes * kLanes;
+  for (int64_t t = 0; t < p.rows; ++t) {
+    const float* hidden = p.hidden + t * p.r1 * p.r2;
+    for (int64_t n = begin; n < end; n += kLanes) {
+      const int64_t some = end - n < kLanes ? end - n : kLanes;
+      Floats lanes[kLanes] = {};
+      float rest[kLanes] = {};
+      for (int64_t c = 0; c < some; ++c) {
+        const float *w1 = p.w1_a + (n + c) * p.r1, *w2 = p.w2_a + (n + c) * p.r2;
+        for (int64_t j = 0; j < whole; j += kLanes) {
+          Floats sum = {};
+          for (int64_t i = 0; i < p.r1; ++i) sum += w1[i] * vector_at(hidden + i * p.r2 + j);
+          lanes[c] += sum * vector_at(w2 + j);
+        }
+        for (int64_t j = whole; j < p.r2; ++j) {
+          float sum = 0.0f;
+          for (int64_t i = 0; i < p.r1; ++i) sum += w1[i] * hidden[i * p.r2 + j];
+          rest[c] += sum * w2[j];
+        }
+      }
+      const Floats total = sums_of(lanes);
+      for (int64_t c = 0; c < some; ++c) p.result[t * p.out + n + c] = (total[c] + rest[c]) * p.scale;
+    }
+  }
+}
+
 }  // namespace
 
+PEFTK_KERNEL(hadamard_few_hidden_cpu, (const HadamardFewParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_KERNEL(hadamard_few_cpu, (const HadamardFewParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(khatri_rao_a_cpu, (const KhatriRaoParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(khatri_rao_b_cpu, (const KhatriRaoParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(khatri_rao_backward_a_cpu, (const KhatriRaoBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))

@@ -169,8 +169,48 @@ PEFTK_INLINE void kronecker_weight_backward_cpu_body(const KroneckerWeightBackwa
     weight_gradients<BFloat16>(p, begin, end);
 }
 
+// The sums over n of one part of a token, for kLanes rows of w2, or as many as there are.
+PEFTK_INLINE Floats few_sums(const float* x, const float* w2, int64_t n, int64_t some) {
+  Floats lanes[kLanes] = {};
+  int64_t at = 0;
+  if (some == kLanes) {
+    for (; at + kLanes <= n; at += kLanes) {
+      const Floats values = *reinterpret_cast<const Floats*>(x + at);
+      for (int c = 0; c < kLanes; ++c) lanes[c] += values * *reinterpret_cast<const Floats*>(w2 + c * n + at);
+    }
+  } else {
+    for (; at + kLanes <= n; at += kLanes)
+      for (int64_t c = 0; c < some; ++c)
+        lanes[c] += *reinterpret_cast<const Floats*>(x + at) * *reinterpret_cast<const Floats*>(w2 + c * n + at);
+  }
+  Floats sums = sums_of(lanes);
+  for (; at < n; ++at)
+    for (int64_t c = 0; c < some; ++c) sums[c] += x[at] * w2[c * n + at];
+  return sums;
+}
+
+PEFTK_INLINE void kronecker_few_cpu_body(const KroneckerFewParams& p, int64_t begin, int64_t end) {
+  const std::unique_ptr<float[]> sums(new float[p.m * kLanes]);
+  for (int64_t k = begin; k < end; k += kLanes) {
+    const int64_t some = end - k < kLanes ? end - k : kLanes;
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      for (int64_t j = 0; j < p.m; ++j) {
+        const Floats found = few_sums(p.x + (t * p.m + j) * p.n, p.w2 + k * p.n, p.n, some);
+        *reinterpret_cast<Floats*>(sums.get() + j * kLanes) = found * p.scale;
+      }
+      for (int64_t i = 0; i < p.l; ++i) {
+        Floats total = {};
+        for (int64_t j = 0; j < p.m; ++j)
+          total += p.w1[i * p.m + j] * *reinterpret_cast<const Floats*>(sums.get() + j * kLanes);
+        for (int64_t c = 0; c < some; ++c) p.out[(t * p.l + i) * p.k + k + c] = total[c];
+      }
+    }
+  }
+}
+
 }  // namespace
 
+PEFTK_KERNEL(kronecker_few_cpu, (const KroneckerFewParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(kronecker_mix_cpu, (const KroneckerMixParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(kronecker_weight_cpu, (const KroneckerWeightParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(kronecker_weight_backward_cpu, (const KroneckerWeightBackwardParams& p, int64_t begin, int64_t end),

@@ -67,6 +67,24 @@ inline CpuLevel cpu_level() {
 constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
 
+// The sums of the lanes of eight vectors.
+PEFTK_INLINE Floats sums_of(const Floats* lanes) {
+  typedef int32_t Words __attribute__((vector_size(32)));
+  Floats pair[4], four[2];
+  for (int i = 0; i < 4; ++i) {
+    const Floats a = lanes[2 * i], b = lanes[2 * i + 1];
+    pair[i] =
+        PEFTK_SHUFFLE(Words, a, b, 0, 8, 1, 9, 4, 12, 5, 13) + PEFTK_SHUFFLE(Words, a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Floats a = pair[2 * i], b = pair[2 * i + 1];
+    four[i] =
+        PEFTK_SHUFFLE(Words, a, b, 0, 1, 8, 9, 4, 5, 12, 13) + PEFTK_SHUFFLE(Words, a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return PEFTK_SHUFFLE(Words, four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         PEFTK_SHUFFLE(Words, four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
 constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 struct BFloat16 {

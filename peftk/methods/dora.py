@@ -123,8 +123,10 @@ def _known(base: nn.Module, adapter: LowRank) -> _Known | None:
     if kept is None or magnitude is None or type(scale) is not float or opaque_weight(base) is not None:
         return None
     sources, weight = (adapter.a, adapter.b, magnitude), stored(base)
+    if not keeps(sources):
+        return None
     rows = rows_in_memory(weight)
-    if rows is None or not keeps(sources):
+    if rows is None:
         return None
     found, sums = kept.get(sources, lambda: (_gain_of(base, adapter), weight_sums(rows)), _settings(scale, weight))
     return _Known(found, sums, rows)
@@ -147,7 +149,9 @@ def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank)
         adapter: The adapter, with magnitudes.
     """
     a, b, scale, gate, extra, p, magnitude, kept = adapter
-    if kept is None or magnitude is None or p > 0 or gate is not None or extra is not None or type(scale) is not float:
+    if kept is None or magnitude is None or type(scale) is not float or p > 0:
+        return None
+    if gate is not None or extra is not None:
         return None
     held = kept.held(_settings(scale, weight))
     if held is None:

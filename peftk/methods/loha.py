@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..kernels.shared.wide import wide
-from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_linear, low_rank_pays
+from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_few, hadamard_linear, low_rank_pays
 from ..ops.conv import Convolution, convolve_thin, convolve_with, expand
 from . import dora
 from ._base_layer import NONE, call, plain_tensors
@@ -88,6 +88,10 @@ def _linear(
     scales = [adapter.scale for adapter in adapters]
     plain = plain_tensors(base, x, args, kwargs)
     if plain is not None:
+        if len(fours) == 1 and not (base.training or torch.is_grad_enabled()):
+            few = hadamard_few(x, *plain, scales[0], fours[0])
+            if few is not None:
+                return few
         return hadamard_linear(x, *plain, scales, fours)
     y = call(base, x, *args, **kwargs)
     for scale, four in zip(scales, fours, strict=True):

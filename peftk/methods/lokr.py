@@ -12,6 +12,7 @@ from torch.nn import functional as tf
 
 from .. import functional as F
 from ..ops.conv import Convolution, convolve_with
+from ..ops.kronecker import kronecker_few
 from . import dora
 from ._base_layer import NONE, call, plain_tensors
 
@@ -110,7 +111,12 @@ def _linear(
     if plain is None or isinstance(scale, Tensor):
         y = call(base, x, *args, **kwargs)
     else:
-        y = F.kronecker_linear(x, *plain, first(head), second(head), scale)
+        w1, w2 = first(head), second(head)
+        if len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
+            few = kronecker_few(x, *plain, w1, w2, scale)
+            if few is not None:
+                return few
+        y = F.kronecker_linear(x, *plain, w1, w2, scale)
         adapters = adapters[1:]
     for adapter in adapters:
         y = add(y, x, adapter)

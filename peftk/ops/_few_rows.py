@@ -30,6 +30,38 @@ def few(x: Tensor, features: int) -> bool:
     return x.is_cpu and 0 < x.numel() <= FEW * features and x.dtype in _DTYPES
 
 
+def usual(x: Tensor, *factors: Tensor) -> bool:
+    """Whether x has few rows and all are what this way takes: contiguous, and factors in float32."""
+    if not few(x, x.shape[-1]) or type(x) not in _ORDINARY or not x.is_contiguous():
+        return False
+    return all(factor.dtype is torch.float32 and factor.is_contiguous() for factor in factors)
+
+
+def module_of(family: str) -> Any:
+    """Return the native kernels of a family, or None where there are none, or where somebody listens to operators."""
+    # First: nothing behind it is traced by a compiler.
+    if not unobserved():
+        return None
+    module = registry.backend_module("native", family)
+    return None if isinstance(module, str) else module
+
+
+def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
+    """Return ``linear(x, weight, bias) + added``; where that is zero, with every bit of the frozen layer's output.
+
+    Args:
+        x: (..., in), `usual`; nobody listens.
+        weight: (out, in), in its dtype.
+        bias: (out,) or None.
+        added: (..., out), float32 and contiguous.
+    """
+    module = registry.backend_module("native", "few_rows")
+    assert not isinstance(module, str)
+    most = module.ONE_PASS_ROWS
+    y: Tensor | None = module.few_rows(x, weight, bias, None, None, None, 1.0, added, None, None, (), (), most)
+    return linear(x, weight, bias).add_(added) if y is None else y
+
+
 def low_rank_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Any, gate: Tensor | None
 ) -> Tensor | None:
@@ -47,18 +79,14 @@ def low_rank_few(
         gate: (rank,) or None.
     """
     features = x.shape[-1]
-    if (
-        not x.is_cpu
-        or x.numel() > FEW * features
-        or type(scale) is not float
-        or type(x) not in _ORDINARY
-        or not unobserved()
-    ):
+    if not x.is_cpu or x.numel() > FEW * features or type(scale) is not float or type(x) not in _ORDINARY:
         return None
-    module = registry.backend_module("native", "few_rows")
-    if isinstance(module, str):
+    module = module_of("few_rows")
+    if module is None:
         return None
-    y: Tensor | None = module.few_rows(x, weight, bias, a, b, gate, scale, None, None, (), (), module.ONE_PASS_ROWS)
+    y: Tensor | None = module.few_rows(
+        x, weight, bias, a, b, gate, scale, None, None, None, (), (), module.ONE_PASS_ROWS
+    )
     if y is not None:
         return y
     if (
@@ -106,9 +134,9 @@ def rescaled_few(
     """
     if not x.is_cpu or type(x) not in _ORDINARY or not unobserved():
         return None
-    module = registry.backend_module("native", "few_rows")
-    if isinstance(module, str):
+    module = module_of("few_rows")
+    if module is None:
         return None
     most = module.RESCALED_ROWS
-    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, gain, sums, sources, copies, most)
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, None, gain, sums, sources, copies, most)
     return y

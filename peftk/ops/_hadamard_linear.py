@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from ..runtime import registry
 from ._autograd import run_backward, transformed
+from ._few_rows import linear_with, module_of, usual
 from ._wide_product import wide_product
 from .hadamard import _khatri_rao, _khatri_rao_backward, _weight, _weight_backward, hadamard_weight, khatri_rao
 from .low_rank import _linear, _linear_backward, low_rank_add, low_rank_linear
@@ -173,6 +174,22 @@ def hadamard_linear(
     for scale, four in added:
         y = add_hadamard(y, x, scale, four)
     return y
+
+
+def hadamard_few(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Any, four: Factors) -> Tensor | None:
+    """Return `hadamard_linear` of few rows that record nothing and one adapter, or None where operators have to run.
+
+    Neither the factors of rank r1 * r2 nor the changed weight is made.
+    """
+    module = module_of("hadamard")
+    if module is None or type(scale) is not float or not usual(x, *four):
+        return None
+    (out, r1), (_, features), (_, r2), _ = (f.shape for f in four)
+    if (out, features) != weight.shape or features != x.shape[-1] or not low_rank_pays(1 << 20, out, features, r1, r2):
+        return None
+    added = x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
+    module.few(x, *four, scale, added)
+    return linear_with(x, weight, bias, added)
 
 
 def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, four: Factors) -> Tensor:

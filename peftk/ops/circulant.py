@@ -11,6 +11,7 @@ from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import run_backward
 from ._circulant_arguments import Scale, prepare_add, prepare_conv, prepare_linear, prepare_weight
+from ._few_rows import linear_with, module_of, usual
 
 __all__ = ["circulant_linear", "circulant_weight", "circular_conv", "circular_conv_add"]
 
@@ -226,6 +227,18 @@ class CirculantWeight(torch.autograd.Function):
         need_weight, need_kernel, _ = ctx.needs_input_grad
         dkernel = run_backward(_weight_backward, grad, kernel, ctx.scale) if need_kernel else None
         return grad if need_weight else None, dkernel, None
+
+
+def circulant_few(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: float) -> Tensor | None:
+    """Return `circulant_linear` of few rows that record nothing, or None where the operator has to run."""
+    module = module_of("circulant")
+    if module is None or x.numel() > module.FEW_ROWS * x.shape[-1] or not usual(x, kernel):
+        return None
+    if _out_shape(x, kernel)[-1] != weight.shape[0] or kernel.shape[1] * kernel.shape[2] != x.shape[-1]:
+        return None
+    added = x.new_empty(_out_shape(x, kernel), dtype=torch.float32)
+    module.few(x, kernel, scale, added)
+    return linear_with(x, weight, bias, added)
 
 
 def circular_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:

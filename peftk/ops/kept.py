@@ -28,6 +28,8 @@ def keeps(sources: Sequence[Tensor]) -> bool:
 def rows_in_memory(weight: Tensor) -> Tensor | None:
     """Return a view of a weight whose rows lie one behind the other, or None if it has no checksums.
 
+    To be asked where `keeps` says that something is kept.
+
     Args:
         weight: Of any shape. It has checksums on the CPU, in float32 or bfloat16, and contiguous, or the transpose of
             what is, or a convolution's with the channels last.
@@ -77,9 +79,11 @@ class Kept:
             settings: What else the value depends on, compared by ``==``; nothing but this and the sources may change
                 it, or the caller finds out and has it forgotten.
         """
-        module = registry.backend_module("native", "same_bits")
-        if isinstance(module, str) or not keeps(sources):
+        if not keeps(sources):
             self._entry = None
+            return make()
+        module = registry.backend_module("native", "same_bits")
+        if isinstance(module, str):
             return make()
         # Read once: another thread may run the same layer.
         entry = self._entry

@@ -12,6 +12,7 @@ from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import run_backward
 from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor
+from ._few_rows import linear_with, module_of, usual
 from .plain import ordinary
 
 __all__ = ["kronecker_add", "kronecker_linear", "kronecker_weight"]
@@ -326,6 +327,21 @@ def kronecker_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float 
         tensor([[-2., -2., -2.]])
     """
     return registry.apply(KroneckerAdd, *_prepare_add(base, x, w1, w2, scale))
+
+
+def kronecker_few(
+    x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, w2: Tensor, scale: float
+) -> Tensor | None:
+    """Return `kronecker_linear` of few rows that record nothing, or None where the operator has to run."""
+    module = module_of("kronecker")
+    if module is None or x.numel() > module.FEW_ROWS * x.shape[-1] or not usual(x, w1, w2):
+        return None
+    (left, middle), (rows, columns) = w1.shape, w2.shape
+    if middle * columns != x.shape[-1] or left * rows != weight.shape[0]:
+        return None
+    added = x.new_empty(*x.shape[:-1], left * rows, dtype=torch.float32)
+    module.few(x, w1, w2, scale, added)
+    return linear_with(x, weight, bias, added)
 
 
 def kronecker_linear(

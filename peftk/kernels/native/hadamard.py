@@ -16,6 +16,12 @@ _weight = torch.ops.peftk_native.hadamard_weight.default
 _weight_backward = torch.ops.peftk_native.hadamard_weight_backward.default
 
 
+few = torch.ops.peftk_native.hadamard_few.default
+"""``few(x, w1_a, w1_b, w2_a, w2_b, scale, out)`` writes ``scale * x @ ((w1_a @ w1_b) * (w2_a @ w2_b)).T`` of few rows
+to a float32 `out`, without factors of rank r1 * r2.
+"""
+
+
 def _reason(large: Tensor, factor: Tensor) -> str | None:
     if factor.dtype is torch.float64:
         return f"the C++ kernels take factors of float32 and less; got {factor.dtype}"

@@ -112,6 +112,30 @@ void check_weight(Level level, int64_t out_blocks, int64_t in_blocks, int64_t b,
       }
 }
 
+void check_few(Level level, int64_t rows, int64_t out_blocks, int64_t in_blocks, int64_t size) {
+  const float scale = 1.5f;
+  const int64_t features = in_blocks * size, columns = out_blocks * size;
+  Heap<float> x(rows * features), kernel(out_blocks * in_blocks * size), out(rows * columns);
+  fill(x);
+  fill(kernel);
+  const CirculantFewParams p{x.get(), kernel.get(), out.get(), rows, out_blocks, in_blocks, size, scale};
+  in_pieces(out_blocks, 2, [&](int64_t begin, int64_t end) { VARIANT(level, circulant_few_cpu)(p, begin, end); });
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t c = 0; c < columns; ++c) {
+      double truth = 0.0, magnitude = 0.0;
+      for (int64_t n = 0; n < in_blocks; ++n)
+        for (int64_t q = 0; q < size; ++q) {
+          const int64_t at = (q - c % size + size) % size;
+          const double term = static_cast<double>(x[t * features + n * size + q]) *
+                              kernel[(c / size * in_blocks + n) * size + at] * scale;
+          truth += term;
+          magnitude += std::abs(term);
+        }
+      expect(out[t * columns + c], truth, magnitude, static_cast<double>(features + 3), kFloatUnit,
+             std::string("circulant_few ") + name_of(level));
+    }
+}
+
 void run_circulant(Level level) {
   for (const int64_t rows : {0, 1, 3, 4, 9})
     for (const int64_t lanes : {8, 24})
@@ -132,6 +156,8 @@ void run_circulant(Level level) {
       check_weight<float>(level, 3, 2, size, given);
       check_weight<BFloat16>(level, 1, 3, size, given);
     }
+  for (const int64_t size : kSizes)
+    for (const int64_t rows : {1, 3}) check_few(level, rows, 3, 2, size);
 }
 
 const Family family("circulant", run_circulant);

@@ -24,15 +24,15 @@ void lay_out(Heap<T>& x, int64_t rows, int64_t depth, Heap<float>& to) {
 template <typename T>
 void check_few_rows(Level level, int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool whole) {
   Heap<T> x(rows * depth), weight(columns * depth), bias(columns), out(rows * columns);
-  Heap<float> numbers(rows * depth), hidden(rows * rank), b(columns * rank), gain(columns);
+  Heap<float> numbers(rows * depth), hidden(rows * rank), b(columns * rank), gain(columns), added(rows * columns);
   Heap<uint32_t> sums(columns * kSumWords);
   for (Heap<T>* values : {&x, &weight, &bias}) fill(*values);
-  for (Heap<float>* values : {&hidden, &b, &gain}) fill(*values);
+  for (Heap<float>* values : {&hidden, &b, &gain, &added}) fill(*values);
   lay_out(x, rows, depth, numbers);
   VARIANT(level, row_sums_cpu)(weight.get(), depth, dtype_of<T>(), sums.get(), 0, columns);
-  FewRowsParams p{weight.get(), numbers.get(), nullptr, hidden.get(), b.get(), nullptr,      nullptr,
-                  out.get(),    rows,          depth,   columns,      rank,    dtype_of<T>()};
-  if (whole) p.bias = bias.get(), p.gain = gain.get(), p.sums = sums.get();
+  FewRowsParams p{weight.get(), numbers.get(), nullptr, hidden.get(), b.get(), nullptr, nullptr,
+                  nullptr,      out.get(),     rows,    depth,        columns, rank,    dtype_of<T>()};
+  if (whole) p.bias = bias.get(), p.added = added.get(), p.gain = gain.get(), p.sums = sums.get();
   std::atomic<bool> changed{false};
   const auto run = [&] {
     in_pieces(columns, 5, [&](int64_t begin, int64_t end) { VARIANT(level, few_rows_cpu)(p, begin, end, changed); });
@@ -47,11 +47,12 @@ void check_few_rows(Level level, int64_t rows, int64_t depth, int64_t columns, i
         y.add(static_cast<double>(to_float(x[t * depth + k])) * to_float(weight[c * depth + k]));
       for (int64_t j = 0; j < rank; ++j) y.add(static_cast<double>(hidden[t * rank + j]) * b[c * rank + j]);
       if (whole) {
+        y.add(added[t * columns + c]);
         y.sum *= gain[c];
         y.magnitude *= std::abs(gain[c]);
         y.add(to_float(bias[c]));
       }
-      expect(to_float(out[t * columns + c]), y.sum, y.magnitude, static_cast<double>(depth + rank + 4),
+      expect(to_float(out[t * columns + c]), y.sum, y.magnitude, static_cast<double>(depth + rank + 5),
              output_unit<T>(), what);
     }
   if (!whole) return;

@@ -216,6 +216,32 @@ void check_hadamard_backward(Level level, const HadamardSizes& s, int64_t chunk,
   check_pair(two, one, da2, db2);
 }
 
+void check_few(Level level, const HadamardSizes& s, int64_t rows) {
+  const float scale = 1.5f;
+  Heap<float> x(rows * s.features), w1_a(s.out * s.r1), w1_b(s.r1 * s.features), w2_a(s.out * s.r2),
+      w2_b(s.r2 * s.features), hidden(rows * s.r1 * s.r2), out(rows * s.out);
+  for (Heap<float>* values : {&x, &w1_a, &w1_b, &w2_a, &w2_b}) fill(*values);
+  const HadamardFewParams p{x.get(), w1_a.get(), w1_b.get(), w2_a.get(), w2_b.get(), hidden.get(), out.get(),
+                            rows,    s.out,      s.features, s.r1,       s.r2,       scale};
+  in_pieces(rows * s.r1, 2,
+            [&](int64_t begin, int64_t end) { VARIANT(level, hadamard_few_hidden_cpu)(p, begin, end); });
+  in_pieces(s.out, 9, [&](int64_t begin, int64_t end) { VARIANT(level, hadamard_few_cpu)(p, begin, end); });
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t n = 0; n < s.out; ++n) {
+      double truth = 0.0, magnitude = 0.0;
+      for (int64_t k = 0; k < s.features; ++k)
+        for (int64_t i = 0; i < s.r1; ++i)
+          for (int64_t j = 0; j < s.r2; ++j) {
+            const double term = static_cast<double>(w1_a[n * s.r1 + i]) * w1_b[i * s.features + k] *
+                                w2_a[n * s.r2 + j] * w2_b[j * s.features + k] * x[t * s.features + k] * scale;
+            truth += term;
+            magnitude += std::abs(term);
+          }
+      expect(out[t * s.out + n], truth, magnitude, static_cast<double>(s.features + s.r1 + s.r2 + 5), kFloatUnit,
+             std::string("hadamard_few ") + name_of(level));
+    }
+}
+
 void run_hadamard(Level level) {
   for (const HadamardSizes& s :
        {HadamardSizes{1, 1, 1, 1}, {3, 5, 2, 2}, {24, 128, 8, 8}, {25, 129, 3, 5}, {50, 140, 9, 1}}) {
@@ -223,6 +249,7 @@ void run_hadamard(Level level) {
     check_khatri_rao<BFloat16>(level, s);
     check_hadamard_weight<float>(level, s);
     check_hadamard_weight<BFloat16>(level, s);
+    for (const int64_t rows : {1, 3}) check_few(level, s, rows);
     for (const int64_t chunk : {kHadamardRows, 2 * kHadamardRows}) {
       check_hadamard_backward<float>(level, s, chunk, true, true);
       check_hadamard_backward<BFloat16>(level, s, chunk, true, true);

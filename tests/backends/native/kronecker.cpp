@@ -93,6 +93,27 @@ void check_weight(Level level, int64_t l, int64_t m, int64_t rows, int64_t colum
     expect(dw2[i], second[i].truth, second[i].magnitude, static_cast<double>(l * m + 2), kFloatUnit, what + " dw2");
 }
 
+void check_few(Level level, int64_t tokens, int64_t l, int64_t m, int64_t k, int64_t n) {
+  const float scale = 1.5f;
+  Heap<float> x(tokens * m * n), w1(l * m), w2(k * n), out(tokens * l * k);
+  for (Heap<float>* values : {&x, &w1, &w2}) fill(*values);
+  const KroneckerFewParams p{x.get(), w1.get(), w2.get(), out.get(), tokens, l, m, k, n, scale};
+  in_pieces(k, 9, [&](int64_t begin, int64_t end) { VARIANT(level, kronecker_few_cpu)(p, begin, end); });
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < l; ++i)
+      for (int64_t c = 0; c < k; ++c) {
+        double truth = 0.0, magnitude = 0.0;
+        for (int64_t j = 0; j < m; ++j)
+          for (int64_t at = 0; at < n; ++at) {
+            const double term = static_cast<double>(x[(t * m + j) * n + at]) * w1[i * m + j] * w2[c * n + at] * scale;
+            truth += term;
+            magnitude += std::abs(term);
+          }
+        expect(out[(t * l + i) * k + c], truth, magnitude, static_cast<double>(m + n + 3), kFloatUnit,
+               std::string("kronecker_few ") + name_of(level));
+      }
+}
+
 void run_kronecker(Level level) {
   for (const int64_t tokens : {0, 1, 7})
     for (const int64_t l : {1, 2, 5, 8})
@@ -108,6 +129,7 @@ void run_kronecker(Level level) {
         for (const int64_t columns : {1, 8, 13, 32}) {
           check_weight<float>(level, l, m, rows, columns, rows < 2 ? 1 : 2);
           check_weight<BFloat16>(level, l, m, rows, columns, 1);
+          for (const int64_t tokens : {1, 3}) check_few(level, tokens, l, m, rows, columns);
         }
 }
 
