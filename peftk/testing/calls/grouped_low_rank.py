@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._kind import Kind, Normal, Timed
+from ._kind import ALL_BACKENDS, Kind, Normal, Timed
 
 if TYPE_CHECKING:
     from . import Call
@@ -43,7 +43,7 @@ KINDS = {
         _arguments,
         "rank",
         16,
-        backends=("torch", "native"),
+        backends=ALL_BACKENDS,
         threads="equal bits",
         sums="activations",
         timed=Timed.at(16),
