@@ -209,7 +209,6 @@ def test_nonsense_is_refused_by_name_in_every_field(cls, name):
 NOT_YET = {
     "init_lora_weights": "corda",
     "layer_replication": [(0, 2)],
-    "target_parameters": ["weight"],
     "megatron_config": {"a": 1},
     "megatron_core": "os",
     "use_qalora": True,

@@ -30,6 +30,7 @@ class Adapter:
         settings: Attribute name (`r`, `scaling`, ...) to this adapter's value.
         layer_class: The class of the layer that it belongs to.
         device: Where its parameters belong, if they have no memory yet.
+        target: The full name of the parameter that it adapts; empty where it adapts a module.
         rest: Makes what is in no file and is found from the layer, once the others have memory; or None.
     """
 
@@ -37,6 +38,7 @@ class Adapter:
     settings: dict[str, Any] = field(default_factory=dict)
     layer_class: type[AdapterLayer] = field(default_factory=lambda: AdapterLayer)
     device: torch.device | None = None
+    target: str = ""
     rest: Callable[[], dict[str, nn.Module]] | None = None
 
     def materialise(self) -> None:
@@ -119,8 +121,7 @@ class AdapterLayer(Mergeable, Scalable):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         adapter = self.make(base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._wrap(base_layer)
-        self.module_name = module_name
+        self._wrap(base_layer, module_name)
         base_layer.requires_grad_(False)
         if config.bias_mode != "none" and self.bias is not None:
             self.bias.requires_grad_(True)
@@ -131,12 +132,12 @@ class AdapterLayer(Mergeable, Scalable):
     def around(cls, base_layer: nn.Module, module_name: str = "") -> AdapterLayer:
         """Wrap `base_layer` without any adapter and without touching its parameters."""
         layer = cls.__new__(cls)
-        layer._wrap(base_layer)
-        layer.module_name = module_name
+        layer._wrap(base_layer, module_name)
         return layer
 
-    def _wrap(self, base_layer: nn.Module) -> None:
+    def _wrap(self, base_layer: nn.Module, module_name: str) -> None:
         nn.Module.__init__(self)
+        self.module_name = module_name
         self.base_layer = base_layer
         self.train(base_layer.training)
         for name in self.adapter_layer_names:
@@ -144,8 +145,7 @@ class AdapterLayer(Mergeable, Scalable):
         for name in self.other_param_names:
             setattr(self, name, {})
         self.kind = kind_of(base_layer)
-        self.module_name = ""
-        self.in_features, self.out_features = features_of(base_layer)
+        self.in_features, self.out_features = self._features()
         # The adapter of every sample, while a batch that mixes adapters runs.
         self.batch_adapters: Sequence[str] | None = None
         self.active_adapters: list[str] = []
@@ -157,6 +157,10 @@ class AdapterLayer(Mergeable, Scalable):
         self._original: dict[str, Tensor] = {}
         # The versions that autograd counted for the merged ones: a higher one was written to.
         self._versions: dict[str, int] = {}
+
+    def _features(self) -> tuple[int, int]:
+        """Return the sizes of the inputs and outputs of what is adapted."""
+        return features_of(self.base_layer)
 
     @classmethod
     def make(
@@ -423,11 +427,6 @@ class AdapterLayer(Mergeable, Scalable):
     def get_base_layer(self) -> nn.Module:
         """Return the wrapped layer."""
         return self.base_layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the base layer."""
-        return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
