@@ -275,7 +275,7 @@ def _factor_config(dtype: torch.dtype) -> dict[str, int]:
     """Return the tile of a factor's gradient, and how many rows of a group a program sums; no timing picked it."""
     if dtype is torch.float32:
         return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 32, "CHUNK_ROWS": 512, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 64, "CHUNK_ROWS": 512, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 64, "CHUNK_ROWS": 512, "num_warps": 4, "num_stages": 2}
 
 
 def _sum_config() -> dict[str, int]:

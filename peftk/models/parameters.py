@@ -124,9 +124,9 @@ def attach_parameters(model: nn.Module, adapters: dict[str, Adapter], adapter_na
         parent, name = place_of(model, path)
         module = getattr(parent, name)
         chain = list(module._chain()) if isinstance(module, LoRAParameter) else []
-        layer = next((one for one in chain if one.module_name == adapter.target), None)
-        if layer is None:
-            layer = LoRAParameter.around(module, adapter.target)
+        present = [layer for layer in chain if layer.module_name == adapter.target]
+        layer = present[0] if present else LoRAParameter.around(module, adapter.target)
+        if not present:
             setattr(parent, name, layer)
         layer.attach(adapter_name, adapter)
 

@@ -155,6 +155,7 @@ BAD = [
     *((LoraConfig, "inference_mode", v) for v in [1, None]),
     *((LoraConfig, "auto_mapping", v) for v in ["os", 1]),
     *((LoraConfig, "layers_pattern", v) for v in ["h"]),
+    *((LoraConfig, "target_parameters", v) for v in ["weight", 3, [""], {"weight": 1}]),
     *(
         (LoraConfig, "trainable_token_indices", v)
         for v in [[], [-1], [True], [1, 1], "1", 3, {"a": []}, {"a": 1}, {1: [1]}]

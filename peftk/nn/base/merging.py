@@ -60,7 +60,7 @@ class Mergeable(nn.Module):
         raise NotImplementedError
 
     # What adapters are merged into, by its name in the module that holds it.
-    weight_name: ClassVar[str] = "weight"
+    weight_name: str = "weight"
 
     @property
     def weight(self) -> Tensor:
@@ -139,7 +139,7 @@ class Mergeable(nn.Module):
     def _merged_tensors(self, names: list[str]) -> Merged:
         names = [*self.merged_adapters, *names]
         weight = self.weight
-        base = {self.weight_name: weight, "bias": self.bias}
+        base: dict[str, Any] = {self.weight_name: weight, "bias": self.bias}
         if weight.numel() == 0 and self.in_features * self.out_features:
             raise ValueError("merge: the base weight is an empty shard; gather it first")
         wide = torch.float32 if weight.dtype in HALF or weight.device.type == "mps" else torch.float64

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...methods import lora_parameter
+from ...methods._base_layer import DENSE
 from ...methods.lora_parameter import Stacked
 from ..base.adapter_layer import Adapter
 from ..base.config import PeftConfig
-from ..base.kinds import DENSE
 from ..base.merging import Merged
 from .config import LoraConfig
 from .layer import LoRALayer
@@ -108,7 +108,7 @@ class LoRAParameter(LoRALayer):
 
     def _features(self) -> tuple[int, int]:
         self.weight_name = self.module_name.rpartition(".")[2]
-        self.experts, features, outputs = _sizes(self._holder, self.weight_name)
+        self.number, features, outputs = _sizes(self._holder, self.weight_name)
         return features, outputs
 
     @property
@@ -123,7 +123,7 @@ class LoRAParameter(LoRALayer):
     def stacked(self, name: str) -> Stacked:
         """Return the factors of one adapter for each expert, and its settings."""
         p = self.lora_dropout[name] if self.training else 0.0
-        a, b = lora_parameter.unstacked(*self._pair(name), self.experts)
+        a, b = lora_parameter.unstacked(*self._pair(name), self.number)
         return Stacked(a, b, self.scaling[name], p)
 
     def _chain(self) -> Iterator[LoRAParameter]:
@@ -144,7 +144,8 @@ class LoRAParameter(LoRALayer):
                 "and the adapters are not; run the model without it"
             )
         if lora_parameter.takes_rows(holder, (x, *args), kwargs):
-            return lora_parameter.experts(holder, x, *args, adapters)
+            index, weights = args
+            return lora_parameter.experts(holder, x, index, weights, adapters)
         if any(adapter.dropout_p for found in adapters.values() for adapter in found):
             raise NotImplementedError(
                 f"lora_dropout: the update of {self.module_name!r} is in the parameter when this "
