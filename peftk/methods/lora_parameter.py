@@ -51,7 +51,7 @@ def added(weight: Tensor, adapter: Stacked, transposed: bool) -> Tensor:
         transposed: Whether a stack has the inputs first.
     """
     a, b = adapter.a.to(weight.dtype), adapter.b.to(weight.dtype)
-    left, right = (a.mT, b.mT) if transposed else (b, a)
+    left, right = (a.mT, b.mT) if transposed and weight.dim() == 3 else (b, a)
     if weight.dim() == 2:
         return torch.addmm(weight, left[0], right[0], alpha=adapter.scale)
     return torch.baddbmm(weight, left, right, alpha=adapter.scale)
@@ -181,7 +181,7 @@ def experts(
     else:
         hidden = module.act_fn(project(rows, "up_proj"))
     y = project(hidden, "down_proj")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
     weights = weights.masked_fill(chosen >= module.num_experts, 0.0)
     y = y * weights[:, None]

@@ -372,3 +372,35 @@ def test_half_precision_under_autocast() -> None:
         y = layer(x, index, weights)
     assert y.dtype is torch.float32
     assert_close(y, truth, torch.bfloat16)
+
+
+def test_what_other_features_do_not_take_is_refused_by_name(base: nn.Module, tmp_path) -> None:
+    model = filled(peftk.get_peft_model(copy.deepcopy(base), config_of(peftk)))
+    model.add_adapter("other", config_of(peftk))
+    with pytest.raises(NotImplementedError, match="adapters: 'default' has target_parameters"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    state = peftk.get_peft_model_state_dict(model)
+    with pytest.raises(ValueError, match="state_dict: its names do not say which parameters"):
+        peftk.inject_adapter_in_model(config_of(peftk), copy.deepcopy(base), state_dict=state)
+    model.save_pretrained(tmp_path)
+    base.config.use_cache = False
+    config = peftk.XLoraConfig(hidden_size=16, adapters={"0": str(tmp_path)})
+    with pytest.raises(NotImplementedError, match=r"adapters: expert .*: X-LoRA has no LoRAParameter"):
+        peftk.get_peft_model(base, config)
+
+
+def test_injected_adapters_of_parameters(base: nn.Module) -> None:
+    expected = filled(peftk.get_peft_model(copy.deepcopy(base), config_of(peftk)))
+    state = {k.removeprefix("base_model.model."): v for k, v in peftk.get_peft_model_state_dict(expected).items()}
+    model = peftk.inject_adapter_in_model(config_of(peftk), base)
+    assert peftk.get_peft_model_state_dict(model).keys() == state.keys()
+    peftk.set_peft_model_state_dict(model, state)
+    assert_close(model(input_ids=IDS).logits, expected(input_ids=IDS).logits, torch.float64)
+    before = {name: value.clone() for name, value in copy.deepcopy(expected).unload().state_dict().items()}
+    for merged in (False, True):
+        if merged:
+            expected.merge_adapter()
+        found = peftk.get_base_model_state_dict(expected)
+        assert found.keys() == before.keys()
+        for name, value in found.items():
+            assert_same_bits(value, before[name], what=name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...methods._base_layer import features_of, kind_of
 from .config import PeftConfig, check_adapter_name
-from .freezing import note_rerun, set_trainable
+from .freezing import check_not_rerun, note_rerun, set_trainable
 from .kinds import HALF, dtype_of, why_unsupported
 from .memory import give_memory, with_memory
 from .merging import Mergeable
@@ -148,6 +148,7 @@ class AdapterLayer(Mergeable, Scalable):
         self.in_features, self.out_features = self._features()
         # The adapter of every sample, while a batch that mixes adapters runs.
         self.batch_adapters: Sequence[str] | None = None
+        self._was_mixed = False  # Whether the last pass that recorded anything was such a batch.
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
@@ -237,6 +238,8 @@ class AdapterLayer(Mergeable, Scalable):
             note_rerun()
         if own["batch_adapters"] is not None or "adapter_names" in kwargs:
             return self._with_names(x, args, kwargs)
+        if own["_was_mixed"] and torch.is_grad_enabled():
+            self.__dict__["_was_mixed"] = check_not_rerun()
         if own["disable_adapters"] or own["merged_adapters"]:
             return self.base_layer(x, *args, **kwargs)
         attached = own[self.other_param_names[0]]

@@ -28,8 +28,8 @@ class LoRALayer(AdapterLayer):
     """A layer with LoRA adapters, each of them plain or DoRA; a subclass is a kind of base layer.
 
     ``layer(x, adapter_names=names)`` runs a batch whose samples have adapters of their own: one name for each sample,
-    "__base__" for none, instead of the active ones. It raises ValueError if their number is not the batch size, if the
-    layer is merged or in training mode, or if one of them is a DoRA adapter.
+    "__base__" for none, instead of the active ones, also with gradients for all of them. It raises ValueError if their
+    number is not the batch size, if the layer is merged, or if one of them is a DoRA adapter.
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -231,8 +231,6 @@ class LoRALayer(AdapterLayer):
             raise ValueError(
                 f"adapter_names: expected a list with one name for each of the {len(x)} samples, got {names!r}"
             )
-        if self.training:
-            raise ValueError("adapter_names: the layer is in training mode; call eval() first")
         if self.merged_adapters:
             raise ValueError("adapter_names: the layer is merged; unmerge it first")
         for name in set(names):

@@ -179,7 +179,7 @@ class LoRAParameter(LoRALayer):
 
     @property
     def _transposed(self) -> bool:
-        return bool(getattr(self._holder, "is_transposed", False)) and self.weight.dim() == 3
+        return bool(getattr(self._holder, "is_transposed", False))
 
     def _merge_into(self, tensors: Merged, name: str) -> None:
         key = self.weight_name
