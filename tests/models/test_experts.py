@@ -9,71 +9,22 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.experts import EXPERTS, IDS, KINDS, filled, loss_and_gradients, made, stacks_built
 from torch import Tensor, nn
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 import peftk
 from peftk.nn.lora.parameter import LoRAParameter
 from peftk.testing.compare import assert_close, assert_same_bits
 
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-COMMON = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "num_experts_per_tok": 2,
-}
-KINDS = {
-    "qwen3": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**COMMON, intermediate_size=32, moe_intermediate_size=12, num_experts=5)
-    ),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**COMMON, intermediate_size=12, num_local_experts=4)),
-    "gpt-oss": lambda: GptOssForCausalLM(
-        GptOssConfig(**COMMON, intermediate_size=12, num_local_experts=4, pad_token_id=0)
-    ),
-}
-IDS = torch.tensor([[3, 7, 1, 9, 30, 2], [11, 4, 8, 5, 6, 10]])
-
 
 @pytest.fixture(params=KINDS)
 def base(request: pytest.FixtureRequest) -> nn.Module:
-    torch.manual_seed(0)
-    model = KINDS[request.param]().double()
-    # The only one of transformers' own that runs in float64.
-    model.config._experts_implementation = "eager"
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
+    return made(request.param)
 
 
 def config_of(library, **options):
     options = {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": EXPERTS} | options
     return library.LoraConfig(**options)
-
-
-def filled(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-    return model
-
-
-def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = model(input_ids=IDS, labels=IDS).loss
-    model.zero_grad()
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +42,10 @@ def test_names_values_and_gradients_are_those_of_peft(base: nn.Module, options: 
     assert found_grads.keys() == expected_grads.keys()
     for name, grad in found_grads.items():
         assert_close(grad, expected_grads[name], torch.float64, what=name)
+
+
+def test_no_update_of_a_stack_is_built(base: nn.Module) -> None:
+    assert not stacks_built(filled(peftk.get_peft_model(base, config_of(peftk))))
 
 
 def test_files_go_both_ways(base: nn.Module, tmp_path) -> None:
@@ -126,12 +81,8 @@ def naive(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor, updates
 
 
 def adapted_experts(**options) -> tuple[LoRAParameter, nn.Module]:
-    torch.manual_seed(0)
-    model = KINDS["qwen3"]().double()
-    model.config._experts_implementation = "eager"
+    model = made("qwen3")
     experts = model.model.layers[0].mlp.experts
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter, std=0.3)
     filled(peftk.get_peft_model(model, config_of(peftk, **options)))
     return model.model.layers[0].mlp.experts, experts
 
