@@ -34,7 +34,6 @@ SWITCH = "PEFTK_ACCELERATE"
 REFUSALS = {
     "methods other than these nine": rf"(got tools\.peft_place\.|{REFUSED}: )(?!BdLora|Kasa|Monteclora)\w+Config\b",
     "`nn.MultiheadAttention`": r"MultiheadAttention, which cannot be adapted",
-    "`target_parameters`": r"target_parameters=.* does not implement",
     "BD-LoRA, KaSA, MonteCLoRA": r"(use_bdlora|kasa_config|monteclora_config)=.* does not implement",
     "MiCA": r"init_lora_weights='mica': not implemented",
     "DoRA on convolutions with groups": r"use_dora: .* DoRA needs groups=1",

@@ -337,7 +337,7 @@ class Tuner(Allocating):
                 layer.check_written()
             except ValueError as error:
                 raise ValueError(f"module {path!r}: {error}") from None
-            weight = layer.base_layer.weight
+            weight = layer.weight
             if held[id(weight)] > 1 and held[id(weight)] > alike((layer for _, layer in self._layers()), weight, names):
                 raise ValueError(
                     f"merge: the weight of {path!r} is shared by {sharing(self.model, weight)}, and merging "
@@ -401,7 +401,7 @@ class Tuner(Allocating):
             return model
 
     def _merge_for_good(self, names: list[str] | None, progressbar: bool) -> nn.Module:
-        for path, layer in _progress(list(self._layers()), progressbar, "Merging"):
+        for path, layer in _progress(list(self._layers())[::-1], progressbar, "Merging"):
             layer.merge_checked(adapter_names=names)
             replace_module(self.model, path, layer.unwrap())
         for path, wrapper in list(self._wrappers()):
@@ -414,7 +414,7 @@ class Tuner(Allocating):
         """Return the base model with its original weights and modules; see `PeftModel.unload`."""
         with self._whole():
             self.unmerge_adapter()
-            for path, layer in list(self._layers()):
+            for path, layer in list(self._layers())[::-1]:
                 replace_module(self.model, path, layer.unwrap())
             for path, wrapper in list(self._wrappers()):
                 replace_module(self.model, path, wrapper.original_module)
@@ -432,8 +432,8 @@ def _parameters_of(part: AdapterLayer | ModulesToSaveWrapper) -> Iterator[nn.Par
 
 
 def _merge_state(layer: AdapterLayer) -> tuple[list[str], str]:
-    kept: Tensor | None = layer._original.get("weight")
-    on_cpu = kept is not None and kept.device != layer.base_layer.weight.device and kept.device == torch.device("cpu")
+    kept: Tensor | None = layer._original.get(layer.weight_name)
+    on_cpu = kept is not None and kept.device != layer.weight.device and kept.device == torch.device("cpu")
     return list(layer.merged_adapters), "cpu" if on_cpu else "device"
 
 

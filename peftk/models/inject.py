@@ -50,6 +50,11 @@ def inject_adapter_in_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if state_dict is not None:
+        if getattr(config, "target_parameters", None):
+            raise ValueError(
+                "state_dict: its names do not say which parameters of a module are adapted (target_parameters); inject "
+                "the adapter without it, and load the values with set_peft_model_state_dict"
+            )
         config = copy.copy(config)
         config.target_modules = _layers_of(state_dict)
     adapted = any(isinstance(module, AdapterLayer) for module in model.modules())

@@ -280,7 +280,7 @@ def check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
         id(tensor): path
         for path, layer in tuner._layers()
         for key, original in layer._original.items()
-        for tensor in (original, getattr(layer.base_layer, key))
+        for tensor in (original, getattr(layer._holder, key))
     }
     for key, tensor in targets.items():
         if id(tensor) in merged:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..nn import LoraConfig
@@ -66,9 +67,10 @@ def check(tuner: Tuner, parts: Iterable[nn.Module], adapter_names: Any) -> list[
                 f"adapter_names: adapter {name!r} has its own copy of modules in modules_to_save, which cannot be "
                 "mixed in a batch"
             )
-    if tuner.training:
+    if tuner.training and any(_runs_again(module) for module in tuner.model.modules()):
         raise ValueError(
-            "adapter_names: Cannot pass `adapter_names` when the model is in training mode. Call eval() first"
+            "adapter_names: activation checkpointing would run the layers again after the call, when nobody knows "
+            "which adapter each sample had; switch it off (gradient_checkpointing_disable), or call eval()"
         )
     if any(part.merged_adapters for part in parts if isinstance(part, AdapterLayer)):
         merged = next(path for path, layer in tuner._layers() if layer.merged_adapters)
@@ -77,6 +79,11 @@ def check(tuner: Tuner, parts: Iterable[nn.Module], adapter_names: Any) -> list[
             f"`unmerge_adapter` first. (Layer {merged!r} is merged.)"
         )
     return names
+
+
+def _runs_again(module: nn.Module) -> bool:
+    """Whether a module runs what is inside of it again in the backward pass."""
+    return getattr(module, "gradient_checkpointing", False) is True or "_checkpoint_wrapped_module" in module._modules
 
 
 @contextlib.contextmanager
@@ -95,6 +102,8 @@ def mixed_batch(tuner: Tuner, kwargs: dict[str, Any]) -> Iterator[None]:
         for module, attribute, value in changed:
             # `nn.Module.__setattr__` looks for parameters and modules everywhere first.
             module.__dict__[attribute] = value
+            if attribute == "batch_adapters" and torch.is_grad_enabled():
+                module.__dict__["_was_mixed"] = True
 
     with put_back(restore):
         # Everything else runs as the base model has it.

@@ -56,8 +56,9 @@ class AdaptedAttention(AdapterLayer):
     adapter_layer_names = ("adaption_prompt", "adaption_gate")
     config_class = AdaptionPromptConfig
 
-    def _wrap(self, base_layer: Any) -> None:
+    def _wrap(self, base_layer: Any, module_name: str) -> None:
         nn.Module.__init__(self)
+        self.module_name = module_name
         self.model = base_layer
         self.adaption_prompt: nn.Parameter | None
         self.adaption_gate: nn.Parameter | None

@@ -259,7 +259,8 @@ class PeftConfig(ConfigFiles):
             elif value is not None:
                 check_names(name, value)
                 setattr(self, name, kind(value))
-        if isinstance(self.target_modules, set) and not self.target_modules:
+        beside = getattr(self, "target_parameters", None)
+        if isinstance(self.target_modules, set) and not self.target_modules and not beside:
             raise ValueError("target_modules: expected at least one module name, got an empty list")
         indices = self.layers_to_transform
         if indices is not None:

@@ -37,11 +37,6 @@ class Readable(nn.Module):
         return self.base_layer
 
     @property
-    def weight(self) -> Tensor:
-        """The weight of the base layer."""
-        return self.base_layer.weight
-
-    @property
     def bias(self) -> Tensor | None:
         """The bias of the base layer, if it has one."""
         return getattr(self.base_layer, "bias", None)

@@ -29,8 +29,8 @@ class LoRALayer(Decomposed):
     """A layer with LoRA adapters, each of them plain or DoRA; a subclass is a kind of base layer.
 
     ``layer(x, adapter_names=names)`` runs a batch whose samples have adapters of their own: one name for each sample,
-    "__base__" for none, instead of the active ones. It raises ValueError if their number is not the batch size, if the
-    layer is merged or in training mode, or if one of them is a DoRA adapter.
+    "__base__" for none, instead of the active ones, also with gradients for all of them. It raises ValueError if their
+    number is not the batch size, if the layer is merged, or if one of them is a DoRA adapter.
     """
 
     magnitudes = "lora_magnitude_vector"
@@ -259,10 +259,6 @@ class LoRALayer(Decomposed):
             raise ValueError(
                 "adapter_names: expected a list with one name for each sample. Length of `adapter_names` should be the "
                 f"same as the number of inputs, but got {len(names)} and {len(x)}"
-            )
-        if self.training:
-            raise ValueError(
-                "adapter_names: Cannot pass `adapter_names` when the model is in training mode. Call eval() first"
             )
         if self.merged_adapters:
             raise ValueError(
