@@ -96,6 +96,24 @@ def test_a_swapped_adapter_is_the_one_of_the_file(kind, change, prepared, tmp_pa
     assert_close(model(x), before.double(), torch.float32)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_nothing_that_is_kept_between_calls_outlives_a_swap(kind, prepared, tmp_path):
+    """DoRA keeps its gain, and few rows have a way of their own, while nothing is recorded."""
+    base, x, fields = KINDS[kind]
+    models = [saved(tmp_path / str(seed), base, seed=seed, **fields, r=4, lora_alpha=3 + seed) for seed in (1, 2)]
+    model = PeftModel.from_pretrained(base(), tmp_path / "1")
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
+    for number in (0, 1, 0):
+        hotswap_adapter(model, tmp_path / str(number + 1), "default")
+        expected = models[number](x).double()
+        for _ in range(3):
+            assert_close(model(x), expected, torch.float32)
+            assert_close(model(x[:1]), expected[:1], torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_scales_are_as_exact_as_the_weights(dtype, tmp_path):
     expected = saved(tmp_path, r=3, lora_alpha=1, seed=2).to(dtype)
