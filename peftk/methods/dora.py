@@ -11,7 +11,7 @@ from torch.nn import functional as tf
 
 from .. import functional as F
 from ..kernels.shared.wide import wide
-from ..ops._few_rows import rescaled_few
+from ..ops._few_rows import RESCALED, few, rescaled_few
 from ..ops.conv import channels_last
 from ..ops.dropout import Drawn, Dropout
 from ..ops.kept import keeps, rows_in_memory, same_weight, weight_sums
@@ -90,15 +90,8 @@ def gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
     Where nothing is recorded, it is what an earlier call has found, if neither the parameters nor the weight have
     changed since: checksums of the weight take a sixth of the time of its norms.
     """
-    known = _known(base, adapter)
-    if known is None:
-        return _gain_of(base, adapter)
-    if not same_weight(known.rows, known.sums):
-        assert adapter.kept is not None
-        adapter.kept.forget()
-        known = _known(base, adapter)
-        assert known is not None
-    return known.gain
+    known = _verified(base, adapter)
+    return _gain_of(base, adapter) if known is None else known.gain
 
 
 def _gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
@@ -132,32 +125,49 @@ def _known(base: nn.Module, adapter: LowRank) -> _Known | None:
     return _Known(found, sums, rows)
 
 
+def _verified(base: nn.Module, adapter: LowRank) -> _Known | None:
+    """Return the gain of the weight of now, which is kept, or None where none is kept."""
+    known = _known(base, adapter)
+    if known is None or same_weight(known.rows, known.sums):
+        return known
+    assert adapter.kept is not None
+    adapter.kept.forget()
+    return _known(base, adapter)
+
+
 def _settings(scale: float, weight: Tensor) -> tuple[Any, ...]:
     """Return what a gain depends on beside bits: the same words in another order are another weight."""
     return scale, weight.dtype, weight.shape, weight.stride()
 
 
-def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Tensor | None:
+def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None, base: nn.Module, adapter: LowRank) -> Tensor | None:
     """Return the output of a plain linear layer with one adapter on few rows, or None where this is not the way.
-
-    It needs a gain that an earlier call has kept, of these parameters and this weight.
 
     Args:
         x: (..., in); nothing is recorded.
         weight: (out, in), that of the layer.
         bias: (out,) or None.
+        base: The layer.
         adapter: The adapter, with magnitudes.
     """
     a, b, scale, gate, extra, p, magnitude, kept = adapter
     if kept is None or magnitude is None or type(scale) is not float or p > 0:
         return None
-    if gate is not None or extra is not None:
+    if gate is not None or extra is not None or not few(x, x.shape[-1], RESCALED):
         return None
-    held = kept.held(_settings(scale, weight))
-    if held is None:
-        return None
-    copies, (gain, sums) = held
-    return rescaled_few(x, weight, bias, a, b, scale, gain, sums, (a, b, magnitude), copies)
+    # Usually nothing has changed, which the call that reads the weight finds out by itself. Else the gain is found
+    # first, and the call repeated: equal calls have equal bits.
+    for prepare in (None, _verified):
+        if prepare is not None and prepare(base, adapter) is None:
+            return None
+        held = kept.held(_settings(scale, weight))
+        if held is None:
+            continue
+        copies, (gain, sums) = held
+        y = rescaled_few(x, weight, bias, a, b, scale, gain, sums, (a, b, magnitude), copies)
+        if y is not None:
+            return y
+    return None
 
 
 def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank, dropped: Tensor | None = None) -> Tensor:

@@ -124,7 +124,7 @@ def _with_magnitudes(
 ) -> Tensor:
     if len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
         plain = plain_tensors(base, x, args, kwargs)
-        if plain is not None and (y := dora.linear_few(x, *plain, adapters[0])) is not None:
+        if plain is not None and (y := dora.linear_few(x, *plain, base, adapters[0])) is not None:
             return y
     result = call(base, x, *args, **kwargs)
     x = x.to(result.dtype)

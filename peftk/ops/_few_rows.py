@@ -20,14 +20,17 @@ from .plain import unobserved
 FEW = 63
 """Rows up to which this is the faster way; beyond, the operators gain more than they cost."""
 
+RESCALED = 16
+"""Rows up to which one pass over the weight is faster that also finds out whether the weight is still the same."""
+
 _DTYPES = (torch.float32, torch.bfloat16)
 
 _ORDINARY = (Tensor, nn.Parameter)
 
 
-def few(x: Tensor, features: int) -> bool:
+def few(x: Tensor, features: int, most: int = FEW) -> bool:
     """Whether x has so few rows of so many features that this way is the faster one, in a dtype that it has."""
-    return x.is_cpu and 0 < x.numel() <= FEW * features and x.dtype in _DTYPES
+    return x.is_cpu and 0 < x.numel() <= most * features and x.dtype in _DTYPES
 
 
 def usual(x: Tensor, *factors: Tensor) -> bool:
@@ -137,6 +140,5 @@ def rescaled_few(
     module = module_of("few_rows")
     if module is None:
         return None
-    most = module.RESCALED_ROWS
-    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, None, gain, sums, sources, copies, most)
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, None, gain, sums, sources, copies, RESCALED)
     return y

@@ -13,9 +13,6 @@ from .low_rank import _as_rows
 ONE_PASS_ROWS = 4
 """Rows of x up to which one pass over the weight takes no longer than the product of torch's library."""
 
-RESCALED_ROWS = 16
-"""The same, where the pass also finds out whether the weight is still the same, which else takes one of its own."""
-
 SUM_WORDS = 16
 """Words of the checksum of one row of a weight."""
 
