@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ._version import __version__
-from .commands import COMMANDS, load
+from .commands import COMMANDS, load, summary
 
 
 class _LazyGroup(TyperGroup):
-    """Imports a command when it is looked up."""
+    """Imports a command when it is looked up, and none of them to print the overview."""
+
+    _listing = False
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -20,9 +22,18 @@ class _LazyGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
+        if self._listing:
+            return TyperCommand(cmd_name, help=summary(cmd_name))
         single = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
         single.command(cmd_name)(load(cmd_name))
         return typer.main.get_command(single)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._listing = False
 
 
 app = typer.Typer(

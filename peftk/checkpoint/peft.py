@@ -19,6 +19,7 @@ from torch import Tensor
 from .container import CONFIG_DIGEST_KEY, CheckpointError, capped, config_digest, parse_json, shown
 from .key_mapping import Rename, describe_rename
 from .reader import REFUSED_PICKLE, header_shapes, open_inside, read_safetensors, scan_safetensors
+from .recognise import recognise, told
 from .writer import leftovers, locked, replace_together, snapshot, write_safetensors
 
 __all__ = ["read_adapter", "read_config", "write_adapter"]
@@ -47,7 +48,9 @@ def _existing(folder: str | os.PathLike[str], name: str) -> Path:
     path = _folder(folder)
     if not path.is_dir():
         what = "a file" if path.exists() else "nothing"
-        raise CheckpointError(path, f"expected an existing folder with {name}, got {what}")
+        known = told(path) if path.is_file() else None
+        of = "" if known is None else f", which has {known}"
+        raise CheckpointError(path, f"expected an existing folder with {name}, got {what}{of}")
     if os.path.lexists(path / name):
         return path
     # What `_between_saves` looks for.
@@ -62,7 +65,10 @@ def _existing(folder: str | os.PathLike[str], name: str) -> Path:
     if name == WEIGHTS_NAME and os.path.lexists(path / PICKLE_NAME):
         refused = REFUSED_PICKLE.format(what=PICKLE_NAME)
         raise CheckpointError(path / PICKLE_NAME, f"{name} is missing and {refused}") from missing
-    raise CheckpointError(path / name, "expected this file, but the folder does not hold it") from missing
+    # Published adapters are often single files of other programs.
+    found = sorted(file for file in path.glob("*.safetensors") if file.is_file())[:LEFT_SHOWN]
+    there = "".join(f"; {file.name} is there, and has {known}" for file in found if (known := told(file)) is not None)
+    raise CheckpointError(path / name, f"expected this file, but the folder does not hold it{there}") from missing
 
 
 def _between_saves(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
@@ -302,6 +308,10 @@ def read_adapter(
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
     both = [name for name in expected if name in tensors]
+    if unknown:
+        seen = recognise({key: tensor.shape for key, tensor in file.tensors.items()})
+        if seen.dialect not in (None, "PEFT", "bare names"):
+            problems.insert(0, f"expected the dialect of PEFT, and this file has {seen}")
     hint = describe_rename(tensors, expected) if missing and unknown else None
     if hint is not None:
         raise CheckpointError(path, *problems, hint)

@@ -157,11 +157,17 @@ def _header(stream: IO[bytes], size: int, file: Path) -> tuple[list[Entry], dict
         raise CheckpointError(file, f"not a valid safetensors file: {error}") from None
 
 
+def header(path: Path) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors and the metadata that the header of a safetensors file claims, checked as by `read_safetensors`."""
+    if path.name.lower().endswith(PICKLE_SUFFIXES):
+        raise CheckpointError(path, REFUSED_PICKLE.format(what=f"{path.suffix.lower()} files (pickles)"))
+    with open_inside(path.parent, path.name) as (stream, size):
+        return _header(stream, size, path)
+
+
 def header_shapes(path: Path) -> dict[str, torch.Size]:
     """The shapes of the tensors of a safetensors file by its header, which is checked as by `read_safetensors`."""
-    with open_inside(path.parent, path.name) as (stream, size):
-        entries, _ = _header(stream, size, path)
-    return {entry.name: torch.Size(entry.shape) for entry in entries}
+    return {entry.name: torch.Size(entry.shape) for entry in header(path)[0]}
 
 
 def _tensor(stream: IO[bytes], entry: Entry, file: Path) -> Tensor:

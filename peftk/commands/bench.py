@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from .._version import __version__
 from ..runtime import registry, settings, timings
 from ..testing.calls import KINDS, Call, operators, sweep
 from ..testing.timing import Weave
+
+CLEAR = 1.5
+"""A backend that is faster by this factor wins a cell of the tuned table without further samples."""
 
 LONGEST_PRODUCT = 0.5
 """Seconds that the product with the dense weight may take for a call to be timed at all."""
@@ -45,7 +49,9 @@ class Measurement:
 
 
 @torch.no_grad()
-def measure(call: Call, device: str, seconds: float, least: int = 5, most: int = 200) -> Measurement:
+def measure(
+    call: Call, device: str, seconds: float, least: int = 5, most: int = 200, decided: float | None = None
+) -> Measurement:
     """Check a call on every backend against float64, then time the backends in turns.
 
     Args:
@@ -54,6 +60,7 @@ def measure(call: Call, device: str, seconds: float, least: int = 5, most: int =
         seconds: how long to spend on the samples.
         least: the smallest number of samples.
         most: the largest.
+        decided: stop after the least number if one backend is faster than every other one by this factor.
     """
     arguments = call.arguments(device)
     found = Measurement(call, tuple(registry.OPERATORS[call.operator].bucket(*arguments)))
@@ -71,10 +78,18 @@ def measure(call: Call, device: str, seconds: float, least: int = 5, most: int =
         arms[backend] = arm
     if arms:
         weave = Weave(arms, device)
-        found.rounds = weave.rounds_within(seconds, least, most)
-        samples = weave.run(found.rounds)
+        rest = weave.rounds_within(seconds, least, most) - least
+        if decided and _is_decided(weave.run(least), decided):
+            rest = 0
+        samples = weave.run(rest if decided else least + rest)
+        found.rounds = len(next(iter(samples.values())))
         found.microseconds = {backend: 1e6 * min(times) for backend, times in samples.items()}
     return found
+
+
+def _is_decided(samples: dict[str, list[float]], factor: float) -> bool:
+    fastest, *others = sorted(map(min, samples.values()))
+    return not others or others[0] > factor * fastest
 
 
 def product_rate(device: str, dtype: torch.dtype) -> float:
@@ -102,6 +117,20 @@ def choose_calls(operators: Iterable[str], quick: bool, device: str) -> Iterator
             for call in sweep(operator, dtype=dtype, **grid):
                 if call.product_flops / rate <= LONGEST_PRODUCT:
                     yield call
+
+
+def cells_in(path: Path) -> set[tuple[Any, ...]]:
+    """Return operator, dtype and bucket of every cell of a tuned table; of none if there is no such file."""
+    if not path.is_file():
+        return set()
+    rows = json.loads(path.read_text())["operators"]
+    return {(operator, row["dtype"], *row["bucket"]) for operator, cells in rows.items() for row in cells}
+
+
+def cell_of(call: Call, device: str) -> tuple[Any, ...]:
+    """Return operator, dtype and bucket of a call, as `cells_in` has them."""
+    bucket = registry.OPERATORS[call.operator].bucket(*call.arguments(device))
+    return call.operator, str(call.dtype).removeprefix("torch."), *bucket
 
 
 def write_table(path: Path, device_class: str, measurements: Iterable[Measurement]) -> int:
@@ -196,6 +225,8 @@ def bench(
         Path | None, typer.Option(help="Where --tune writes; default: the table of this device in the cache folder.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes and few samples.")] = False,
+    minutes: Annotated[float, typer.Option(help="How long --tune may take; --resume goes on from there.", min=0)] = 15,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the cells that --tune has written before.")] = False,
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Time every operator on every backend, the error against float64 beside it."""
@@ -207,6 +238,8 @@ def bench(
         console = Console(width=110)
     if output is not None and not tune:
         raise typer.BadParameter("expected --tune beside it; got no --tune", param_hint="--output")
+    if resume and not tune:
+        raise typer.BadParameter("expected --tune beside it; got no --tune", param_hint="--resume")
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -231,14 +264,25 @@ def bench(
         console.print(f"[yellow]The machine is busy (load {load:.1f} on {cores} cores): do not trust these times.[/]")
     calls = list(choose_calls(wanted, quick, device))
     path = output or settings.cache_dir() / f"{device_class}.json"
+    known_cells = cells_in(path) if resume else set()
     measurements: list[Measurement] = []
-    written = first = 0
+    written = first = left = 0
+    end = time.monotonic() + 60 * minutes
     for at, call in enumerate(track(calls, "timing", console=console, disable=not console.is_terminal)):
-        measurements.append(measure(call, device, *((0.02, 3) if quick else (0.15, 5))))
+        if tune and time.monotonic() > end:
+            left = len(calls) - at
+            break
+        if not known_cells or cell_of(call, device) not in known_cells:
+            how: dict[str, Any] = {"decided": CLEAR} if tune else {}
+            measurements.append(measure(call, device, *((0.02, 3) if quick else (0.15, 5)), **how))
         # After every operator, so that an interruption of these long minutes loses one only.
-        if tune and (at + 1 == len(calls) or calls[at + 1].operator != call.operator):
+        if tune and at + 1 < len(calls) and calls[at + 1].operator != call.operator:
             written += write_table(path, device_class, measurements[first:])
             first = len(measurements)
+    if tune:
+        written += write_table(path, device_class, measurements[first:])
     show(measurements, console)
     if tune:
         console.print(f"{written} cells written to {path}", soft_wrap=True)
+    if left:
+        console.print(f"[yellow]{left} of {len(calls)} calls are left; --resume measures them.[/]")

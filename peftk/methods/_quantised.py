@@ -40,6 +40,35 @@ def dequantised(layer: Any) -> Tensor:
     return _four_bits(weight) if type(weight).__name__ == "Params4bit" else _eight_bits(layer)
 
 
+def requantisable(layer: Any) -> bool:
+    """Whether a library offers to quantise a linear layer's weight as it was, which of torchao's does not say how."""
+    return _library(layer) == "bitsandbytes"
+
+
+@torch.no_grad()
+def requantised(layer: Any, weight: Tensor) -> Any:
+    """Return a layer like one that bitsandbytes has quantised, with another weight, (out, in), quantised in its way."""
+    import bitsandbytes
+
+    theirs: Any = bitsandbytes
+    old = layer.weight
+    kind: Any = type(layer)
+    new = kind.__new__(kind)
+    new.__dict__.update(layer.__dict__)
+    new._parameters = dict(layer._parameters)
+    if type(old).__name__ == "Params4bit":
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        how = {name: getattr(old, name) for name in names}
+        new.quant_state = None
+        made = theirs.nn.Params4bit(weight.cpu(), requires_grad=False, module=new, **how)
+    else:
+        made = theirs.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        new.state = theirs.MatmulLtState()
+        new.state.threshold, new.state.has_fp16_weights = layer.state.threshold, layer.state.has_fp16_weights
+    new._parameters["weight"] = made.to(old.device)
+    return new
+
+
 def _four_bits(weight: Any) -> Tensor:
     from bitsandbytes import functional
 
@@ -63,4 +92,4 @@ def _eight_bits(layer: Any) -> Tensor:
     return weight.data * (scales.to(weight.device).view(-1, 1) / 127)
 
 
-__all__ = ["dequantised", "readable"]
+__all__ = ["dequantised", "readable", "requantisable", "requantised"]

@@ -1,14 +1,16 @@
-"""DoRA: the magnitude of every output of a layer with LoRA is a parameter (Liu et al., arXiv 2402.09353)."""
+"""DoRA: the magnitude of every output of an adapted layer is a parameter (Liu et al., arXiv 2402.09353)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
+from ..kernels.shared.wide import wide
 from ..ops._few_rows import RESCALED, few, rescaled_few
 from ..ops.conv import channels_last
 from ..ops.dropout import Drawn, Dropout
@@ -28,6 +30,51 @@ def norms(base: Any, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
         # The order of the columns changes no norm, and this one copies no weight.
         weight, a = weight.movedim(1, -1), a.movedim(1, -1)
     return F.dora_norm(weight.flatten(1), a.flatten(1), b.flatten(1), scale)
+
+
+@torch.no_grad()
+def dense_norms(base: Any, write: Callable[[Tensor], Tensor], weight: Tensor | None = None) -> Tensor:
+    """Return the norms of the rows of an adapted weight, (out,), in float32 at least.
+
+    Args:
+        base: The layer.
+        write: Returns its weight, (out, in) or (out, in, *kernel), with an adapter in it.
+        weight: What stands for that weight where others are merged into it; None means the weight itself.
+    """
+    if weight is None:
+        weight = rows_of(base, base.weight) if opaque_weight(base) is None else dequantised(base)
+    return torch.linalg.vector_norm(write(weight.detach().to(wide(weight.dtype))).flatten(1), dim=1)
+
+
+class _Gained(Protocol):
+    @property
+    def gain(self) -> Tensor | None:
+        """A factor of every output, (out,), or None."""
+
+
+G = TypeVar("G", bound=_Gained)
+
+
+def runs(adapters: Sequence[G]) -> list[list[G]]:
+    """Return adapters in turn, those that may be added together in one list; the last of a list may have a gain."""
+    found: list[list[G]] = [[]]
+    for adapter in adapters:
+        found[-1].append(adapter)
+        if adapter.gain is not None:
+            found.append([])
+    return [run for run in found if run]
+
+
+def rescaled(base: Any, result: Tensor, gain: Tensor | None) -> Tensor:
+    """Scale the outputs of a linear layer, (..., out), about its bias."""
+    return result if gain is None else F.scale_channels(result, gain, base.bias)
+
+
+def rescaled_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
+    """Scale the rows of a weight, (out, in) or (out, in, *kernel), with a gain in float32 at least."""
+    if gain is None:
+        return weight
+    return (weight * gain.to(wide(weight.dtype)).view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .. import functional as F
 from ..kernels.shared.wide import wide
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_few, hadamard_linear, low_rank_pays
 from ..ops.conv import Convolution, convolve_thin, convolve_with, expand
+from . import dora
 from ._base_layer import NONE, call, plain_tensors
 
 
@@ -29,6 +30,7 @@ class Hadamard(NamedTuple):
         t1: The core of the first matrix in Tucker form, (r, r, *kernel), or (r, r, taps, 1); or None.
         t2: That of the second one.
         rows: (out,), a factor for every row of the update, which dropout makes; or None.
+        gain: (out,), a factor for every output but its bias, which DoRA's magnitudes make; or None.
     """
 
     w1_a: Tensor
@@ -39,6 +41,7 @@ class Hadamard(NamedTuple):
     t1: Tensor | None = None
     t2: Tensor | None = None
     rows: Tensor | None = None
+    gain: Tensor | None = None
 
 
 def factors(adapter: Hadamard, dtype: torch.dtype | None = None) -> Factors:
@@ -65,10 +68,22 @@ def linear(
     Args:
         base: An nn.Linear, or a layer that is derived from it and quantised; frozen.
         x: (..., in).
-        adapters: What is added, in this order.
+        adapters: What is added, in this order; one with a gain rescales what is there before it.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
+    first, *others = dora.runs(adapters)
+    y = dora.rescaled(base, _linear(base, x, first, args, kwargs), first[-1].gain)
+    for run in others:
+        for adapter in run:
+            y = add(y, x, adapter)
+        y = dora.rescaled(base, y, run[-1].gain)
+    return y
+
+
+def _linear(
+    base: nn.Module, x: Tensor, adapters: Sequence[Hadamard], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     fours = [factors(adapter) for adapter in adapters]
     scales = [adapter.scale for adapter in adapters]
     plain = plain_tensors(base, x, args, kwargs)
@@ -99,31 +114,36 @@ def conv(
     """Return the output of a convolution with adapters on its flattened filters.
 
     Small ranks run as a convolution to ``r * r`` channels and a product with (out, r * r); larger ones, and groups, as
-    one convolution with the written weight.
+    one convolution with the written weight, and so do gains.
 
     Args:
         base: An nn.Conv1d, nn.Conv2d or nn.Conv3d; frozen.
         x: (batch, in, *size) or (in, *size).
-        adapters: What is added, in this order.
+        adapters: What is added, in this order; one with a gain rescales what is there before it.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
-    written: list[tuple[float, Factors]] = []
+    written: list[tuple[float, bool]] = []
+    values: list[Tensor] = []
     added: list[tuple[float, Factors]] = []
+    gained = any(adapter.gain is not None for adapter in adapters)
     for adapter in adapters:
         four = factors(adapter)
-        (added if _low_rank_pays(base, four) else written).append((adapter.scale, four))
+        if not gained and _low_rank_pays(base, four):
+            added.append((adapter.scale, four))
+            continue
+        written.append((adapter.scale, adapter.gain is not None))
+        values += [*four, *([] if adapter.gain is None else [adapter.gain])]
     if written:
-        scales = [scale for scale, _ in written]
 
         def write(weight: Tensor, *values: Tensor) -> Tensor:
-            for i, scale in enumerate(scales):
-                w1_a, w1_b, w2_a, w2_b = values[4 * i : 4 * i + 4]
-                weight = F.hadamard_weight(weight, w1_a, w1_b, w2_a, w2_b, scale)
+            rest = iter(values)
+            for scale, has_gain in written:
+                weight = F.hadamard_weight(weight, next(rest), next(rest), next(rest), next(rest), scale)
+                weight = dora.rescaled_weight(weight, next(rest) if has_gain else None)
             return weight
 
         plain = plain_tensors(base, x, args, kwargs)
-        values = (factor for _, four in written for factor in four)
         y = convolve_with(write, base, x, *values, plain=plain, args=args, kwargs=kwargs)
     else:
         y = base(x, *args, **kwargs)
@@ -156,4 +176,13 @@ def update(adapter: Hadamard, shape: Sequence[int]) -> Tensor:
 
 def merged(weight: Tensor, adapter: Hadamard) -> Tensor:
     """Return a weight, (out, in) or (out, in, *kernel), with one adapter in it."""
-    return F.hadamard_weight(weight, *factors(adapter, weight.dtype), adapter.scale)
+    result = F.hadamard_weight(weight, *factors(adapter, weight.dtype), adapter.scale)
+    return dora.rescaled_weight(result, adapter.gain)
+
+
+def norms(base: nn.Module, adapter: Hadamard, weight: Tensor | None = None) -> Tensor:
+    """Return the norms of the rows of the weight with an adapter in it, (out,), without dropout and gain.
+
+    The arguments: `dora.dense_norms`.
+    """
+    return dora.dense_norms(base, lambda weight: merged(weight, adapter._replace(rows=None, gain=None)), weight)

@@ -13,6 +13,7 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ..ops.conv import Convolution, convolve_with
 from ..ops.kronecker import kronecker_few
+from . import dora
 from ._base_layer import NONE, call, plain_tensors
 
 
@@ -25,6 +26,7 @@ class Kronecker(NamedTuple):
             (r, k), (r, n) and the core (r, r, *kernel) or (r, r, taps, 1).
         scale: A number, or a tensor of one number.
         kept: (out,), which rows of the update stay in this pass; None for all of them.
+        gain: (out,), a factor for every output but its bias, which DoRA's magnitudes make; or None.
 
     A w2 of three dimensions, (k, n, taps), stands for Hugging Face PEFT's update of an nn.Conv1d, whose numbers lie
     elsewhere than in a Kronecker product: those of ``kron(w1, w2[i])``, (l * n, m * taps), for one i after the other,
@@ -35,6 +37,7 @@ class Kronecker(NamedTuple):
     w2: tuple[Tensor, ...]
     scale: float | Tensor
     kept: Tensor | None = None
+    gain: Tensor | None = None
 
     @property
     def reordered(self) -> bool:
@@ -85,10 +88,22 @@ def linear(
     Args:
         base: An nn.Linear, or a layer that is derived from it and quantised; frozen.
         x: (..., in).
-        adapters: What is added, in this order.
+        adapters: What is added, in this order; one with a gain rescales what is there before it.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
+    first, *others = dora.runs(adapters)
+    y = dora.rescaled(base, _linear(base, x, first, args, kwargs), first[-1].gain)
+    for run in others:
+        for adapter in run:
+            y = add(y, x, adapter)
+        y = dora.rescaled(base, y, run[-1].gain)
+    return y
+
+
+def _linear(
+    base: nn.Module, x: Tensor, adapters: Sequence[Kronecker], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     head = adapters[0]
     plain, scale = None, head.scale
     if head.kept is None and not thin(head) and not isinstance(scale, Tensor):
@@ -147,7 +162,7 @@ def conv(
     Args:
         base: An nn.Conv1d, nn.Conv2d or nn.Conv3d; frozen.
         x: (batch, in, *size) or (in, *size).
-        adapters: What is added, in this order.
+        adapters: What is added, in this order; one with a gain rescales what is there before it.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
@@ -155,8 +170,8 @@ def conv(
     written = []
     for adapter in adapters:
         w1, scale = _scaled(adapter)
-        values += [w1, second(adapter), *([] if adapter.kept is None else [adapter.kept])]
-        written.append((scale, adapter.kept is not None, _slices(adapter)))
+        values += [w1, second(adapter), *(t for t in (adapter.kept, adapter.gain) if t is not None)]
+        written.append((scale, adapter.kept is not None, adapter.gain is not None, _slices(adapter)))
     write = functools.partial(_written, written)
     plain = plain_tensors(base, x, args, kwargs)
     return convolve_with(write, base, x, *values, plain=plain, args=args, kwargs=kwargs)
@@ -167,12 +182,16 @@ def _slices(adapter: Kronecker) -> int | None:
     return len(adapter.w2[0]) if adapter.reordered else None
 
 
-def _written(adapters: list[tuple[float, bool, int | None]], weight: Tensor, *values: Tensor) -> Tensor:
-    """Add each adapter's product to a weight, only in the rows that stay where there is a mask among its values."""
+def _written(adapters: list[tuple[float, bool, bool, int | None]], weight: Tensor, *values: Tensor) -> Tensor:
+    """Add each adapter's product to a weight, only in the rows that stay where there is a mask among its values.
+
+    Where there is a gain behind it, the rows are scaled then.
+    """
     filters, rest = weight.flatten(1), iter(values)
-    for scale, has_mask, slices in adapters:
+    for scale, has_mask, has_gain, slices in adapters:
         changed = _with_product(filters, next(rest), next(rest), scale, slices)
         filters = torch.where(next(rest)[:, None], changed, filters) if has_mask else changed
+        filters = dora.rescaled_weight(filters, next(rest) if has_gain else None)
     return filters.view(weight.shape)
 
 
@@ -197,4 +216,13 @@ def update(adapter: Kronecker, shape: Sequence[int]) -> Tensor:
 def merged(weight: Tensor, adapter: Kronecker) -> Tensor:
     """Return a weight, (out, in) or (out, in, *kernel), with one adapter in it."""
     (w1, scale), w2 = _scaled(adapter, weight.dtype), second(adapter, weight.dtype)
-    return _with_product(weight.flatten(1), w1, w2, scale, _slices(adapter)).view(weight.shape)
+    filters = _with_product(weight.flatten(1), w1, w2, scale, _slices(adapter))
+    return dora.rescaled_weight(filters, adapter.gain).view(weight.shape)
+
+
+def norms(base: nn.Module, adapter: Kronecker, weight: Tensor | None = None) -> Tensor:
+    """Return the norms of the rows of the weight with an adapter in it, (out,), without its gain.
+
+    The adapter must be without dropout. The other arguments: `dora.dense_norms`.
+    """
+    return dora.dense_norms(base, lambda weight: merged(weight, adapter._replace(gain=None)), weight)

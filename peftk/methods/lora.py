@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -140,28 +142,84 @@ def linear_mixed(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] = NONE,
 ) -> Tensor:
-    """Return the output of a linear layer on a batch whose samples have different adapters.
+    """Return the output of a linear layer on a batch whose samples have different adapters, also for training them all.
 
     Args:
         base: As in `linear`.
         x: (batch, ..., in).
-        adapters: Those that occur in the batch; their gates, dropout and magnitudes have no meaning here.
+        adapters: Those that occur in the batch; their gates and magnitudes have no meaning here.
         choice: For every sample the index of its adapter, or -1 for none.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
     result = call(base, x, *args, **kwargs)
     x = x.to(result.dtype)
-    middle = [1] * (x.dim() - 2)
-    for group in mixed_groups(adapters):
-        a, b = side_by_side(adapters, group)
-        gate = mixed_gate(adapters, group, choice, b)
-        gate = gate.view(len(gate), *middle, -1).expand(*x.shape[:-1], -1)
-        result = F.low_rank_add(result, x, a, b, gate=gate)
-        bias = mixed_bias(adapters, group, choice, result, result.shape[-1])
-        if bias is not None:
-            result = result + bias.view(len(x), *middle, -1)
-    return result
+    if adapters and x.numel():
+        result = _add_by_sample(result, x, adapters, choice)
+    bias = mixed_bias(adapters, range(len(adapters)), choice, result, result.shape[-1])
+    return result if bias is None else result + bias.view(len(x), *[1] * (x.dim() - 2), -1)
+
+
+def _add_by_sample(result: Tensor, x: Tensor, adapters: Sequence[LowRank], choice: Sequence[int]) -> Tensor:
+    """Add to the output of every sample the low-rank product of its own adapter, all as groups of rows."""
+    rank, samples = max(1, *(adapter.a.shape[0] for adapter in adapters)), len(x)
+    rows = x.numel() // (samples * x.shape[-1])
+    groups = [(index, len(list(run))) for index, run in itertools.groupby(choice)]
+    # A group has factors of its own: of many short ones, copies of factors cost more than sorting the samples.
+    order = None
+    if len(groups) * rank > 2 * samples * rows:
+        order = sorted(range(samples), key=lambda sample: (choice[sample] < 0, choice[sample]))
+        groups = [(i, len(list(run))) for i, run in itertools.groupby(choice[sample] for sample in order)]
+    if groups[-1][0] < 0:
+        # The last rows may belong to no group.
+        groups.pop()
+    if not groups:
+        return result
+    chosen = [adapters[index] if index >= 0 else None for index, _ in groups]
+    a = _stacked([None if one is None else one.a for one in chosen], rank, 0)
+    b = _stacked([None if one is None else one.b for one in chosen], rank, 1)
+    scales = [1.0 if one is None else one.scale for one in chosen]
+    scale = scales[0]
+    if any(other is not scale and other != scale for other in scales):
+        wide = torch.promote_types(b.dtype, torch.float32)
+        scale = torch.stack([torch.as_tensor(s, dtype=wide).to(x.device).reshape(()) for s in scales])
+    ends = list(itertools.accumulate(count * rows for _, count in groups))
+    offsets = torch.tensor(ends, device=x.device)
+    seen = (x if order is None else x[order]).reshape(-1, x.shape[-1])
+    seen = _dropped_by_group(seen, ends, [0.0 if one is None else one.dropout_p for one in chosen])
+    if order is None:
+        flat = result.reshape(-1, result.shape[-1])
+        return F.grouped_low_rank_add(flat, seen, a, b, offsets, scale).view(result.shape)
+    zeros = result.new_zeros(len(seen), result.shape[-1])
+    added = F.grouped_low_rank_add(zeros, seen, a, b, offsets, scale).view(result.shape)
+    back = sorted(range(samples), key=order.__getitem__)
+    return result + added[back]
+
+
+def _stacked(factors: Sequence[Tensor | None], rank: int, dim: int) -> Tensor:
+    """Stack factors, with zeros up to a common rank in one dimension; of an adapter that is none, all zeros."""
+    found = [factor for factor in factors if factor is not None]
+    dtype = functools.reduce(torch.promote_types, {factor.dtype for factor in found})
+    shape = [*found[0].shape]
+    shape[dim] = rank
+    parts = []
+    for factor in factors:
+        missing = rank - (0 if factor is None else factor.shape[dim])
+        if factor is None:
+            factor = found[0].new_zeros(shape)
+        elif missing:
+            factor = tf.pad(factor, (0, 0, 0, missing) if dim == 0 else (0, missing))
+        parts.append(factor.to(dtype))
+    return torch.stack(parts)
+
+
+def _dropped_by_group(x: Tensor, ends: Sequence[int], probabilities: Sequence[float]) -> Tensor:
+    """Drop elements of the rows of each group with its own probability."""
+    if not any(probabilities):
+        return x
+    sizes = [end - start for start, end in zip([0, *ends], [*ends, len(x)], strict=False)]
+    parts = zip(x.split(sizes), [*probabilities, 0.0], strict=True)
+    return torch.cat([tf.dropout(part, p) if p > 0 else part for part, p in parts])
 
 
 def mixed_groups(adapters: Sequence[LowRank]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from ..nn.adalora.rank_allocator import RankAllocator, orthogonality_loss
 from ..nn.base.config import check_int
 from ..nn.base.undo import all_or_nothing
 from .described import Described
-from .file_keys import PREFIX
 
 
 class Allocating(Described):
@@ -35,7 +35,7 @@ class Allocating(Described):
         trained = self._trained_adalora()
         if trained and isinstance(config, AdaLoraConfig) and not config.inference_mode:
             raise ValueError(
-                f"inference_mode: adapter {trained[0]!r} is a trainable AdaLoRA adapter already, and only one can be; "
+                f"inference_mode: AdaLoraModel supports only 1 trainable adapter, and {trained[0]!r} is one already; "
                 "set inference_mode=True for the others"
             )
 
@@ -91,14 +91,12 @@ class Allocating(Described):
                 outputs.loss = loss + self.orthogonality_loss()
         return outputs
 
-    def _pruned(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of an adapter's file without the triplets that AdaLoRA has pruned."""
-        config = self.peft_config[name]
-        if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
-            for path, layer in self._layers():
-                if name in layer.adapter_names:
-                    layer.prune(name, config.kept_triplets(path), tensors, f"{PREFIX}{path}.")
-        return tensors
+    def _take_pattern(self, name: str, config: PeftConfig) -> None:
+        """Let an adapter that got the values of a file know which triplets that has pruned, and forget its averages."""
+        ours = self.peft_config.get(name)
+        if isinstance(ours, AdaLoraConfig) and isinstance(config, AdaLoraConfig) and ours is not config:
+            ours.rank_pattern = copy.deepcopy(config.rank_pattern)
+            self._forget_allocator(name)
 
 
 __all__ = ["Allocating"]

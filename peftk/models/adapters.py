@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,11 @@ from ..nn.base.undo import Before, all_or_nothing, process_kept, put_back
 from ..nn.base.walking import all_modules, all_parameters
 from .adalora import Allocating
 from .batch_statistics import batches_seen
-from .dequantising import make_dense
+from .dequantising import make_dense, quantise_again
 from .file_keys import biases, file_tensors
-from .names import inner_name, unwrapped
 from .plan import Plan, attach, make_plan, plan_of, replace_module
-from .targets import candidates, describe_unknown, places
-from .ties import note_untied
+from .targets import candidates, describe_unknown
+from .ties import holders, note_untied, sharing
 from .tokens import alike
 
 _MISSING = "Hugging Face PEFT has it, peftk lacks it"
@@ -77,6 +75,9 @@ class Tuner(Allocating):
     Args:
         model: The base model; its layers are replaced in place.
     """
+
+    uses_shared_state = False
+    """PEFT's word for methods whose adapters share tensors between layers, which none here does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -145,7 +146,8 @@ class Tuner(Allocating):
         names = [names] if isinstance(names, str) else list(names)
         missing = [name for name in names if name not in self.peft_config]
         if missing:
-            raise ValueError(f"{argument}: unknown: {describe_unknown(map(str, missing), self.peft_config)}")
+            there = describe_unknown(map(str, missing), self.peft_config)
+            raise ValueError(f"{argument}: Adapter {missing[0]} does not exist: {there}")
         return names
 
     # -- adding and choosing ----------------------------------------------------------------------------------
@@ -252,7 +254,8 @@ class Tuner(Allocating):
         merged = [path for path, layer in self._layers() if adapter_name in layer.merged_adapters]
         if merged:
             raise ValueError(
-                f"adapter_name: {adapter_name!r} is merged into {merged[0]!r}; unmerge it before deleting it"
+                f"adapter_name: Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them "
+                f"first. (It is merged into {merged[0]!r}.)"
             )
         with self._whole():
             self._delete(adapter_name)
@@ -296,20 +299,26 @@ class Tuner(Allocating):
 
     @contextlib.contextmanager
     def _disabled(self) -> Iterator[None]:
-        """Switch all adapters off for a block, and restore every layer exactly, merged ones too."""
+        """Switch all adapters off and freeze them for a block, and restore every layer exactly, merged ones too."""
         modules = self._parts()
+        # In the middle of a pass FSDP has views in their place, which cannot be frozen.
+        trained = [p for module in modules for p in _parameters_of(module) if p.requires_grad and p.is_leaf]
         was_disabled = [module.disable_adapters for module in modules]
         was_merged = [(m, *_merge_state(m)) for m in modules if isinstance(m, AdapterLayer) and m.merged]
 
         def restore() -> None:
             for module, disabled in zip(modules, was_disabled, strict=True):
                 module.disable_adapters = disabled
+            for parameter in trained:
+                parameter.requires_grad_(True)
             for layer, names, keep_base in was_merged:
                 if not layer.merged:
                     layer.merge(adapter_names=names, keep_base=keep_base)
 
         with put_back(restore):
             self.disable_adapter_layers()
+            for parameter in trained:
+                parameter.requires_grad_(False)
             yield
 
     # -- merging and removing ---------------------------------------------------------------------------------
@@ -319,7 +328,7 @@ class Tuner(Allocating):
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of adapter names, got {adapter_names!r}")
         names = None if adapter_names is None else self._known(adapter_names, "adapter_names")
-        holders = self._holders()
+        held = holders(self.model)
         for path, layer in self._layers():
             if not layer._to_merge(names):
                 continue
@@ -328,37 +337,13 @@ class Tuner(Allocating):
                 layer.check_written()
             except ValueError as error:
                 raise ValueError(f"module {path!r}: {error}") from None
-            weight = layer.base_layer.weight
-            if holders[id(weight)] > 1 and holders[id(weight)] > alike(
-                (layer for _, layer in self._layers()), weight, names
-            ):
+            weight = layer.weight
+            if held[id(weight)] > 1 and held[id(weight)] > alike((layer for _, layer in self._layers()), weight, names):
                 raise ValueError(
-                    f"merge: the weight of {path!r} is shared by {self._sharing(weight)}, and merging "
+                    f"merge: the weight of {path!r} is shared by {sharing(self.model, weight)}, and merging "
                     "would change all of them; give the layer a copy of the weight first"
                 )
         return names
-
-    def _holders(self) -> Counter[int]:
-        """Count in how many places of the model every parameter stands, by its id."""
-        modules = [module for module in all_modules(self.model) if inner_name(module) is None]
-        held = Counter(
-            id(unwrapped(child)) for module in modules for child in module._modules.values() if child is not None
-        )
-        found: Counter[int] = Counter()
-        for module in modules:
-            for parameter in module._parameters.values():
-                found[id(parameter)] += held[id(module)]
-        return found
-
-    def _sharing(self, parameter: Tensor) -> list[str]:
-        held = places(self.model)
-        return [
-            f"{path}.{key}"
-            for _, module in self.model.named_modules()
-            for key, other in module._parameters.items()
-            if other is parameter
-            for path in held.get(id(module), ())
-        ]
 
     def _check_unmerge(self, parts: Iterable[AdapterLayer | ModulesToSaveWrapper]) -> None:
         for layer in parts:
@@ -377,7 +362,7 @@ class Tuner(Allocating):
         names = self._check_merge(adapter_names)
         layers = [layer for _, layer in self._layers()]
         if layers and all(layer.merged_adapters and not layer._to_merge(names) for layer in layers):
-            warnings.warn("merge_adapter: all of these are merged already; nothing is left to merge", stacklevel=3)
+            warnings.warn("merge_adapter: All adapters are already merged, nothing to do", stacklevel=3)
         with self._switches(layers):
             for layer in layers:
                 layer.merge_checked(safe_merge, names, keep_base=keep_base)
@@ -398,20 +383,25 @@ class Tuner(Allocating):
         adapter_names: Sequence[str] | None = None,
         *,
         dequantise: bool = False,
+        requantise: bool = False,
     ) -> nn.Module:
         """Merge adapters and return the base model without any adapter layer; see `PeftModel.merge_and_unload`."""
         with self._whole():
-            if dequantise:
-                make_dense(self.model, [layer for _, layer in self._layers() if layer._to_merge(adapter_names)])
+            replaced = []
+            if dequantise or requantise:
+                layers = {path: layer for path, layer in self._layers() if layer._to_merge(adapter_names)}
+                replaced = make_dense(self.model, layers, requantise)
             names = self._check_merge(adapter_names)
             if safe_merge:
                 for path, layer in self._layers():
                     acting = layer.active_adapters if names is None else names
                     check_finite(layer.merged_tensors(names), acting, f"of {path!r} ")
-            return self._merge_for_good(names, progressbar)
+            model = self._merge_for_good(names, progressbar)
+            quantise_again(model, replaced if requantise else [])
+            return model
 
     def _merge_for_good(self, names: list[str] | None, progressbar: bool) -> nn.Module:
-        for path, layer in _progress(list(self._layers()), progressbar, "Merging"):
+        for path, layer in _progress(list(self._layers())[::-1], progressbar, "Merging"):
             layer.merge_checked(adapter_names=names)
             replace_module(self.model, path, layer.unwrap())
         for path, wrapper in list(self._wrappers()):
@@ -424,16 +414,26 @@ class Tuner(Allocating):
         """Return the base model with its original weights and modules; see `PeftModel.unload`."""
         with self._whole():
             self.unmerge_adapter()
-            for path, layer in list(self._layers()):
+            for path, layer in list(self._layers())[::-1]:
                 replace_module(self.model, path, layer.unwrap())
             for path, wrapper in list(self._wrappers()):
                 replace_module(self.model, path, wrapper.original_module)
             return self.model
 
 
+def _parameters_of(part: AdapterLayer | ModulesToSaveWrapper) -> Iterator[nn.Parameter]:
+    """Yield the parameters of all adapters in an adapted layer or a module that is trained in full."""
+    if isinstance(part, ModulesToSaveWrapper):
+        yield from part.modules_to_save.parameters()
+        return
+    for name in part.adapter_names:
+        for held in part.adapter(name).parts.values():
+            yield from held.parameters() if isinstance(held, nn.Module) else (held,)
+
+
 def _merge_state(layer: AdapterLayer) -> tuple[list[str], str]:
-    kept: Tensor | None = layer._original.get("weight")
-    on_cpu = kept is not None and kept.device != layer.base_layer.weight.device and kept.device == torch.device("cpu")
+    kept: Tensor | None = layer._original.get(layer.weight_name)
+    on_cpu = kept is not None and kept.device != layer.weight.device and kept.device == torch.device("cpu")
     return list(layer.merged_adapters), "cpu" if on_cpu else "device"
 
 

@@ -36,8 +36,13 @@ def _own(tuner: Tuner) -> dict[str, Tensor]:
             if rest.partition(".")[0] in left[start]:
                 break
             if rest.startswith(inner[start]):
-                tensor = merged.get(start, {}).get(rest.removeprefix(inner[start]), tensor)
-                name = name.replace(start + inner[start], start, 1)
+                # One layer may be around another one, as those of the parameters of one module are.
+                own, wrapped = rest.removeprefix(inner[start]), start + inner[start]
+                while wrapped in inner and own.startswith(inner[wrapped]):
+                    own, wrapped = own.removeprefix(inner[wrapped]), wrapped + inner[wrapped]
+                tensor = merged.get(start, {}).get(own, tensor)
+                at = len(start) - (len(key) - len(name))
+                name = name[:at] + name[at + len(inner[start]) :]
         else:
             found[name] = tensor
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint.container import shown
@@ -79,6 +80,52 @@ def file_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
                 tensors[f"{path}.modules_to_save.{inner}"] = tensor
     tensors.update(biases(model, plan))
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def as_in_file(
+    layers: Iterable[tuple[str, AdapterLayer]], name: str, config: PeftConfig, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Change tensors of an adapter into those that a file of `config` has, where the adapter is larger in memory.
+
+    Args:
+        layers: Path and layer of every adapted layer.
+        name: The adapter; there is nothing to change where no layer has it yet.
+        config: The configuration.
+        tensors: File key to tensor.
+    """
+    for path, layer in layers:
+        if name in layer.adapter_names and isinstance(config, layer.config_class):
+            layer.as_in_file(name, config, path, tensors, f"{PREFIX}{path}.")
+    return tensors
+
+
+def without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the same shapes and dtypes, for those who ask for nothing else."""
+    return {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
+
+
+def check_as_configured(layers: Iterable[tuple[str, AdapterLayer]], name: str, config: PeftConfig) -> None:
+    """Raise ValueError if `update_layer` has given an adapter other settings than its configuration says."""
+    for path, layer in layers:
+        if name in layer.updated:
+            try:
+                same_meaning(layer.updated[name], config, [path])
+            except ValueError as error:
+                raise ValueError(
+                    f"save_pretrained: update_layer of module {path!r} has changed {name!r}, and its "
+                    f"configuration, which the file would have, says something else: {error}; change the fields of "
+                    f"model.peft_config[{name!r}] too"
+                ) from None
+
+
+def as_in_memory(
+    layers: Iterable[tuple[str, AdapterLayer]], name: str, config: PeftConfig, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Undo what `as_in_file` does, of values that were read from a file; arguments as there."""
+    for path, layer in layers:
+        if name in layer.adapter_names and isinstance(config, layer.config_class):
+            layer.as_in_memory(name, config, path, tensors, f"{PREFIX}{path}.")
+    return tensors
 
 
 def unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..nn import AdapterLayer, PeftConfig
 from ..nn.base.config import check_bool
 from ..nn.base.foreign_config import as_config
+from ..nn.lora.start import starts_inside
 from .adapters import Tuner
 from .state_dict import tuner_of
 from .xlora import tuner_for
@@ -32,13 +33,15 @@ def inject_adapter_in_model(
         peft_config: The method and its targets.
         model: Any nn.Module.
         adapter_name: The name of the adapter.
-        low_cpu_mem_usage: Accepted for scripts that pass it: the adapter is made with memory and initial values.
+        low_cpu_mem_usage: Give the adapter's parameters no memory: they are on the meta device until
+            ``set_peft_model_state_dict(..., low_cpu_mem_usage=True)`` brings their values.
         state_dict: The adapted layers are those that have tensors in it, whatever `target_modules` says; its values are
             not used.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: The method works on whole models, a target is unknown, or the name exists.
+        ValueError: The method works on whole models, a target is unknown, the name exists, or the adapter starts as a
+            part of the base weight (PiSSA, OLoRA) and is to have no memory.
     """
     check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
     config = as_config("peft_config", peft_config)
@@ -47,13 +50,23 @@ def inject_adapter_in_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if state_dict is not None:
+        if getattr(config, "target_parameters", None):
+            raise ValueError(
+                "state_dict: its names do not say which parameters of a module are adapted (target_parameters); inject "
+                "the adapter without it, and load the values with set_peft_model_state_dict"
+            )
         config = copy.copy(config)
         config.target_modules = _layers_of(state_dict)
     adapted = any(isinstance(module, AdapterLayer) for module in model.modules())
     tuner: Tuner = tuner_of(model)[0] if adapted else tuner_for(model, config)
     tuner._check_new(adapter_name, config)
+    if low_cpu_mem_usage and starts_inside(getattr(config, "init_lora_weights", False)):
+        raise ValueError(
+            f"low_cpu_mem_usage: expected False with init_lora_weights={config.init_lora_weights!r}, whose adapter is "
+            "taken out of the base weight when it is made"
+        )
     with tuner._whole():
-        plan = tuner._plan(adapter_name, config)
+        plan = tuner._plan(adapter_name, config, initialise=not low_cpu_mem_usage)
         tuner._commit(plan)
         model.__dict__["peft_config"] = tuner.peft_config
     return model

@@ -20,7 +20,7 @@ from ..nn.base.config import check_bool, read_from
 from ..nn.base.offloading import TAKE_OFF
 from .adapters import Tuner
 from .embeddings import embedding_tensors, tell_missing
-from .file_keys import PREFIX, same_meaning
+from .file_keys import PREFIX, as_in_file, as_in_memory, same_meaning, without_values
 from .names import unwrapped, without_wrappers
 from .plan import Plan, copy_into
 from .targets import candidates, resolve, unknown_names
@@ -126,14 +126,14 @@ def read_into_plan(
     model = tuner.model
     if name in tuner.peft_config:
         plan = tuner._plan_of(name)
-        _rename_fields(model, config, key_mapping)
+        rename_fields(model, config, key_mapping)
         naming_the_file(folder, lambda: _check_load_over(tuner, plan, config))
     else:
         tuner._check_new(name, config)
-        _rename_fields(model, config, key_mapping)
+        rename_fields(model, config, key_mapping)
         plan = naming_the_file(folder, lambda: _plan_from_file(tuner, folder, name, config, autocast))
-    rename = _rename(model, folder, tuner._file_tensors(plan), key_mapping)
-    values, embeddings = _values(tuner, folder, plan, saved, rename)
+    rename = rename_of(model, folder, tuner._file_tensors(plan), key_mapping)
+    values, embeddings = _values(tuner, folder, plan, config, saved, rename)
     if name not in tuner.peft_config:
         if plan.adapters:
             tell_missing(model, plan, os.path.join(folder, files.WEIGHTS_NAME), {*values})
@@ -147,7 +147,12 @@ def read_into_plan(
     check_there(targets)
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     changed = [targets[key] for key in values if id(targets[key]) in own]
-    return Reading(plan, lambda: copy_into(targets, values), changed)
+
+    def fill() -> None:
+        copy_into(targets, values)
+        tuner._take_pattern(name, config)
+
+    return Reading(plan, fill, changed)
 
 
 def _plan_from_file(
@@ -157,7 +162,7 @@ def _plan_from_file(
         return tuner._plan(name, config, autocast_adapter_dtype=autocast, initialise=False, strict=False)
 
 
-def _rename_fields(model: nn.Module, config: PeftConfig, mapping: Mapping[str, str] | None) -> None:
+def rename_fields(model: nn.Module, config: PeftConfig, mapping: Mapping[str, str] | None) -> None:
     """Let names of a configuration that the model does not have go through `key_mapping` as the keys do."""
     if not mapping:
         return
@@ -206,7 +211,7 @@ def _check_load_over(tuner: Tuner, plan: Plan, config: PeftConfig) -> None:
         )
 
 
-def _rename(
+def rename_of(
     model: nn.Module, folder: str | os.PathLike[str], expected: Mapping[str, Tensor], mapping: Mapping[str, str] | None
 ) -> Rename:
     """Return what the keys of the file go through: `mapping` or, where they do not fit, the model's own.
@@ -231,6 +236,7 @@ def _values(
     tuner: Tuner,
     folder: str | os.PathLike[str],
     plan: Plan,
+    config: PeftConfig,
     saved: Mapping[str, Any] | None,
     rename: Rename,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -238,9 +244,10 @@ def _values(
     from ..checkpoint import CheckpointError
     from ..checkpoint import peft as files
 
-    targets = tuner._file_tensors(plan)
+    targets = as_in_file(tuner._layers(), plan.name, config, without_values(tuner._file_tensors(plan)))
     try:
-        return files.read_adapter(folder, *_expected(targets), saved, rename), {}
+        values = files.read_adapter(folder, *expected_of(targets), saved, rename)
+        return as_in_memory(tuner._layers(), plan.name, config, values), {}
     except CheckpointError:
         # Whole embeddings stand in the file where the vocabulary was resized, and PEFT adds those of adapted ones.
         embeddings = embedding_tensors(tuner.model, plan, copies=True)
@@ -249,7 +256,8 @@ def _values(
         if not found:
             raise
     _check_vocabulary(os.path.join(folder, files.WEIGHTS_NAME), found, shapes)
-    return files.read_adapter(folder, *_expected({**targets, **found}), saved, rename), found
+    values = files.read_adapter(folder, *expected_of({**targets, **found}), saved, rename)
+    return as_in_memory(tuner._layers(), plan.name, config, values), found
 
 
 def _check_vocabulary(file: str, embeddings: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
@@ -272,7 +280,7 @@ def check_not_merged(tuner: Tuner, targets: dict[str, Tensor]) -> None:
         id(tensor): path
         for path, layer in tuner._layers()
         for key, original in layer._original.items()
-        for tensor in (original, getattr(layer.base_layer, key))
+        for tensor in (original, getattr(layer._holder, key))
     }
     for key, tensor in targets.items():
         if id(tensor) in merged:
@@ -292,6 +300,7 @@ def check_there(targets: Mapping[str, Tensor]) -> None:
         )
 
 
-def _expected(targets: dict[str, Tensor]) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
+def expected_of(targets: dict[str, Tensor]) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
+    """Return what `read_adapter` is told to expect: the shapes, and the dtypes of what holds integers."""
     shapes = {key: tensor.shape for key, tensor in targets.items()}
     return shapes, {key: tensor.dtype for key, tensor in targets.items() if not tensor.is_floating_point()}

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..nn import LoraConfig
@@ -39,14 +40,23 @@ def check(tuner: Tuner, parts: Iterable[nn.Module], adapter_names: Any) -> list[
     names = list(adapter_names)
     wrong = [name for name in dict.fromkeys(names) if name != BASE and name not in tuner.peft_config]
     if wrong:
-        raise ValueError(f"adapter_names: unknown: {describe_unknown(map(str, wrong), tuner.peft_config)}")
+        raise ValueError(
+            f"adapter_names: Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, wrong)))}: "
+            f"{describe_unknown(map(str, wrong), tuner.peft_config)}"
+        )
     for name in dict.fromkeys(names):
         config = tuner.peft_config.get(name)
         if config is None:
             continue
-        if type(config) is not LoraConfig or config.use_dora:
-            kind = "DORA" if isinstance(config, LoraConfig) and config.use_dora else config._kind
-            raise ValueError(f"adapter_names: adapter {name!r} is {kind}; only LoRA adapters can be mixed in a batch")
+        if type(config) is not LoraConfig:
+            raise ValueError(
+                f"adapter_names: adapter {name!r} is {config._kind}; only LoRA adapters can be mixed in a batch"
+            )
+        if config.use_dora:
+            raise ValueError(
+                f"adapter_names: Cannot pass `adapter_names` when DoRA is enabled. Adapter {name!r} has it; only LoRA "
+                "adapters can be mixed in a batch"
+            )
         if config.bias != "none":
             raise ValueError(
                 f"adapter_names: adapter {name!r} trains biases of the base model (bias={config.bias!r}), which all "
@@ -57,12 +67,23 @@ def check(tuner: Tuner, parts: Iterable[nn.Module], adapter_names: Any) -> list[
                 f"adapter_names: adapter {name!r} has its own copy of modules in modules_to_save, which cannot be "
                 "mixed in a batch"
             )
-    if tuner.training:
-        raise ValueError("adapter_names: the model is in training mode; call eval() first")
+    if tuner.training and any(_runs_again(module) for module in tuner.model.modules()):
+        raise ValueError(
+            "adapter_names: activation checkpointing would run the layers again after the call, when nobody knows "
+            "which adapter each sample had; switch it off (gradient_checkpointing_disable), or call eval()"
+        )
     if any(part.merged_adapters for part in parts if isinstance(part, AdapterLayer)):
         merged = next(path for path, layer in tuner._layers() if layer.merged_adapters)
-        raise ValueError(f"adapter_names: layer {merged!r} is merged; unmerge it first")
+        raise ValueError(
+            "adapter_names: Cannot pass `adapter_names` when there are merged adapters, please call "
+            f"`unmerge_adapter` first. (Layer {merged!r} is merged.)"
+        )
     return names
+
+
+def _runs_again(module: nn.Module) -> bool:
+    """Whether a module runs what is inside of it again in the backward pass."""
+    return getattr(module, "gradient_checkpointing", False) is True or "_checkpoint_wrapped_module" in module._modules
 
 
 @contextlib.contextmanager
@@ -81,6 +102,8 @@ def mixed_batch(tuner: Tuner, kwargs: dict[str, Any]) -> Iterator[None]:
         for module, attribute, value in changed:
             # `nn.Module.__setattr__` looks for parameters and modules everywhere first.
             module.__dict__[attribute] = value
+            if attribute == "batch_adapters" and torch.is_grad_enabled():
+                module.__dict__["_was_mixed"] = True
 
     with put_back(restore):
         # Everything else runs as the base model has it.

@@ -18,7 +18,7 @@ from .adapters import Tuner
 from .mixed import mixed_batch
 from .plan import Plan
 from .pretrained import Pretrained, check_base
-from .signature import restore, with_signature_of
+from .signature import refuse_forward_of_trl, restore, with_signature_of
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .weighted import add_weighted_adapter
 from .xlora import tuner_for
@@ -170,6 +170,11 @@ class PeftModel(Pretrained):
     def __repr__(self) -> str:
         return getattr(type(self), "_public_class", type(self)).__name__ + super().__repr__()[len(self._get_name()) :]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            refuse_forward_of_trl(value)
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -268,7 +273,7 @@ class PeftModel(Pretrained):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run a block with the base model's own outputs; afterwards every layer is exactly as before."""
+        """Run a block with the base model's own outputs and frozen adapters; afterwards all is exactly as before."""
         with self.base_model._disabled():
             yield
 
@@ -300,6 +305,7 @@ class PeftModel(Pretrained):
         adapter_names: Sequence[str] | None = None,
         *,
         dequantise: bool = False,
+        requantise: bool = False,
     ) -> nn.Module:
         """Merge the active (or the named) adapters for good and return the base model without adapter layers.
 
@@ -309,11 +315,14 @@ class PeftModel(Pretrained):
             adapter_names: Which adapters, in the order in which they act.
             dequantise: Put a dense nn.Linear in place of a layer that bitsandbytes or torchao has quantised, and merge
                 into that; without it, such a layer is refused.
+            requantise: Do that, and quantise the merged weights as they were, where bitsandbytes did it; a warning says
+                which share of the adapters rounding loses.
 
         Returns:
             The base model, with the trained copies of `modules_to_save` in place. This object must not be used again.
         """
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, dequantise=dequantise)
+        options = {"dequantise": dequantise, "requantise": requantise}
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, **options)
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before it was adapted: original weights, original modules, frozen."""

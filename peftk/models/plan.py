@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 
@@ -19,7 +20,8 @@ from ..nn.base.offloading import copy_onloaded
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.trainable_tokens import TrainableTokens
 from .names import place_of
-from .targets import HEADS, candidates, describe_unknown, places, resolve, resolve_saved
+from .parameters import attach_parameters, plan_parameters, warn_of_stacks
+from .targets import ALL_LINEAR, HEADS, candidates, describe_unknown, places, resolve, resolve_saved
 from .ties import tie_copies
 from .tokens import layers_for, plan_tokens, tokens_of
 
@@ -83,6 +85,8 @@ def make_plan(
         asked = [head for head in asked if head not in HEADS[config.task_type]]
         config.modules_to_save = [*(config.modules_to_save or ()), *heads]
     modules, held = candidates(model), places(model)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        warn_of_stacks(model, config)
     adapters = {}
     for path in resolve(model, config, strict=strict):
         module = modules[path]
@@ -107,7 +111,9 @@ def make_plan(
         adapters[path] = layer_class_for(config, module, path).make(
             module, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
         )
-    _check_patterns(config, adapters, strict)
+    options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
+    adapters |= plan_parameters(model, config, modules, adapters, **options)
+    _check_patterns(config, [adapter.target or path for path, adapter in adapters.items()], strict)
     saved, ensured = {}, bool(getattr(config, "ensure_weight_tying", False))
     found = resolve_saved(model, config, asked)
     owners = _owners(model) if found else {}
@@ -117,7 +123,6 @@ def make_plan(
             _tell_shared(path, module, held, owners)
         saved[path] = copy_onloaded(getattr(module, "original_module", module))
     tied = ensured and tie_copies(modules, saved, adapters)
-    options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
     plan = Plan(name, config, adapters, saved, *plan_tokens(model, config, {**adapters, **saved}, **options))
     if ensured and not tied and not plan.tied:
         warnings.warn("ensure_weight_tying: nothing that the adapter trains shares its weight", stacklevel=3)
@@ -154,11 +159,11 @@ def _tell_shared(path: str, module: nn.Module, held: dict[int, list[str]], owner
         )
 
 
-def _check_patterns(config: PeftConfig, adapters: dict[str, Adapter], strict: bool) -> None:
+def _check_patterns(config: PeftConfig, names: Collection[str], strict: bool) -> None:
     for field in PATTERNS:
-        unused = config.unused_keys(getattr(config, field, None) or {}, adapters)
+        unused = config.unused_keys(getattr(config, field, None) or {}, names)
         if unused:
-            what = describe_unknown(unused, adapters) if strict else shown(unused)
+            what = describe_unknown(unused, names) if strict else shown(unused)
             warn_of_field(f"{field}: these keys match no adapted module and have no effect: {what}", stacklevel=3)
 
 
@@ -178,7 +183,10 @@ def plan_of(model: nn.Module, name: str, config: PeftConfig) -> Plan:
 def attach(model: nn.Module, plan: Plan) -> None:
     """Put the tensors of a plan into the model; nothing is active yet."""
     modules = candidates(model)
+    attach_parameters(model, plan.adapters, plan.name)
     for path, adapter in plan.adapters.items():
+        if adapter.target:
+            continue
         layer = modules[path]
         if not isinstance(layer, AdapterLayer):
             layer = adapter.layer_class.around(layer, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from ..checkpoint.hub import local_folder, push_folder, split_hub_arguments
 from ..nn import AdapterLayer, PeftConfig
 from ..nn.base.config import check_bool, check_choice
 from ..nn.base.foreign_config import as_config
+from .foreign_files import peft_folder
 from .loading import LoadResult, read_into_plan
 from .model_card import write_model_card
 from .saving import save_adapter
@@ -151,7 +153,8 @@ class Pretrained(nn.Module):
 
         Args:
             model: The base model; its layers are replaced in place.
-            model_id: The folder of the adapter, or the name of a repository, which `huggingface_hub` fetches.
+            model_id: The folder of the adapter; the name of a repository, which `huggingface_hub` fetches; or a
+                safetensors file of kohya's scripts, LyCORIS, diffusers or ComfyUI.
             adapter_name: The name that the adapter gets.
             is_trainable: Whether it can be trained further; if not, the model is put into evaluation mode.
             config: The configuration in place of that of the folder.
@@ -167,15 +170,18 @@ class Pretrained(nn.Module):
 
         Raises:
             NotImplementedError: An argument asks for a feature that is not here.
-            ValueError: The file is damaged, or its keys or shapes do not fit the model.
+            ValueError: The file is damaged, its keys or shapes do not fit the model, or what another program has
+                written into it has no adapter here that means the same.
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         check_bool("is_trainable", is_trainable)
         check_base(model)
-        folder = _folder(model_id, ephemeral_gpu_offload, kwargs)
         given = None if config is None else as_config("config", config)
-        tuner = tuner_for_file(model, folder, adapters, key_mapping, given)
-        with tuner._whole() as before:
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(peft_folder(model, model_id))
+            folder = _folder(place, ephemeral_gpu_offload, kwargs)
+            tuner = tuner_for_file(model, folder, adapters, key_mapping, given)
+            before = stack.enter_context(tuner._whole())
             options = is_trainable, autocast_adapter_dtype, None, key_mapping, given
             read = read_into_plan(tuner, folder, adapter_name, *options)
             before.keep([*read.changed, *read.plan.changed()])
@@ -208,9 +214,9 @@ class Pretrained(nn.Module):
             Two empty lists: a file whose keys do not fit is refused.
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
-        folder = _folder(model_id, ephemeral_gpu_offload, {"torch_device": torch_device, **kwargs})
         tuner = self.base_model
-        with tuner._whole(self) as before:
+        with peft_folder(tuner.model, model_id) as place, tuner._whole(self) as before:
+            folder = _folder(place, ephemeral_gpu_offload, {"torch_device": torch_device, **kwargs})
             read = read_into_plan(
                 tuner, folder, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping
             )
@@ -223,6 +229,11 @@ class Pretrained(nn.Module):
             if not is_trainable:
                 self.eval()
         return LoadResult([], [])
+
+
+def local_adapter(model_id: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
+    """Return the folder of an adapter; arguments of loading that ask for what is not here are refused by name."""
+    return _folder(model_id, False, kwargs)
 
 
 def _folder(model_id: str | os.PathLike[str], ephemeral_gpu_offload: object, kwargs: dict[str, Any]) -> str:
@@ -265,4 +276,4 @@ def check_base(model: object) -> None:
         raise ValueError(f"model: module {adapted!r} is adapted already; call unload on the PeftModel that owns it")
 
 
-__all__ = ["Pretrained", "check_base"]
+__all__ = ["Pretrained", "check_base", "local_adapter"]

@@ -13,7 +13,7 @@ from .adapters import Tuner
 from .batch_statistics import tell_statistics
 from .conversion import converted_tensors, converted_values, start_to_subtract
 from .embeddings import embeddings_to_save
-from .file_keys import taken_from, unaliased
+from .file_keys import as_in_file, check_as_configured, taken_from, unaliased
 
 
 def save_adapter(
@@ -28,11 +28,12 @@ def save_adapter(
     from ..checkpoint import peft as files
 
     plan = tuner._plan_of(name)
+    check_as_configured(tuner._layers(), name, plan.config)
     tell_statistics(tuner, plan)
     embeddings = embeddings_to_save(tuner.model, plan, save_embedding_layers)
     own = {**tuner._file_tensors(plan), **embeddings}
     found = _with_memory(tuner, own) if state_dict is None else taken_from(tuner.model, own, state_dict)
-    tensors = tuner._pruned(name, unaliased(found))
+    tensors = as_in_file(tuner._layers(), name, plan.config, unaliased(found))
     values, start = _config_values(tuner, name), start_to_subtract(tuner, plan, initial)
     if start is not None:
         tensors, values = converted_tensors(tensors, start), converted_values(plan.config, values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import weakref
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -52,3 +52,17 @@ def restore(cls: type[T], base: type[nn.Module]) -> T:
     """Return an empty object of the class for `base`, for copies and pickles to fill."""
     kind = with_signature_of(cls, base)
     return kind.__new__(kind)
+
+
+def refuse_forward_of_trl(forward: Any) -> None:
+    """Raise TypeError for the `forward` by which trainers of TRL replace that of a model that is not PEFT's.
+
+    It calls `base_model` for hidden states, which of an adapted model is the whole model.
+    """
+    function = getattr(forward, "__func__", forward)
+    if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] == "trl":
+        raise TypeError(
+            "model: trainers of TRL expected a model of Hugging Face PEFT, got one of peftk; make it with "
+            "peft.get_peft_model (or give the trainer a peft_config of PEFT) and call peftk.accelerate(model), or "
+            'peftk.accelerate("peft") before: the adapters then run on peftk\'s kernels'
+        )

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..checkpoint.hub import local_folder
 from ..checkpoint.key_mapping import check_key_mapping, renamer
 from ..nn import AdapterLayer
-from ..nn.base.config import check_choice
+from ..nn.base.config import check_bool, check_choice
+from ..nn.base.memory import with_memory
 from .adapters import Tuner
 from .embeddings import embedding_tensors, embeddings_to_save
-from .file_keys import PREFIX, taken_from, unaliased
+from .file_keys import PREFIX, as_in_file, as_in_memory, taken_from, unaliased
 from .loading import LoadResult, check_not_merged, check_there
 from .names import unwrapped, without_wrappers
 
@@ -83,7 +84,7 @@ def get_peft_model_state_dict(
     tensors = {**tuner._file_tensors(plan), **embeddings}
     if state_dict is not None:
         tensors = taken_from(tuner.model, tensors, state_dict)
-    found = tuner._pruned(adapter_name, unaliased(tensors))
+    found = as_in_file(tuner._layers(), adapter_name, plan.config, unaliased(tensors))
     return {prefix + key.removeprefix(PREFIX): tensor for key, tensor in found.items()}
 
 
@@ -102,7 +103,7 @@ def set_peft_model_state_dict(
         peft_model_state_dict: Key to tensor, as `get_peft_model_state_dict` and `load_peft_weights` return them.
         adapter_name: The adapter.
         ignore_mismatched_sizes: Leave tensors of another shape out, with a warning, instead of raising.
-        low_cpu_mem_usage: Accepted for scripts that pass it: adapters of this package always have memory.
+        low_cpu_mem_usage: Give memory to those parameters of the adapter that were injected without, and get a value.
 
     Returns:
         The keys without a partner, on either side.
@@ -111,15 +112,19 @@ def set_peft_model_state_dict(
         ValueError: There is no such adapter, it is merged, or what is to be written is on the meta device.
         RuntimeError: A shape differs.
     """
+    check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
     tuner, _ = tuner_of(model)
     plan = tuner._plan_of(_adapter(tuner, adapter_name))
     if not isinstance(peft_model_state_dict, Mapping):
         raise TypeError(f"peft_model_state_dict: expected a dict, got {type(peft_model_state_dict).__name__}")
     given = {PREFIX + without_wrappers(k).removeprefix(PREFIX): (k, v) for k, v in peft_model_state_dict.items()}
+    larger = as_in_memory(tuner._layers(), plan.name, plan.config, {key: value for key, (_, value) in given.items()})
+    given = {key: (name, larger[key]) for key, (name, _) in given.items()}
     # A trained bias of the base model may be in a dict, although this adapter's configuration does not train it.
     own = tuner.model.state_dict(keep_vars=True).items()
     targets = {PREFIX + without_wrappers(name): tensor for name, tensor in own}
-    targets |= {**embedding_tensors(tuner.model, plan, copies=True), **tuner._file_tensors(plan)}
+    adapters = tuner._file_tensors(plan)
+    targets |= {**embedding_tensors(tuner.model, plan, copies=True), **adapters}
     values, unexpected, mismatched = {}, [], []
     for key, (name, value) in given.items():
         if key not in targets:
@@ -131,7 +136,9 @@ def set_peft_model_state_dict(
     if mismatched and not ignore_mismatched_sizes:
         raise RuntimeError(f"peft_model_state_dict: size mismatch for {'; '.join(mismatched)}")
     check_not_merged(tuner, {key: targets[key] for key in values})
-    check_there({key: targets[key] for key in values})
+    empty = {key: adapters[key] for key in values if low_cpu_mem_usage and key in adapters and adapters[key].is_meta}
+    check_there({key: targets[key] for key in values if key not in empty})
+    targets |= _given_memory(tuner, empty)
     if mismatched:
         warnings.warn(
             f"peft_model_state_dict: left out, because ignore_mismatched_sizes is True: {'; '.join(mismatched)}",
@@ -144,6 +151,23 @@ def set_peft_model_state_dict(
         name for name, tensor in unwrapped(model).state_dict(keep_vars=True).items() if id(tensor) not in written
     ]
     return LoadResult(missing, unexpected)
+
+
+def _given_memory(tuner: Tuner, empty: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put parameters with memory, where the weight of the layer is, in the place of some without, and return them."""
+    keys = {id(tensor): key for key, tensor in empty.items()}
+    places = [
+        (keys[id(parameter)], module, name, parameter, layer.base_layer.weight)
+        for _, layer in (tuner._layers() if empty else ())
+        for module in layer.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in keys
+    ]
+    check_there({key: weight for key, *_, weight in places})
+    found: dict[str, Tensor] = {}
+    for key, module, name, parameter, weight in places:
+        module._parameters[name] = found[key] = with_memory(parameter, weight.device)
+    return found
 
 
 def load_peft_weights(

@@ -145,7 +145,9 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
         seen.add(module)
         if name:
             result[name] = module
-        if name and isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
+        if isinstance(module, AdapterLayer) and isinstance(module.base_layer, AdapterLayer):
+            stack.append((f"{name}.base_layer", module.base_layer))
+        elif name and isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
             # What such a layer wraps has no second name either, where something else holds it too.
             wrapped = module.base_layer if isinstance(module, AdapterLayer) else module
             seen.update(all_modules(wrapped) if wrapped._modules else (wrapped,))
@@ -183,8 +185,8 @@ def fill_default_targets(model: nn.Module, config: PeftConfig) -> None:
         spec = {**DEFAULT_TARGETS, **config._default_targets}.get(kind) if kind else None
         if spec is None:
             raise ValueError(
-                f"target_modules: None, and there is no default for model type {kind!r}; name the modules to adapt "
-                f'or pass "{ALL_LINEAR}"'
+                f"target_modules: None, and there is no default for model type {kind!r}. Please specify "
+                f'`target_modules`: the names of the modules to adapt, or "{ALL_LINEAR}"'
             )
         present = candidates(model)
         config.target_modules = (
@@ -242,6 +244,8 @@ def resolve(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> lis
 
 
 def _named_targets(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module], strict: bool) -> list[str]:
+    if not config.target_modules and getattr(config, "target_parameters", None):
+        return []
     fill_default_targets(model, config)
     if not isinstance(config.target_modules, str):
         config.target_modules = {without_wrappers(name) for name in config.target_modules}

@@ -1,15 +1,18 @@
-"""Ties between the weights of a transformers model, of which merging for good may have undone some."""
+"""Weights that stand in several places of a model, and the ties of transformers, which merging may have undone."""
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..nn.base.offloading import copy_onloaded
-from .names import unwrapped
+from ..nn.base.walking import all_modules
+from .names import inner_name, unwrapped
+from .targets import places
 
 _TIED = "_tied_weights_keys"
 
@@ -103,6 +106,31 @@ def _ties(module: nn.Module) -> dict[str, str]:
     return dict([found]) if len(found) == 2 else {}
 
 
+def holders(model: nn.Module) -> Counter[int]:
+    """Count in how many places of a model every parameter stands, by its id."""
+    modules = [module for module in all_modules(model) if inner_name(module) is None]
+    held = Counter(
+        id(unwrapped(child)) for module in modules for child in module._modules.values() if child is not None
+    )
+    found: Counter[int] = Counter()
+    for module in modules:
+        for parameter in module._parameters.values():
+            found[id(parameter)] += held[id(module)]
+    return found
+
+
+def sharing(model: nn.Module, parameter: Tensor) -> list[str]:
+    """Return the names under which a parameter stands in a model."""
+    held = places(model)
+    return [
+        f"{path}.{key}"
+        for _, module in model.named_modules()
+        for key, other in module._parameters.items()
+        if other is parameter
+        for path in held.get(id(module), ())
+    ]
+
+
 def _one(module: nn.Module, first: str, second: str) -> bool:
     """Whether two names are those of one tensor; a name that does not exist breaks no tie."""
     tensors = []
@@ -128,4 +156,4 @@ def _keep_only(model: nn.Module, kept: list[tuple[nn.Module, dict[str, str]]], b
             known.pop(name, None)
 
 
-__all__ = ["note_untied", "tie_copies"]
+__all__ = ["holders", "note_untied", "sharing", "tie_copies"]

@@ -75,7 +75,7 @@ def alike(layers: Iterable[AdapterLayer], weight: Tensor, names: list[str] | Non
         weight: The weight.
         names: The adapters that are to be merged; None means the active ones.
     """
-    sharing = [layer for layer in layers if layer.base_layer.weight is weight and isinstance(layer, TrainableTokens)]
+    sharing = [layer for layer in layers if layer.weight is weight and isinstance(layer, TrainableTokens)]
     free = [layer for layer in sharing if not isinstance(layer, TiedTokens)]
     tied = [layer for layer in sharing if isinstance(layer, TiedTokens)]
     if len(free) != 1 or any(layer._to_merge(names) != free[0]._to_merge(names) for layer in tied):

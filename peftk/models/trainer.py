@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..nn.adalora.rank_allocator import RankAllocator
 from .peft_model import PeftModel
 
 if TYPE_CHECKING:
@@ -16,11 +17,16 @@ else:
     _Trainer = object
 
 
+ALLOCATOR_NAME = "rank_allocator.pt"
+
+
 class AdapterTrainerMixin(_Trainer):
     """Make a Trainer save, resume from and choose among adapter files; put it before the Trainer in the bases.
 
     Without it, a Trainer writes a checkpoint of the whole model, frozen weights included, and fails where weights are
-    tied. Training and evaluation are the same with and without it. A model that is no `PeftModel` is saved as ever.
+    tied. Training and evaluation are the same with and without it, but for an AdaLoRA adapter, whose ranks it allocates
+    after every step (`peftk.integrations.hf_trainer.AllocateCallback`): what that knows is in the checkpoints too. A
+    model that is no `PeftModel` is saved as ever.
 
     Raises:
         NotImplementedError: The model is sharded by FSDP or DeepSpeed.
@@ -32,6 +38,14 @@ class AdapterTrainerMixin(_Trainer):
         >>> trainer.train()  # doctest: +SKIP
         >>> trainer.save_model("adapter")  # doctest: +SKIP
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        from ..integrations.hf_trainer import AllocateCallback
+
+        # It does nothing without a trainable AdaLoRA adapter.
+        if not any(isinstance(callback, AllocateCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(AllocateCallback)
 
     def _adapted(self: Any) -> PeftModel | None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -60,6 +74,20 @@ class AdapterTrainerMixin(_Trainer):
             processing.save_pretrained(folder)
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        allocator = _allocator(self._adapted())
+        if allocator is not None and self.args.should_save:
+            torch.save(allocator.state_dict(), os.path.join(output_dir, ALLOCATOR_NAME))
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        allocator = _allocator(self._adapted())
+        if allocator is not None and checkpoint is not None:
+            file = os.path.join(checkpoint, ALLOCATOR_NAME)
+            if os.path.isfile(file):
+                allocator.load_state_dict(torch.load(file, weights_only=True))
+
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         adapted = self._adapted()
         if adapted is None:
@@ -73,6 +101,10 @@ class AdapterTrainerMixin(_Trainer):
             super()._load_best_model()
         else:
             _load(adapted, self.state.best_model_checkpoint)
+
+
+def _allocator(model: PeftModel | None) -> RankAllocator | None:
+    return getattr(model, "rankallocator", None)
 
 
 def _load(model: PeftModel, folder: str) -> None:

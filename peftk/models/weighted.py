@@ -122,6 +122,11 @@ def _checked(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float]) ->
                 f"adapters: {name!r} has init_lora_weights={config.init_lora_weights!r}, whose update is what its "
                 "factors have moved by; save it with path_initial_model_for_weight_conversion and load that"
             )
+        if config.target_parameters:
+            raise NotImplementedError(
+                f"adapters: {name!r} has target_parameters, and weighted sums of the adapters of parameters are not "
+                "implemented; merge the adapters one after the other instead"
+            )
         for field in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
             if getattr(config, field):
                 raise ValueError(

@@ -128,6 +128,7 @@ class C3ALinear(AdapterLayer):
     parameter_names = frozenset(("c3a_kernel",))
     other_param_names = ("block_size",)
     config_class = C3AConfig
+    update_fields = {"block_size": "block_size"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _create(cls, base_layer: Any, config: C3AConfig, module_name: str, initialise: bool) -> Adapter:

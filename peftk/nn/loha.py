@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..methods import loha
+from ..methods import dora, loha
 from ..methods.loha import Hadamard
 from ..ops import _seed
-from .base.adapter_layer import Adapter, AdapterLayer
+from .base.adapter_layer import Adapter
 from .base.config import Form, PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
+from .base.decomposed import Decomposed
 from .base.kinds import core_shape, weight_shape
 from .base.merging import Merged
 from .lora.config import MAX_ALPHA, MAX_RANK
@@ -41,6 +43,8 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
         layers_to_transform: As in `LoraConfig`.
         layers_pattern: As in `LoraConfig`.
         modules_to_save: As in `LoraConfig`.
+        use_dora: Give every output a magnitude of its own, as DoRA does for LoRA. Hugging Face PEFT does not have this:
+            such an adapter cannot be read by it.
 
     Source: Hyeon-Woo et al., FedPara: Low-rank Hadamard Product for Communication-Efficient Federated Learning,
     arXiv 2108.06098; the form for images: Yeh et al., Navigating Text-To-Image Customization, arXiv 2309.14859.
@@ -64,12 +68,15 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    use_dora: bool = False
 
     _forms = (
         Form("LoHa", {"r": 2}),
+        Form("LoHa with DoRA", {"r": 2, "use_dora": True}),
         Form("LoHa, Tucker", {"r": 2, "use_effective_conv2d": True}, ("Conv1d", "Conv2d", "Conv3d")),
     )
-    _meaning = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d", "modules_to_save")
+    _meaning = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d", "modules_to_save", "use_dora")
+    _only_here = frozenset({"use_dora"})
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -80,6 +87,7 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
         check_number("module_dropout", self.module_dropout, 0, 1)
         check_bool("use_effective_conv2d", self.use_effective_conv2d)
         check_bool("init_weights", self.init_weights)
+        check_bool("use_dora", self.use_dora)
         check_patterns(self, MAX_RANK, MAX_ALPHA)
         self._check_targets()
 
@@ -88,12 +96,14 @@ _PAIRS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 
 
-class LoHaLinear(AdapterLayer):
+class LoHaLinear(Decomposed):
     """An nn.Linear with LoHa adapters: ``y = x W^T + s x ((w1_a w1_b) * (w2_a w2_b))^T + bias``.
 
     Parameters per adapter: `hada_w1_a.<name>` and `hada_w2_a.<name>` (out, r), `hada_w1_b.<name>` and
     `hada_w2_b.<name>` (r, in). Ranks up to about a fourth of the square root of the layer's size run as one low-rank
-    product of rank ``r * r``; larger ones are written into the weight, tile by tile.
+    product of rank ``r * r``; larger ones are written into the weight, tile by tile. With `use_dora` also
+    `hada_magnitude_vector.<name>` (out,), and the output without its bias is scaled by ``m / ||W + update||``, row by
+    row, through whose norm no gradient passes and for which nothing is dropped.
 
     Args:
         base_layer: The nn.Linear to adapt; it is frozen.
@@ -115,10 +125,12 @@ class LoHaLinear(AdapterLayer):
     """
 
     base_kinds: ClassVar[tuple[str, ...]] = ("Linear",)
-    adapter_layer_names = (*_PAIRS, *_CORES)
+    magnitudes = "hada_magnitude_vector"
+    adapter_layer_names = (*_PAIRS, *_CORES, magnitudes)
     parameter_names = frozenset(adapter_layer_names)
-    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
+    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "use_dora")
     config_class = LoHaConfig
+    update_fields = {"r": "r", "alpha": "alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoHaConfig, module_name: str, initialise: bool) -> Adapter:
@@ -130,8 +142,14 @@ class LoHaLinear(AdapterLayer):
             for name, parameter in parts.items():
                 if name != "hada_w2_b" or not config.init_weights:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        dropout = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
-        return Adapter({**parts}, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
+        if config.use_dora:
+            parts[cls.magnitudes] = nn.Parameter(torch.zeros(weight_shape(base_layer)[0]))
+        settings = {name: getattr(config, name) for name in ("rank_dropout", "module_dropout", "use_dora")}
+        return Adapter({**parts}, {"r": r, "alpha": alpha, "scaling": alpha / r, **settings})
+
+    @classmethod
+    def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
+        return loha.norms(base_layer, _hadamard(adapter.parts, adapter.settings["scaling"]))
 
     @classmethod
     def _shapes(cls, base_layer: Any, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
@@ -139,11 +157,23 @@ class LoHaLinear(AdapterLayer):
         left, right = (outputs, r), (r, math.prod(inputs))
         return dict(zip(_PAIRS, (left, right, left, right), strict=True))
 
-    def hadamard(self, name: str, drop: bool = True) -> Hadamard:
-        """Return the tensors and settings of one adapter, as its arithmetic takes them, with dropout in training."""
-        w1_a, w1_b, w2_a, w2_b = (getattr(self, container)[name] for container in _PAIRS)
-        t1, t2 = (getattr(self, core).get(name) for core in _CORES)
-        return Hadamard(w1_a, w1_b, w2_a, w2_b, self.scaling[name], t1, t2, self._draw(name) if drop else None)
+    def hadamard(self, name: str, drop: bool = True, weight: Tensor | None = None) -> Hadamard:
+        """Return the tensors and settings of one adapter, as its arithmetic takes them.
+
+        Args:
+            name: The adapter.
+            drop: Whether dropout acts, in training.
+            weight: The base weight, for the norms of DoRA; None means that of the base layer.
+        """
+        parts = {container: getattr(self, container).get(name) for container in self.adapter_layer_names}
+        adapter = _hadamard(parts, self.scaling[name])
+        rows = self._draw(name) if drop else None
+        gain = None
+        if self.use_dora[name]:
+            gain = dora.gain(parts[self.magnitudes], loha.norms(self.base_layer, adapter, weight))
+            # Where the whole update is dropped the layer is the base layer.
+            gain = gain if rows is None else torch.where(rows.any().to(gain.device), gain, torch.ones_like(gain))
+        return adapter._replace(rows=rows, gain=gain)
 
     def _draw(self, name: str) -> Tensor | None:
         """Draw a factor for every row of the update in this pass: None for no dropout."""
@@ -164,11 +194,13 @@ class LoHaLinear(AdapterLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the update of one adapter, like the weight, without dropout."""
-        return loha.update(self.hadamard(adapter, drop=False), weight_shape(self.base_layer))
+        """Return the update of one adapter, like the weight, without dropout and DoRA's scaling."""
+        return loha.update(self.hadamard(adapter, drop=False)._replace(gain=None), weight_shape(self.base_layer))
 
     def _merge_into(self, tensors: Merged, name: str) -> None:
-        tensors["weight"] = loha.merged(tensors["weight"], self.hadamard(name, drop=False))
+        weight = tensors["weight"]
+        own = self._original.get("weight", self.base_layer.weight).to(device=weight.device, dtype=weight.dtype)
+        tensors["weight"] = loha.merged(weight, self.hadamard(name, drop=False, weight=own))
 
 
 class LoHaConv(LoHaLinear):
@@ -214,3 +246,9 @@ class LoHaConv(LoHaLinear):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return loha.conv(self.base_layer, x, [self.hadamard(name) for name in names], args, kwargs)
+
+
+def _hadamard(parts: Mapping[str, Any], scale: float) -> Hadamard:
+    """Describe an adapter by its parts, without dropout and magnitudes."""
+    w1_a, w1_b, w2_a, w2_b = (parts[name] for name in _PAIRS)
+    return Hadamard(w1_a, w1_b, w2_a, w2_b, scale, *(parts.get(name) for name in _CORES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..methods import lokr
+from ..methods import dora, lokr
 from ..methods.lokr import Kronecker
 from ..ops import _seed
-from .base.adapter_layer import Adapter, AdapterLayer
+from .base.adapter_layer import Adapter
 from .base.config import (
     Form,
     PeftConfig,
@@ -27,6 +27,7 @@ from .base.config import (
     check_patterns,
     warn_of_field,
 )
+from .base.decomposed import Decomposed
 from .base.kinds import core_shape, weight_shape
 from .base.merging import Merged
 from .lora.config import MAX_RANK
@@ -68,6 +69,8 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         layers_to_transform: As in `LoraConfig`.
         layers_pattern: As in `LoraConfig`.
         modules_to_save: As in `LoraConfig`.
+        use_dora: Give every output a magnitude of its own, as DoRA does for LoRA. Hugging Face PEFT does not have this:
+            such an adapter cannot be read by it.
 
     Source: Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation,
     arXiv 2309.14859; Edalati et al., KronA, arXiv 2212.10650.
@@ -94,9 +97,11 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    use_dora: bool = False
 
     _forms = (
         Form("LoKr", {"r": 8, "decompose_factor": 4}),
+        Form("LoKr with DoRA", {"r": 8, "decompose_factor": 4, "use_dora": True}),
         Form("LoKr, factored", {"r": 1, "decompose_both": True, "use_effective_conv2d": True}),
     )
     _meaning = (
@@ -108,7 +113,9 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         "decompose_both",
         "decompose_factor",
         "modules_to_save",
+        "use_dora",
     )
+    _only_here = frozenset({"use_dora"})
 
     # What `settle_with_file` found: (outputs, numbers in a filter) to the pairs l, m of such layers in the file.
     # Without annotations, which would make them fields.
@@ -122,7 +129,7 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         check_number("alpha", self.alpha, 0, MAX_FULL_RANK, above=True)
         check_number("rank_dropout", self.rank_dropout, 0, 1)
         check_number("module_dropout", self.module_dropout, 0, 1)
-        for name in ("use_effective_conv2d", "decompose_both", "rank_dropout_scale"):
+        for name in ("use_effective_conv2d", "decompose_both", "rank_dropout_scale", "use_dora"):
             check_bool(name, getattr(self, name))
         if self.decompose_factor != -1 or isinstance(self.decompose_factor, bool):
             check_int("decompose_factor", self.decompose_factor, 1, MAX_DECOMPOSE_FACTOR)
@@ -163,6 +170,21 @@ def _pairs(size: int, factor: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys([first, first[::-1], second, second[::-1]]))
 
 
+def factor_of(layers: Iterable[tuple[tuple[int, ...], int, int]]) -> int | None:
+    """Return a `decompose_factor` of which layers have the w1 that they have, or None if there is none.
+
+    Args:
+        layers: The shape of a weight, and l and m, the sizes of its w1.
+    """
+    found = [((outputs, left), (inputs, middle)) for (outputs, inputs, *_), left, middle in layers]
+    sides = [side for pair in found for side in pair]
+    sizes = {number for size, first in sides if first and size % first == 0 for number in (first, size // first)}
+    for factor in (-1, *sorted(sizes)):
+        if all(first in {one for one, _ in _pairs(size, factor)} for size, first in sides):
+            return factor
+    return None
+
+
 def _factors_in(shapes: Mapping[str, torch.Size]) -> dict[tuple[int, int], set[tuple[int, int]]]:
     """Return l and m of every layer in a file, by the number of its outputs and the numbers in one of its filters."""
     layers: dict[str, dict[str, torch.Size]] = {}
@@ -195,11 +217,13 @@ _W1 = ("lokr_w1", "lokr_w1_a", "lokr_w1_b")
 _W2 = ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 
-class LoKrLinear(AdapterLayer):
+class LoKrLinear(Decomposed):
     """An nn.Linear with LoKr adapters: ``y = x W^T + s * x kron(w1, w2)^T + bias``, without the dense product.
 
     Parameters per adapter: `lokr_w1.<name>` (l, m), or `lokr_w1_a` (l, r) and `lokr_w1_b` (r, m); `lokr_w2.<name>`
-    (k, n), or `lokr_w2_a` (k, r) and `lokr_w2_b` (r, n).
+    (k, n), or `lokr_w2_a` (k, r) and `lokr_w2_b` (r, n). With `use_dora` also `lokr_magnitude_vector.<name>` (out,),
+    and the output without its bias is scaled by ``m / ||W + update||``, row by row, through whose norm no gradient
+    passes and for which nothing is dropped.
 
     Args:
         base_layer: The nn.Linear to adapt; it is frozen.
@@ -221,10 +245,12 @@ class LoKrLinear(AdapterLayer):
     """
 
     base_kinds: ClassVar[tuple[str, ...]] = ("Linear",)
-    adapter_layer_names = (*_W1, *_W2)
+    magnitudes = "lokr_magnitude_vector"
+    adapter_layer_names = (*_W1, *_W2, magnitudes)
     parameter_names = frozenset(adapter_layer_names)
-    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "rank_dropout_scale")
+    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "rank_dropout_scale", "use_dora")
     config_class = LoKrConfig
+    update_fields = {"r": "r", "alpha": "alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: LoKrConfig, module_name: str, initialise: bool) -> Adapter:
@@ -239,17 +265,32 @@ class LoKrLinear(AdapterLayer):
             for name, parameter in parts.items():
                 if name not in zero[config.init_weights]:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        dropout = {name: getattr(config, name) for name in ("rank_dropout", "module_dropout", "rank_dropout_scale")}
-        return Adapter({**parts}, {"r": r, "alpha": alpha, "scaling": alpha / r, **dropout})
+        if config.use_dora:
+            parts[cls.magnitudes] = nn.Parameter(torch.zeros(weight_shape(base_layer)[0]))
+        settings = {name: getattr(config, name) for name in cls.other_param_names[3:]}
+        return Adapter({**parts}, {"r": r, "alpha": alpha, "scaling": alpha / r, **settings})
 
-    def kronecker(self, name: str, drop: bool = True) -> Kronecker:
-        """Return the tensors and settings of one adapter, as its arithmetic takes them, with dropout in training."""
-        w1, w2 = (
-            tuple(getattr(self, container)[name] for container in containers if name in getattr(self, container))
-            for containers in (_W1, _W2)
-        )
+    @classmethod
+    def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
+        return lokr.norms(base_layer, _kronecker(adapter.parts, adapter.settings["scaling"]))
+
+    def kronecker(self, name: str, drop: bool = True, weight: Tensor | None = None) -> Kronecker:
+        """Return the tensors and settings of one adapter, as its arithmetic takes them.
+
+        Args:
+            name: The adapter.
+            drop: Whether dropout acts, in training.
+            weight: The base weight, for the norms of DoRA; None means that of the base layer.
+        """
+        parts = {container: getattr(self, container).get(name) for container in self.adapter_layer_names}
+        adapter = _kronecker(parts, self.scaling[name])
         kept = self._draw(name) if drop else None
-        return Kronecker(w1, w2, self._scale(name, kept), kept)
+        gain = None
+        if self.use_dora[name]:
+            gain = dora.gain(parts[self.magnitudes], lokr.norms(self.base_layer, adapter, weight))
+            # Where the whole update is dropped the layer is the base layer.
+            gain = gain if kept is None else torch.where(kept.any(), gain, torch.ones_like(gain))
+        return adapter._replace(scale=self._scale(name, kept), kept=kept, gain=gain)
 
     def _draw(self, name: str) -> Tensor | None:
         """Draw which rows of the update stay in this pass: None for all of them."""
@@ -276,11 +317,13 @@ class LoKrLinear(AdapterLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the update of one adapter, like the weight, without dropout."""
-        return lokr.update(self.kronecker(adapter, drop=False), weight_shape(self.base_layer))
+        """Return the update of one adapter, like the weight, without dropout and DoRA's scaling."""
+        return lokr.update(self.kronecker(adapter, drop=False)._replace(gain=None), weight_shape(self.base_layer))
 
     def _merge_into(self, tensors: Merged, name: str) -> None:
-        tensors["weight"] = lokr.merged(tensors["weight"], self.kronecker(name, drop=False))
+        weight = tensors["weight"]
+        own = self._original.get("weight", self.base_layer.weight).to(device=weight.device, dtype=weight.dtype)
+        tensors["weight"] = lokr.merged(weight, self.kronecker(name, drop=False, weight=own))
 
 
 class LoKrConv(LoKrLinear):
@@ -315,6 +358,15 @@ class LoKrConv(LoKrLinear):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return lokr.conv(self.base_layer, x, [self.kronecker(name) for name in names], args, kwargs)
+
+
+def _kronecker(parts: Mapping[str, Any], scale: float) -> Kronecker:
+    """Describe an adapter by its parts, without dropout and magnitudes."""
+    w1, w2 = (
+        tuple(parts[container] for container in containers if parts.get(container) is not None)
+        for containers in (_W1, _W2)
+    )
+    return Kronecker(w1, w2, scale)
 
 
 def _tell_factors(sizes: tuple[int, ...], factor: int, module_name: str) -> None:

@@ -297,6 +297,7 @@ class OFTLinear(AdapterLayer):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("oft_R",)
     other_param_names = ("r", "oft_block_size")
     config_class = OFTConfig
+    update_fields = {"r": "r"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: OFTConfig, module_name: str, initialise: bool) -> Adapter:

@@ -52,9 +52,14 @@ class TrainableTokens(AdapterLayer):
     file_names: ClassVar[dict[str, str]] = {_ROWS: f"token_adapter.{_ROWS}"}
     other_param_names = ("token_indices",)
 
-    def _wrap(self, base_layer: nn.Module) -> None:
-        super()._wrap(base_layer)
+    def _wrap(self, base_layer: nn.Module, module_name: str) -> None:
+        super()._wrap(base_layer, module_name)
         self._on_device: dict[str, tuple[list[int], Tensor]] = {}
+
+    @property
+    def token_adapter(self) -> TrainableTokens:
+        """This layer: PEFT keeps the rows in a module of that name."""
+        return self
 
     @classmethod
     def of_rows(

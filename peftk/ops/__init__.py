@@ -1,5 +1,15 @@
 """Every operator family; importing this package defines the ``peftk::`` operators."""
 
-from . import block_diagonal, butterfly, cayley, circulant, dora, hadamard, kronecker, low_rank
+from . import block_diagonal, butterfly, cayley, circulant, dora, grouped_low_rank, hadamard, kronecker, low_rank
 
-__all__ = ["block_diagonal", "butterfly", "cayley", "circulant", "dora", "hadamard", "kronecker", "low_rank"]
+__all__ = [
+    "block_diagonal",
+    "butterfly",
+    "cayley",
+    "circulant",
+    "dora",
+    "grouped_low_rank",
+    "hadamard",
+    "kronecker",
+    "low_rank",
+]

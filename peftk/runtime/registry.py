@@ -170,7 +170,10 @@ class Operator:
         if measured is None:
             return Explanation(self.name, able[0], "untuned: the first that can run", candidates)
         chosen = next((b for b in measured if b in able), "torch")
-        return Explanation(self.name, chosen, "the fastest in the tuned table, or as good", candidates)
+        owner = timings.measured_on(self.name, args, self.bucket)
+        own = owner == timings.device_class(args[0].device.type, args[0].device.index)
+        which = "tuned table" if own else f"tuned table of {owner}, the nearest class that has one"
+        return Explanation(self.name, chosen, f"the fastest in the {which}, or as good", candidates)
 
     def __call__(self, *args: Any) -> Any:
         """Choose a backend and run it; this is what the dispatcher calls."""

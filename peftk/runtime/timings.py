@@ -1,8 +1,8 @@
 """Tuned tables: which backend was measured to be fastest, by device class, operator and shape bucket.
 
 The tables that ship in ``tuned/<device class>.json`` were written by ``python -m peftk bench --tune``; a
-table of the same name in the user's cache folder wins over them cell by cell. Nothing is ever timed while a
-model runs: a cell that nobody has measured is "untuned".
+table of the same name in the user's cache folder wins over them cell by cell. What a class has not measured is taken
+from the nearest class that has. Nothing is ever timed while a model runs: a cell that nobody has measured is "untuned".
 """
 
 from __future__ import annotations
@@ -41,6 +41,35 @@ def device_class(device_type: str, index: int | None = None) -> str:
     return device_type
 
 
+_CAPABILITIES = ("default", "avx2", "avx512", "amx")
+"""Classes of CPUs, each with more than the one before."""
+
+
+def _place(name: str) -> tuple[str, int] | None:
+    """Return the kind of device and where a class stands among those of its kind, or None if it stands nowhere."""
+    kind, _, rest = name.partition("-")
+    if kind == "cpu" and rest in _CAPABILITIES:
+        return kind, _CAPABILITIES.index(rest)
+    if kind == "cuda" and rest.startswith("sm") and rest[2:].isdigit():
+        return kind, int(rest[2:])
+    return None
+
+
+def nearest(name: str) -> str | None:
+    """Return the other class with a table that stands nearest to a class, the lesser one of two; None if there is none.
+
+    Only classes of CPUs are near to each other, and of GPUs.
+    """
+    here = _place(name)
+    found = []
+    for folder in (SHIPPED, settings.cache_dir()):
+        for path in folder.glob("*.json"):
+            place = _place(path.stem)
+            if here is not None and place is not None and place[0] == here[0] and path.stem != name:
+                found.append((abs(place[1] - here[1]), place[1], path.stem))
+    return min(found)[2] if found else None
+
+
 def power_bucket(*sizes: int) -> tuple[int, ...]:
     """Round every size up to a power of two, and return the exponents."""
     return tuple([(int(size) - 1).bit_length() if size > 0 else -1 for size in sizes])
@@ -65,22 +94,36 @@ def _read(path: Path) -> Table:
 
 
 @functools.cache
-def table(name: str) -> Table:
-    """Return the table of a device class: the shipped one, with the user's cells over it.
+def tables(name: str) -> dict[str, Table]:
+    """Return the tables that a device class goes by, the last one first asked: the nearest class's, then its own.
 
-    A user's table that cannot be read is reported once and left out.
+    Each is the shipped one with the user's cells over it. A table that cannot be read is reported once and left out.
     """
+    found: dict[str, Table] = {}
+    for owner in (nearest(name), name):
+        if owner is None:
+            continue
+        for folder in (SHIPPED, settings.cache_dir()):
+            path = folder / f"{owner}.json"
+            if not path.is_file():
+                continue
+            try:
+                read = _read(path)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                why = f"{type(error).__name__}: {error}"
+                logger.warning("tuned table %s is left out: it cannot be read (%s)", path, why)
+                continue
+            for operator, cells in read.items():
+                found.setdefault(owner, {}).setdefault(operator, {}).update(cells)
+    return found
+
+
+@functools.cache
+def table(name: str) -> Table:
+    """Return what is known of a device class: the cells of `tables`, its own over those of the nearest class."""
     merged: Table = {}
-    for folder in (SHIPPED, settings.cache_dir()):
-        path = folder / f"{name}.json"
-        if not path.is_file():
-            continue
-        try:
-            found = _read(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("tuned table %s is left out: it cannot be read (%s: %s)", path, type(error).__name__, error)
-            continue
-        for operator, cells in found.items():
+    for one in tables(name).values():
+        for operator, cells in one.items():
             merged.setdefault(operator, {}).update(cells)
     return {operator: {key: _ranked(times) for key, times in cells.items()} for operator, cells in merged.items()}
 
@@ -93,6 +136,7 @@ def cells_of(operator: str, device: torch.device) -> dict[tuple[Any, ...], dict[
 
 def clear() -> None:
     """Forget the tables, so that the next look-up reads them again."""
+    tables.cache_clear()
     table.cache_clear()
     cells_of.cache_clear()
 
@@ -111,3 +155,13 @@ def lookup(operator: str, args: tuple[Any, ...], bucket: Callable[..., tuple[Any
     """Return the measured microseconds of each backend for a call, best first, or None if untuned."""
     cells = cells_of(operator, args[0].device)
     return None if cells is None else cells.get(cell(args, bucket))
+
+
+def measured_on(operator: str, args: tuple[Any, ...], bucket: Callable[..., tuple[Any, ...]]) -> str | None:
+    """Return the device class on which the cell of a call was measured, or None if untuned."""
+    device = args[0].device
+    key = cell(args, bucket)
+    owners = [
+        owner for owner, one in tables(device_class(device.type, device.index)).items() if key in one.get(operator, {})
+    ]
+    return owners[-1] if owners else None

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 import peftk
 from benchmarks import arms
@@ -123,6 +125,85 @@ def test_tuned_table_round_trip(operator: str, cache: Path) -> None:
         with peftk.use_backend("auto"):
             explanation = registry.OPERATORS[operator].explain(arguments)
         assert (explanation.chosen, explanation.why) == ("torch", "the fastest in the tuned table, or as good")
+
+
+def test_a_clear_winner_takes_the_least_number_of_samples() -> None:
+    call = small_calls("block_rotate")[0]
+    assert bench.measure(call, "cpu", seconds=0.02, least=3, most=9, decided=1e-9).rounds == 3
+    assert bench.measure(call, "cpu", seconds=10.0, least=3, most=9, decided=1e9).rounds == 9
+
+
+def test_tuning_goes_on_where_it_stopped(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = small_calls("block_rotate")
+    monkeypatch.setattr(bench, "choose_calls", lambda *args: iter(calls))
+    asked = []
+
+    def measure(call: Call, *args: object, **kwargs: object) -> bench.Measurement:
+        asked.append(call)
+        clock[0] += 40.0
+        bucket = tuple(registry.OPERATORS[call.operator].bucket(*call.arguments()))
+        return bench.Measurement(call, bucket, microseconds={"torch": 1.0}, rounds=1)
+
+    clock = [0.0]
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench.time, "monotonic", lambda: clock[0])
+    app = typer.Typer()
+    app.command()(bench.bench)
+    first = CliRunner().invoke(app, ["--operator", "block_rotate", "--tune", "--minutes", "1"])
+    assert first.exit_code == 0, first.output
+    assert asked == calls[:2] and f"{len(calls) - 2} of {len(calls)} calls are left" in first.output
+    asked.clear()
+    second = CliRunner().invoke(app, ["--operator", "block_rotate", "--tune", "--resume"])
+    assert second.exit_code == 0, second.output
+    assert asked == calls[2:] and "left" not in second.output
+    path = cache / f"{timings.device_class('cpu')}.json"
+    assert len(bench.cells_in(path)) == len(calls)
+    refused = CliRunner().invoke(app, ["--resume"])
+    assert refused.exit_code != 0 and "--tune" in refused.output
+
+
+def _write(folder: Path, name: str, **times: float) -> tuple[registry.Operator, tuple[object, ...]]:
+    """Write a table of one cell, and return the operator and arguments of a call in it."""
+    call = small_calls("block_rotate")[0]
+    operator, arguments = registry.OPERATORS[call.operator], call.arguments()
+    bucket = list(operator.bucket(*arguments))
+    folder.mkdir(exist_ok=True)
+    row = {"dtype": "float32", "bucket": bucket, "microseconds": times}
+    (folder / f"{name}.json").write_text(json.dumps({"operators": {"block_rotate": [row]}}))
+    return operator, arguments
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [
+        ("cpu-avx512", ["cpu-avx2", "cpu-default"], "cpu-avx2"),
+        ("cpu-avx512", ["cpu-amx", "cpu-avx2"], "cpu-avx2"),
+        ("cpu-default", ["cpu-amx", "cpu-avx512"], "cpu-avx512"),
+        ("cuda-sm90", ["cuda-sm80", "cuda-sm100", "cpu-avx2"], "cuda-sm80"),
+        ("cpu-avx2", ["cuda-sm90", "cpu-avx2", "notes"], None),
+        ("mps", ["cpu-avx2"], None),
+    ],
+)
+def test_a_class_takes_what_it_lacks_from_the_nearest_one(
+    own: str, others: list[str], expected: str | None, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timings, "SHIPPED", cache / "shipped")
+    monkeypatch.setattr(timings, "device_class", lambda device_type, index=None: own)
+    for name in others:
+        if name != own:
+            operator, arguments = _write(cache / "shipped", name, torch=10.0, native=20.0)
+    timings.clear()
+    assert timings.nearest(own) == expected
+    found = operator.explain(arguments)
+    why = f"the fastest in the tuned table of {expected}, the nearest class that has one, or as good"
+    assert found.why == (why if expected else "untuned: the first that can run")
+    if expected:
+        assert found.chosen == "torch"
+    # Its own cells, of the package or the user, come before.
+    _write(cache, own, torch=10.0, native=20.0, triton=1.0)
+    timings.clear()
+    assert operator.explain(arguments).why == "the fastest in the tuned table, or as good"
+    assert timings.lookup("block_rotate", arguments, operator.bucket) == {"triton": 1.0, "torch": 10.0, "native": 20.0}
 
 
 def test_tuning_again_replaces_cells_and_keeps_the_others(cache: Path) -> None:

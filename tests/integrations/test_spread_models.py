@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from support.peft_layers import LINEAR, METHODS, adapted, error, inputs
 from torch import nn
 
@@ -15,6 +17,8 @@ import peftk
 RANKS = 2
 OPTIONS = {name: 0.0 for name in ("lora_dropout", "rank_dropout", "module_dropout", "boft_dropout")}
 WRAPS = ("ddp", "fsdp1", "fsdp2")
+# PEFT 0.19's BOFT assigns its base layer a bias, which FSDP1's views of a parameter do not allow.
+REFUSED = {("boft", "fsdp1")} if Version(peft.__version__) < Version("0.20") else set()
 
 
 def model_of(method: str) -> nn.Module:
@@ -53,6 +57,8 @@ def work(rank: int, folder: str) -> None:
         args = tuple(t.detach().chunk(RANKS)[rank] for t in inputs())
         for method in METHODS:
             for kind in WRAPS:
+                if (method, kind) in REFUSED:
+                    continue
                 found = []
                 for when in ("never", "before", "after"):
                     model = model_of(method)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.method_forms import BASES, TOKENS, I, O
-from torch import nn
+from torch import Tensor, nn
 
-from peftk.methods import adaption_prompt, boft, c3a, dora, loha, lokr, lora, oft
+from peftk.methods import adaption_prompt, boft, c3a, dora, loha, lokr, lora, lora_parameter, oft
 from peftk.testing.cases import cayley, circulant
-from peftk.testing.compare import assert_close
+from peftk.testing.compare import assert_close, assert_same_bits
 
 
 @pytest.mark.parametrize("name", ["fused", "called", "Conv1D"])
@@ -115,3 +115,38 @@ def test_scale_of_lokr_may_be_a_tensor(pair: bool) -> None:
     adapter = lokr.Kronecker(first, (w2,), torch.tensor(0.75))
     assert_close(lokr.update(adapter, dense.shape), dense, torch.float32)
     assert_close(lokr.merged(weight, adapter), weight + dense, torch.float32)
+
+
+class Pair(nn.Module):
+    """A module with a stack and a matrix, of which no method knows what it does with them."""
+
+    def __init__(self, stack: Tensor, matrix: Tensor, transposed: bool) -> None:
+        super().__init__()
+        self.stack, self.matrix, self.is_transposed = nn.Parameter(stack), nn.Parameter(matrix), transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        stack = self.stack if self.is_transposed else self.stack.mT
+        return torch.einsum("eio,ti->teo", stack, x).sum(1) * (x @ self.matrix.mT)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_updates_of_parameters_are_dense_products(transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    stack, matrix, x = normal(3, 5, 4), normal(5, 4), normal(7, 4)
+    # As PEFT stores them: rank by rank within an expert in A, expert by expert within a rank in B.
+    a, b = normal(6, 4), normal(5, 6)
+    dense = torch.stack([b[:, e::3] @ a[2 * e : 2 * e + 2] for e in range(3)])
+    one = lora_parameter.Stacked(*lora_parameter.unstacked(a, b, 3), 0.5)
+    two = lora_parameter.Stacked(*lora_parameter.unstacked(a[:2], b[:, :2], 1), 2.0)
+    stored = stack.mT if transposed else stack
+    delta = lora_parameter.added(torch.zeros_like(stored), one, transposed)
+    assert_close(delta.mT if transposed else delta, 0.5 * dense, torch.float64)
+    base = Pair(stored, matrix, transposed)
+    y = lora_parameter.in_parameters(base, {"stack": [one, one], "matrix": [two]}, (x,))
+    truth = torch.einsum("eoi,ti->teo", stack + dense, x).sum(1) * (x @ (matrix + 2 * b[:, :2] @ a[:2]).mT)
+    assert_close(y, truth, torch.float64)
+    assert_same_bits(base.stack, stored)

@@ -45,7 +45,7 @@ def test_adapters_come_and_go():
     assert list(model.peft_config) == ["other"]
     model.delete_adapter("other")
     assert torch.equal(model(X), expected)
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="does not exist"):
         model.delete_adapter("other")
 
 
@@ -95,7 +95,7 @@ def test_fully_trained_modules():
     model.add_adapter("third", lora(modules_to_save=["0.conv", "classifier"], exclude_modules=["0.query"]))
     model.set_adapter("other")
     before = snapshot(model)
-    with pytest.raises(ValueError, match="only one of"):
+    with pytest.raises(ValueError, match="Only one adapter can be set"):
         model.set_adapter(["third", "other"])
     assert_unchanged(model, before)
     assert {n for n in trainable(model) if "classifier" in n} == {

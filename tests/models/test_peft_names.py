@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ import torch
 from support.beside_peft import both, theirs_of, trained
 from support.layer_cases import TOYS
 from support.toy_model import X, lora, oft, toy
+from support.xlora_models import llama
 
 import peftk
 from peftk.nn import PeftConfig
@@ -181,7 +183,7 @@ def test_merging_again_is_told() -> None:
     model = trained(peftk.get_peft_model(toy(), lora()))
     model.merge_adapter()
     y = model(X)
-    with pytest.warns(UserWarning, match="merge_adapter: all of these are merged already"):
+    with pytest.warns(UserWarning, match="merge_adapter: All adapters are already merged, nothing to do"):
         model.merge_adapter()
     assert torch.equal(model(X), y)
 
@@ -240,6 +242,78 @@ def test_injected_adapters(config: PeftConfig) -> None:
     assert peftk.get_peft_model_state_dict(by_keys).keys() == expected.keys()
     with pytest.raises(ValueError, match="exists already"):
         peftk.inject_adapter_in_model(config, ours)
+
+
+@pytest.mark.parametrize("config", [lora(use_dora=True), oft()], ids=["dora", "oft"])
+def test_adapters_are_injected_without_memory(config: PeftConfig) -> None:
+    saved = peftk.get_peft_model_state_dict(trained(peftk.inject_adapter_in_model(config, toy())))
+    expected = peftk.inject_adapter_in_model(config, toy()).eval()
+    peftk.set_peft_model_state_dict(expected, saved)
+    model = peftk.inject_adapter_in_model(config, toy(), low_cpu_mem_usage=True).eval()
+    where = {name: p.device.type for name, p in model.named_parameters()}
+    base = set(toy().state_dict())
+    assert all((device == "cpu") == (name.replace(".base_layer", "") in base) for name, device in where.items())
+    with pytest.raises(ValueError, match="meta device"):
+        peftk.set_peft_model_state_dict(model, saved)
+    assert where == {name: p.device.type for name, p in model.named_parameters()}
+    first, *rest = saved
+    peftk.set_peft_model_state_dict(model, {key: saved[key] for key in rest}, low_cpu_mem_usage=True)
+    assert [p.device.type for p in model.parameters()].count("meta") == 1
+    peftk.set_peft_model_state_dict(model, {first: saved[first]}, low_cpu_mem_usage=True)
+    assert torch.equal(model(X), expected(X))
+    trainable = {name for name, p in expected.named_parameters() if p.requires_grad}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+def test_an_adapter_taken_from_the_weight_needs_memory() -> None:
+    base = toy()
+    before = {name: t.clone() for name, t in base.state_dict().items()}
+    with pytest.raises(ValueError, match=r"low_cpu_mem_usage: .*pissa"):
+        peftk.inject_adapter_in_model(lora(init_lora_weights="pissa"), base, low_cpu_mem_usage=True)
+    assert before.keys() == base.state_dict().keys()
+
+
+def test_disabled_layers_are_restored_one_by_one_and_frozen_meanwhile() -> None:
+    model = peftk.get_peft_model(toy(), lora(modules_to_save=["classifier"]))
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    layers[0].enable_adapters(False)
+    layers[1].lora_B["default"].weight.requires_grad_(False)
+    trained_before = {name for name, p in model.named_parameters() if p.requires_grad}
+    with model.disable_adapter():
+        assert all(layer.disable_adapters for layer in layers)
+        assert not any(p.requires_grad for p in model.parameters())
+    assert [layer.disable_adapters for layer in layers] == [True] + [False] * (len(layers) - 1)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained_before
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained_before
+
+
+def test_a_configuration_for_loading_is_copied(tmp_path: Path) -> None:
+    peftk.get_peft_model(toy(), lora()).save_pretrained(tmp_path)
+    config = lora()
+    model = peftk.PeftModel.from_pretrained(toy(), tmp_path, config=config)
+    assert model.peft_config["default"].inference_mode and not config.inference_mode
+
+
+def test_frozen_embeddings_are_written_if_asked_for_and_by_peft_always() -> None:
+    config = lora(target_modules=["embed_tokens"])
+    ours = peftk.get_peft_model(llama(), config)
+    theirs = peft.get_peft_model(llama(), theirs_of(config))
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        expected = peft.get_peft_model_state_dict(theirs, save_embedding_layers="auto").keys()
+    frozen = {key for key in expected if "lora_" not in key}
+    assert frozen
+    assert peftk.get_peft_model_state_dict(ours).keys() == expected - frozen
+    assert peftk.get_peft_model_state_dict(ours, save_embedding_layers=True).keys() >= frozen
+    with pytest.raises(ValueError, match="save_embedding_layers"):
+        peftk.get_peft_model_state_dict(peftk.get_peft_model(toy(), lora()), save_embedding_layers=True)
+
+
+def test_layers_print_their_own_class() -> None:
+    model = peftk.get_peft_model(toy(), lora())
+    assert repr(model.layers[0].query).startswith("LoRALinear(")
+    assert model.get_layer_status()[0].module_type == "lora.Linear"
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

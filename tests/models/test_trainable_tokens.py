@@ -230,6 +230,8 @@ def test_status_and_parameters():
     assert isinstance(model.get_base_model().model.embed_tokens, TrainableTokens) and isinstance(
         model.get_base_model().lm_head, TiedTokens
     )
+    layer = model.get_base_model().model.embed_tokens
+    assert layer.token_adapter.trainable_tokens_delta["default"] is layer.trainable_tokens_delta["default"]
     trained, _ = model.get_nb_trainable_parameters()
     assert trained == 2 * 16 + sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 

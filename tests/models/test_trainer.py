@@ -10,53 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.bert_trainer import Rows, arguments, bert, trained
 from support.toy_model import Toy, X, lora, oft, toy, trainable
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import BertForQuestionAnswering, GPT2Config, GPT2LMHeadModel, Trainer
 from transformers.utils.generic import find_labels
 
 from peftk.models.peft_model import PeftModel, get_peft_model
 from peftk.models.trainer import AdapterTrainerMixin
 from peftk.testing.compare import assert_close
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 FILES = {"adapter_model.safetensors", "adapter_config.json"}
 
 
 class AdapterTrainer(AdapterTrainerMixin, Trainer):
     """The trainer of the documentation."""
-
-
-class Rows(torch.utils.data.Dataset):
-    """Token ids and labels, and a column that no model takes."""
-
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, i):
-        return {"input_ids": [(i * 7 + k) % 40 for k in range(6)], "labels": i % 3, "source": f"row {i}"}
-
-
-def bert(kind=BertForSequenceClassification):
-    torch.manual_seed(0)
-    return kind(BertConfig(**SIZES, num_labels=3))
-
-
-def arguments(folder, **kwargs):
-    options = {"max_steps": 8, "per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 1e-2}
-    return TrainingArguments(folder, use_cpu=True, report_to="none", disable_tqdm=True, **(options | kwargs))
-
-
-def trained(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Collator:
@@ -244,3 +212,29 @@ def test_a_class_made_for_a_base_compiles_and_exports():
     with torch.no_grad():
         exported = torch.export.export(model, (X,)).module()
         assert_close(exported(X), expected.double(), torch.float32)
+
+
+def test_trainers_of_trl_are_refused_by_name(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    reader = transformers.ByT5Tokenizer()
+    options = {"max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    data = datasets.Dataset.from_dict({"text": ["one", "two"]})
+
+    def trainer(model, **kwargs):
+        sft = trl.SFTConfig(output_dir=str(tmp_path), **options)
+        return trl.SFTTrainer(model, args=sft, train_dataset=data, processing_class=reader, **kwargs)
+
+    def gpt():
+        return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=len(reader), n_positions=16))
+
+    config = lora(target_modules=["c_attn"], task_type="CAUSAL_LM")
+    model = get_peft_model(gpt(), config)
+    with pytest.raises(TypeError, match=r"trainers of TRL .* got one of peftk; .* peftk\.accelerate\(model\)"):
+        trainer(model)
+    with pytest.raises(TypeError, match=r"peft_config.* must be a .peft\.PeftConfig. instance"):
+        trainer(gpt(), peft_config=config)
+    # Anybody else may replace it.
+    model.forward = lambda *args, **kwargs: 1
+    assert model(input_ids=torch.zeros(1, 1)) == 1

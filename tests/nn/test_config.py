@@ -39,6 +39,7 @@ def test_fields_and_defaults_are_those_of_peft(ours, theirs):
     more = [name for name in mine if name not in reference]
     # AdaLoRA's is True, for PEFT has no choice there.
     more_of = {C3AConfig: {"exclude_modules": None}, AdaLoraConfig: {"orth_reg_in_loss": True}}
+    more_of |= {kind: {"use_dora": False} for kind in (LoHaConfig, LoKrConfig)}
     assert {name: mine.pop(name) for name in more} == more_of.get(ours, {})
     assert list(mine) == list(reference)
     mine.pop("runtime_config", None), reference.pop("runtime_config", None)
@@ -155,6 +156,7 @@ BAD = [
     *((LoraConfig, "inference_mode", v) for v in [1, None]),
     *((LoraConfig, "auto_mapping", v) for v in ["os", 1]),
     *((LoraConfig, "layers_pattern", v) for v in ["h"]),
+    *((LoraConfig, "target_parameters", v) for v in ["weight", 3, [""], {"weight": 1}]),
     *(
         (LoraConfig, "trainable_token_indices", v)
         for v in [[], [-1], [True], [1, 1], "1", 3, {"a": []}, {"a": 1}, {1: [1]}]
@@ -209,7 +211,6 @@ def test_nonsense_is_refused_by_name_in_every_field(cls, name):
 NOT_YET = {
     "init_lora_weights": "corda",
     "layer_replication": [(0, 2)],
-    "target_parameters": ["weight"],
     "megatron_config": {"a": 1},
     "megatron_core": "os",
     "use_qalora": True,

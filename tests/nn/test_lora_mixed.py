@@ -113,13 +113,10 @@ def test_what_cannot_be_mixed_is_refused():
     model.add_adapter("dora", LoraConfig(r=2, target_modules=["0"], use_dora=True))
     model.add_adapter("turned", OFTConfig(oft_block_size=4, target_modules=["1"], init_weights=False))
     x = torch.randn(2, I)
-    with pytest.raises(ValueError, match="training mode"):
-        model(x, adapter_names=["default", "__base__"])
-    model.eval()
     for names, text in (
-        (["default"], "2 samples"),
-        (["default", "nothing"], "nothing"),
-        (["default", "dora"], "'dora' is DORA"),
+        (["default"], "Length of `adapter_names` should be the same as the number of inputs, but got 1 and 2"),
+        (["default", "nothing"], r"Trying to infer with non-existing adapter\(s\): nothing"),
+        (["default", "dora"], "Cannot pass `adapter_names` when DoRA is enabled"),
         (["default", "turned"], "'turned' is OFT"),
     ):
         with pytest.raises(ValueError, match=f"adapter_names.*{text}"):
@@ -137,5 +134,87 @@ def test_what_cannot_be_mixed_is_refused():
     assert layer.batch_adapters is None
     assert not torch.equal(model(x), expected)
     model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters"):
         model(x, adapter_names=["default", "__base__"])
+
+
+def trained_alone(model, x, names, targets):
+    """Return the gradients of each adapter on its own samples, one pass for each."""
+    found = {}
+    for name in dict.fromkeys(names):
+        rows = [i for i, other in enumerate(names) if other == name]
+        if name == "__base__":
+            continue
+        model.base_model.set_adapter(name)
+        model.zero_grad()
+        (model(x[rows]) * targets[rows]).sum().backward()
+        found |= {
+            n: p.grad.clone() for n, p in model.named_parameters() if f".{name}." in f"{n}." and p.grad is not None
+        }
+    return found
+
+
+@pytest.mark.parametrize("names", [["a", "a", "b", "b", "c", "__base__"], ["b", "a", "__base__", "c", "a", "b"]])
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+def test_adapters_of_one_batch_train_as_each_alone(kind, tokens, names):
+    torch.manual_seed(0)
+    inside = {"linear": nn.Linear(I, 12), "conv": nn.Conv1d(I, 12, 3, padding=1), "embedding": nn.Embedding(20, 12)}
+    base = nn.Sequential(inside[kind], nn.ReLU()).double()
+    model = peftk.get_peft_model(base, LoraConfig(r=3, target_modules=["0"], init_lora_weights=False), "a")
+    model.add_adapter("b", LoraConfig(r=2, lora_alpha=7, target_modules=["0"], init_lora_weights=False))
+    model.add_adapter("c", LoraConfig(r=3, use_rslora=True, target_modules=["0"], init_lora_weights=False))
+    shape = {"linear": (6, tokens, I), "conv": (6, I, tokens), "embedding": (6, tokens)}[kind]
+    x = torch.randint(0, 20, shape) if kind == "embedding" else torch.randn(shape, dtype=torch.float64)
+    targets = torch.randn(model(x).shape, dtype=torch.float64)
+    expected = trained_alone(model, x, names, targets)
+    model.set_requires_grad(["a", "b", "c"])
+    model.zero_grad()
+    (model.train()(x, adapter_names=names) * targets).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert_close(grad, expected[name], torch.float64, what=name)
+
+
+def test_every_adapter_of_a_batch_drops_with_its_own_probability():
+    layer = peftk.nn.LoRALinear(nn.Linear(64, 8), LoraConfig(r=2, lora_dropout=0.75), "a")
+    layer.add_adapter("b", LoraConfig(r=2))
+    for name in ("a", "b"):
+        nn.init.ones_(layer.lora_A[name].weight), nn.init.ones_(layer.lora_B[name].weight)
+    x, names = torch.ones(40, 1, 64), ["a", "b"] * 20
+    y = layer.train()(x, adapter_names=names) - layer.base_layer(x)
+    assert_close(y[1::2], torch.full_like(y[1::2], 64 * 2 * 4), torch.float32)
+    # Each kept element counts four times; five standard deviations of the share that is kept.
+    kept = y[::2, 0, 0] / (4 * 2 * 4)
+    assert (kept.round() - kept).abs().max() < 1e-3 and kept.unique().numel() > 1
+    assert abs(kept.mean().item() / 64 - 0.25) < 5 * (0.25 * 0.75 / (20 * 64)) ** 0.5
+
+
+def test_checkpointing_of_a_mixed_batch_is_refused():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**GPT2_SIZES))
+    model = peftk.get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    model.gradient_checkpointing_enable()
+    tokens = torch.arange(8).reshape(2, 4)
+    with pytest.raises(ValueError, match="adapter_names: activation checkpointing would run the layers again"):
+        model.train()(input_ids=tokens, adapter_names=["default", "__base__"])
+    plain = peftk.get_peft_model(nn.Sequential(nn.Linear(I, I)), LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(2, I, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(
+        lambda x: (
+            plain(x, adapter_names=["default", "__base__"]) if torch._C._current_graph_task_id() == -1 else plain(x)
+        ),
+        x,
+        use_reentrant=False,
+    )
+    with pytest.raises(RuntimeError, match="backward: activation checkpointing runs layers again"):
+        y.sum().backward()
+
+
+def test_dropout_of_convolutions_is_refused_in_a_mixed_batch():
+    layer = peftk.nn.LoRAConv(nn.Conv1d(I, 6, 3), LoraConfig(r=2, lora_dropout=0.5))
+    x = torch.randn(2, I, 5)
+    with pytest.raises(ValueError, match=r"adapter_names: .* has lora_dropout"):
+        layer.train()(x, adapter_names=["default", "__base__"])
+    layer.eval()(x, adapter_names=["default", "__base__"])

@@ -19,7 +19,7 @@ from support.quantised import (
 from torch import nn
 from transformers import LlamaConfig
 
-from peftk import LoraConfig, get_peft_model
+from peftk import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peftk.nn import AdapterLayer, layer_class_for
 from peftk.testing.compare import assert_close, assert_same_bits
 
@@ -96,3 +96,36 @@ def test_what_nobody_can_read_is_not_made_dense():
     model = get_peft_model(net("locked"), LoraConfig(r=2, target_modules=["first"]))
     with pytest.raises(ValueError, match=r"unload\(\)"):
         model.merge_and_unload(dequantise=True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LIBRARIES if kind.startswith("bnb")])
+@pytest.mark.parametrize("name", ["lora", "oft", "lokr_dora"])
+def test_merging_for_good_into_layers_that_are_quantised_again(name, kind):
+    config = copy.deepcopy(CASES[name].config)
+    config.target_modules = ["first"]
+    base = net(kind)
+    old, x = base.first, torch.randn(3, I)
+    model, twin = (get_peft_model(copy.deepcopy(base), config) for _ in range(2))
+    set_peft_model_state_dict(twin, get_peft_model_state_dict(model))
+    dense = twin.merge_and_unload(dequantise=True)
+    with pytest.warns(UserWarning, match=r"requantise: .* share of \d\.\d\d .* in 'first'"):
+        merged = model.merge_and_unload(requantise=True)
+    assert type(merged.first) is type(old) and type(merged.first.weight) is type(old.weight)
+    expected = QUANTISE[kind](dense.first)
+    assert torch.equal(dequantised(merged.first), dequantised(expected))
+    assert not torch.equal(dequantised(merged.first), dequantised(old))
+    assert_same_bits(merged.first(x), expected(x))
+    # What is made can be saved, and adapted anew.
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    get_peft_model(merged, LoraConfig(r=2, target_modules=["first"])).merge_and_unload(dequantise=True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LIBRARIES if kind.startswith("torchao")])
+def test_what_does_not_say_how_it_was_quantised_is_not_quantised_again(kind):
+    base = net(kind)
+    first = base.first
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["first", "head"], init_lora_weights=False))
+    head = model.get_base_model().head.base_layer.weight.clone()
+    with pytest.raises(ValueError, match=r"requantise: .*bitsandbytes.*'first'.*dequantise=True"):
+        model.merge_and_unload(requantise=True)
+    assert model.first.base_layer is first and torch.equal(model.head.base_layer.weight, head)

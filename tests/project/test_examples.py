@@ -41,7 +41,10 @@ def _folder(name: str, path: Path) -> list[str]:
     elif name == "t5_sequence_to_sequence":
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
         model = t.MT5ForConditionalGeneration(t.MT5Config(vocab_size=len(tokenizer), **sizes))
-    elif name in ("llama_oft", "llama_adaption_prompt"):
+    elif name == "qwen3_moe_experts":
+        sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1}
+        model = t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**small, **reads, **sizes))
+    elif name in ("llama_oft", "llama_adaption_prompt", "llama_four_adapters"):
         model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=len(tokenizer), n_layer=1, n_embd=32, n_head=2))
     elif name == "x_lora":
         model = t.LlamaForCausalLM(t.LlamaConfig(**small, **reads))
@@ -118,6 +121,28 @@ def test_llama_oft(tmp_path: Path) -> None:
     assert falls(found["losses"])
     assert found["differences"]["loaded"] == 0
     assert found["differences"]["merged"] < ROUNDING * found["largest"]
+
+
+def test_qwen3_moe_experts(tmp_path: Path) -> None:
+    found = script("qwen3_moe_experts").main(["--steps", "25", "--output", str(tmp_path)])
+    assert falls(found["losses"])
+    assert found["differences"]["loaded"] == 0
+    assert found["differences"]["merged"] < ROUNDING * found["largest"]
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    for layer in range(2):
+        for part in ("experts.lora_A", "experts.base_layer.lora_B", "self_attn"):
+            assert any(f"layers.{layer}" in key and part in key for key in keys), part
+
+
+def test_llama_four_adapters(tmp_path: Path) -> None:
+    found = script("llama_four_adapters").main(["--steps", "25", "--output", str(tmp_path)])
+    assert len(found["losses"]) == 4
+    assert all(falls(losses) for losses in found["losses"].values())
+    # Two factors of seven layers in each of two blocks, for four adapters.
+    assert found["gradients"] == 4 * 2 * 7 * 2
+    assert found["apart"] < ROUNDING
+    for user in found["losses"]:
+        assert load_file(tmp_path / user / "adapter_model.safetensors")
 
 
 def test_llama_adaption_prompt(tmp_path: Path) -> None:

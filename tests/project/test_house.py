@@ -27,7 +27,7 @@ FAMILIES = sorted(ops.__all__)
 # From the bottom up; a module may import what stands in its own line or below. Backends are imported by name, when an
 # operator first asks for one.
 STOREYS = (
-    ("_version", "_C"),
+    ("_version", "_overview", "_C"),
     ("runtime",),
     ("kernels", "triton_kernels"),
     ("ops",),

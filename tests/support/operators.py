@@ -26,8 +26,7 @@ ROW_DTYPES = ("f32", "f16-f32", "bf16-f32")
 
 def moved(inputs: Inputs, device: torch.device | str) -> Inputs:
     """Return the inputs on a device, but the seed, which is always read on the CPU."""
-    floating = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return {k: v.to(device) if k in floating else v for k, v in inputs.items()}
+    return {k: v.to(device) if isinstance(v, Tensor) and k != "seed" else v for k, v in inputs.items()}
 
 
 def call(case: Case, inputs: Inputs) -> Tensor:

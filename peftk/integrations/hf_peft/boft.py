@@ -65,8 +65,11 @@ class Linear(Butterflies):
             return f"the base layer is a {type(base).__name__}"
         if not _calls_base() and observed(nn.Linear, base):
             return "the base layer is no plain nn.Linear, and this version of PEFT does not call it"
-        if x is not None and x.shape[-1:] != (layer.in_features,):
-            return "an input of another size"
+        if x is not None:
+            if x.shape[-1:] != (layer.in_features,):
+                return "an input of another size"
+            if not _calls_base() and plain_tensors(base, x) is None:
+                return "the base layer is trained or cast, and this version of PEFT reads its weight apart"
         return self._found(layer, x)
 
     def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:

@@ -330,16 +330,8 @@ class Embedding(LoRAWay):
 
     def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:
         """See `Way.adapters`."""
-        if x is not None and x.dtype not in (torch.int64, torch.int32):
-            return "an input that is no index"
         if x is not None and x.numel() < FEW_ROWS and not layer.lora_variant:
             return FEW_ROWS_NOTE
-        base = layer._modules["base_layer"]
-        scaled = hasattr(base, "embed_scale")
-        if not (type(base) is nn.Embedding or scaled) or base.max_norm is not None or base.sparse:
-            return f"the base layer is a {type(base).__name__}, or one with max_norm or sparse gradients"
-        if getattr(layer, "input_fns", None) or getattr(layer, "output_fns", None):
-            return "the embedding is split over devices"
         modules = layer._modules
         firsts, seconds = modules["lora_embedding_A"], modules["lora_embedding_B"]
         names = active(layer, firsts)
@@ -357,10 +349,7 @@ class Embedding(LoRAWay):
             magnitude = parameter(layer.lora_magnitude_vector[name]) if name in layer.lora_variant else None
             parameters += (a, b) if magnitude is None else (a, b, magnitude)
             found.append(LowRank(a, b, scale, magnitude=magnitude))
-        why = unfit(layer, None, parameters)
-        if why is None and x is not None and found[0].a.device != x.device:
-            why = "the adapter is on another device than its input"
-        return why or found
+        return unfit_embedding(layer, x, parameters) or found
 
     def note(self, layer: Any) -> str | None:
         """See `Way.note`."""
@@ -369,3 +358,19 @@ class Embedding(LoRAWay):
     def run(self, layer: Any, x: Tensor, adapters: list[LowRank]) -> Tensor:
         """See `Way.run`."""
         return lora_embedding.embedding(layer._modules["base_layer"], x, adapters)
+
+
+def unfit_embedding(layer: Any, x: Tensor | None, parameters: Sequence[Any]) -> str | None:
+    """Say why the arithmetic cannot take an embedding and the parameters of its adapters, or return None."""
+    if x is not None and x.dtype not in (torch.int64, torch.int32):
+        return "an input that is no index"
+    base = layer._modules["base_layer"]
+    scaled = hasattr(base, "embed_scale")
+    if not (type(base) is nn.Embedding or scaled) or base.max_norm is not None or base.sparse:
+        return f"the base layer is a {type(base).__name__}, or one with max_norm or sparse gradients"
+    if getattr(layer, "input_fns", None) or getattr(layer, "output_fns", None):
+        return "the embedding is split over devices"
+    why = unfit(layer, None, parameters)
+    if why is None and x is not None and parameters[0].device != x.device:
+        why = "the adapter is on another device than its input"
+    return why

@@ -79,7 +79,7 @@ class AdaLoraConfig(LoraConfig, method=PeftType.ADALORA):
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("use_dora", "loftq_config", "use_rslora", "lora_bias", "alpha_pattern"):
+        for name in ("use_dora", "loftq_config", "use_rslora", "lora_bias", "alpha_pattern", "target_parameters"):
             if getattr(self, name):
                 raise ValueError(f"{name}: has no meaning for AdaLoRA, got {getattr(self, name)!r}")
         super().__post_init__()

@@ -52,6 +52,7 @@ class AdaLoRALinear(AdapterLayer):
     # when it was saved.
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "init_r", "triplets")
     config_class = AdaLoraConfig
+    update_fields = {"r": "init_r", "lora_alpha": "lora_alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _create(cls, base_layer: nn.Module, config: AdaLoraConfig, module_name: str, initialise: bool) -> Adapter:
@@ -106,14 +107,32 @@ class AdaLoRALinear(AdapterLayer):
     def _merge_into(self, tensors: Merged, name: str) -> None:
         tensors["weight"], _ = adalora.merged(tensors["weight"], None, self.low_rank(name))
 
-    def prune(self, name: str, kept: list[int], tensors: dict[str, Tensor], prefix: str) -> None:
-        """Take the triplets that are not among `kept` out of an adapter's tensors, whose keys begin with `prefix`."""
-        rows = [row for row, triplet in enumerate(self.triplets[name]) if triplet in set(kept)]
+    def as_in_file(self, name: str, config: Any, path: str, tensors: dict[str, Tensor], prefix: str) -> None:
+        """Take the triplets out that `rank_pattern` leaves out."""
+        rows = self._rows(name, config, path)
         if len(rows) == self.r[name]:
             return
         for container in ("lora_A", "lora_E", "lora_B"):
             key = prefix + container
             tensors[key] = tensors[key][:, rows].contiguous() if container == "lora_B" else tensors[key][rows]
+
+    def as_in_memory(self, name: str, config: Any, path: str, tensors: dict[str, Tensor], prefix: str) -> None:
+        """Put zeros where `rank_pattern` leaves triplets out."""
+        rows = self._rows(name, config, path)
+        if len(rows) == self.r[name]:
+            return
+        for container in ("lora_A", "lora_E", "lora_B"):
+            key, dim = prefix + container, int(container == "lora_B")
+            # What a caller gives may be whole already.
+            if key in tensors and tensors[key].shape[dim] == len(rows):
+                shape = list(tensors[key].shape)
+                shape[dim] = self.r[name]
+                index = torch.tensor(rows, dtype=torch.long, device=tensors[key].device)
+                tensors[key] = tensors[key].new_zeros(shape).index_copy(dim, index, tensors[key])
+
+    def _rows(self, name: str, config: Any, path: str) -> list[int]:
+        kept = set(config.kept_triplets(path))
+        return [row for row, triplet in enumerate(self.triplets[name]) if triplet in kept]
 
 
 __all__ = ["AdaLoRALinear", "AdaLoraConfig"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,51 @@ class RankAllocator:
         """Forget all averages."""
         self._groups: dict[str, list[_Group]] = {}
         self._mask: tuple[dict[str, Any], list[Tensor]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what going on with an interrupted training takes: the averages, and the triplets in full.
+
+        A saved adapter has those triplets alone that were kept, and any other may come back while the budget falls.
+        """
+        return {
+            "rank_pattern": copy.deepcopy(self.config.rank_pattern),
+            "parameters": {c: [p.detach().clone() for p in self._parameters(c)] for c in _CONTAINERS},
+            "averages": {
+                container: [(group.importance.clone(), group.uncertainty.clone()) for group in groups]
+                for container, groups in self._groups.items()
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` has returned for an adapter of the same configuration on the same layers.
+
+        Raises:
+            ValueError: The state is of another adapter; nothing has changed then.
+        """
+        groups: dict[str, list[_Group]] = {}
+        try:
+            pairs: list[tuple[Tensor, Any]] = []
+            for container in _CONTAINERS:
+                mine, theirs = self._parameters(container), state["parameters"][container]
+                pairs += list(zip(mine, theirs, strict=True))
+            for container, averages in state["averages"].items():
+                mine = self._parameters(container)
+                groups[container] = [_Group(ids, [mine[i] for i in ids]) for ids in _by_shape(mine)]
+                for group, (importance, uncertainty) in zip(groups[container], averages, strict=True):
+                    pairs += [(group.importance, importance), (group.uncertainty, uncertainty)]
+            fits = all(own.shape == value.shape for own, value in pairs)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"state: expected what state_dict() has returned for adapter {self.adapter_name!r} with the same ranks "
+                "on the same layers"
+            )
+        for own, value in pairs:
+            own.copy_(value)
+        self._groups, self._mask = groups, None
+        self.config.rank_pattern = copy.deepcopy(state["rank_pattern"])
 
     def _parameters(self, container: str) -> list[nn.Parameter]:
         return [getattr(layer, container)[self.adapter_name] for _, layer in self.layers]

@@ -56,8 +56,9 @@ class AdaptedAttention(AdapterLayer):
     adapter_layer_names = ("adaption_prompt", "adaption_gate")
     config_class = AdaptionPromptConfig
 
-    def _wrap(self, base_layer: Any) -> None:
+    def _wrap(self, base_layer: Any, module_name: str) -> None:
         nn.Module.__init__(self)
+        self.module_name = module_name
         self.model = base_layer
         self.adaption_prompt: nn.Parameter | None
         self.adaption_gate: nn.Parameter | None
@@ -72,6 +73,7 @@ class AdaptedAttention(AdapterLayer):
         self.disable_adapters = False
         self._original: dict[str, Tensor] = {}
         self._start_scaling()
+        self.updated = {}
         self.attention = ATTENTIONS[base_layer.config.model_type]
         # What the hooks of one forward pass hand on. They fire only while `_listening`: prompts pass through the same
         # projections, and so does everything while the adapter is off.

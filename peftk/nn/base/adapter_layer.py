@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from ...methods._base_layer import features_of, kind_of
 from .config import PeftConfig, check_adapter_name
-from .freezing import note_rerun, set_trainable
+from .filed import Filed
+from .freezing import check_not_rerun, note_rerun, set_trainable
 from .kinds import HALF, dtype_of, why_unsupported
 from .memory import give_memory, with_memory
 from .merging import Mergeable
 from .offloading import TAKE_OFF, call_onloaded, cast_for_calls, comes_and_goes, hooked, onloaded
+from .readable import Readable
 from .scaling import Scalable
+from .updating import Updatable
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Adapter:
         settings: Attribute name (`r`, `scaling`, ...) to this adapter's value.
         layer_class: The class of the layer that it belongs to.
         device: Where its parameters belong, if they have no memory yet.
+        target: The full name of the parameter that it adapts; empty where it adapts a module.
         rest: Makes what is in no file and is found from the layer, once the others have memory; or None.
     """
 
@@ -37,6 +41,7 @@ class Adapter:
     settings: dict[str, Any] = field(default_factory=dict)
     layer_class: type[AdapterLayer] = field(default_factory=lambda: AdapterLayer)
     device: torch.device | None = None
+    target: str = ""
     rest: Callable[[], dict[str, nn.Module]] | None = None
 
     def materialise(self) -> None:
@@ -64,7 +69,7 @@ class Adapter:
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
-class AdapterLayer(Mergeable, Scalable):
+class AdapterLayer(Mergeable, Scalable, Filed, Updatable, Readable):
     """A frozen layer with any number of named adapters, of which some are active.
 
     Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
@@ -119,8 +124,7 @@ class AdapterLayer(Mergeable, Scalable):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         adapter = self.make(base_layer, config, module_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._wrap(base_layer)
-        self.module_name = module_name
+        self._wrap(base_layer, module_name)
         base_layer.requires_grad_(False)
         if config.bias_mode != "none" and self.bias is not None:
             self.bias.requires_grad_(True)
@@ -131,12 +135,12 @@ class AdapterLayer(Mergeable, Scalable):
     def around(cls, base_layer: nn.Module, module_name: str = "") -> AdapterLayer:
         """Wrap `base_layer` without any adapter and without touching its parameters."""
         layer = cls.__new__(cls)
-        layer._wrap(base_layer)
-        layer.module_name = module_name
+        layer._wrap(base_layer, module_name)
         return layer
 
-    def _wrap(self, base_layer: nn.Module) -> None:
+    def _wrap(self, base_layer: nn.Module, module_name: str) -> None:
         nn.Module.__init__(self)
+        self.module_name = module_name
         self.base_layer = base_layer
         self.train(base_layer.training)
         for name in self.adapter_layer_names:
@@ -144,19 +148,24 @@ class AdapterLayer(Mergeable, Scalable):
         for name in self.other_param_names:
             setattr(self, name, {})
         self.kind = kind_of(base_layer)
-        self.module_name = ""
-        self.in_features, self.out_features = features_of(base_layer)
+        self.in_features, self.out_features = self._features()
         # The adapter of every sample, while a batch that mixes adapters runs.
         self.batch_adapters: Sequence[str] | None = None
+        self._was_mixed = False  # Whether the last pass that recorded anything was such a batch.
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self._switched = False
+        self.updated = {}
         self._start_scaling()
         # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
         self._original: dict[str, Tensor] = {}
         # The versions that autograd counted for the merged ones: a higher one was written to.
         self._versions: dict[str, int] = {}
+
+    def _features(self) -> tuple[int, int]:
+        """Return the sizes of the inputs and outputs of what is adapted."""
+        return features_of(self.base_layer)
 
     @classmethod
     def make(
@@ -233,6 +242,8 @@ class AdapterLayer(Mergeable, Scalable):
             note_rerun()
         if own["batch_adapters"] is not None or "adapter_names" in kwargs:
             return self._with_names(x, args, kwargs)
+        if own["_was_mixed"] and torch.is_grad_enabled():
+            self.__dict__["_was_mixed"] = check_not_rerun()
         if own["disable_adapters"] or own["merged_adapters"]:
             return self.base_layer(x, *args, **kwargs)
         attached = own[self.other_param_names[0]]
@@ -405,44 +416,10 @@ class AdapterLayer(Mergeable, Scalable):
             container = getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
-        for values in (self._first_scaling, self._strengths, self._kept):
+        for values in (self._first_scaling, self._strengths, self._kept, self.updated):
             values.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-
-    # -- what other code reads off a layer --------------------------------------------------------------------
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The active adapters, under PEFT's other name for them."""
-        return self.active_adapters
 
     def unwrap(self) -> nn.Module:
         """Return the wrapped layer, which is about to take this one's place."""
         return self.base_layer
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the wrapped layer."""
-        return self.base_layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the base layer."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of the base layer, if it has one."""
-        return getattr(self.base_layer, "bias", None)
-
-    def extra_repr(self) -> str:
-        """Name the active and merged adapters and their settings."""
-        parts = [f"active_adapters={self.active_adapters}"]
-        if self.merged_adapters:
-            parts.append(f"merged_adapters={self.merged_adapters}")
-        if self.disable_adapters:
-            parts.append("disabled")
-        for name in self.adapter_names:
-            settings = {key: getattr(self, key) for key in self.other_param_names}
-            values = ", ".join(f"{key}={values[name]}" for key, values in settings.items() if name in values)
-            parts.append(f"{name}=({values})")
-        return ", ".join(parts)

@@ -207,6 +207,8 @@ class PeftConfig(ConfigFiles):
     # The fields that change what a trained tensor means: a file that disagrees must not be loaded over it.
     _meaning: ClassVar[tuple[str, ...]] = ()
     _never_in_file: ClassVar[frozenset[str]] = frozenset()
+    # The fields that PEFT does not have. At their defaults they are left out, so that it reads files without a warning.
+    _only_here: ClassVar[frozenset[str]] = frozenset()
     # Whether the method cannot stand beside another one in a model.
     _alone: ClassVar[bool] = False
     # How PEFT's code for the method tries a key of a field like `rank_pattern` on the path of a module: by `re.match`.
@@ -257,7 +259,8 @@ class PeftConfig(ConfigFiles):
             elif value is not None:
                 check_names(name, value)
                 setattr(self, name, kind(value))
-        if isinstance(self.target_modules, set) and not self.target_modules:
+        beside = getattr(self, "target_parameters", None)
+        if isinstance(self.target_modules, set) and not self.target_modules and not beside:
             raise ValueError("target_modules: expected at least one module name, got an empty list")
         indices = self.layers_to_transform
         if indices is not None:
@@ -330,6 +333,8 @@ class PeftConfig(ConfigFiles):
         result = {}
         for field in dataclasses.fields(self):
             value = copy.deepcopy(getattr(self, field.name))
+            if field.name in self._only_here and value == field.default:
+                continue
             if isinstance(value, Enum):
                 value = value.value
             elif isinstance(value, (set, frozenset)):

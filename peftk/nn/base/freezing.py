@@ -59,3 +59,13 @@ def note_rerun() -> None:
     task = torch._C._current_graph_task_id()
     if task != -1:
         _rerun_in = task
+
+
+def check_not_rerun() -> bool:
+    """Return False, or raise RuntimeError within a backward pass, where the adapters of a mixed batch are not known."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "backward: activation checkpointing runs layers again that had a batch of several adapters "
+            "(adapter_names), and which sample had which is not known any more; run such batches without checkpointing"
+        )
+    return False

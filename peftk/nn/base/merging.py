@@ -59,6 +59,20 @@ class Mergeable(nn.Module):
         """Replace `weight` (and `bias`) in `tensors` by what they are once `name` is merged."""
         raise NotImplementedError
 
+    # What adapters are merged into, by its name in the module that holds it.
+    weight_name: str = "weight"
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base layer that adapters change."""
+        weight: Tensor = getattr(self._holder, self.weight_name)
+        return weight
+
+    @property
+    def _holder(self) -> Any:
+        """The module that holds the weight."""
+        return self.base_layer
+
     @property
     def merged(self) -> bool:
         """Whether any adapter is merged into the base weight."""
@@ -87,7 +101,7 @@ class Mergeable(nn.Module):
                 "adapter to what that can hold; unload() the adapter, or load it on the model in full precision and "
                 "merge it there"
             )
-        if self.base_layer.weight.is_meta:
+        if self.weight.is_meta:
             raise ValueError(
                 "merge: the base weight is on the meta device, offloaded or not loaded yet, where nothing can be "
                 "written; load the model without offloading to merge, or keep the adapter unmerged"
@@ -103,10 +117,10 @@ class Mergeable(nn.Module):
                 f"than that of {KINDS[self.kind]}; unload() the adapter, or keep it unmerged, where it acts on the "
                 "output of the call"
             )
-        self._check_own("weight")
+        self._check_own(self.weight_name)
 
     def _check_own(self, key: str) -> None:
-        if key not in self.base_layer._parameters:
+        if key not in self._holder._parameters:
             raise ValueError(
                 f"merge: the base {key} is computed from other parameters; remove its parametrization first"
             )
@@ -124,8 +138,8 @@ class Mergeable(nn.Module):
 
     def _merged_tensors(self, names: list[str]) -> Merged:
         names = [*self.merged_adapters, *names]
-        base = {"weight": self.base_layer.weight, "bias": self.bias}
-        weight = base["weight"]
+        weight = self.weight
+        base: dict[str, Any] = {self.weight_name: weight, "bias": self.bias}
         if weight.numel() == 0 and self.in_features * self.out_features:
             raise ValueError("merge: the base weight is an empty shard; gather it first")
         wide = torch.float32 if weight.dtype in HALF or weight.device.type == "mps" else torch.float64
@@ -189,7 +203,7 @@ class Mergeable(nn.Module):
         for tell in tensors.warnings:
             tell()
         for key, tensor in tensors.items():
-            parameter = getattr(self.base_layer, key)
+            parameter = getattr(self._holder, key)
             if key not in self._original:
                 self._original[key] = parameter.detach().to("cpu") if keep_base == "cpu" else parameter.detach()
             _replace(parameter, tensor)
@@ -207,14 +221,14 @@ class Mergeable(nn.Module):
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
             return
         self.check_written()
-        with all_or_nothing([self], [getattr(self.base_layer, key) for key in self._original]):
+        with all_or_nothing([self], [getattr(self._holder, key) for key in self._original]):
             self.unmerge_checked()
 
     @torch.no_grad()
     def unmerge_checked(self) -> None:
         """As `unmerge`, for a caller who has called `check_written`, and undoes what fails."""
         for key, tensor in self._original.items():
-            parameter = getattr(self.base_layer, key)
+            parameter = getattr(self._holder, key)
             _replace(parameter, tensor.to(device=parameter.device, dtype=parameter.dtype))
         self._original, self._versions = {}, {}
         self.merged_adapters = []
@@ -224,7 +238,7 @@ class Mergeable(nn.Module):
         if not self.merged_adapters:
             return
         for key, version in self._versions.items():
-            parameter = getattr(self.base_layer, key)
+            parameter = getattr(self._holder, key)
             if not parameter.is_inference() and parameter._version > version:
                 raise ValueError(
                     f"base_layer: its {key} was written to while {self.merged_adapters} were merged into it, and "

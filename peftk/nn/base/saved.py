@@ -19,6 +19,9 @@ class ModulesToSaveWrapper(nn.Module):
         module: The module to wrap.
     """
 
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.original_module = module
@@ -32,6 +35,11 @@ class ModulesToSaveWrapper(nn.Module):
         copy.requires_grad_(False)
         self.original_module.requires_grad_(False)
         self.modules_to_save[adapter_name] = copy
+
+    @property
+    def _adapters(self) -> set[str]:
+        # PEFT's name for those that have a copy.
+        return set(self.modules_to_save)
 
     def current(self) -> nn.Module:
         """Return the module that runs: the active adapter's copy, or the original."""
@@ -62,8 +70,8 @@ class ModulesToSaveWrapper(nn.Module):
         found = [name for name in names if name in self.modules_to_save]
         if len(found) > 1:
             raise ValueError(
-                f"adapter_names: only one of {found} can be active, because each brings its own copy of a module in "
-                "modules_to_save"
+                f"adapter_names: Only one adapter can be set at a time for ModulesToSaveWrapper, got {found}: each "
+                "brings its own copy of a module in modules_to_save"
             )
         return found
 

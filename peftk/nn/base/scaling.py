@@ -63,7 +63,7 @@ class Scalable(nn.Module):
             return
         self._tell_merged([adapter])
         if adapter in self._first_scaling:
-            self.scaling[adapter] = scale * self._first_scaling[adapter]
+            self.write_scaling(adapter, scale * self._first_scaling[adapter])
         else:
             self._set_strength(adapter, float(scale))
 
@@ -100,9 +100,26 @@ class Scalable(nn.Module):
         self._tell_merged(names)
         for name in names:
             if name in self._first_scaling:
-                self.scaling[name] = change(self.scaling[name])
+                self.write_scaling(name, float(change(self.scaling[name])))
             else:
                 self._set_strength(name, change(self._strengths.get(name, 1.0)))
+
+    def write_scaling(self, name: str, value: float) -> None:
+        """Set the scale of an adapter; one that is a tensor stays that tensor, so that compiled code sees it."""
+        held = self.scaling[name]
+        if isinstance(held, Tensor):
+            held.fill_(value)
+        else:
+            self.scaling[name] = value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Scales that are tensors go where the layer goes; they keep their dtype.
+        result = super()._apply(fn, recurse)
+        for name, value in getattr(self, "scaling", {}).items():
+            if isinstance(value, Tensor):
+                device = fn(torch.empty(0, device=value.device)).device
+                self.scaling[name] = value if device.type == "meta" else value.to(device)
+        return result
 
     def _set_strength(self, name: str, value: float) -> None:
         if value == 1:

@@ -54,7 +54,7 @@ class Before:
         for module, own, *_ in self._modules:
             # The counters of merged tensors went on while other values stood in them.
             for key in own.get("_versions", ()):
-                parameter = getattr(own["_modules"]["base_layer"], key)
+                parameter = getattr(module._holder, key)
                 if id(parameter) in moved:
                     module.__dict__["_versions"][key] = parameter._version
 

@@ -13,6 +13,7 @@ from ..base.config import (
     check_bool,
     check_choice,
     check_int,
+    check_names,
     check_number,
     check_patterns,
     refuse_unimplemented,
@@ -66,6 +67,8 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         trainable_token_indices: Rows of the input embeddings that are trained, such as those of new tokens; or names of
             embeddings to their rows. Layers that share the weight of such an embedding follow it, unless they are named
             with other rows.
+        target_parameters: Full names, or endings after a dot, of parameters of two or three dimensions in any module:
+            the stacked weights of experts. `target_modules` may then be None or empty, and means no module.
         ensure_weight_tying: Let the trained copies of tied modules in `modules_to_save` be tied, whichever of them is
             named; raise an error where tied layers are named with other rows; warn where nothing is tied. For
             `target_modules` it is not implemented.
@@ -150,6 +153,8 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         self._check_targets()
         self._check_init()
         self._check_tokens()
+        if self.target_parameters is not None:
+            check_names("target_parameters", self.target_parameters)
         if not isinstance(self.runtime_config, LoraRuntimeConfig):
             raise TypeError(f"runtime_config: expected a LoraRuntimeConfig, got {self.runtime_config!r}")
         refuse_unimplemented(self, _NOT_IMPLEMENTED)
@@ -219,7 +224,6 @@ _NOT_IMPLEMENTED = (
     "monteclora_config",
     "layer_replication",
     "runtime_config",
-    "target_parameters",
     "use_bdlora",
     "arrow_config",
     "kasa_config",

@@ -86,6 +86,11 @@ class LoRAConv(LoRALayer):
     def _with_mixed(
         self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
+        if any(adapter.dropout_p for adapter in adapters):
+            raise ValueError(
+                f"adapter_names: an adapter of convolution {self.module_name!r} has lora_dropout, which a batch that "
+                "mixes adapters has on linear layers only; set it to 0, or call eval()"
+            )
         return lora_conv.conv_mixed(self.base_layer, x, adapters, choice, args, kwargs)
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:

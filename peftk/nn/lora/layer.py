@@ -7,80 +7,56 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...methods import dora, lora
 from ...methods._base_layer import listened_to, observed, rows_of
 from ...methods.lora import LowRank
 from ...ops.kept import Kept
-from ..base.adapter_layer import Adapter, AdapterLayer
+from ..base.adapter_layer import Adapter
 from ..base.config import PeftConfig
+from ..base.decomposed import Decomposed
 from ..base.merging import Merged
-from ..base.offloading import onloaded
 from .config import LoraConfig
 from .magnitude import Magnitude
+from .padding import rank_of, resized
 from .start import starts_inside
 
 BASE = "__base__"
 
 
-class LoRALayer(AdapterLayer):
+class LoRALayer(Decomposed):
     """A layer with LoRA adapters, each of them plain or DoRA; a subclass is a kind of base layer.
 
     ``layer(x, adapter_names=names)`` runs a batch whose samples have adapters of their own: one name for each sample,
-    "__base__" for none, instead of the active ones. It raises ValueError if their number is not the batch size, if the
-    layer is merged or in training mode, or if one of them is a DoRA adapter.
+    "__base__" for none, instead of the active ones, also with gradients for all of them. It raises ValueError if their
+    number is not the batch size, if the layer is merged, or if one of them is a DoRA adapter.
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
+    magnitudes = "lora_magnitude_vector"
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", magnitudes)
     file_names = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}  # noqa: RUF012 - a ClassVar of the base
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora")
     config_class = LoraConfig
+    update_fields = {"r": "r", "lora_alpha": "lora_alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
-    def make(
-        cls,
-        base_layer: nn.Module,
-        config: PeftConfig,
-        module_name: str = "",
-        *,
-        autocast_adapter_dtype: bool = True,
-        initialise: bool = True,
-    ) -> Adapter:
-        """See `AdapterLayer.make`; DoRA's magnitudes are the norms of the adapted weight, never rounded to half."""
-        reads = "use_dora" if config.use_dora else "init_lora_weights"
-        if ((initialise and config.use_dora) or starts_inside(config.init_lora_weights)) and (
-            "weight" in base_layer.__dict__
-        ):
-            raise NotImplementedError(
-                f"{reads}: the weight of module {module_name!r} is computed by a hook whenever the layer is called "
-                "(as by torch.nn.utils.weight_norm), and it is needed before; use "
-                "torch.nn.utils.parametrizations.weight_norm, or remove it"
-            )
-        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": initialise}
-        with onloaded([base_layer]), torch.no_grad():
-            adapter = super().make(base_layer, config, module_name, **options)
-            if config.use_dora and initialise:
-                magnitude = adapter.parts["lora_magnitude_vector"]
-                assert isinstance(magnitude, Magnitude)
-                # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
-                norms = dora.norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
-                magnitude.weight.copy_(norms.view_as(magnitude.weight))
-        return adapter
+    def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
+        return dora.norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
+
+    @classmethod
+    def _reads_weight(cls, config: LoraConfig, initialise: bool) -> str | None:
+        return super()._reads_weight(config, initialise) or (
+            "init_lora_weights" if starts_inside(config.init_lora_weights) else None
+        )
 
     def check_add(self, config: PeftConfig, initialise: bool = True) -> None:
-        """Raise ValueError if the norms of the base weight are needed and adapters are merged into it."""
+        """Raise ValueError if the base weight is needed and adapters are merged into it."""
         super().check_add(config, initialise)
         if starts_inside(config.init_lora_weights) and self.merged_adapters:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r}: such an adapter starts as a part of the base weight, "
                 f"and {self.merged_adapters} are merged into it; unmerge first"
-            )
-        if initialise and config.use_dora and self.merged_adapters:
-            raise ValueError(
-                f"use_dora: a new DoRA adapter starts at the norms of the base weight, and {self.merged_adapters} are "
-                "merged into it; unmerge first"
             )
 
     @classmethod
@@ -99,7 +75,9 @@ class LoRALayer(AdapterLayer):
     def _warn_about_bias(base_layer: nn.Module, config: LoraConfig, module_name: str) -> None:
         if config.lora_bias and base_layer.bias is None:
             warnings.warn(
-                f"lora_bias: module {module_name!r} has no bias, so this adapter can never be merged", stacklevel=2
+                "lora_bias: `lora_bias=True` was passed but the targeted layer of type "
+                f"{type(base_layer).__name__} has no bias (module {module_name!r}), so it can never be merged",
+                stacklevel=2,
             )
 
     # -- what a subclass says ---------------------------------------------------------------------------------
@@ -138,6 +116,56 @@ class LoRALayer(AdapterLayer):
             else:
                 found = found or listened_to(self._factor_class, *self._factor_modules(name))
         return found
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def factors(self, name: str) -> list[tuple[str, nn.Module | nn.Parameter]]:
+        """Return the file key, after the path of the layer, and the holder of A and of B of an adapter."""
+        held = self.adapter_layer_names[:2]
+        return [(c if c in self.parameter_names else f"{c}.weight", getattr(self, c)[name]) for c in held]
+
+    def as_in_file(self, name: str, config: Any, path: str, tensors: dict[str, Tensor], prefix: str) -> None:
+        """Give the factors the rank that the configuration says; in memory there may be zeros beside it.
+
+        Raises:
+            ValueError: There is something else beside it.
+        """
+        before, after = self.r[name], self._settings(config, path)["r"]
+        given = dict(tensors)
+        self._resize(name, before, after, tensors, prefix)
+        if after < before and self._loses(name, before, given, tensors, prefix):
+            raise ValueError(
+                f"r: adapter {name!r} has rank {before} on module {path!r} and its configuration says {after}; set the "
+                "fields of the configuration to what was trained"
+            )
+
+    def _loses(self, name: str, before: int, given: dict[str, Tensor], cut: dict[str, Tensor], prefix: str) -> bool:
+        """Whether an update is more than what its factors have left after they were cut to a rank."""
+        lost = []
+        for which, (key, _) in enumerate(self.factors(name)):
+            whole, rest = given.get(prefix + key), cut.get(prefix + key)
+            if whole is None or rest is None or whole.is_meta:
+                return False
+            lost.append(bool((whole != resized(rest, which, self.groups, before)).any()))
+        return all(lost)
+
+    def as_in_memory(self, name: str, config: Any, path: str, tensors: dict[str, Tensor], prefix: str) -> None:
+        """Put zeros beside factors of a smaller rank; those of a larger one stay as they are."""
+        rank = self._settings(config, path)["r"]
+        if rank < self.r[name]:
+            self._resize(name, rank, self.r[name], tensors, prefix)
+
+    def _resize(self, name: str, before: int, after: int, tensors: dict[str, Tensor], prefix: str) -> None:
+        for which, (key, _) in enumerate(self.factors(name)):
+            factor = tensors.get(prefix + key)
+            # What a caller gives may have another rank, and is refused as it is.
+            if factor is not None and factor.dim() > 1 and rank_of(factor, which, self.groups) == before:
+                tensors[prefix + key] = resized(factor, which, self.groups, after)
+
+    @property
+    def groups(self) -> int:
+        """The groups of the base layer, which a convolution has."""
+        return getattr(self.base_layer, "groups", 1)
 
     @property
     def _factor_class(self) -> type[nn.Module]:
@@ -178,10 +206,6 @@ class LoRALayer(AdapterLayer):
         return self._factors_of({c: getattr(self, c)[name] for c in containers})
 
     # -- merging ----------------------------------------------------------------------------------------------
-
-    def _merge_order(self, names: list[str]) -> list[str]:
-        # All add to the output; DoRA also scales what the adapters before it have made of it.
-        return names
 
     def _extra_bias(self, name: str) -> Tensor | None:
         """Return what an adapter adds to the bias, or None."""
@@ -233,12 +257,16 @@ class LoRALayer(AdapterLayer):
     def _check_mixed(self, x: Tensor, names: Sequence[str]) -> None:
         if isinstance(names, str) or len(names) != len(x):
             raise ValueError(
-                f"adapter_names: expected a list with one name for each of the {len(x)} samples, got {names!r}"
+                "adapter_names: expected a list with one name for each sample. Length of `adapter_names` should be the "
+                f"same as the number of inputs, but got {len(names)} and {len(x)}"
             )
-        if self.training:
-            raise ValueError("adapter_names: the layer is in training mode; call eval() first")
         if self.merged_adapters:
-            raise ValueError("adapter_names: the layer is merged; unmerge it first")
+            raise ValueError(
+                "adapter_names: Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
         for name in set(names):
             if self.use_dora.get(name):
-                raise ValueError(f"adapter_names: adapter {name!r} is a DoRA adapter, which cannot be mixed in a batch")
+                raise ValueError(
+                    f"adapter_names: Cannot pass `adapter_names` when DoRA is enabled. Adapter {name!r} has it"
+                )

@@ -143,8 +143,8 @@ class XLoraLayer(AdapterLayer):
 
     gates: Gates
 
-    def _wrap(self, base_layer: nn.Module) -> None:
-        super()._wrap(base_layer)
+    def _wrap(self, base_layer: nn.Module, module_name: str) -> None:
+        super()._wrap(base_layer, module_name)
         self.number = 0
 
     def expert_names(self) -> list[str]:

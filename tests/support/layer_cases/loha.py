@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import LoHaConfig
+from peftk.testing.cases import dora
 from support.layer_cases import Case, Toy
 
 
@@ -16,6 +17,11 @@ def _config(r=2, **values):
 CASES = {
     "loha": Case(_config(alpha=3), together="loha_written"),
     "loha_written": Case(_config(7), together="loha"),
+    "loha_dora": Case(_config(alpha=3, use_dora=True)),
+    "loha_dora_written": Case(_config(7, use_dora=True)),
+    "loha_dora_conv": Case(_config(1, use_dora=True), "conv"),
+    "loha_dora_tucker_groups": Case(_config(use_effective_conv2d=True, use_dora=True), "conv_groups"),
+    "loha_dora_sequence": Case(_config(3, use_dora=True), "sequence_uneven"),
     "loha_conv": Case(_config(1, alpha=2), "conv", together="loha_tucker"),
     "loha_conv_written": Case(_config(5), "conv_uneven"),
     "loha_tucker": Case(_config(3, use_effective_conv2d=True), "conv", together="loha_conv"),
@@ -31,6 +37,8 @@ CASES = {
 IDENTITIES = {
     "loha": Case(LoHaConfig(r=2)),
     "loha_written": Case(LoHaConfig(r=7)),
+    "loha_dora": Case(LoHaConfig(r=2, use_dora=True)),
+    "loha_dora_conv": Case(LoHaConfig(r=2, use_dora=True), "conv_uneven"),
     "loha_conv": Case(LoHaConfig(r=1), "conv"),
     "loha_conv_written": Case(LoHaConfig(r=4), "conv_uneven"),
     "loha_tucker": Case(LoHaConfig(r=3, use_effective_conv2d=True), "conv"),
@@ -74,4 +82,6 @@ def dense(layer, name, weight, bias):
         )
     else:
         first, second = w1_a @ w1_b, w2_a @ w2_b
-    return weight + layer.scaling[name] * (first * second).reshape(weight.shape), bias
+    weight = weight + layer.scaling[name] * (first * second).reshape(weight.shape)
+    magnitude = layer.hada_magnitude_vector
+    return dora.decomposed(weight, magnitude[name].double()) if name in magnitude else weight, bias

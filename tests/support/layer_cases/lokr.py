@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftk.nn import LoKrConfig
+from peftk.testing.cases import dora
 from support.layer_cases import Case, Toy
 
 
@@ -18,6 +19,11 @@ CASES = {
     "lokr_full": Case(_config(r=8, alpha=5, decompose_factor=2)),
     "lokr_both": Case(_config(r=1, decompose_both=True, decompose_factor=5), together="lokr"),
     "lokr_thin": Case(_config(r=1, decompose_factor=1)),
+    "lokr_dora": Case(_config(r=1, alpha=3, use_dora=True)),
+    "lokr_dora_full": Case(_config(r=8, decompose_factor=2, use_dora=True)),
+    "lokr_dora_conv": Case(_config(r=1, alpha=2, use_dora=True), "conv"),
+    "lokr_dora_conv_groups": Case(_config(r=1, decompose_factor=2, use_dora=True), "conv_groups"),
+    "lokr_dora_sequence": Case(_config(r=8, decompose_factor=2, use_dora=True), "sequence"),
     "lokr_conv": Case(_config(r=1, alpha=2), "conv", together="lokr_conv_full"),
     "lokr_conv_full": Case(_config(r=8, decompose_factor=2), "conv"),
     "lokr_conv_tucker": Case(_config(r=1, alpha=3, use_effective_conv2d=True, decompose_factor=1), "conv_uneven"),
@@ -38,6 +44,8 @@ IDENTITIES = {
     "lokr_thin": Case(LoKrConfig(r=1, decompose_factor=1)),
     "lokr_lycoris": Case(LoKrConfig(r=1, init_weights="lycoris")),
     "lokr_lycoris_full": Case(LoKrConfig(r=8, init_weights="lycoris")),
+    "lokr_dora": Case(LoKrConfig(r=1, use_dora=True)),
+    "lokr_dora_conv": Case(LoKrConfig(r=1, init_weights="lycoris", use_dora=True), "conv"),
     "lokr_conv": Case(LoKrConfig(r=1), "conv"),
     "lokr_conv_tucker": Case(LoKrConfig(r=1, use_effective_conv2d=True), "conv_uneven"),
     "lokr_conv_groups": Case(LoKrConfig(r=1, init_weights="lycoris"), "conv_groups"),
@@ -82,7 +90,9 @@ def dense(layer, name, weight, bias):
     if "lokr_w2" in held and w2.dim() == 3:
         # PEFT's update of an nn.Conv1d, whatever its numbers are then beside.
         update = torch.stack([torch.kron(w1, part) for part in w2]).reshape(weight.shape)
-        return weight + layer.alpha[name] / layer.r[name] * update, bias
-    # Every entry of w1 is one block of the weight.
-    blocks = [torch.cat([entry * w2 for entry in row], dim=1) for row in w1]
-    return weight + layer.alpha[name] / layer.r[name] * torch.cat(blocks, dim=0), bias
+    else:
+        # Every entry of w1 is one block of the weight.
+        update = torch.cat([torch.cat([entry * w2 for entry in row], dim=1) for row in w1], dim=0)
+    weight = weight + layer.alpha[name] / layer.r[name] * update
+    magnitude = held.get("lokr_magnitude_vector")
+    return weight if magnitude is None else dora.decomposed(weight, magnitude), bias

@@ -1,0 +1,347 @@
+"""Adapter files of kohya's scripts, LyCORIS, diffusers and ComfyUI as PEFT would have written them.
+
+Nothing is guessed and nothing is left out: a file is turned into a configuration and tensors with PEFT's names, which
+mean the same update of every module, or it is refused with all reasons. The scale of a module is alpha / rank, as its
+writers have it; a module without an alpha has a scale of 1. LoKr whose two factors are both whole has a scale of 1
+whatever its alpha. What LyCORIS rotates is the output of a layer, and what PEFT rotates its input: such files are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .container import CheckpointError, capped, shown
+from .reader import TensorFile
+from .recognise import PREFIXES, Description, Found, recognise
+
+__all__ = ["Converted", "as_peft"]
+
+_METADATA = "lora_adapter_metadata"
+"""Where diffusers keeps the configuration in the header of a file."""
+
+LOADED = ("LoRA", "LoHa", "LoKr")
+_DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+_UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
+_KEY = "base_model.model."
+
+
+@dataclass
+class Converted:
+    """An adapter in PEFT's words.
+
+    Attributes:
+        config: The content of adapter_config.json.
+        tensors: Key to tensor, as in adapter_model.safetensors.
+        left_out: Names of modules that belong to another model, by their prefix.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    left_out: dict[str, int]
+
+
+@dataclass
+class _Module:
+    """What one module of a file is in PEFT's words; the scale is alpha / rank.
+
+    Attributes:
+        path: Where it is in the model.
+        rank: The rank.
+        alpha: Numerator of the scale.
+        used: Which tensors of the file say so.
+        tensors: Those of PEFT, by the end of their names.
+        flags: Fields of the configuration that it needs.
+        dora: Whether it has magnitudes.
+    """
+
+    path: str
+    rank: int
+    alpha: float
+    used: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    flags: dict[str, bool] = field(default_factory=dict)
+    dora: bool = False
+
+
+def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
+    """Turn a file into PEFT's configuration and tensors.
+
+    Args:
+        file: The file.
+        weights: Path of every module of the model that has a weight, to its shape.
+
+    Raises:
+        CheckpointError: It cannot be turned without changing what it means; every reason is named.
+    """
+    found = recognise({key: tensor.shape for key, tensor in file.tensors.items()}, file.metadata)
+    problems = found.problems()
+    if found.dialect in (None, "PEFT"):
+        problems.append(
+            "expected a file of kohya's scripts, LyCORIS, diffusers or ComfyUI; one with the names of PEFT needs the "
+            "adapter_config.json beside it, which has its alpha: pass the folder"
+        )
+    foreign = [method for method in found.methods if method not in LOADED]
+    if foreign:
+        problems.append(f"methods: expected {', '.join(LOADED)}; got {', '.join(foreign)}, which peftk cannot load")
+    elif len(found.methods) > 1:
+        problems.append(f"methods: expected one in the file, got {', '.join(found.methods)}")
+    if problems:
+        raise CheckpointError(file.path, f"has {found}", *capped(problems, "problems"))
+    paths, left_out = _resolved(found, weights, file)
+    alphas = _alphas(file.metadata, file)
+    modules = []
+    for name, path in paths.items():
+        try:
+            modules.append(_module(name, path, found.modules[name], file, weights[path], alphas))
+        except ValueError as error:
+            problems.append(f"module {shown(name)}: {error}")
+    if len({module.dora for module in modules}) > 1:
+        problems.append("dora_scale: expected on all modules or on none")
+    if problems:
+        raise CheckpointError(file.path, f"has {found}", *capped(problems, "problems"))
+    tensors = {f"{_KEY}{module.path}.{key}": value for module in modules for key, value in module.tensors.items()}
+    return Converted(_config(found.methods[0], modules), tensors, left_out)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def _resolved(
+    found: Description, weights: Mapping[str, torch.Size], file: TensorFile
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Map the names of a file to paths of the model; a prefix of which no module is in the model is another model's."""
+    by_prefix: dict[str, dict[str, str | None]] = {}
+    for name in found.modules:
+        prefix, rest = _prefix(name)
+        by_prefix.setdefault(prefix, {})[name] = rest
+    flat: dict[str, list[str]] = {}
+    for path in weights:
+        flat.setdefault(path.replace(".", "_"), []).append(path)
+    paths: dict[str, str] = {}
+    problems, left_out = [], {}
+    for prefix, names in by_prefix.items():
+        here: dict[str, str] = {}
+        lost = []
+        for name, rest in names.items():
+            fitting = _paths(name, rest or name, weights, flat)
+            if len(fitting) > 1:
+                problems.append(f"module {shown(name)}: expected one module, and it fits {' and '.join(fitting)}")
+            elif fitting:
+                here[name] = fitting[0]
+            else:
+                lost.append(name)
+        if prefix and not here and len(by_prefix) > 1:
+            left_out[prefix] = len(lost)
+            continue
+        problems += [f"module {shown(name)}: the model has no module of this name with a weight" for name in lost]
+        paths |= here
+    twice = [path for path, count in Counter(paths.values()).items() if count > 1]
+    problems += [f"module {shown(path)}: has two adapters in the file" for path in twice]
+    if not paths and not problems:
+        problems.append("no module of the file is in the model")
+    if problems:
+        raise CheckpointError(file.path, f"has {found}", *capped(problems, "problems"))
+    return paths, left_out
+
+
+def _prefix(name: str) -> tuple[str, str | None]:
+    for prefixes in PREFIXES.values():
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                return prefix, name[len(prefix) :]
+    return "", None
+
+
+def _paths(name: str, rest: str, weights: Mapping[str, torch.Size], flat: Mapping[str, list[str]]) -> list[str]:
+    """Return the paths that a name may mean: written with dots, or with underscores for them, which loses something."""
+    for one in dict.fromkeys((name, rest)):
+        if one in weights:
+            return [one]
+    for one in dict.fromkeys((name, rest)):
+        if "." not in one and one in flat:
+            return flat[one]
+    return []
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+def _alphas(metadata: Mapping[str, str], file: TensorFile) -> Mapping[str, Any]:
+    """Return the configuration that diffusers has written into a header, or nothing."""
+    text = metadata.get(_METADATA)
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(file.path, f"metadata {_METADATA}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(file.path, f"metadata {_METADATA}: expected an object, got {type(values).__name__}")
+    return values
+
+
+def _alpha(name: str, rank: int, parts: Mapping[str, Tensor], written: Mapping[str, Any]) -> float:
+    tensor = parts.get("alpha", parts.get("lora_alpha"))
+    if tensor is not None:
+        if tensor.numel() != 1:
+            raise ValueError(f"alpha: expected one number, got shape {tuple(tensor.shape)}")
+        alpha = float(tensor)
+    else:
+        prefix, rest = _prefix(name)
+        values = {key.removeprefix(prefix): value for key, value in written.items() if key.startswith(prefix)}
+        alpha = _by_pattern(values.get("alpha_pattern"), rest or name, values.get("lora_alpha", rank))
+        if values.get("use_rslora"):
+            alpha *= rank**0.5
+    if not alpha > 0:
+        raise ValueError(f"alpha: expected a number above 0, got {alpha:g}")
+    return alpha
+
+
+def _by_pattern(patterns: Any, path: str, default: Any) -> float:
+    if isinstance(patterns, dict):
+        for pattern, value in patterns.items():
+            if path == pattern or path.endswith(f".{pattern}"):
+                default = value
+                break
+    if isinstance(default, bool) or not isinstance(default, (int, float)):
+        raise ValueError(f"alpha: expected a number in the metadata, got {shown(default)}")
+    return float(default)
+
+
+def _module(
+    name: str, path: str, found: Found, file: TensorFile, weight: torch.Size, written: Mapping[str, Any]
+) -> _Module:
+    parts = {part: file.tensors[f"{name}.{part}"] for part in found.parts}
+    if found.method == "LoRA":
+        made = _lora(name, path, parts, weight, written)
+    elif found.method == "LoHa":
+        made = _loha(name, path, parts, weight, written)
+    else:
+        made = _lokr(name, path, parts, weight, written)
+    left = parts.keys() - {"alpha", "lora_alpha", "dora_scale", *made.used}
+    if left:
+        raise ValueError(f"{', '.join(sorted(left))}: peftk cannot load it")
+    if "dora_scale" in parts:
+        _add_magnitudes(made, parts["dora_scale"], weight, found.method or "")
+    return made
+
+
+def _add_magnitudes(made: _Module, scale: Tensor, weight: torch.Size, method: str) -> None:
+    if scale.dim() == 0 or scale.shape[0] != weight[0] or scale.numel() != weight[0]:
+        raise ValueError(
+            f"dora_scale: expected one number for each of the {weight[0]} outputs, got shape {tuple(scale.shape)}; "
+            "peftk cannot load magnitudes of inputs"
+        )
+    container = {"LoRA": "lora", "LoHa": "hada", "LoKr": "lokr"}[method] + "_magnitude_vector"
+    places = [1] * (len(weight) - 2)
+    made.tensors[container] = scale.reshape(1, -1, *places) if method == "LoRA" and places else scale.reshape(-1)
+    made.dora = True
+
+
+def _first(parts: Mapping[str, Tensor], names: tuple[str, ...]) -> tuple[str, Tensor]:
+    name = next(name for name in names if name in parts)
+    return name, parts[name]
+
+
+def _fitted(factor: Tensor, dims: int) -> Tensor:
+    """Return a factor with the dimensions of the weight: linear layers are written as 1 x 1 convolutions, and back."""
+    if factor.dim() > dims and all(size == 1 for size in factor.shape[dims:]):
+        return factor.flatten(dims - 1)
+    return factor.reshape(*factor.shape, *[1] * (dims - factor.dim())) if factor.dim() < dims else factor
+
+
+def _lora(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]) -> _Module:
+    if "lora_mid.weight" in parts:
+        raise ValueError("lora_mid.weight: peftk cannot load LoRA in Tucker form")
+    (down_name, down), (up_name, up) = _first(parts, _DOWN), _first(parts, _UP)
+    a, b = _fitted(down, len(weight)), _fitted(up, len(weight))
+    rank = a.shape[0]
+    if b.dim() < 2 or b.shape[1] != rank:
+        raise ValueError(f"{up_name}: expected the rank {rank} of {down_name}, got shape {tuple(up.shape)}")
+    tensors = {"lora_A.weight": a, "lora_B.weight": b}
+    return _Module(path, rank, _alpha(name, rank, parts, written), (down_name, up_name), tensors)
+
+
+def _loha(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]) -> _Module:
+    four = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    cores = tuple(core for core in ("hada_t1", "hada_t2") if core in parts)
+    ranks = {parts[part].shape[0] for part in ("hada_w1_b", "hada_w2_b") if parts[part].dim() == 2}
+    if len(ranks) != 1 or len(cores) == 1:
+        raise ValueError(f"expected matrices of one rank and both cores or none, got {sorted(parts)}")
+    (rank,) = ranks
+    flags = {}
+    if len(weight) > 2 and any(size > 1 for size in weight[2:]):
+        flags["use_effective_conv2d"] = bool(cores)
+    tensors = {part: parts[part] for part in (*four, *cores)}
+    if len(weight) == 3:
+        # PEFT's cores of an nn.Conv1d have a last dimension of one.
+        tensors |= {core: tensors[core].unsqueeze(-1) for core in cores if tensors[core].dim() == 3}
+    return _Module(path, rank, _alpha(name, rank, parts, written), (*four, *cores), tensors, flags)
+
+
+def _lokr(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]) -> _Module:
+    used = tuple(part for part in parts if part.startswith("lokr_"))
+    if "lokr_t1" in used:
+        raise ValueError("lokr_t1: peftk cannot load it")
+    ranks = {parts[part].shape[0] for part in ("lokr_w1_b", "lokr_w2_b") if part in parts}
+    if len(ranks) > 1:
+        raise ValueError(f"expected factors of one rank, got {sorted(ranks)}")
+    flags = {}
+    tensors = {part: parts[part] for part in used}
+    if "lokr_w1" not in parts:
+        flags["decompose_both"] = True
+    if len(weight) > 2 and any(size > 1 for size in weight[2:]) and "lokr_w2" not in parts:
+        flags["use_effective_conv2d"] = "lokr_t2" in parts
+    if len(weight) == 3:
+        if "lokr_w2" in parts:
+            raise ValueError("lokr_w2: a whole factor on an nn.Conv1d has another order of its numbers in PEFT")
+        if "lokr_t2" in tensors and tensors["lokr_t2"].dim() == 3:
+            tensors["lokr_t2"] = tensors["lokr_t2"].unsqueeze(-1)
+    elif len(weight) == 2 and "lokr_w2" in parts:
+        tensors["lokr_w2"] = _fitted(parts["lokr_w2"], 2)
+    if not ranks:
+        # Whole factors: any rank from half of their size on, and an alpha that makes the scale 1.
+        rank = max(weight[0], weight[1])
+        return _Module(path, rank, float(rank), used, tensors, flags)
+    (rank,) = ranks
+    return _Module(path, rank, _alpha(name, rank, parts, written), used, tensors, flags)
+
+
+# -- the configuration ------------------------------------------------------------------------------------------------
+
+
+def _config(method: str, modules: list[_Module]) -> dict[str, Any]:
+    alpha = "lora_alpha" if method == "LoRA" else "alpha"
+    rank = Counter(module.rank for module in modules).most_common(1)[0][0]
+    usual = Counter(module.alpha for module in modules).most_common(1)[0][0]
+    flags: dict[str, bool] = {}
+    for module in modules:
+        for name, value in module.flags.items():
+            flags[name] = flags.get(name, False) or value
+    return {
+        "peft_type": method.upper(),
+        "r": rank,
+        alpha: _number(usual),
+        "rank_pattern": {_exactly(m.path): m.rank for m in modules if m.rank != rank},
+        "alpha_pattern": {_exactly(m.path): _number(m.alpha) for m in modules if m.alpha != usual},
+        "target_modules": [module.path for module in modules],
+        **({"use_dora": True} if modules[0].dora else {}),
+        **flags,
+    }
+
+
+def _exactly(path: str) -> str:
+    return f"^{re.escape(path)}"
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,72 @@
+"""The grouped low-rank product on the CPU: C++ that splits the rows among threads, whatever group they belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ..shared.grouped_low_rank import sizes_of
+from ._supports import supports_activations
+
+_forward = torch.ops.peftk_native.grouped_low_rank.default
+_backward = torch.ops.peftk_native.grouped_low_rank_backward.default
+
+
+def _operands(a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, rows: int) -> tuple[Any, ...]:
+    """Return factors, offsets and gate as C++ reads them, the offsets checked."""
+    sizes_of(offsets, rows)
+    gate = None if gate is None else gate.contiguous()
+    return a.float().contiguous(), b.float().contiguous(), offsets.long().contiguous(), gate
+
+
+def grouped_low_rank_add_supports(base: Tensor, x: Tensor, *args: Any) -> str | None:
+    """Return None, or why the C++ kernels cannot run the call."""
+    if base.dtype is not x.dtype:
+        return f"the C++ kernels take base and x of one dtype; got {base.dtype} and {x.dtype}"
+    return supports_activations(x)
+
+
+def grouped_low_rank_add(
+    base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the sum and the rank-sized product; see `peftk.functional.grouped_low_rank_add`."""
+    rows, rank = x.shape[0], a.shape[1]
+    out, hidden = base.new_empty(base.shape), x.new_empty(rows, rank)
+    operands = _operands(a, b, offsets, gate, rows)
+    _forward(base.contiguous(), x.contiguous(), *operands, scale, out, hidden)
+    return out, hidden
+
+
+def grouped_low_rank_add_backward_supports(grad: Tensor, x: Tensor, *args: Any) -> str | None:
+    """Return None, or why the C++ kernels cannot run the backward pass."""
+    return grouped_low_rank_add_supports(grad, x)
+
+
+def grouped_low_rank_add_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
+    dx = x.new_empty(x.shape if need_x else 0)
+    da = x.new_empty(a.shape if need_a else 0, dtype=torch.float32)
+    db = x.new_empty(b.shape if need_b else 0, dtype=torch.float32)
+    dgate = x.new_empty(0) if gate is None or not need_gate else gate.new_empty(gate.shape)
+    operands = _operands(a, b, offsets, gate, x.shape[0])
+    _backward(
+        *(grad.contiguous(), x.contiguous(), hidden.contiguous(), *operands, scale),
+        *(dx, da, db, dgate),
+    )
+    return dx, da, db, dgate

@@ -1,0 +1,48 @@
+"""What the backends of the grouped low-rank product share: where groups end, and products with a factor for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def sizes_of(offsets: Tensor, rows: int) -> list[int]:
+    """Return how many rows each group has, and last how many belong to none; nobody's are all of them on "meta".
+
+    Raises:
+        ValueError: if the ends of the groups do not ascend from 0 to at most the number of rows.
+    """
+    if offsets.is_meta:
+        return [0] * offsets.shape[0] + [rows]
+    sizes, start = [], 0
+    for group, end in enumerate(offsets.tolist()):
+        if not start <= end <= rows:
+            raise ValueError(
+                f"offsets: expected the row at which each group ends, ascending from 0 to at most {rows}, the rows of "
+                f"x; got {end} for group {group}, which starts at row {start}"
+            )
+        sizes.append(end - start)
+        start = end
+    return [*sizes, rows - start]
+
+
+def by_group(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the products of each group's rows with its own factor, and zeros for the rows of no group.
+
+    Args:
+        product: (rows of a group, in) and a factor to (rows of a group, out).
+        x: (rows, in).
+        factors: one factor a group, (groups, ...).
+        sizes: what `sizes_of` returns.
+    """
+    *groups, others = x.split(list(sizes))
+    found = [product(rows, factor) for rows, factor in zip(groups, factors.unbind(), strict=True)]
+    return torch.cat([*found, found[0].new_zeros(others.shape[0], found[0].shape[1])])
+
+
+def shrunk(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
+    """Return the rank-sized product, (rows, rank): each row by the first factor of its group."""
+    return by_group(linear, x, a, sizes_of(offsets, x.shape[0]))

@@ -1,0 +1,250 @@
+"""Adapter files that LyCORIS, kohya's scripts and diffusers write: outputs are theirs, or the file is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lycoris import LycorisNetwork, create_lycoris
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftk
+from peftk.checkpoint.container import CheckpointError
+from peftk.testing.compare import assert_close
+
+
+class Net(nn.Module):
+    """Layers of every kind, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.block = nn.ModuleDict({"conv_in": nn.Conv2d(4, 8, 3, padding=1), "point": nn.Conv2d(8, 4, 1)})
+        self.sequence = nn.Conv1d(4, 6, 3, padding=1)
+        self.volume = nn.Conv3d(2, 3, (1, 2, 3), padding=(0, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).view(-1, 4, 2, 2)
+        y = self.block["point"](torch.tanh(self.block["conv_in"](y)))
+        y = torch.tanh(self.sequence(y.flatten(2)))
+        return self.volume(torch.tanh(y).view(-1, 2, 1, 3, 4))
+
+
+X = torch.linspace(-1, 1, 60).view(5, 12)
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def trained(network: nn.Module) -> None:
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.5)
+
+
+def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **options: Any) -> Tensor:
+    """Save a file of LyCORIS, and return the output of its model."""
+    LycorisNetwork.apply_preset({"target_module": list(layers), "target_name": []})
+    LycorisNetwork.LORA_PREFIX = prefix
+    model = net()
+    network = create_lycoris(model, 1.0, **options)
+    network.apply_to()
+    trained(network)
+    y = model(X)
+    network.save_weights(str(path), torch.float32, {})
+    return y.detach()
+
+
+LAYERS = {
+    "linear": ("Linear",),
+    "conv": ("Conv2d",),
+    "sequence": ("Conv1d",),
+    "volume": ("Conv3d",),
+    "several": ("Linear", "Conv2d"),
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "locon": {"algo": "locon", "linear_dim": 3, "linear_alpha": 2, "conv_dim": 2, "conv_alpha": 5},
+    "locon, scalar": {"algo": "locon", "linear_dim": 3, "linear_alpha": 2, "conv_dim": 2, "use_scalar": True},
+    "locon, dora": {"algo": "locon", "linear_dim": 3, "conv_dim": 2, "weight_decompose": True, "wd_on_out": True},
+    "locon, rslora": {"algo": "locon", "linear_dim": 4, "linear_alpha": 2, "conv_dim": 4, "rs_lora": True},
+    "loha": {"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 3, "conv_alpha": 2},
+    "loha, tucker": {"algo": "loha", "linear_dim": 2, "conv_dim": 2, "conv_alpha": 3, "use_tucker": True},
+    "loha, dora": {"algo": "loha", "linear_dim": 2, "conv_dim": 2, "weight_decompose": True, "wd_on_out": True},
+    "lokr": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 2},
+    "lokr, whole": {"algo": "lokr", "linear_dim": 1000, "linear_alpha": 7, "conv_dim": 1000, "conv_alpha": 7},
+    "lokr, factor": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "factor": 2},
+    "lokr, both": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "factor": 4, "decompose_both": True},
+    "lokr, tucker": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "use_tucker": True, "factor": 2},
+    "lokr, dora": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "weight_decompose": True, "wd_on_out": True},
+}
+# What a file means, and no layer of this package or of PEFT can say.
+REFUSED = {
+    ("lokr, whole", "sequence"): "lokr_w2",
+    ("lokr, both", "sequence"): "lokr_w2",
+}
+
+
+@pytest.mark.parametrize("prefix", ["lycoris", "lora_unet"])
+@pytest.mark.parametrize(("form", "layers"), itertools.product(FORMS, LAYERS))
+def test_files_of_lycoris(form: str, layers: str, prefix: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    expected = by_lycoris(path, LAYERS[layers], prefix, **FORMS[form])
+    before = net()(X)
+    if (form, layers) in REFUSED and any(key.rpartition(".")[2] == "lokr_w2" for key in load_file(path)):
+        with pytest.raises(CheckpointError, match=REFUSED[form, layers]):
+            peftk.PeftModel.from_pretrained(net(), path)
+        return
+    model = peftk.PeftModel.from_pretrained(net(), path)
+    assert_close(model(X), expected.double(), torch.float32)
+    assert (before - expected).abs().max() > 1e-3
+    # As a further adapter, and written by PEFT's rules, it is the same.
+    other = peftk.get_peft_model(net(), peftk.LoraConfig(r=2, target_modules=["first"]))
+    if type(model.peft_config["default"]) is peftk.LoraConfig:
+        other.load_adapter(path, "published")
+        other.set_adapter("published")
+        assert torch.equal(other.eval()(X), model(X))
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(peftk.PeftModel.from_pretrained(net(), tmp_path / "saved")(X), model(X))
+
+
+def kohya(path: Path, alpha: float | None = 2.0, dtype: torch.dtype = torch.float32, **more: Tensor) -> Tensor:
+    """Write a file as kohya's scripts do, with the text encoder's modules beside, and return the output."""
+    torch.manual_seed(2)
+    model, tensors = net(), {}
+    for name, rank in (("first", 3), ("block.conv_in", 2)):
+        layer = model.get_submodule(name)
+        taps = layer.weight.shape[2:]
+        down = torch.randn(rank, layer.weight.shape[1], *taps).to(dtype)
+        up = torch.randn(layer.weight.shape[0], rank, *[1] * len(taps)).to(dtype)
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+        update = (up.float().flatten(1) @ down.float().flatten(1)).view(layer.weight.shape)
+        layer.weight.data += (1.0 if alpha is None else alpha / rank) * update
+    tensors |= {"lora_te_text_model_fc1.lora_down.weight": torch.ones(2, 4)}
+    tensors |= {"lora_te_text_model_fc1.lora_up.weight": torch.ones(4, 2), **more}
+    save_file(tensors, path, {"ss_network_module": "networks.lora"})
+    return model(X).detach()
+
+
+@pytest.mark.parametrize("alpha", [2.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_of_kohya(dtype: torch.dtype, alpha: float | None, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    expected = kohya(path, alpha, dtype)
+    with pytest.warns(UserWarning, match="1 that begin with 'lora_te_' are not in this model and were left out"):
+        model = peftk.PeftModel.from_pretrained(net(), path)
+    assert_close(model(X), expected.double(), torch.float32)
+    config = model.peft_config["default"]
+    assert {config.r, *config.rank_pattern.values()} == {2, 3}
+
+
+def test_files_of_diffusers(tmp_path: Path) -> None:
+    """As `save_lora_adapter` writes them: names of the model, and the configuration in the header."""
+    diffusers = pytest.importorskip("diffusers")
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 8}
+    kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_per_block": 1}
+    kinds |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4}
+    base = diffusers.UNet2DConditionModel(**sizes, **kinds).eval()
+    theirs = copy.deepcopy(base)
+    targets = ["to_q", "to_v", "conv1"]
+    patterns = {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 5}}
+    theirs.add_adapter(peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False, **patterns))
+    theirs.save_lora_adapter(tmp_path)
+    image, words = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
+    expected = theirs(image, 1, words).sample.detach()
+    model = peftk.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "pytorch_lora_weights.safetensors")
+    assert_close(model(image, 1, words).sample, expected.double(), torch.float32)
+    # The folder is no adapter of PEFT, and the message says what is in it.
+    with pytest.raises(CheckpointError, match=r"pytorch_lora_weights\.safetensors is there, and has .*bare names"):
+        peftk.PeftModel.from_pretrained(base, tmp_path)
+
+
+Keys = dict[str, Tensor]
+DAMAGE: dict[str, tuple[str, Any]] = {
+    "a module that the model has not": ("no module of this name", lambda t: t | _renamed(t, "first", "fourth")),
+    "a missing factor": ("lora_up.weight missing", lambda t: _without(t, "lora_unet_first.lora_up.weight")),
+    "a rank that differs": ("expected the rank 3", lambda t: t | {"lora_unet_first.lora_up.weight": torch.ones(16, 2)}),
+    "another shape": ("shape expected", lambda t: t | {"lora_unet_first.lora_down.weight": torch.ones(3, 11)}),
+    "alpha of zero": ("alpha: expected a number above 0", lambda t: t | {"lora_unet_first.alpha": torch.zeros(())}),
+    "NaN": ("finite", lambda t: t | {"lora_unet_first.lora_up.weight": torch.full((16, 3), torch.nan)}),
+    "two dialects": ("several dialects", lambda t: t | {"base_model.model.x.lora_A.weight": torch.ones(2, 2)}),
+    "two methods": ("expected one in the file", lambda t: t | _loha("lora_unet_block_point", 4, 8)),
+    "a key of no adapter": ("of no adapter", lambda t: t | {"lora_unet_first.something": torch.ones(2)}),
+    "Tucker form of LoRA": (
+        "lora_mid",
+        lambda t: t | {"lora_unet_block_conv_in.lora_mid.weight": torch.ones(2, 2, 3, 3)},
+    ),
+    "magnitudes of inputs": ("magnitudes of inputs", lambda t: t | {"lora_unet_first.dora_scale": torch.ones(1, 12)}),
+    "magnitudes of one": ("on all modules or on none", lambda t: t | {"lora_unet_first.dora_scale": torch.ones(16, 1)}),
+    "a rotation of the output": (
+        "OFT or BOFT on the output",
+        lambda t: {"lora_unet_first.oft_blocks": torch.ones(2, 8, 8)},
+    ),
+    "whole weights": ("whole weights", lambda t: {"lora_unet_first.diff": torch.ones(16, 12)}),
+}
+
+
+def _renamed(tensors: Keys, old: str, new: str) -> Keys:
+    return {key.replace(f"unet_{old}", f"unet_{new}"): value for key, value in tensors.items()}
+
+
+def _without(tensors: Keys, name: str) -> Keys:
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+def _loha(name: str, outputs: int, inputs: int) -> Keys:
+    left, right = torch.ones(outputs, 2), torch.ones(2, inputs)
+    return {
+        f"{name}.hada_{key}": value
+        for key, value in zip(("w1_a", "w1_b", "w2_a", "w2_b"), (left, right) * 2, strict=True)
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_wrong_is_named_and_changes_nothing(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    kohya(path)
+    tensors = {key: value for key, value in load_file(path).items() if "_te_" not in key}
+    message, change = DAMAGE[damage]
+    save_file({key: value.clone() for key, value in change(tensors).items()}, path)
+    model = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        peftk.PeftModel.from_pretrained(model, path)
+    assert str(path) in str(caught.value) or "adapter_model" in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    adapted = peftk.get_peft_model(net(), peftk.LoraConfig(r=2, target_modules=["first"]))
+    with pytest.raises(CheckpointError, match=message):
+        adapted.load_adapter(path, "other")
+    assert list(adapted.peft_config) == ["default"]
+
+
+def test_a_name_that_fits_two_modules_is_refused(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a_b = nn.ModuleDict({"c": nn.Linear(4, 4)})
+            self.a = nn.ModuleDict({"b_c": nn.Linear(4, 4)})
+
+    path = tmp_path / "adapter.safetensors"
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2)}
+    save_file({f"lora_unet_a_b_c.{key}": value for key, value in factors.items()}, path)
+    with pytest.raises(CheckpointError, match=r"a_b\.c and a\.b_c|a\.b_c and a_b\.c"):
+        peftk.PeftModel.from_pretrained(Twice(), path)
+
+
+def test_a_file_of_peft_alone_has_no_alpha(tmp_path: Path) -> None:
+    peftk.get_peft_model(net(), peftk.LoraConfig(r=2, target_modules=["first"])).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json beside it.*pass the folder"):
+        peftk.PeftModel.from_pretrained(net(), tmp_path / "adapter_model.safetensors")
