@@ -20,6 +20,16 @@ std::string cpu_capability() {
   }
 }
 
+// Of what is no x86 nothing is known, so that torch's library is trusted to be the faster one.
+bool multiplies_bfloat16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return peftk::wide_instructions() || __builtin_cpu_supports("avx512bf16");
+#else
+  return true;
+#endif
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = PEFTK_QUOTED(PEFTK_VERSION);
@@ -43,4 +53,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &cpu_capability, "The instruction set that the CPU kernels use here: base, avx2 or avx512.");
   m.def("has_bfloat16_tiles", &peftk::wide_instructions,
         "Whether products of bfloat16 matrices run on matrix instructions (AMX) here.");
+  m.def("multiplies_bfloat16", &multiplies_bfloat16,
+        "Whether the CPU may have instructions that multiply bfloat16 numbers (AMX, AVX-512 BF16).");
 }

@@ -49,6 +49,12 @@ def module_of(family: str) -> Any:
     return None if isinstance(module, str) else module
 
 
+def in_one_pass(x: Tensor) -> bool:
+    """Whether `linear_with` reads the weight once for so many rows of x; there are native kernels."""
+    rows: int = module_of("few_rows").ONE_PASS_ROWS.get(x.dtype, 0)
+    return x.numel() <= rows * x.shape[-1]
+
+
 def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
     """Return ``linear(x, weight, bias) + added``; where that is zero, with every bit of the frozen layer's output.
 
@@ -60,7 +66,7 @@ def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -
     """
     module = registry.backend_module("native", "few_rows")
     assert not isinstance(module, str)
-    most = module.ONE_PASS_ROWS
+    most = module.ONE_PASS_ROWS[x.dtype]
     y: Tensor | None = module.few_rows(x, weight, bias, None, None, None, 1.0, added, None, None, (), (), most)
     return linear(x, weight, bias).add_(added) if y is None else y
 
@@ -87,9 +93,8 @@ def low_rank_few(
     module = module_of("few_rows")
     if module is None:
         return None
-    y: Tensor | None = module.few_rows(
-        x, weight, bias, a, b, gate, scale, None, None, None, (), (), module.ONE_PASS_ROWS
-    )
+    most = module.ONE_PASS_ROWS.get(x.dtype, 0)
+    y: Tensor | None = module.few_rows(x, weight, bias, a, b, gate, scale, None, None, None, (), (), most)
     if y is not None:
         return y
     if (

@@ -12,7 +12,7 @@ from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import run_backward
 from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor
-from ._few_rows import linear_with, module_of, usual
+from ._few_rows import in_one_pass, linear_with, module_of, usual
 from .plain import ordinary
 
 __all__ = ["kronecker_add", "kronecker_linear", "kronecker_weight"]
@@ -334,7 +334,7 @@ def kronecker_few(
 ) -> Tensor | None:
     """Return `kronecker_linear` of few rows that record nothing, or None where the operator has to run."""
     module = module_of("kronecker")
-    if module is None or x.numel() > module.FEW_ROWS * x.shape[-1] or not usual(x, w1, w2):
+    if module is None or not in_one_pass(x) or not usual(x, w1, w2):
         return None
     (left, middle), (rows, columns) = w1.shape, w2.shape
     if middle * columns != x.shape[-1] or left * rows != weight.shape[0]:

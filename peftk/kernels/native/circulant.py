@@ -82,9 +82,5 @@ class _FastTransforms(Transforms):
 few = torch.ops.peftk_native.circulant_few.default
 """``few(x, kernel, scale, out)`` writes the convolution of few rows to a float32 `out`, without a spectrum."""
 
-FEW_ROWS = 4
-"""Rows up to which that is faster than transforms."""
-
-
 # The kernels that the registry looks for here by name; what a backend has of its own are the steps above.
 globals().update(operators(Paths(_mix, _contract, _write, _gather, _FastTransforms(), wide_product), _reason))

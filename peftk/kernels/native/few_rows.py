@@ -7,11 +7,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
+from ... import _C
 from .low_rank import _as_rows
 
-ONE_PASS_ROWS = 4
-"""Rows of x up to which one pass over the weight takes no longer than the product of torch's library."""
+ONE_PASS_ROWS = {torch.float32: 4, torch.bfloat16: 4 if _C.multiplies_bfloat16() else 32}
+"""Rows of x up to which one pass over a weight of a dtype takes no longer than the product of torch's library, which
+has no good one in bfloat16 where the CPU has no instructions for it. Measured on AVX-512 without these.
+"""
 
 SUM_WORDS = 16
 """Words of the checksum of one row of a weight."""

@@ -22,9 +22,6 @@ _write_backward = torch.ops.peftk_native.kronecker_weight_backward.default
 few = torch.ops.peftk_native.kronecker_few.default
 """``few(x, w1, w2, scale, out)`` writes the product of few rows, float32 or bfloat16, to a float32 `out`."""
 
-FEW_ROWS = 4
-"""Rows up to which that is faster than the two products of torch's library."""
-
 # Stands for a float32 result that is not wanted.
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 
