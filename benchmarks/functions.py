@@ -24,8 +24,8 @@ Results = Tensor | tuple[Tensor, ...]
 # The naive formulas of the tests.
 FORMULAS: dict[str, Callable[..., Tensor]] = {case.operator: case.formula for case in all_cases()}
 
-# Of a frozen layer.
-FROZEN = ("weight", "bias")
+# Of a frozen layer, and where groups of rows end.
+FROZEN = ("weight", "bias", "offsets")
 
 
 def keywords(call: Call, arguments: tuple) -> dict[str, Any]:
@@ -79,7 +79,8 @@ class Function:
     @functools.cached_property
     def truth(self) -> dict[str, Tensor]:
         """The results and the gradients in float64, by a dense formula."""
-        fixed = {n: v.double() if isinstance(v, Tensor) else v for n, v in self.fixed.items()}
+        floating = {n: v.double() for n, v in self.fixed.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        fixed = {**self.fixed, **floating}
         formula = functools.partial(FORMULAS[self.call.forward], **fixed)
         # Also where a comparison is made without gradients.
         with torch.enable_grad():

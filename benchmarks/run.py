@@ -28,6 +28,7 @@ SUITES = {
     "layers-half": ("bench_layers.py", "bf16"),
     "accelerate": ("bench_accelerate.py", ""),
     "decode": ("bench_decode.py", ""),
+    "experts": ("bench_experts.py", ""),
 }
 
 

@@ -367,6 +367,39 @@ def decode(results: Results) -> Iterable[Table]:
         )
 
 
+def experts(results: Results) -> Iterable[Table]:
+    """What adapters on a stack of experts take beside the frozen product."""
+    rows = []
+    for c in results.of("experts"):
+        found = {arm: c.rows[arm].found for arm in ("frozen", "peftk", "loop", "hf") if arm in c.rows}
+        ms = ["-" if (t := one.get("median_us")) is None else f"{t / 1000:.2f}" for one in found.values()]
+        ratios = (found.get(arm, {}).get("ratio") for arm in ("peftk", "loop", "hf"))
+        memory = " / ".join(_mib(one.get("peak_bytes")) for one in found.values())
+        rows.append(
+            (c.info["cell"], *ms, *("-" if not ratio else f"{ratio:.2f}" for ratio in ratios), memory, _samples(c))
+        )
+    if rows:
+        yield Table(
+            "LoRA on one stack of experts: milliseconds",
+            "Forward and backward of rows sorted by expert: the frozen product, with `grouped_low_rank_add`, with "
+            "`low_rank_add` for one expert after the other, and PEFT's wrapper, which builds the whole adapted stack. "
+            "Then multiples of the frozen product, and peak memory in MiB: frozen / peftk / loop / PEFT.",
+            (
+                "cell",
+                "frozen",
+                "peftk",
+                "loop",
+                "PEFT",
+                "peftk / frozen",
+                "loop / frozen",
+                "PEFT / frozen",
+                "memory",
+                "N",
+            ),
+            rows,
+        )
+
+
 def _mib(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**20:.1f}"
 
@@ -396,5 +429,6 @@ def everything(results: Results) -> list[Table]:
         *model(results),
         *accelerated(results),
         *decode(results),
+        *experts(results),
     ]
     return [*found, *costs.tables(results), *missing(results)]
