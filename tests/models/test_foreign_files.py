@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris import LycorisNetwork, create_lycoris
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftk
 from peftk.checkpoint.container import CheckpointError
 from peftk.testing.compare import assert_close
+
+lycoris = pytest.importorskip("lycoris")
 
 
 class Net(nn.Module):
@@ -51,10 +52,10 @@ def trained(network: nn.Module) -> None:
 
 def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **options: Any) -> Tensor:
     """Save a file of LyCORIS, and return the output of its model."""
-    LycorisNetwork.apply_preset({"target_module": list(layers), "target_name": []})
-    LycorisNetwork.LORA_PREFIX = prefix
+    lycoris.LycorisNetwork.apply_preset({"target_module": list(layers), "target_name": []})
+    lycoris.LycorisNetwork.LORA_PREFIX = prefix
     model = net()
-    network = create_lycoris(model, 1.0, **options)
+    network = lycoris.create_lycoris(model, 1.0, **options)
     network.apply_to()
     trained(network)
     y = model(X)

@@ -9,8 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lycoris.modules.loha import LohaModule
-from lycoris.modules.lokr import LokrModule
 from support.layer_cases import CASES, Case, dense_weight, example, make
 from support.quantised import QUANTISE
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ CONFIGS = {
     "loha": LoHaConfig(r=2, alpha=3, init_weights=False, use_dora=True),
     "lokr": LoKrConfig(r=2, alpha=3, decompose_factor=2, init_weights=False, use_dora=True),
 }
-MODULES = {"loha": LohaModule, "lokr": LokrModule}
 BASES = {"linear": lambda: nn.Linear(12, 10), "conv": lambda: nn.Conv2d(4, 6, 3, padding=1)}
 
 
@@ -39,7 +36,8 @@ def test_the_output_is_that_of_lycoris(method: str, base: str) -> None:
     inner = BASES[base]()
     inner.load_state_dict(ours.base_layer.state_dict())
     factor = {"factor": 2} if method == "lokr" else {}
-    theirs = MODULES[method](
+    modules = pytest.importorskip("lycoris.modules")
+    theirs = {"loha": modules.LohaModule, "lokr": modules.LokrModule}[method](
         "layer", inner, 1.0, 2, 3, weight_decompose=True, wd_on_out=True, bypass_mode=False, **factor
     )
     theirs.scale = ours.scaling["default"]

@@ -18,6 +18,7 @@ import peftk
 from peftk import LoraConfig, OFTConfig
 from peftk.kernels import native as native_kernels
 from peftk.nn import LoRALinear, OFTConv2d
+from peftk.runtime import timings
 
 pytestmark = pytest.mark.skipif(native_kernels.unavailable() is not None, reason=str(native_kernels.unavailable()))
 
@@ -66,7 +67,9 @@ def walk(run):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_warm_call_walks_no_further_than_this(name):
+def test_a_warm_call_walks_no_further_than_this(name, monkeypatch):
+    # A tuned table adds its look-up to every operator, and only some classes of CPUs have one.
+    monkeypatch.setattr(timings, "cells_of", lambda operator, device: None)
     make, limit = LAYERS[name]
     layer, x = make()
     x.requires_grad_()
