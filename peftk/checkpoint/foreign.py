@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ __all__ = ["Converted", "as_peft"]
 _METADATA = "lora_adapter_metadata"
 """Where diffusers keeps the configuration in the header of a file."""
 
-LOADED = ("LoRA", "LoHa", "LoKr")
-_DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+"""What the first factor of LoRA is called."""
+
 _UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
 _KEY = "base_model.model."
 
@@ -41,11 +42,13 @@ class Converted:
     Attributes:
         config: The content of adapter_config.json.
         tensors: Key to tensor, as in adapter_model.safetensors.
-        left_out: Names of modules that belong to another model, by their prefix.
+        layers: The path of each layer to the shapes of its tensors, by the ends of their keys.
+        left_out: How many modules belong to another model, by the prefix of their names.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    layers: dict[str, dict[str, torch.Size]]
     left_out: dict[str, int]
 
 
@@ -89,9 +92,9 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
             "expected a file of kohya's scripts, LyCORIS, diffusers or ComfyUI; one with the names of PEFT needs the "
             "adapter_config.json beside it, which has its alpha: pass the folder"
         )
-    foreign = [method for method in found.methods if method not in LOADED]
+    foreign = [method for method in found.methods if method not in _READERS]
     if foreign:
-        problems.append(f"methods: expected {', '.join(LOADED)}; got {', '.join(foreign)}, which peftk cannot load")
+        problems.append(f"methods: expected {', '.join(_READERS)}; got {', '.join(foreign)}, which peftk cannot load")
     elif len(found.methods) > 1:
         problems.append(f"methods: expected one in the file, got {', '.join(found.methods)}")
     if problems:
@@ -109,7 +112,8 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
     if problems:
         raise CheckpointError(file.path, f"has {found}", *capped(problems, "problems"))
     tensors = {f"{_KEY}{module.path}.{key}": value for module in modules for key, value in module.tensors.items()}
-    return Converted(_config(found.methods[0], modules), tensors, left_out)
+    layers = {module.path: {key: value.shape for key, value in module.tensors.items()} for module in modules}
+    return Converted(_config(found.methods[0], modules), tensors, layers, left_out)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -221,29 +225,26 @@ def _module(
     name: str, path: str, found: Found, file: TensorFile, weight: torch.Size, written: Mapping[str, Any]
 ) -> _Module:
     parts = {part: file.tensors[f"{name}.{part}"] for part in found.parts}
-    if found.method == "LoRA":
-        made = _lora(name, path, parts, weight, written)
-    elif found.method == "LoHa":
-        made = _loha(name, path, parts, weight, written)
-    else:
-        made = _lokr(name, path, parts, weight, written)
+    reader = _READERS[found.method or ""]
+    made = reader.read(name, path, parts, weight, written)
     left = parts.keys() - {"alpha", "lora_alpha", "dora_scale", *made.used}
     if left:
         raise ValueError(f"{', '.join(sorted(left))}: peftk cannot load it")
     if "dora_scale" in parts:
-        _add_magnitudes(made, parts["dora_scale"], weight, found.method or "")
+        _add_magnitudes(made, parts["dora_scale"], weight, reader.magnitudes)
     return made
 
 
-def _add_magnitudes(made: _Module, scale: Tensor, weight: torch.Size, method: str) -> None:
+def _add_magnitudes(made: _Module, scale: Tensor, weight: torch.Size, container: str) -> None:
     if scale.dim() == 0 or scale.shape[0] != weight[0] or scale.numel() != weight[0]:
         raise ValueError(
             f"dora_scale: expected one number for each of the {weight[0]} outputs, got shape {tuple(scale.shape)}; "
             "peftk cannot load magnitudes of inputs"
         )
-    container = {"LoRA": "lora", "LoHa": "hada", "LoKr": "lokr"}[method] + "_magnitude_vector"
     places = [1] * (len(weight) - 2)
-    made.tensors[container] = scale.reshape(1, -1, *places) if method == "LoRA" and places else scale.reshape(-1)
+    # LoRA's are a module with the shape of a convolution's output.
+    as_output = places and container == _READERS["LoRA"].magnitudes
+    made.tensors[container] = scale.reshape(1, -1, *places) if as_output else scale.reshape(-1)
     made.dora = True
 
 
@@ -262,7 +263,7 @@ def _fitted(factor: Tensor, dims: int) -> Tensor:
 def _lora(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]) -> _Module:
     if "lora_mid.weight" in parts:
         raise ValueError("lora_mid.weight: peftk cannot load LoRA in Tucker form")
-    (down_name, down), (up_name, up) = _first(parts, _DOWN), _first(parts, _UP)
+    (down_name, down), (up_name, up) = _first(parts, DOWN), _first(parts, _UP)
     a, b = _fitted(down, len(weight)), _fitted(up, len(weight))
     rank = a.shape[0]
     if b.dim() < 2 or b.shape[1] != rank:
@@ -314,6 +315,20 @@ def _lokr(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size,
         return _Module(path, rank, float(rank), used, tensors, flags)
     (rank,) = ranks
     return _Module(path, rank, _alpha(name, rank, parts, written), used, tensors, flags)
+
+
+class _Reader(NamedTuple):
+    """How the tensors of a method are read, and what its magnitudes are called in PEFT's format."""
+
+    read: Callable[[str, str, Mapping[str, Tensor], torch.Size, Mapping[str, Any]], _Module]
+    magnitudes: str
+
+
+_READERS = {
+    "LoRA": _Reader(_lora, "lora_magnitude_vector"),
+    "LoHa": _Reader(_loha, "hada_magnitude_vector"),
+    "LoKr": _Reader(_lokr, "lokr_magnitude_vector"),
+}
 
 
 # -- the configuration ------------------------------------------------------------------------------------------------

@@ -24,35 +24,7 @@ _LYCORIS = ("dora_scale", "scalar", "rescale", "oft_blocks", "diff", "diff_b", "
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2")
-_PEFT = (
-    "lora_A.weight",
-    "lora_B.weight",
-    "lora_B.bias",
-    "lora_A",
-    "lora_B",
-    "lora_E",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "lora_magnitude_vector.weight",
-    "hada_magnitude_vector",
-    "lokr_magnitude_vector",
-    "oft_R.weight",
-    "oft_embedding_R.weight",
-    "boft_R",
-    "boft_s",
-    "c3a_kernel",
-    "adaption_prompt",
-    "adaption_gate",
-    "token_adapter.trainable_tokens_delta",
-)
 _OLD_DIFFUSERS = ("lora.down.weight", "lora.up.weight", "lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
-_SUFFIXES = sorted(
-    {"alpha", "lora_alpha", *_LORA_DOWN_UP, *_LYCORIS, *_GLORA, *_HADA, *_LOKR, *_PEFT, *_OLD_DIFFUSERS},
-    key=len,
-    reverse=True,
-)
-
 METHODS: dict[str, tuple[tuple[str, ...], ...]] = {
     "LoRA": (
         ("lora_down.weight", "lora_up.weight"),
@@ -61,7 +33,6 @@ METHODS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
         ("lora_embedding_A", "lora_embedding_B"),
     ),
-    "AdaLoRA": (("lora_A", "lora_B", "lora_E"),),
     "LoHa": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),
     "LoKr": (
         ("lokr_w1", "lokr_w2"),
@@ -69,17 +40,23 @@ METHODS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("lokr_w1_a", "lokr_w1_b", "lokr_w2"),
         ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"),
     ),
-    "OFT": (("oft_R.weight",), ("oft_embedding_R.weight",)),
     "OFT or BOFT on the output": (("oft_blocks",),),
-    "BOFT": (("boft_R", "boft_s"),),
-    "C3A": (("c3a_kernel",),),
-    "Llama-Adapter": (("adaption_prompt", "adaption_gate"),),
     "GLoRA": (_GLORA,),
     "(IA)3": (("on_input",),),
     "whole weights": (("diff",), ("w_norm",)),
-    "trained tokens": (("token_adapter.trainable_tokens_delta",),),
 }
-"""A method to the sets of tensors that one module has of it."""
+"""A method that other programs write to the sets of tensors that one module has of it."""
+
+_PARTS = {"alpha", "lora_alpha", *_LORA_DOWN_UP, *_LYCORIS, *_GLORA, *_HADA, *_LOKR, *_OLD_DIFFUSERS}
+_PARTS |= {part for sets in METHODS.values() for needed in sets for part in needed}
+_LEARNED: dict[str, str] = {}
+
+
+def learn(parts: Iterable[str], method: str) -> None:
+    """Take in how the tensors of one of this package's layers end in files of PEFT, and what its method is called."""
+    for part in parts:
+        _LEARNED.setdefault(part, method)
+
 
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lora_prior_")
 _DIFFUSERS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.")
@@ -192,9 +169,12 @@ def recognise(shapes: Mapping[str, torch.Size], metadata: Mapping[str, str] | No
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    for suffix in _SUFFIXES:
-        if key.endswith("." + suffix):
-            return key[: -len(suffix) - 1], suffix
+    """Return the name of a module and the longest end of a key that is known, or the key and None."""
+    words = key.split(".")
+    for count in (3, 2, 1):
+        part = ".".join(words[-count:])
+        if len(words) > count and (part in _PARTS or part in _LEARNED):
+            return ".".join(words[:-count]), part
     return key, None
 
 
@@ -213,7 +193,7 @@ def _method(parts: Iterable[str]) -> tuple[str | None, tuple[str, ...]]:
         if have & set(needed)
     ]
     if not candidates:
-        return None, ()
+        return next((_LEARNED[part] for part in sorted(have) if part in _LEARNED), None), ()
     *_, name, missing = max(candidates, key=lambda candidate: candidate[:2])
     return name, missing
 

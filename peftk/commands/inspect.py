@@ -11,12 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint.container import CheckpointError
+from ..checkpoint.foreign import DOWN
 from ..checkpoint.peft import CONFIG_NAME, WEIGHTS_NAME, read_config
 from ..checkpoint.reader import TensorFile, read_safetensors
 from ..checkpoint.recognise import Found, recognise
 
 Row = dict[str, Any]
 """What is said of one module."""
+
+RANKED = (*DOWN, "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+"""Tensors with a row for every rank."""
 
 
 def examine(path: Path) -> dict[str, Any]:
@@ -68,21 +72,11 @@ def _of_config(config: dict[str, Any], name: str, *fields: str) -> float | None:
 
 
 def rank_of(found: Found) -> int | None:
-    """Return the rank of a module's adapter, or None where its method has none."""
-    for part, dim in (
-        ("lora_down.weight", 0),
-        ("lora_A.weight", 0),
-        ("lora.down.weight", 0),
-        ("lora_linear_layer.down.weight", 0),
-        ("lora_embedding_A", 0),
-        ("lora_E", 0),
-        ("hada_w1_b", 0),
-        ("lokr_w2_b", 0),
-        ("lokr_w1_b", 0),
-    ):
-        if part in found.parts:
-            shape = found.parts[part]
-            return shape[dim] if len(shape) > dim else None
+    """Return the rank of a module's adapter, which its first factor tells, or None where its method has none."""
+    for part in RANKED:
+        shape = found.parts.get(part)
+        if shape:
+            return shape[0]
     return None
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ..models.names import unwrapped
-from ..models.peft_model import PeftModel
+from ..models.trainer import Allocates
 from .accelerate import accelerate
 from .report import Report
 
@@ -43,11 +41,11 @@ class AccelerateCallback(TrainerCallback):
             print(self.report)
 
 
-class AllocateCallback(TrainerCallback):
+class AllocateCallback(Allocates, TrainerCallback):
     """Calls `update_and_allocate` of an AdaLoRA model after every step of a `transformers.Trainer`.
 
-    `AdapterTrainerMixin` has it already. Steps that a gradient scaler skips are left out. Models without a trainable
-    AdaLoRA adapter are left alone.
+    `AdapterTrainerMixin` does that by itself. Steps that a gradient scaler skips are left out. Models without a
+    trainable AdaLoRA adapter are left alone.
 
     Warns:
         UserWarning: When training begins: its steps end before the adapter is pruned.
@@ -56,23 +54,3 @@ class AllocateCallback(TrainerCallback):
         >>> from peftk.integrations.hf_trainer import AllocateCallback  # doctest: +SKIP
         >>> Trainer(model, arguments, callbacks=[AllocateCallback()], ...).train()  # doctest: +SKIP
     """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare the schedule of the adapter with that of the training; transformers calls this."""
-        model = unwrapped(kwargs["model"])
-        allocator = getattr(model, "rankallocator", None) if isinstance(model, PeftModel) else None
-        if allocator is not None and allocator.config.total_step > state.max_steps:
-            warnings.warn(
-                f"total_step: the AdaLoRA adapter {allocator.adapter_name!r} is pruned over "
-                f"{allocator.config.total_step} steps, and training ends after {state.max_steps}, before it has "
-                f"reached its target; give AdaLoraConfig total_step={state.max_steps}, or call "
-                f"model.rankallocator.set_total_step({state.max_steps})",
-                stacklevel=2,
-            )
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take in the gradients of the step, which are still there; transformers calls this."""
-        model = unwrapped(kwargs["model"])
-        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
-        if isinstance(model, PeftModel) and hasattr(model, "rankallocator") and not skipped:
-            model.update_and_allocate(state.global_step)

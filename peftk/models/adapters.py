@@ -21,9 +21,9 @@ from ..nn.base.undo import Before, all_or_nothing, process_kept, put_back
 from ..nn.base.walking import all_modules, all_parameters
 from .adalora import Allocating
 from .batch_statistics import batches_seen
-from .dequantising import make_dense, quantise_again
 from .file_keys import biases, file_tensors
 from .plan import Plan, attach, make_plan, plan_of, replace_module
+from .quantised_layers import make_dense, quantise_again
 from .targets import candidates, describe_unknown
 from .ties import holders, note_untied, sharing
 from .tokens import alike

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from ..checkpoint.container import CheckpointError
-from ..checkpoint.foreign import Converted, as_peft
+from ..checkpoint.foreign import as_peft
 from ..checkpoint.peft import write_adapter
 from ..checkpoint.reader import read_safetensors
+from ..nn import PeftConfig
 from ..nn.base.adapter_layer import AdapterLayer
-from ..nn.lokr import factor_of
-from .file_keys import PREFIX
+from ..nn.base.config import LayerInFile
 from .targets import candidates
 
 
@@ -39,8 +39,12 @@ def peft_folder(model: nn.Module, model_id: str | os.PathLike[str]) -> Iterator[
         return
     weights = _weights(model)
     converted = as_peft(read_safetensors(name), weights)
-    if converted.config["peft_type"] == "LOKR":
-        converted.config["decompose_factor"] = _factor(name, converted, weights)
+    try:
+        kind = PeftConfig._by_type[converted.config["peft_type"]]
+        layers = {path: LayerInFile(tuple(weights[path]), parts) for path, parts in converted.layers.items()}
+        converted.config |= kind.fields_of(layers)
+    except ValueError as error:
+        raise CheckpointError(name, str(error)) from None
     if converted.left_out:
         counted = " and ".join(f"{count} that begin with {prefix!r}" for prefix, count in converted.left_out.items())
         warnings.warn(
@@ -51,25 +55,6 @@ def peft_folder(model: nn.Module, model_id: str | os.PathLike[str]) -> Iterator[
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(folder, converted.tensors, converted.config)
         yield folder
-
-
-def _factor(name: str, converted: Converted, weights: dict[str, torch.Size]) -> int:
-    """Return the `decompose_factor` of a file, of which only the shapes of its tensors tell."""
-    first: dict[str, dict[str, torch.Size]] = {}
-    for key, tensor in converted.tensors.items():
-        path, _, part = key.removeprefix(PREFIX).rpartition(".")
-        first.setdefault(path, {})[part] = tensor.shape
-    sizes = []
-    for path, parts in first.items():
-        left = parts.get("lokr_w1", parts.get("lokr_w1_a"))
-        right = parts.get("lokr_w1", parts.get("lokr_w1_b"))
-        if left is None or right is None or len(left) != 2 or len(right) != 2:
-            raise CheckpointError(name, f"module {path!r}: lokr_w1: expected a matrix or two, got {parts}")
-        sizes.append((tuple(weights[path]), left[0], right[1]))
-    factor = factor_of(sizes)
-    if factor is None:
-        raise CheckpointError(name, "lokr_w1: the modules have sizes of no one decompose_factor, as LyCORIS makes them")
-    return factor
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Size]:

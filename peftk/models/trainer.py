@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..nn.adalora.rank_allocator import RankAllocator
+from .names import unwrapped
 from .peft_model import PeftModel
 
 if TYPE_CHECKING:
@@ -18,6 +20,30 @@ else:
 
 
 ALLOCATOR_NAME = "rank_allocator.pt"
+
+
+class Allocates:
+    """What a callback of a Trainer does for AdaLoRA: `update_and_allocate` after every step."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare the schedule of the adapter with that of the training; transformers calls this."""
+        model = unwrapped(kwargs["model"])
+        allocator = _allocator(model if isinstance(model, PeftModel) else None)
+        if allocator is not None and allocator.config.total_step > state.max_steps:
+            warnings.warn(
+                f"total_step: the AdaLoRA adapter {allocator.adapter_name!r} is pruned over "
+                f"{allocator.config.total_step} steps, and training ends after {state.max_steps}, before it has "
+                f"reached its target; give AdaLoraConfig total_step={state.max_steps}, or call "
+                f"model.rankallocator.set_total_step({state.max_steps})",
+                stacklevel=2,
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take in the gradients of the step, which are still there; transformers calls this."""
+        model = unwrapped(kwargs["model"])
+        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        if isinstance(model, PeftModel) and _allocator(model) is not None and not skipped:
+            model.update_and_allocate(state.global_step)
 
 
 class AdapterTrainerMixin(_Trainer):
@@ -41,11 +67,11 @@ class AdapterTrainerMixin(_Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        from ..integrations.hf_trainer import AllocateCallback
+        from transformers import TrainerCallback
 
         # It does nothing without a trainable AdaLoRA adapter.
-        if not any(isinstance(callback, AllocateCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(AllocateCallback)
+        if not any(isinstance(callback, Allocates) for callback in self.callback_handler.callbacks):
+            self.add_callback(type("AllocateCallback", (Allocates, TrainerCallback), {}))
 
     def _adapted(self: Any) -> PeftModel | None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -112,4 +138,4 @@ def _load(model: PeftModel, folder: str) -> None:
         model.load_adapter(folder if name == "default" else os.path.join(folder, name), name, is_trainable=True)
 
 
-__all__ = ["AdapterTrainerMixin"]
+__all__ = ["AdapterTrainerMixin", "Allocates"]

@@ -165,12 +165,12 @@ class LoHaLinear(Decomposed):
             drop: Whether dropout acts, in training.
             weight: The base weight, for the norms of DoRA; None means that of the base layer.
         """
-        parts = {container: getattr(self, container).get(name) for container in self.adapter_layer_names}
-        adapter = _hadamard(parts, self.scaling[name])
+        held = {container: getattr(self, container) for container in (*_PAIRS, *_CORES)}
+        adapter = _hadamard({c: parts[name] for c, parts in held.items() if name in parts}, self.scaling[name])
         rows = self._draw(name) if drop else None
         gain = None
         if self.use_dora[name]:
-            gain = dora.gain(parts[self.magnitudes], loha.norms(self.base_layer, adapter, weight))
+            gain = dora.gain(self.hada_magnitude_vector[name], loha.norms(self.base_layer, adapter, weight))
             # Where the whole update is dropped the layer is the base layer.
             gain = gain if rows is None else torch.where(rows.any().to(gain.device), gain, torch.ones_like(gain))
         return adapter._replace(rows=rows, gain=gain)

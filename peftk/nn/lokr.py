@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from ..ops import _seed
 from .base.adapter_layer import Adapter
 from .base.config import (
     Form,
+    LayerInFile,
     PeftConfig,
     PeftType,
     check_bool,
@@ -137,6 +138,21 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         check_patterns(self, MAX_FULL_RANK, MAX_FULL_RANK)
         self._check_targets()
 
+    @classmethod
+    def fields_of(cls, layers: Mapping[str, LayerInFile]) -> dict[str, Any]:
+        """See `PeftConfig.fields_of`: the `decompose_factor` of which LyCORIS makes factors of these sizes."""
+        sides: list[tuple[int, int]] = []
+        for path, layer in layers.items():
+            first = _sizes(layer.tensors, "lokr_w1")
+            if first is None:
+                raise ValueError(f"module {path!r}: lokr_w1: expected a matrix or two, got {dict(layer.tensors)}")
+            sides += zip(layer.weight, first, strict=False)
+        sizes = {number for size, one in sides if one and size % one == 0 for number in (one, size // one)}
+        for factor in (-1, *sorted(sizes)):
+            if all(one in {left for left, _ in _pairs(size, factor)} for size, one in sides):
+                return {"decompose_factor": factor}
+        raise ValueError("lokr_w1: the modules have sizes of no one decompose_factor, as LyCORIS makes them")
+
     def settle_with_file(self, shapes: Callable[[], Mapping[str, torch.Size]]) -> None:
         """Take l and m from the tensors of a file, where LyCORIS would have chosen them and PEFT would not.
 
@@ -168,21 +184,6 @@ def _pairs(size: int, factor: int) -> list[tuple[int, int]]:
     first = factorization(size, factor)
     second = factorization(size, -1) if factor > math.isqrt(size) else first
     return list(dict.fromkeys([first, first[::-1], second, second[::-1]]))
-
-
-def factor_of(layers: Iterable[tuple[tuple[int, ...], int, int]]) -> int | None:
-    """Return a `decompose_factor` of which layers have the w1 that they have, or None if there is none.
-
-    Args:
-        layers: The shape of a weight, and l and m, the sizes of its w1.
-    """
-    found = [((outputs, left), (inputs, middle)) for (outputs, inputs, *_), left, middle in layers]
-    sides = [side for pair in found for side in pair]
-    sizes = {number for size, first in sides if first and size % first == 0 for number in (first, size // first)}
-    for factor in (-1, *sorted(sizes)):
-        if all(first in {one for one, _ in _pairs(size, factor)} for size, first in sides):
-            return factor
-    return None
 
 
 def _factors_in(shapes: Mapping[str, torch.Size]) -> dict[tuple[int, int], set[tuple[int, int]]]:
@@ -282,12 +283,12 @@ class LoKrLinear(Decomposed):
             drop: Whether dropout acts, in training.
             weight: The base weight, for the norms of DoRA; None means that of the base layer.
         """
-        parts = {container: getattr(self, container).get(name) for container in self.adapter_layer_names}
-        adapter = _kronecker(parts, self.scaling[name])
+        held = {container: getattr(self, container) for container in (*_W1, *_W2)}
+        adapter = _kronecker({c: parts[name] for c, parts in held.items() if name in parts}, self.scaling[name])
         kept = self._draw(name) if drop else None
         gain = None
         if self.use_dora[name]:
-            gain = dora.gain(parts[self.magnitudes], lokr.norms(self.base_layer, adapter, weight))
+            gain = dora.gain(self.lokr_magnitude_vector[name], lokr.norms(self.base_layer, adapter, weight))
             # Where the whole update is dropped the layer is the base layer.
             gain = gain if kept is None else torch.where(kept.any(), gain, torch.ones_like(gain))
         return adapter._replace(scale=self._scale(name, kept), kept=kept, gain=gain)
@@ -362,10 +363,7 @@ class LoKrConv(LoKrLinear):
 
 def _kronecker(parts: Mapping[str, Any], scale: float) -> Kronecker:
     """Describe an adapter by its parts, without dropout and magnitudes."""
-    w1, w2 = (
-        tuple(parts[container] for container in containers if parts.get(container) is not None)
-        for containers in (_W1, _W2)
-    )
+    w1, w2 = (tuple(parts[container] for container in containers if container in parts) for containers in (_W1, _W2))
     return Kronecker(w1, w2, scale)
 
 

@@ -50,8 +50,10 @@ def module_of(family: str) -> Any:
 
 
 def in_one_pass(x: Tensor) -> bool:
-    """Whether `linear_with` reads the weight once for so many rows of x; there are native kernels."""
-    rows: int = module_of("few_rows").ONE_PASS_ROWS.get(x.dtype, 0)
+    """Whether `linear_with` reads the weight once for so many rows of x; the caller has found native kernels."""
+    module = registry.backend_module("native", "few_rows")
+    assert not isinstance(module, str)
+    rows: int = module.ONE_PASS_ROWS.get(x.dtype, 0)
     return x.numel() <= rows * x.shape[-1]
 
 
@@ -140,7 +142,7 @@ def rescaled_few(
         sources: The other tensors that it was computed from.
         copies: What these were at that time.
     """
-    if not x.is_cpu or type(x) not in _ORDINARY or not unobserved():
+    if not x.is_cpu or type(x) not in _ORDINARY:
         return None
     module = module_of("few_rows")
     if module is None:

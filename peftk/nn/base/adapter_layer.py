@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint.recognise import learn
 from ...methods._base_layer import features_of, kind_of
 from .config import PeftConfig, check_adapter_name
 from .filed import Filed
@@ -113,6 +114,17 @@ class AdapterLayer(Mergeable, Scalable, Filed, Updatable, Readable):
         for trait in ("adapter_layer_names", "other_param_names") if cls.base_kinds else ("adapter_layer_names",):
             if "config_class" in cls.__dict__ and not getattr(cls, trait):
                 raise TypeError(f"{cls.__name__}.{trait}: expected the names of what its adapters have, got none")
+        method = cls.config_class._method
+        learn(cls._keys(), cls.__name__ if method is None else method.value)
+
+    @classmethod
+    def _keys(cls) -> Iterator[str]:
+        """Yield how the keys of a file end, after the path of the layer."""
+        for container in cls.adapter_layer_names:
+            if container not in cls.constant_names:
+                bare = container in cls.parameter_names
+                for key in (container,) if bare else (f"{container}.weight", f"{container}.bias"):
+                    yield cls.file_names.get(key, key)
 
     def __init__(
         self,

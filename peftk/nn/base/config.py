@@ -175,6 +175,13 @@ class Form(NamedTuple):
     kinds: tuple[str, ...] = ()
 
 
+class LayerInFile(NamedTuple):
+    """The shape of a layer's weight, and those of the tensors that a file has for it, by the ends of their keys."""
+
+    weight: tuple[int, ...]
+    tensors: Mapping[str, torch.Size]
+
+
 @dataclass
 class PeftConfig(ConfigFiles):
     """The fields that every adapter configuration has; names and defaults are those of Hugging Face PEFT.
@@ -341,6 +348,18 @@ class PeftConfig(ConfigFiles):
                 value = sorted(value)
             result[field.name] = value
         return result
+
+    @classmethod
+    def fields_of(cls, layers: Mapping[str, LayerInFile]) -> dict[str, Any]:
+        """Return the fields that only the shapes of a file tell, of a program that writes no configuration.
+
+        Args:
+            layers: The path of a layer to its weight and tensors.
+
+        Raises:
+            ValueError: No values give these shapes.
+        """
+        return {}
 
     def file_values(self, adapted: Callable[[], Iterable[str]]) -> dict[str, Any]:
         """Return what the configuration file holds, for PEFT to read too; `adapted` names the adapted modules."""
