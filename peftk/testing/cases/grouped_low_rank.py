@@ -108,8 +108,7 @@ CASES: list[Case] = [
     _case("rank-above-sizes", [4, 6], 5, 4, 9),
     _case("zero-scale", [4, 6], 6, 4, 2, scale=0.0),
     _case("scales", [4, 6, 2], 6, 4, 2, scale=[0.75, 2.0, -1.0], positive=True),
-    _case("gate", [50, 16], 16, 9, 6, gate=True, dtype=torch.int32),
-    _case("gate-others", [33, 20], 33, 18, 5, gate=True, others=2, scale=1.5),
+    _case("gate-others", [33, 20], 33, 18, 5, gate=True, others=2, scale=1.5, dtype=torch.int32),
     _case("prime-sizes", [61, 3, 63], 101, 103, 7),
     _case("rank-above-a-tile", [20, 11], 24, 32, 80),
 ]
