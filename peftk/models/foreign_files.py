@@ -54,7 +54,13 @@ def peft_folder(model: nn.Module, model_id: str | os.PathLike[str]) -> Iterator[
         )
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(folder, converted.tensors, converted.config)
-        yield folder
+        try:
+            yield folder
+        except CheckpointError as error:
+            # Nobody knows the folder, which is gone by now.
+            if not error.file.startswith(folder):
+                raise
+            raise CheckpointError(name, *error.problems) from None
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Size]:

@@ -16,8 +16,6 @@ import peftk
 from peftk.checkpoint.container import CheckpointError
 from peftk.testing.compare import assert_close
 
-lycoris = pytest.importorskip("lycoris")
-
 
 class Net(nn.Module):
     """Layers of every kind, one after the other."""
@@ -52,6 +50,7 @@ def trained(network: nn.Module) -> None:
 
 def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **options: Any) -> Tensor:
     """Save a file of LyCORIS, and return the output of its model."""
+    lycoris = pytest.importorskip("lycoris")
     lycoris.LycorisNetwork.apply_preset({"target_module": list(layers), "target_name": []})
     lycoris.LycorisNetwork.LORA_PREFIX = prefix
     model = net()
@@ -223,7 +222,7 @@ def test_what_is_wrong_is_named_and_changes_nothing(damage: str, tmp_path: Path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message) as caught:
         peftk.PeftModel.from_pretrained(model, path)
-    assert str(path) in str(caught.value) or "adapter_model" in str(caught.value)
+    assert str(caught.value).startswith(str(path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     adapted = peftk.get_peft_model(net(), peftk.LoraConfig(r=2, target_modules=["first"]))
     with pytest.raises(CheckpointError, match=message):
