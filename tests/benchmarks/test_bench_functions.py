@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import arms, bench_operators, bench_overhead
-from benchmarks.functions import FORMULAS, Function, keywords
+from benchmarks.functions import FORMULAS, FROZEN, Function, keywords
 from benchmarks.plain import PLAIN
 from peftk.testing.calls import KINDS, Call
 
@@ -33,7 +33,7 @@ def test_every_operator_has_its_formulas_and_its_rows() -> None:
 def test_arms_are_right(call: Call) -> None:
     one = Function(call)
     tensors = {n for n, value in {**one.trained, **one.fixed}.items() if isinstance(value, Tensor)}
-    assert not call.kind.differentiable or tensors - set(one.trained) <= {"weight", "bias", "offsets"}
+    assert not call.kind.differentiable or tensors - set(one.trained) <= set(FROZEN)
     assert set(one.truth) == {"output", *(f"d{name}" for name in one.trained)}
     backends = [name for name in ("torch", "native") if call.reason(name, one.raw) is None]
     for arm in (
