@@ -44,13 +44,23 @@ int64_t row_chunks(const Sizes& s) {
   return wanted < possible ? wanted : (possible > 0 ? possible : 1);
 }
 
-std::unique_ptr<float[]> pack(const float* blocks, const Sizes& s, bool transpose) {
-  std::unique_ptr<float[]> packed(new float[s.count * s.size * padded(s.size)]);
-  parallel_for(0, s.count, 1 + 65536 / (s.size * s.size), [&](int64_t begin, int64_t end) {
-    pack_blocks_cpu(blocks, s.size, transpose, packed.get(), begin, end);
-  });
-  return packed;
-}
+// Blocks as the kernels read them: where that is how they lie in memory, there.
+class Packed {
+ public:
+  Packed(const float* blocks, const Sizes& s, bool transpose)
+      : copy_(!transpose && s.size == padded(s.size) ? nullptr : new float[s.count * s.size * padded(s.size)]),
+        data_(copy_ ? copy_.get() : blocks) {
+    if (copy_)
+      parallel_for(0, s.count, 1 + 65536 / (s.size * s.size), [&](int64_t begin, int64_t end) {
+        pack_blocks_cpu(blocks, s.size, transpose, copy_.get(), begin, end);
+      });
+  }
+  const float* get() const { return data_; }
+
+ private:
+  std::unique_ptr<float[]> copy_;
+  const float* data_;
+};
 
 void block_rotate(const Tensor& x, const Tensor& blocks, bool transpose, Tensor& out) {
   const Dtype dtype = check_dtype(x, "x");
@@ -60,7 +70,7 @@ void block_rotate(const Tensor& x, const Tensor& blocks, bool transpose, Tensor&
   const float* matrices = floats(blocks);
   const BlockRotateParams p{x.const_data_ptr(), matrices, out.mutable_data_ptr(), s.rows, s.count, s.size,
                             transpose,          dtype};
-  const auto packed = pack(matrices, s, transpose);
+  const Packed packed(matrices, s, transpose);
   parallel_for(0, (s.rows + kRotateRows - 1) / kRotateRows, 1,
                [&](int64_t begin, int64_t end) { block_rotate_cpu(p, packed.get(), begin, end); });
 }
@@ -92,7 +102,7 @@ void block_rotate_backward(const Tensor& grad, const Tensor& x, const Tensor& bl
                                     chunks,
                                     transpose,
                                     dtype};
-  const auto packed = pack(matrices, s, !transpose);
+  const Packed packed(matrices, s, !transpose);
   parallel_for(0, chunks * s.count, 1,
                [&](int64_t begin, int64_t end) { block_rotate_backward_cpu(p, packed.get(), begin, end); });
   if (need_blocks) add_up(partial.get(), chunks, s.count * s.size, s.size, padded(s.size), 1.0f, writable(dblocks));

@@ -34,6 +34,18 @@ constexpr int64_t kCpuRotateSize = 256;
 // Rows of a tile: x, y and the block stay in the first-level cache together. A multiple of the six of a strip.
 constexpr int64_t kRotateRows = 48;
 
+// The rotation of few rows, in floats and with the blocks as they lie in memory: laying them out takes longer.
+struct BlockRotateFewParams {
+  const void* x;        // (rows, count * size)
+  const float* blocks;  // (count, size, size), or (1, size, size) if shared
+  float* y;             // (rows, count * size)
+  int64_t rows, count, size;
+  bool shared;
+  Dtype dtype;  // of x
+};
+
+// Blocks begin to end of every row.
+void block_rotate_few_cpu(const BlockRotateFewParams& p, int64_t begin, int64_t end);
 // `partial` is (chunks, count, size, padded(size)) and zeroed.
 void block_rotate_cpu(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end);
 void block_rotate_backward_cpu(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end);

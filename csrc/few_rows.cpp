@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "block_diagonal.h"
 #include "check.h"
 #include "host.h"
 #include "low_rank.h"
@@ -50,19 +51,47 @@ bool same_bits(const Tensor& a, const Tensor& b) {
          std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.numel() * a.element_size()) == 0;
 }
 
+bool is_rotation(const Tensor& blocks, int64_t depth) {
+  return is_dense(blocks, ScalarType::Float, 3) && blocks.size(1) > 0 && blocks.size(1) == blocks.size(2) &&
+         depth % blocks.size(1) == 0 && (blocks.size(0) == 1 || blocks.size(0) * blocks.size(1) == depth);
+}
+
+// Return rows of x with every block of their features rotated, or null where the rotation changes no number.
+Buffer rotated(const Tensor& x, Dtype dtype, int64_t rows, int64_t depth, const Tensor& blocks) {
+  const int64_t size = blocks.size(1), count = depth / size, numbers = rows * depth;
+  Buffer turned(new float[numbers]);
+  const BlockRotateFewParams p{x.const_data_ptr(),  floats(blocks), turned.get(), rows, count, size,
+                               blocks.size(0) == 1, dtype};
+  parallel_for(0, count, 1 + kTaskOperations / (size * size * rows),
+               [&](int64_t begin, int64_t end) { block_rotate_few_cpu(p, begin, end); });
+  bool same = true;
+  if (dtype == Dtype::float32) {
+    same = std::equal(turned.get(), turned.get() + numbers, x.const_data_ptr<float>());
+  } else {
+    const uint16_t* bits = static_cast<const uint16_t*>(x.const_data_ptr());
+    for (int64_t i = 0; same && i < numbers; ++i) {
+      uint32_t now;
+      std::memcpy(&now, &turned[i], sizeof now);
+      same = now == static_cast<uint32_t>(bits[i]) << 16;
+    }
+  }
+  return same ? nullptr : std::move(turned);
+}
+
 // Return the output, or nothing where this is not the way: for more rows than `most`, for what is of another dtype,
 // shape or layout than the kernels take, for a weight that has other checksums or a source of the gain that is not its
 // copy, and where the output is that of the frozen layer alone, whose bits only the library's own product has. All of
 // these are decided here, and not in Python, where they would take longer than the arithmetic.
 std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                               std::optional<Tensor> a, std::optional<Tensor> b, std::optional<Tensor> gate,
-                               double scale, std::optional<Tensor> added, std::optional<Tensor> gain,
-                               std::optional<Tensor> sums, const std::vector<Tensor>& sources,
-                               const std::vector<Tensor>& copies, int64_t most) {
+                               std::optional<Tensor> blocks, std::optional<Tensor> a, std::optional<Tensor> b,
+                               std::optional<Tensor> gate, double scale, std::optional<Tensor> added,
+                               std::optional<Tensor> gain, std::optional<Tensor> sums,
+                               const std::vector<Tensor>& sources, const std::vector<Tensor>& copies, int64_t most) {
   constexpr ScalarType kFloat = ScalarType::Float;
   const ScalarType type = weight.scalar_type();
   if ((type != kFloat && type != ScalarType::BFloat16) || x.dim() == 0 || !is_dense(x, type, x.dim()) ||
-      !is_dense(weight, type, 2) || a.has_value() != b.has_value() || a.has_value() == added.has_value())
+      !is_dense(weight, type, 2) || a.has_value() != b.has_value() ||
+      a.has_value() + added.has_value() + blocks.has_value() != 1)
     return std::nullopt;
   const int64_t columns = weight.size(0), depth = weight.size(1);
   if (columns == 0 || depth == 0 || x.size(-1) != depth) return std::nullopt;
@@ -76,6 +105,8 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
     if (rank == 0 || a->size(1) != depth || b->size(0) != columns || b->size(1) != rank ||
         !is_vector(gate, kFloat, rank) || scale == 0.0 || all_zero(floats(*b), columns * rank))
       return std::nullopt;
+  } else if (blocks) {
+    if (!is_rotation(*blocks, depth)) return std::nullopt;
   } else if (!is_dense(*added, kFloat, added->dim()) || added->numel() != rows * columns ||
              all_zero(floats(*added), rows * columns)) {
     return std::nullopt;
@@ -86,9 +117,14 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
   const uint32_t* expected = sums ? check_sums(*sums, columns) : nullptr;
   const Dtype dtype = type == kFloat ? Dtype::float32 : Dtype::bfloat16;
 
+  const Buffer turned = blocks ? rotated(x, dtype, rows, depth, *blocks) : nullptr;
+  if (blocks && !turned) return std::nullopt;
   const Buffer hidden(new float[rows * rank]);
   const Buffer laid_out(dtype == Dtype::float32 ? nullptr : new float[rows * depth]);
-  if (laid_out) few_rows_input_cpu(x.const_data_ptr(), rows, depth, laid_out.get());
+  if (laid_out && turned)
+    few_rows_input_cpu(turned.get(), Dtype::float32, rows, depth, laid_out.get());
+  else if (laid_out)
+    few_rows_input_cpu(x.const_data_ptr(), dtype, rows, depth, laid_out.get());
   if (rank > 0) {
     const LowRankFewParams thin{
         x.const_data_ptr(), floats(*a), floats(*b), hidden.get(), nullptr, rows, depth, columns, rank, dtype};
@@ -101,7 +137,9 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
   shape.back() = columns;
   Tensor out = torch::stable::new_empty(x, shape);
   const FewRowsParams p{weight.const_data_ptr(),
-                        laid_out ? laid_out.get() : x.const_data_ptr<float>(),
+                        laid_out ? laid_out.get()
+                        : turned ? turned.get()
+                                 : x.const_data_ptr<float>(),
                         bias ? bias->const_data_ptr() : nullptr,
                         hidden.get(),
                         b ? floats(*b) : nullptr,
@@ -161,8 +199,9 @@ bool same_row_sums(const Tensor& weight, const Tensor& sums) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def(
-      "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor? gate, float scale, Tensor? added, "
-      "Tensor? gain, Tensor? sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
+      "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? blocks, Tensor? a, Tensor? b, Tensor? gate, "
+      "float scale, Tensor? added, Tensor? gain, Tensor? sums, Tensor[] sources, Tensor[] copies, int most) -> "
+      "Tensor?");
   m.def("row_sums(Tensor weight, Tensor(a!) sums) -> ()");
   m.def("same_row_sums(Tensor weight, Tensor sums) -> bool");
 }

@@ -26,9 +26,9 @@ struct FewRowsParams {
   Dtype dtype;  // of the weight, the bias and out
 };
 
-// Lay rows of bfloat16 out as floats, in the order in which `few_rows_cpu` reads the weight; float32 lies in it as it
-// is.
-void few_rows_input_cpu(const void* x, int64_t rows, int64_t depth, float* to);
+// Lay rows out as floats in the order in which `few_rows_cpu` reads a weight in bfloat16; for one in float32 they lie
+// in it as they are.
+void few_rows_input_cpu(const void* x, Dtype dtype, int64_t rows, int64_t depth, float* to);
 // Columns begin to end of `out`; `changed` becomes true where a row of the weight has another checksum.
 void few_rows_cpu(const FewRowsParams& p, int64_t begin, int64_t end, std::atomic<bool>& changed);
 // The checksums of the rows begin to end of a weight, (rows, depth).

@@ -25,13 +25,13 @@ PEFTK_INLINE Tile read_tile(const T* from, int64_t stride, int64_t rows, int64_t
 }
 
 // y (rows, size) = x @ block, written in place where it is made of whole vectors of floats.
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void rotate_tile(Tile x, const float* block, int64_t rows, int64_t size, T* y, int64_t stride,
                               float* scratch) {
   const int64_t ld = padded(size);
   if constexpr (std::is_same_v<T, float>)
-    if (size == ld) return product({x.data, x.ld, 1}, block, ld, y, stride, rows, ld, size, false);
-  product({x.data, x.ld, 1}, block, ld, scratch, ld, rows, ld, size, false);
+    if (size == ld) return product<kLevel>({x.data, x.ld, 1}, block, ld, y, stride, rows, ld, size, false);
+  product<kLevel>({x.data, x.ld, 1}, block, ld, scratch, ld, rows, ld, size, false);
   store_tile(scratch, ld, rows, size, y, stride);
 }
 
@@ -45,7 +45,7 @@ PEFTK_INLINE int64_t blocks_of_group(int64_t size) {
   return bytes < kGroupBytes ? kGroupBytes / bytes : 1;
 }
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void rotate_tiles(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
   const int64_t b = p.size, ld = padded(b), features = p.count * b;
   const int64_t group = blocks_of_group(b);
@@ -57,20 +57,61 @@ PEFTK_INLINE void rotate_tiles(const BlockRotateParams& p, const float* packed, 
       for (int64_t n = first; n < smaller(first + group, p.count); ++n) {
         const int64_t at = row * features + n * b;
         const Tile x = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, false, in.get());
-        rotate_tile(x, packed + n * b * ld, rows, b, static_cast<T*>(p.y) + at, features, out.get());
+        rotate_tile<kLevel>(x, packed + n * b * ld, rows, b, static_cast<T*>(p.y) + at, features, out.get());
       }
     }
 }
 
+// kVectors vectors of the columns of one block, times one row.
+template <int kVectors, typename T>
+PEFTK_INLINE void rotate_row(const T* x, const float* block, int64_t size, float* y) {
+  Floats sum[kVectors] = {};
+  for (int64_t k = 0; k < size; ++k) {
+    const float scalar = to_float(x[k]);
+    for (int v = 0; v < kVectors; ++v)
+      sum[v] += scalar * *reinterpret_cast<const Floats*>(block + k * size + v * kLanes);
+  }
+  std::memcpy(y, sum, sizeof sum);
+}
+
+template <typename T>
+PEFTK_INLINE void rotate_few(const BlockRotateFewParams& p, int64_t begin, int64_t end) {
+  const int64_t b = p.size;
+  for (int64_t n = begin; n < end; ++n) {
+    const float* block = p.blocks + (p.shared ? 0 : n * b * b);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const int64_t at = (row * p.count + n) * b;
+      const T* x = static_cast<const T*>(p.x) + at;
+      float* y = p.y + at;
+      int64_t j = 0;
+      for (; j + 4 * kLanes <= b; j += 4 * kLanes) rotate_row<4>(x, block + j, b, y + j);
+      for (; j + kLanes <= b; j += kLanes) rotate_row<1>(x, block + j, b, y + j);
+      for (; j < b; ++j) {
+        float sum = 0.0f;
+        for (int64_t k = 0; k < b; ++k) sum += to_float(x[k]) * block[k * b + j];
+        y[j] = sum;
+      }
+    }
+  }
+}
+
+PEFTK_INLINE void block_rotate_few_cpu_body(const BlockRotateFewParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::float32)
+    rotate_few<float>(p, begin, end);
+  else
+    rotate_few<BFloat16>(p, begin, end);
+}
+
+template <CpuLevel kLevel>
 PEFTK_INLINE void block_rotate_cpu_body(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
   if (p.dtype == Dtype::float32)
-    rotate_tiles<float>(p, packed, begin, end);
+    rotate_tiles<kLevel, float>(p, packed, begin, end);
   else
-    rotate_tiles<BFloat16>(p, packed, begin, end);
+    rotate_tiles<kLevel, BFloat16>(p, packed, begin, end);
 }
 
 // Blocks first to last of a chunk of the rows: x and grad are visited once, for dx and for the blocks' gradient.
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void visit_blocks(const BlockRotateBackwardParams& p, const float* packed, int64_t chunk, int64_t first,
                                int64_t last, float* x, float* grad, float* dx) {
   const int64_t b = p.size, ld = padded(b), features = p.count * b;
@@ -82,44 +123,46 @@ PEFTK_INLINE void visit_blocks(const BlockRotateBackwardParams& p, const float* 
       // Copies, because dx may overwrite grad, and because rows that lie a power of two apart evict each other from
       // the cache while the block's gradient walks over them again and again.
       const Tile g = read_tile(static_cast<const T*>(p.grad) + at, features, rows, b, true, grad);
-      if (p.dx) rotate_tile(g, packed + n * b * ld, rows, b, static_cast<T*>(p.dx) + at, features, dx);
+      if (p.dx) rotate_tile<kLevel>(g, packed + n * b * ld, rows, b, static_cast<T*>(p.dx) + at, features, dx);
       if (p.partial) {
         const Tile in = read_tile(static_cast<const T*>(p.x) + at, features, rows, b, true, x);
         const Tile left = p.transpose ? g : in, right = p.transpose ? in : g;
         float* partial = p.partial + (chunk * p.count + n) * b * ld;
-        product({left.data, 1, left.ld}, right.data, right.ld, partial, ld, b, ld, rows, true);
+        product<kLevel>({left.data, 1, left.ld}, right.data, right.ld, partial, ld, b, ld, rows, true);
       }
     }
   }
 }
 
 // A task is one block in one chunk of the rows. Neighbours are visited together, as their columns of x are.
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void visit_tasks(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end) {
   const int64_t numbers = kRotateRows * padded(p.size), group = blocks_of_group(p.size);
   const std::unique_ptr<float[]> x(new float[numbers]), grad(new float[numbers]), dx(new float[numbers]);
   for (int64_t task = begin, next; task < end; task = next) {
     const int64_t first = task % p.count, last = smaller(smaller(first + group, p.count), first + end - task);
-    visit_blocks<T>(p, packed, task / p.count, first, last, x.get(), grad.get(), dx.get());
+    visit_blocks<kLevel, T>(p, packed, task / p.count, first, last, x.get(), grad.get(), dx.get());
     next = task + last - first;
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void block_rotate_backward_cpu_body(const BlockRotateBackwardParams& p, const float* packed, int64_t begin,
                                                  int64_t end) {
   if (p.dtype == Dtype::float32)
-    visit_tasks<float>(p, packed, begin, end);
+    visit_tasks<kLevel, float>(p, packed, begin, end);
   else
-    visit_tasks<BFloat16>(p, packed, begin, end);
+    visit_tasks<kLevel, BFloat16>(p, packed, begin, end);
 }
 
 }  // namespace
 
-PEFTK_KERNEL(block_rotate_cpu, (const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end),
-             (p, packed, begin, end))
-PEFTK_KERNEL(block_rotate_backward_cpu,
-             (const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end),
-             (p, packed, begin, end))
+PEFTK_KERNEL(block_rotate_few_cpu, (const BlockRotateFewParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_LEVEL_KERNEL(block_rotate_cpu, (const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end),
+                   (p, packed, begin, end))
+PEFTK_LEVEL_KERNEL(block_rotate_backward_cpu,
+                   (const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end),
+                   (p, packed, begin, end))
 
 void pack_blocks_cpu(const float* blocks, int64_t size, bool transpose, float* packed, int64_t begin, int64_t end) {
   const int64_t ld = padded(size);

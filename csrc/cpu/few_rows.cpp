@@ -9,30 +9,14 @@ namespace {
 // all sums are the same on every CPU.
 constexpr int64_t kStepWords = kSumWords;
 
-// Vectors of so many words and floats.
-template <int kWords>
-struct Vectors {
-  typedef uint32_t Words __attribute__((vector_size(4 * kWords)));
-  typedef float Numbers __attribute__((vector_size(4 * kWords)));
-  static constexpr int kCount = kStepWords / kWords;
-};
-
-// The bits that stand anywhere.
-template <typename To>
-PEFTK_INLINE To bits_at(const void* from) {
-  To to;
-  std::memcpy(&to, from, sizeof to);
-  return to;
-}
-
 // How large a tile is: vectors of so many words, and rows of the weight and of x side by side, as registers allow.
 template <CpuLevel kLevel>
 struct Tile {
-  static constexpr int kWords = 8, kColumns = 2, kRows = 2;
+  static constexpr int kWords = kLanes, kColumns = 2, kRows = 2;
 };
 template <>
 struct Tile<CpuLevel::avx512> {
-  static constexpr int kWords = 16, kColumns = 4, kRows = 4;
+  static constexpr int kWords = kWidest<CpuLevel::avx512>, kColumns = 4, kRows = 4;
 };
 
 // Numbers of a word, and of a step.
@@ -79,15 +63,16 @@ PEFTK_INLINE void last_words(const T* row, int64_t count, uint32_t* words) {
 template <CpuLevel kLevel, typename T, int kColumns, int kRows, bool kSums>
 PEFTK_INLINE bool few_tile(const FewRowsParams& p, int64_t column, int64_t row) {
   using V = Vectors<Tile<kLevel>::kWords>;
+  constexpr int kCount = kStepWords / Tile<kLevel>::kWords;
   using Words = typename V::Words;
   using Numbers = typename V::Numbers;
   const T* weight = static_cast<const T*>(p.weight) + column * p.depth;
   const float* x = p.x + row * p.depth;
-  Numbers lanes[kColumns][kRows][V::kCount] = {};
-  Words sums[kColumns][V::kCount] = {};
+  Numbers lanes[kColumns][kRows][kCount] = {};
+  Words sums[kColumns][kCount] = {};
   int64_t k = 0;
   for (; k + kStepNumbers<T> <= p.depth; k += kStepNumbers<T>)
-    for (int v = 0; v < V::kCount; ++v)
+    for (int v = 0; v < kCount; ++v)
       for (int c = 0; c < kColumns; ++c) {
         const int64_t first = v * Tile<kLevel>::kWords;
         const Words words = bits_at<Words>(weight + c * p.depth + k + first * kWordNumbers<T>);
@@ -119,7 +104,7 @@ PEFTK_INLINE bool few_tile(const FewRowsParams& p, int64_t column, int64_t row) 
       if (k < p.depth) {
         uint32_t words[kStepWords];
         last_words(tail, p.depth - k, words);
-        for (int v = 0; v < V::kCount; ++v)
+        for (int v = 0; v < kCount; ++v)
           sums[c][v] = summed(sums[c][v], bits_at<Words>(words + v * Tile<kLevel>::kWords));
       }
       same = same && std::memcmp(sums[c], p.sums + n * kSumWords, sizeof sums[c]) == 0;
@@ -202,9 +187,9 @@ PEFTK_LEVEL_KERNEL(few_rows_cpu, (const FewRowsParams& p, int64_t begin, int64_t
 PEFTK_KERNEL(row_sums_cpu, (const void* weight, int64_t depth, Dtype dtype, uint32_t* sums, int64_t begin, int64_t end),
              (weight, depth, dtype, sums, begin, end))
 
-void few_rows_input_cpu(const void* x, int64_t rows, int64_t depth, float* to) {
+template <typename T>
+static void few_rows_input(const T* from, int64_t rows, int64_t depth, float* to) {
   constexpr int64_t kNumbers = kStepNumbers<BFloat16>;
-  const BFloat16* from = static_cast<const BFloat16*>(x);
   for (int64_t row = 0; row < rows; ++row, from += depth, to += depth) {
     int64_t k = 0;
     for (; k + kNumbers <= depth; k += kNumbers)
@@ -214,6 +199,13 @@ void few_rows_input_cpu(const void* x, int64_t rows, int64_t depth, float* to) {
       }
     for (; k < depth; ++k) to[k] = to_float(from[k]);
   }
+}
+
+void few_rows_input_cpu(const void* x, Dtype dtype, int64_t rows, int64_t depth, float* to) {
+  if (dtype == Dtype::float32)
+    few_rows_input(static_cast<const float*>(x), rows, depth, to);
+  else
+    few_rows_input(static_cast<const BFloat16*>(x), rows, depth, to);
 }
 
 }  // namespace peftk

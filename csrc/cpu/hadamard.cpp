@@ -90,7 +90,7 @@ PEFTK_INLINE void khatri_rao_backward_b_cpu_body(const KhatriRaoBackwardParams& 
   p.dtype == Dtype::float32 ? hadamard_gradient_b<float>(p, begin, end) : hadamard_gradient_b<BFloat16>(p, begin, end);
 }
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void hadamard_write_tiles(const HadamardWeightParams& p, int64_t begin, int64_t end) {
   const std::unique_ptr<float[]> tiles(new float[2 * kHadamardRows * kHadamardColumns]);
   float *first = tiles.get(), *second = first + kHadamardRows * kHadamardColumns;
@@ -98,10 +98,10 @@ PEFTK_INLINE void hadamard_write_tiles(const HadamardWeightParams& p, int64_t be
     const int64_t row = group * kHadamardRows, rows = hadamard_least(p.out - row, kHadamardRows);
     for (int64_t column = 0; column < p.features; column += kHadamardColumns) {
       const int64_t columns = hadamard_least(p.features - column, kHadamardColumns), wide = padded(columns);
-      product({p.w1_a + row * p.r1, p.r1, 1}, p.w1_b + column, p.stride, first, kHadamardColumns, rows, wide, p.r1,
-              false);
-      product({p.w2_a + row * p.r2, p.r2, 1}, p.w2_b + column, p.stride, second, kHadamardColumns, rows, wide, p.r2,
-              false);
+      product<kLevel>({p.w1_a + row * p.r1, p.r1, 1}, p.w1_b + column, p.stride, first, kHadamardColumns, rows, wide,
+                      p.r1, false);
+      product<kLevel>({p.w2_a + row * p.r2, p.r2, 1}, p.w2_b + column, p.stride, second, kHadamardColumns, rows, wide,
+                      p.r2, false);
       for (int64_t i = 0; i < rows; ++i) {
         const T* weight = static_cast<const T*>(p.weight) + (row + i) * p.features + column;
         T* out = static_cast<T*>(p.result) + (row + i) * p.features + column;
@@ -116,20 +116,24 @@ PEFTK_INLINE void hadamard_write_tiles(const HadamardWeightParams& p, int64_t be
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void hadamard_weight_cpu_body(const HadamardWeightParams& p, int64_t begin, int64_t end) {
-  p.dtype == Dtype::float32 ? hadamard_write_tiles<float>(p, begin, end)
-                            : hadamard_write_tiles<BFloat16>(p, begin, end);
+  p.dtype == Dtype::float32 ? hadamard_write_tiles<kLevel, float>(p, begin, end)
+                            : hadamard_write_tiles<kLevel, BFloat16>(p, begin, end);
 }
 
 // One matrix's share of a tile: what the tile of the gradient, already times the other product, gives its factors.
+template <CpuLevel kLevel>
 PEFTK_INLINE void hadamard_contract_tile(const float* tile, const float* w_a, const float* transposed, int64_t rank,
                                          int64_t rows, int64_t columns, int64_t stride, float* da, float* db) {
   const int64_t wide = padded(rank);
-  if (da != nullptr) product({tile, kHadamardColumns, 1}, transposed, wide, da, wide, rows, wide, columns, true);
-  if (db != nullptr) product({w_a, 1, rank}, tile, kHadamardColumns, db, stride, rank, padded(columns), rows, true);
+  if (da != nullptr)
+    product<kLevel>({tile, kHadamardColumns, 1}, transposed, wide, da, wide, rows, wide, columns, true);
+  if (db != nullptr)
+    product<kLevel>({w_a, 1, rank}, tile, kHadamardColumns, db, stride, rank, padded(columns), rows, true);
 }
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void hadamard_contract_chunks(const HadamardWeightBackwardParams& p, int64_t begin, int64_t end) {
   const bool need1 = p.dw1_a != nullptr || p.dw1_b != nullptr, need2 = p.dw2_a != nullptr || p.dw2_b != nullptr;
   const int64_t wide1 = padded(p.r1), wide2 = padded(p.r2);
@@ -145,8 +149,10 @@ PEFTK_INLINE void hadamard_contract_chunks(const HadamardWeightBackwardParams& p
       const float *w1 = p.w1_a + row * p.r1, *w2 = p.w2_a + row * p.r2;
       for (int64_t column = 0; column < p.features; column += kHadamardColumns) {
         const int64_t columns = hadamard_least(p.features - column, kHadamardColumns), wide = padded(columns);
-        if (need2) product({w1, p.r1, 1}, p.w1_b + column, p.stride, first, kHadamardColumns, rows, wide, p.r1, false);
-        if (need1) product({w2, p.r2, 1}, p.w2_b + column, p.stride, second, kHadamardColumns, rows, wide, p.r2, false);
+        if (need2)
+          product<kLevel>({w1, p.r1, 1}, p.w1_b + column, p.stride, first, kHadamardColumns, rows, wide, p.r1, false);
+        if (need1)
+          product<kLevel>({w2, p.r2, 1}, p.w2_b + column, p.stride, second, kHadamardColumns, rows, wide, p.r2, false);
         for (int64_t i = 0; i < rows; ++i) {
           const T* grad = static_cast<const T*>(p.grad) + (row + i) * p.features + column;
           // Beyond the last column both products are zero.
@@ -155,13 +161,13 @@ PEFTK_INLINE void hadamard_contract_chunks(const HadamardWeightBackwardParams& p
             second[i * kHadamardColumns + j] *= to_float(grad[j]) * p.scale;
         }
         if (need1)
-          hadamard_contract_tile(second, w1, p.t1 + column * wide1, p.r1, rows, columns, p.stride,
-                                 p.dw1_a ? da1 : nullptr,
-                                 p.dw1_b ? p.dw1_b + chunk * p.r1 * p.stride + column : nullptr);
+          hadamard_contract_tile<kLevel>(second, w1, p.t1 + column * wide1, p.r1, rows, columns, p.stride,
+                                         p.dw1_a ? da1 : nullptr,
+                                         p.dw1_b ? p.dw1_b + chunk * p.r1 * p.stride + column : nullptr);
         if (need2)
-          hadamard_contract_tile(first, w2, p.t2 + column * wide2, p.r2, rows, columns, p.stride,
-                                 p.dw2_a ? da2 : nullptr,
-                                 p.dw2_b ? p.dw2_b + chunk * p.r2 * p.stride + column : nullptr);
+          hadamard_contract_tile<kLevel>(first, w2, p.t2 + column * wide2, p.r2, rows, columns, p.stride,
+                                         p.dw2_a ? da2 : nullptr,
+                                         p.dw2_b ? p.dw2_b + chunk * p.r2 * p.stride + column : nullptr);
       }
       if (p.dw1_a != nullptr) store_tile(da1, wide1, rows, p.r1, p.dw1_a + row * p.r1, p.r1);
       if (p.dw2_a != nullptr) store_tile(da2, wide2, rows, p.r2, p.dw2_a + row * p.r2, p.r2);
@@ -169,9 +175,10 @@ PEFTK_INLINE void hadamard_contract_chunks(const HadamardWeightBackwardParams& p
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void hadamard_weight_backward_cpu_body(const HadamardWeightBackwardParams& p, int64_t begin, int64_t end) {
-  p.dtype == Dtype::float32 ? hadamard_contract_chunks<float>(p, begin, end)
-                            : hadamard_contract_chunks<BFloat16>(p, begin, end);
+  p.dtype == Dtype::float32 ? hadamard_contract_chunks<kLevel, float>(p, begin, end)
+                            : hadamard_contract_chunks<kLevel, BFloat16>(p, begin, end);
 }
 
 PEFTK_INLINE Floats vector_at(const float* from) { return *reinterpret_cast<const Floats*>(from); }
@@ -239,8 +246,8 @@ PEFTK_KERNEL(khatri_rao_a_cpu, (const KhatriRaoParams& p, int64_t begin, int64_t
 PEFTK_KERNEL(khatri_rao_b_cpu, (const KhatriRaoParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(khatri_rao_backward_a_cpu, (const KhatriRaoBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(khatri_rao_backward_b_cpu, (const KhatriRaoBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
-PEFTK_KERNEL(hadamard_weight_cpu, (const HadamardWeightParams& p, int64_t begin, int64_t end), (p, begin, end))
-PEFTK_KERNEL(hadamard_weight_backward_cpu, (const HadamardWeightBackwardParams& p, int64_t begin, int64_t end),
-             (p, begin, end))
+PEFTK_LEVEL_KERNEL(hadamard_weight_cpu, (const HadamardWeightParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_LEVEL_KERNEL(hadamard_weight_backward_cpu, (const HadamardWeightBackwardParams& p, int64_t begin, int64_t end),
+                   (p, begin, end))
 
 }  // namespace peftk

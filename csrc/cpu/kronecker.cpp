@@ -25,14 +25,14 @@ PEFTK_INLINE const float* read_matrix(const T* from, int64_t rows, int64_t colum
   return scratch;
 }
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void mix(View w1, const float* in, int64_t rows, int64_t depth, int64_t columns, bool add, T* out,
                       float* scratch) {
   const int64_t ld = padded(columns);
   if constexpr (std::is_same_v<T, float>)
-    if (columns == ld) return product(w1, in, ld, out, ld, rows, ld, depth, add);
+    if (columns == ld) return product<kLevel>(w1, in, ld, out, ld, rows, ld, depth, add);
   if (add) load_tile(out, columns, rows, columns, scratch, ld);
-  product(w1, in, ld, scratch, ld, rows, ld, depth, add);
+  product<kLevel>(w1, in, ld, scratch, ld, rows, ld, depth, add);
   store_tile(scratch, ld, rows, columns, out, columns);
 }
 
@@ -69,7 +69,7 @@ PEFTK_INLINE void inner(const float* left, const float* right, int64_t left_size
   if (i < left_size) inner_rows<1>(left + i * ld, right, right_size, ld, sums + i * right_size * kLanes);
 }
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void mix_chunks(const KroneckerMixParams& p, int64_t begin, int64_t end) {
   const int64_t ld = padded(p.columns), left_count = p.left_size * p.columns, right_count = p.right_size * p.columns;
   const int64_t entries = p.left_size * p.right_size;
@@ -88,22 +88,23 @@ PEFTK_INLINE void mix_chunks(const KroneckerMixParams& p, int64_t begin, int64_t
             read_matrix(static_cast<const T*>(p.right) + t * right_count, p.right_size, p.columns, right_copy.get());
       if (p.partial) inner(left, right, p.left_size, p.right_size, ld, sums.get());
       if (p.mixed_left)
-        mix({p.w1, p.right_size, 1}, right, p.left_size, p.right_size, p.columns, p.add_left,
-            static_cast<T*>(p.mixed_left) + t * left_count, scratch.get());
+        mix<kLevel>({p.w1, p.right_size, 1}, right, p.left_size, p.right_size, p.columns, p.add_left,
+                    static_cast<T*>(p.mixed_left) + t * left_count, scratch.get());
       if (p.mixed_right)
-        mix({p.w1, 1, p.right_size}, left, p.right_size, p.left_size, p.columns, p.add_right,
-            static_cast<T*>(p.mixed_right) + t * right_count, scratch.get());
+        mix<kLevel>({p.w1, 1, p.right_size}, left, p.right_size, p.left_size, p.columns, p.add_right,
+                    static_cast<T*>(p.mixed_right) + t * right_count, scratch.get());
     }
     if (p.partial)
       for (int64_t i = 0; i < entries; ++i) p.partial[chunk * entries + i] = sum_of(at(sums.get(), i * kLanes));
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void kronecker_mix_cpu_body(const KroneckerMixParams& p, int64_t begin, int64_t end) {
   if (p.dtype == Dtype::float32)
-    mix_chunks<float>(p, begin, end);
+    mix_chunks<kLevel, float>(p, begin, end);
   else
-    mix_chunks<BFloat16>(p, begin, end);
+    mix_chunks<kLevel, BFloat16>(p, begin, end);
 }
 
 template <typename T>
@@ -211,7 +212,7 @@ PEFTK_INLINE void kronecker_few_cpu_body(const KroneckerFewParams& p, int64_t be
 }  // namespace
 
 PEFTK_KERNEL(kronecker_few_cpu, (const KroneckerFewParams& p, int64_t begin, int64_t end), (p, begin, end))
-PEFTK_KERNEL(kronecker_mix_cpu, (const KroneckerMixParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_LEVEL_KERNEL(kronecker_mix_cpu, (const KroneckerMixParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(kronecker_weight_cpu, (const KroneckerWeightParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(kronecker_weight_backward_cpu, (const KroneckerWeightBackwardParams& p, int64_t begin, int64_t end),
              (p, begin, end))

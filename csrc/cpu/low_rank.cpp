@@ -8,37 +8,40 @@
 namespace peftk {
 namespace {
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void low_rank_cpu_body(const LowRankParams& p, int64_t begin, int64_t end) {
   const int64_t most = chunk_rows(p.depth > p.columns ? p.depth : p.columns);
   const std::unique_ptr<float[]> strip(new float[6 * padded(p.rank)]), scratch(new float[most * p.rank]);
   for (int64_t row = begin; row < end; row += most) {
     const int64_t rows = end - row < most ? end - row : most;
     float* hidden = p.hidden + row * p.rank;
-    shrink(p.x + row * p.depth, rows, p.depth, p.a, p.rank, 1.0f, strip.get(), hidden);
+    shrink<kLevel>(p.x + row * p.depth, rows, p.depth, p.a, p.rank, 1.0f, strip.get(), hidden);
     if (p.out == nullptr) continue;
     if (p.gate) gated(hidden, p.gate + row * p.gate_row, p.gate_row, rows, p.rank, scratch.get());
-    expand(p.gate ? scratch.get() : hidden, rows, p.rank, p.b, p.columns, p.out + row * p.columns);
+    expand<kLevel>(p.gate ? scratch.get() : hidden, rows, p.rank, p.b, p.columns, p.out + row * p.columns);
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void low_rank_backward_cpu_body(const LowRankBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t most = chunk_rows(p.depth > p.columns ? p.depth : p.columns), rank = p.rank;
   const std::unique_ptr<float[]> strip(new float[6 * padded(rank)]), scratch(new float[most * rank]);
   for (int64_t row = begin; row < end; row += most) {
     const int64_t rows = end - row < most ? end - row : most;
     float* dhidden = p.dhidden + row * rank;
-    shrink(p.grad + row * p.columns, rows, p.columns, p.b, rank, p.scale, strip.get(), dhidden);
+    shrink<kLevel>(p.grad + row * p.columns, rows, p.columns, p.b, rank, p.scale, strip.get(), dhidden);
     if (p.gate_row && p.dgate)
       for (int64_t i = 0; i < rows * rank; ++i) p.dgate[row * rank + i] = dhidden[i] * p.hidden[row * rank + i];
     if (p.dx == nullptr) continue;
     if (p.gate) gated(dhidden, p.gate + row * p.gate_row, p.gate_row, rows, rank, scratch.get());
-    expand(p.gate ? scratch.get() : dhidden, rows, rank, p.a, p.depth, p.dx + row * p.depth);
+    expand<kLevel>(p.gate ? scratch.get() : dhidden, rows, rank, p.a, p.depth, p.dx + row * p.depth);
   }
 }
 
 // sum (tiles, rank, kFactorColumns) = h (rows, rank).T @ x (rows, columns), with h times the gate; `part` is as large.
 // A tile of x is copied before it is read, so that rows a power of two apart do not evict each other. The sum of every
 // so many rows is a part of its own, so that the error grows with neither number alone.
+template <CpuLevel kLevel>
 PEFTK_INLINE void outer(const float* h, const LowRankBackwardParams& p, const float* x, int64_t ld, int64_t columns,
                         float* scratch, float* tile, float* part, float* sum) {
   const int64_t rank = p.rank, tiles = low_rank_tiles(columns), numbers = tiles * rank * kFactorColumns;
@@ -55,8 +58,8 @@ PEFTK_INLINE void outer(const float* h, const LowRankBackwardParams& p, const fl
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t left = columns - t * kFactorColumns, width = left < kFactorColumns ? left : kFactorColumns;
         load_tile(x + row * ld + t * kFactorColumns, ld, rows, width, tile, kFactorColumns);
-        product({from, 1, rank}, tile, kFactorColumns, part + t * rank * kFactorColumns, kFactorColumns, rank,
-                padded(width), rows, row > first);
+        product<kLevel>({from, 1, rank}, tile, kFactorColumns, part + t * rank * kFactorColumns, kFactorColumns, rank,
+                        padded(width), rows, row > first);
       }
     }
     // Where a tile is narrow, its last columns are nobody's.
@@ -64,6 +67,7 @@ PEFTK_INLINE void outer(const float* h, const LowRankBackwardParams& p, const fl
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void low_rank_factors_cpu_body(const LowRankBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t rank = p.rank, split = p.db ? low_rank_tiles(p.columns) : 0;
   const int64_t numbers = (end - begin) * rank * kFactorColumns;
@@ -75,14 +79,14 @@ PEFTK_INLINE void low_rank_factors_cpu_body(const LowRankBackwardParams& p, int6
   if (begin < split) {
     const int64_t first = begin * kFactorColumns, stop = (end < split ? end : split) * kFactorColumns;
     const int64_t columns = (stop < p.columns ? stop : p.columns) - first;
-    outer(p.hidden, p, p.grad + first, p.columns, columns, scratch.get(), tile.get(), part.get(), sum.get());
+    outer<kLevel>(p.hidden, p, p.grad + first, p.columns, columns, scratch.get(), tile.get(), part.get(), sum.get());
     for (int64_t i = 0; i < columns; ++i)
       for (int64_t j = 0; j < rank; ++j) p.db[(first + i) * rank + j] = at(i, j) * p.scale;
   }
   if (end > split) {
     const int64_t first = (begin > split ? begin - split : 0) * kFactorColumns, stop = (end - split) * kFactorColumns;
     const int64_t columns = (stop < p.depth ? stop : p.depth) - first;
-    outer(p.dhidden, p, p.x + first, p.depth, columns, scratch.get(), tile.get(), part.get(), sum.get());
+    outer<kLevel>(p.dhidden, p, p.x + first, p.depth, columns, scratch.get(), tile.get(), part.get(), sum.get());
     for (int64_t j = 0; j < rank; ++j)
       for (int64_t i = 0; i < columns; ++i) p.da[j * p.depth + first + i] = at(i, j);
   }
@@ -201,9 +205,9 @@ PEFTK_INLINE void dropout_cpu_body(const DropoutParams& p, int64_t begin, int64_
 
 }  // namespace
 
-PEFTK_KERNEL(low_rank_cpu, (const LowRankParams& p, int64_t begin, int64_t end), (p, begin, end))
-PEFTK_KERNEL(low_rank_backward_cpu, (const LowRankBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
-PEFTK_KERNEL(low_rank_factors_cpu, (const LowRankBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_LEVEL_KERNEL(low_rank_cpu, (const LowRankParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_LEVEL_KERNEL(low_rank_backward_cpu, (const LowRankBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_LEVEL_KERNEL(low_rank_factors_cpu, (const LowRankBackwardParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(low_rank_few_hidden_cpu, (const LowRankFewParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(low_rank_few_cpu, (const LowRankFewParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(dropout_cpu, (const DropoutParams& p, int64_t begin, int64_t end), (p, begin, end))

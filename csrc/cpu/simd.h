@@ -67,6 +67,27 @@ inline CpuLevel cpu_level() {
 constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
 
+// Vectors of so many words and floats.
+template <int kWords>
+struct Vectors {
+  typedef uint32_t Words __attribute__((vector_size(4 * kWords)));
+  typedef float Numbers __attribute__((vector_size(4 * kWords)));
+};
+
+// Floats of the largest vectors that a level has registers for.
+template <CpuLevel>
+constexpr int kWidest = kLanes;
+template <>
+inline constexpr int kWidest<CpuLevel::avx512> = 16;
+
+// The bits that stand anywhere.
+template <typename To>
+PEFTK_INLINE To bits_at(const void* from) {
+  To to;
+  std::memcpy(&to, from, sizeof to);
+  return to;
+}
+
 // The sums of the lanes of eight vectors.
 PEFTK_INLINE Floats sums_of(const Floats* lanes) {
   typedef int32_t Words __attribute__((vector_size(32)));
@@ -132,25 +153,25 @@ struct View {
   int64_t row, col;
 };
 
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, int kWide>
 PEFTK_INLINE void product_strip(View a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth, bool add) {
-  Floats sum[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v)
-      sum[i][v] = add ? *reinterpret_cast<const Floats*>(c + i * ldc + v * kLanes) : Floats{};
+  using Vector = typename Vectors<kWide>::Numbers;
+  Vector sum[kRows][kVectors] = {};
+  for (int i = 0; add && i < kRows; ++i)
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = bits_at<Vector>(c + i * ldc + v * kWide);
   for (int64_t k = 0; k < depth; ++k) {
-    Floats row[kVectors];
-    for (int v = 0; v < kVectors; ++v) row[v] = *reinterpret_cast<const Floats*>(b + k * ldb + v * kLanes);
+    Vector row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = bits_at<Vector>(b + k * ldb + v * kWide);
     for (int i = 0; i < kRows; ++i) {
       const float scalar = a.data[i * a.row + k * a.col];
       for (int v = 0; v < kVectors; ++v) sum[i][v] += scalar * row[v];
     }
   }
   for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Floats*>(c + i * ldc + v * kLanes) = sum[i][v];
+    for (int v = 0; v < kVectors; ++v) std::memcpy(c + i * ldc + v * kWide, &sum[i][v], sizeof(Vector));
 }
 
-template <int kVectors>
+template <int kVectors, int kWide = kLanes>
 PEFTK_INLINE void product_columns(View a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
                                   int64_t depth, bool add) {
   for (int64_t i = 0; i < rows;) {
@@ -158,27 +179,33 @@ PEFTK_INLINE void product_columns(View a, const float* b, int64_t ldb, float* c,
     const int64_t left = rows - i;
     // Six rows fill the registers; 8 rows go better as 4 + 4 than as 6 + 2.
     if (left >= 6 && left != 8) {
-      product_strip<6, kVectors>(from, b, ldb, c + i * ldc, ldc, depth, add);
+      product_strip<6, kVectors, kWide>(from, b, ldb, c + i * ldc, ldc, depth, add);
       i += 6;
     } else if (left >= 4) {
-      product_strip<4, kVectors>(from, b, ldb, c + i * ldc, ldc, depth, add);
+      product_strip<4, kVectors, kWide>(from, b, ldb, c + i * ldc, ldc, depth, add);
       i += 4;
     } else if (left >= 2) {
-      product_strip<2, kVectors>(from, b, ldb, c + i * ldc, ldc, depth, add);
+      product_strip<2, kVectors, kWide>(from, b, ldb, c + i * ldc, ldc, depth, add);
       i += 2;
     } else {
-      product_strip<1, kVectors>(from, b, ldb, c + i * ldc, ldc, depth, add);
+      product_strip<1, kVectors, kWide>(from, b, ldb, c + i * ldc, ldc, depth, add);
       i += 1;
     }
   }
 }
 
 // c (rows, cols) = a (rows, depth) @ b (depth, cols), or += where `add`. cols must be a multiple of eight.
-// The terms of every sum are added in the order of `depth`, so equal inputs give equal bits.
+// The terms of every sum are added in the order of `depth`, so equal inputs give equal bits, whatever the vectors.
+template <CpuLevel kLevel = CpuLevel::base>
 PEFTK_INLINE void product(View a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t cols,
                           int64_t depth, bool add) {
+  constexpr int kWide = kWidest<kLevel>;
   int64_t j = 0;
-  for (; j + 2 * kLanes <= cols; j += 2 * kLanes) product_columns<2>(a, b + j, ldb, c + j, ldc, rows, depth, add);
+  for (; j + 2 * kWide <= cols; j += 2 * kWide) product_columns<2, kWide>(a, b + j, ldb, c + j, ldc, rows, depth, add);
+  if (kWide > kLanes && j + kWide <= cols) {
+    product_columns<1, kWide>(a, b + j, ldb, c + j, ldc, rows, depth, add);
+    j += kWide;
+  }
   if (j < cols) product_columns<1>(a, b + j, ldb, c + j, ldc, rows, depth, add);
 }
 

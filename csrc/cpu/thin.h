@@ -22,18 +22,20 @@ PEFTK_INLINE int64_t chunk_rows(int64_t width) {
 }
 
 // to (rows, rank) = scale * x (rows, depth) @ m (depth, padded(rank)).
+template <CpuLevel kLevel = CpuLevel::base>
 PEFTK_INLINE void shrink(const float* x, int64_t rows, int64_t depth, const float* m, int64_t rank, float scale,
                          float* strip, float* to) {
   const int64_t ld = padded(rank);
   for (int64_t row = 0; row < rows; row += 6) {
     const int64_t some = rows - row < 6 ? rows - row : 6;
-    product({x + row * depth, depth, 1}, m, ld, strip, ld, some, ld, depth, false);
+    product<kLevel>({x + row * depth, depth, 1}, m, ld, strip, ld, some, ld, depth, false);
     for (int64_t i = 0; i < some; ++i)
       for (int64_t j = 0; j < rank; ++j) to[(row + i) * rank + j] = strip[i * ld + j] * scale;
   }
 }
 
 // out (rows, columns) += h (rows, rank) @ m, in strips.
+template <CpuLevel kLevel = CpuLevel::base>
 PEFTK_INLINE void expand(const float* h, int64_t rows, int64_t rank, const float* m, int64_t columns, float* out) {
   float tile[6 * kStripColumns];
   for (int64_t row = 0; row < rows; row += 6) {
@@ -44,10 +46,10 @@ PEFTK_INLINE void expand(const float* h, int64_t rows, int64_t rank, const float
       float* to = out + row * columns + first;
       const int64_t left = columns - first;
       if (left >= kStripColumns) {
-        product_columns<2>(from, strip, kStripColumns, to, columns, some, rank, true);
+        product<kLevel>(from, strip, kStripColumns, to, columns, some, kStripColumns, rank, true);
       } else {
         load_tile(to, columns, some, left, tile, kStripColumns);
-        product_columns<2>(from, strip, kStripColumns, tile, kStripColumns, some, rank, true);
+        product<kLevel>(from, strip, kStripColumns, tile, kStripColumns, some, kStripColumns, rank, true);
         store_tile(tile, kStripColumns, some, left, to, columns);
       }
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops._few_rows import rotated_few
 from ..ops.conv import convolve_with
 from ._base_layer import NONE, call, plain_tensors
 
@@ -79,7 +80,12 @@ def linear(
     if len(adapters) == 1 and adapters[0].group <= COMPOSED_GROUP:
         plain = plain_tensors(base, x, args, kwargs)
     if plain is not None:
-        y = F.block_rotate_linear(x, *plain, composed(adapters[0]))
+        blocks = composed(adapters[0])
+        if not (base.training or torch.is_grad_enabled()):
+            few = rotated_few(x, *plain, blocks, adapters[0].scale.view(-1))
+            if few is not None:
+                return few
+        y = F.block_rotate_linear(x, *plain, blocks)
     else:
         for adapter in reversed(adapters):
             if adapter.group <= COMPOSED_GROUP:

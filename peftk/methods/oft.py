@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops._few_rows import rotated_few
 from ..ops.conv import convolve_with
 from ._base_layer import NONE, call, plain_tensors
 
@@ -75,6 +76,8 @@ def linear(
     if len(blocks) == 1:
         plain = plain_tensors(base, x, args, kwargs)
         if plain is not None:
+            if not (base.training or torch.is_grad_enabled()) and (y := rotated_few(x, *plain, blocks[0])) is not None:
+                return y
             return F.block_rotate_linear(x, *plain, blocks[0])
     for one in blocks:
         x = F.block_rotate(x, one)

@@ -69,7 +69,7 @@ def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -
     module = registry.backend_module("native", "few_rows")
     assert not isinstance(module, str)
     most = module.ONE_PASS_ROWS[x.dtype]
-    y: Tensor | None = module.few_rows(x, weight, bias, None, None, None, 1.0, added, None, None, (), (), most)
+    y: Tensor | None = module.few_rows(x, weight, bias, None, None, None, None, 1.0, added, None, None, (), (), most)
     return linear(x, weight, bias).add_(added) if y is None else y
 
 
@@ -96,7 +96,7 @@ def low_rank_few(
     if module is None:
         return None
     most = module.ONE_PASS_ROWS.get(x.dtype, 0)
-    y: Tensor | None = module.few_rows(x, weight, bias, a, b, gate, scale, None, None, None, (), (), most)
+    y: Tensor | None = module.few_rows(x, weight, bias, None, a, b, gate, scale, None, None, None, (), (), most)
     if y is not None:
         return y
     if (
@@ -147,5 +147,32 @@ def rescaled_few(
     module = module_of("few_rows")
     if module is None:
         return None
-    y: Tensor | None = module.few_rows(x, weight, bias, a, b, None, scale, None, gain, sums, sources, copies, RESCALED)
+    factors, checked = (None, a, b, None, scale, None), (gain, sums, sources, copies)
+    y: Tensor | None = module.few_rows(x, weight, bias, *factors, *checked, RESCALED)
+    return y
+
+
+def rotated_few(
+    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, gain: Tensor | None = None
+) -> Tensor | None:
+    """Return ``gain * (rotated(x) @ weight.T) + bias`` in one pass over the weight, or None.
+
+    None also where the rotation changes no number of x: the output then has every bit of the frozen layer's, which the
+    operators see to.
+
+    Args:
+        x: (..., in), in the dtype of the weight.
+        weight: (out, in).
+        bias: (out,) or None.
+        blocks: (in / b, b, b), or (1, b, b) if shared.
+        gain: (out,) or None.
+    """
+    if not x.is_cpu or type(x) not in _ORDINARY or x.numel() > FEW * x.shape[-1]:
+        return None
+    module = module_of("few_rows")
+    if module is None:
+        return None
+    most = module.ONE_PASS_ROWS.get(x.dtype, 0)
+    nothing = (None, None, None, 1.0, None)
+    y: Tensor | None = module.few_rows(x, weight, bias, blocks, *nothing, gain, None, (), (), most)
     return y

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftk
-from peftk.ops._few_rows import FEW, low_rank_few
+from peftk.ops._few_rows import FEW, low_rank_few, rotated_few
 from peftk.testing.compare import assert_close, assert_same_bits
 
 OUT, FEATURES = 37, 83
@@ -160,3 +160,89 @@ def test_layers_generate_what_they_were_trained_to(rows: int, dtype: torch.dtype
         recorded = layer(x)
         assert recorded.requires_grad and not short.requires_grad
         assert_close(short, recorded.detach().double(), dtype)
+
+
+def rotation(size: int, rows: int, dtype: torch.dtype, shared: bool = False) -> list[Tensor]:
+    features = size * 5
+    generator = torch.Generator().manual_seed(rows + size)
+
+    def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return [
+        *(drawn(rows, features, dtype=dtype), drawn(OUT, features, dtype=dtype), drawn(OUT, dtype=dtype)),
+        *(drawn(1 if shared else 5, size, size), drawn(OUT)),
+    ]
+
+
+def rotated(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, gain: Tensor | None) -> Tensor:
+    turn = torch.block_diag(*blocks.double().expand(5, -1, -1))
+    y = x.double() @ turn @ weight.double().T
+    y = y if gain is None else y * gain.double()
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 3, 8, 12, 32, 44])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_rotated_rows_match_float64(rows: int, size: int, dtype: torch.dtype) -> None:
+    for shared in (False, True):
+        x, weight, bias, blocks, gain = rotation(size, rows, dtype, shared)
+        with torch.no_grad():
+            for b, g in ((bias, gain), (None, None)):
+                found = rotated_few(x, weight, b, blocks, g)
+                assert found is not None and found.dtype is dtype
+                assert_close(found, rotated(x, weight, b, blocks, g), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rotated_row_that_is_not_finite_changes_no_other(dtype: torch.dtype) -> None:
+    x, *others = rotation(8, 4, dtype)
+    marred = x.clone()
+    marred[2, 7] = torch.inf
+    with torch.no_grad():
+        clean, found = rotated_few(x, *others), rotated_few(marred, *others)
+    assert not found[2].isfinite().any()
+    kept = torch.tensor([0, 1, 3])
+    assert_same_bits(found[kept], clean[kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotations_that_change_nothing_and_what_does_not_fit_are_left_to_the_operators(dtype: torch.dtype) -> None:
+    x, weight, bias, blocks, gain = rotation(8, 2, dtype)
+    eye = torch.eye(8).expand(5, 8, 8).contiguous()
+    many = x.expand(FEW + 1, 2, -1)[:, 0].contiguous()
+    with torch.no_grad():
+        assert rotated_few(x, weight, bias, blocks, gain) is not None
+        for unfit in (eye, eye[:1], blocks[:4], blocks[:, :7], blocks[:, 1:, 1:], blocks.double(), blocks.mT):
+            assert rotated_few(x, weight, bias, unfit, gain) is None
+        assert rotated_few(x, weight, bias, blocks, gain[1:]) is None
+        assert rotated_few(x.double(), weight.double(), bias.double(), blocks, gain) is None
+        assert rotated_few(many, weight, bias, blocks, gain) is None
+    assert rotated_few(x, weight, bias, blocks, gain) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_rotating_layers_generate_what_they_were_trained_to(rows: int, dtype: torch.dtype) -> None:
+    configs = [
+        (peftk.nn.OFTLinear, peftk.OFTConfig(oft_block_size=8, use_cayley_neumann=True)),
+        (peftk.nn.OFTLinear, peftk.OFTConfig(oft_block_size=8, use_cayley_neumann=False, block_share=True)),
+        (peftk.nn.BOFTLinear, peftk.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2)),
+    ]
+    for kind, config in configs:
+        torch.manual_seed(1)
+        base = torch.nn.Linear(64, OUT).to(dtype)
+        layer = kind(base, config).eval()
+        x = torch.randn(rows, 64).to(dtype)
+        with torch.no_grad():
+            assert_same_bits(layer(x), base(x))
+            for _ in range(3):
+                for name, p in layer.named_parameters():
+                    if "base_layer" not in name:
+                        p.data.add_(torch.randn_like(p), alpha=0.05)
+                short = layer(x)
+                with torch.enable_grad():
+                    recorded = layer(x)
+                assert recorded.requires_grad and not short.requires_grad
+                assert_close(short, recorded.detach().double(), dtype)

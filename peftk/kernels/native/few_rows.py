@@ -19,12 +19,12 @@ SUM_WORDS = 16
 """Words of the checksum of one row of a weight."""
 
 few_rows = torch.ops.peftk_native.few_rows.default
-"""``few_rows(x, weight, bias, a, b, gate, scale, added, gain, sums, sources, copies, most)`` returns
+"""``few_rows(x, weight, bias, blocks, a, b, gate, scale, added, gain, sums, sources, copies, most)`` returns
 ``gain * (x @ weight.T + update) + bias``, where the update is ``scale * (x @ a.T * gate) @ b.T``, or what is `added`,
-one row for each of x. It returns None where the caller has to go another way: for more rows than `most`, for other
-dtypes, shapes or layouts than the kernels take, for a weight that has other checksums than `sums`, for `sources` that
-are not the same as their copies to the bit, and where the update is zero, so that the output keeps the bits of the
-frozen layer's.
+one row for each of x; or there is none, and the blocks rotate x first. It returns None where the caller has to go
+another way: for more rows than `most`, for other dtypes, shapes or layouts than the kernels take, for a weight that has
+other checksums than `sums`, for `sources` that are not the same as their copies to the bit, and where the update is
+zero or the rotation changes nothing, so that the output keeps the bits of the frozen layer's.
 """
 
 same_row_sums = torch.ops.peftk_native.same_row_sums.default

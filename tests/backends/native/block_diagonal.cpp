@@ -32,6 +32,31 @@ void check_rotate(Level level, int64_t rows, int64_t count, int64_t size, bool t
 }
 
 template <typename T>
+void check_rotate_few(Level level, int64_t rows, int64_t count, int64_t size, bool shared) {
+  const int64_t features = count * size;
+  Heap<T> x(rows * features);
+  Heap<float> blocks((shared ? 1 : count) * size * size), y(rows * features - planted_write);
+  fill(x);
+  fill(blocks);
+  const BlockRotateFewParams p{x.get(), blocks.get(), y.get(), rows, count, size, shared, dtype_of<T>()};
+  in_pieces(count, 1 + rows % 2,
+            [&](int64_t begin, int64_t end) { VARIANT(level, block_rotate_few_cpu)(p, begin, end); });
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t n = 0; n < count; ++n)
+      for (int64_t j = 0; j < size; ++j) {
+        double truth = 0, magnitude = 0;
+        for (int64_t k = 0; k < size; ++k) {
+          const double term = to_float(x[t * features + n * size + k]) *
+                              static_cast<double>(blocks[((shared ? 0 : n) * size + k) * size + j]);
+          truth += term;
+          magnitude += std::abs(term);
+        }
+        expect(y[t * features + n * size + j], truth, magnitude, static_cast<double>(size + 1), kFloatUnit,
+               std::string("block_rotate_few ") + name_of(level));
+      }
+}
+
+template <typename T>
 void check_rotate_backward(Level level, int64_t rows, int64_t count, int64_t size, int64_t chunks, bool transpose,
                            bool need_x, bool need_blocks, bool aliased) {
   const int64_t features = count * size, ld = padded(size);
@@ -104,6 +129,8 @@ void run_block_diagonal(Level level) {
         const int64_t count = 1 + (size + rows) % 3;
         check_rotate<float>(level, rows, count, size, transpose);
         check_rotate<BFloat16>(level, rows, count, size, transpose);
+        check_rotate_few<float>(level, 1 + rows % 6, count, size, transpose);
+        check_rotate_few<BFloat16>(level, 1 + rows % 6, count, size, transpose);
         for (const int64_t chunks : {1, 2, 5}) {
           check_rotate_backward<float>(level, rows, count, size, chunks, transpose, true, true, chunks == 2);
           check_rotate_backward<BFloat16>(level, rows, count, size, chunks, transpose, true, true, chunks == 2);

@@ -18,7 +18,7 @@ void lay_out(Heap<T>& x, int64_t rows, int64_t depth, Heap<float>& to) {
   if (sizeof(T) == sizeof(float))
     std::memcpy(to.get(), x.get(), rows * depth * sizeof(float));
   else
-    few_rows_input_cpu(x.get(), rows, depth, to.get());
+    few_rows_input_cpu(x.get(), dtype_of<T>(), rows, depth, to.get());
 }
 
 template <typename T>
