@@ -52,7 +52,7 @@ class Packed {
         data_(copy_ ? copy_.get() : blocks) {
     if (copy_)
       parallel_for(0, s.count, 1 + 65536 / (s.size * s.size), [&](int64_t begin, int64_t end) {
-        pack_blocks_cpu(blocks, s.size, transpose, copy_.get(), begin, end);
+        pack_blocks_cpu(blocks, s.count, s.size, transpose, copy_.get(), begin, end);
       });
   }
   const float* get() const { return data_; }

@@ -49,8 +49,14 @@ void block_rotate_few_cpu(const BlockRotateFewParams& p, int64_t begin, int64_t 
 // `partial` is (chunks, count, size, padded(size)) and zeroed.
 void block_rotate_cpu(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end);
 void block_rotate_backward_cpu(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end);
-// Lay blocks out with padded rows, transposed where asked: (count, size, padded(size)).
-void pack_blocks_cpu(const float* blocks, int64_t size, bool transpose, float* packed, int64_t begin, int64_t end);
+// Whether a vector of features holds whole blocks, which are then taken together.
+constexpr bool fit_a_vector(int64_t count, int64_t size) {
+  return (size == 2 || size == 4 || size == 8) && count * size % 8 == 0;
+}
+// Lay blocks begin to end out as the kernels read them, transposed where asked: with padded rows, (count, size,
+// padded(size)), or where they fit a vector, (groups, size, 8) with the k-th rows of all blocks of a group in one.
+void pack_blocks_cpu(const float* blocks, int64_t count, int64_t size, bool transpose, float* packed, int64_t begin,
+                     int64_t end);
 // Largest block of the CUDA kernels; matrix instructions are faster above.
 constexpr int64_t kCudaRotateSize = 16;
 

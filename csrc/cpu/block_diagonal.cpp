@@ -102,12 +102,69 @@ PEFTK_INLINE void block_rotate_few_cpu_body(const BlockRotateFewParams& p, int64
     rotate_few<BFloat16>(p, begin, end);
 }
 
+PEFTK_INLINE void write_eight(Floats numbers, float* to) { *reinterpret_cast<Floats*>(to) = numbers; }
+
+PEFTK_INLINE void write_eight(Floats numbers, BFloat16* to) {
+  float values[kLanes];
+  std::memcpy(values, &numbers, sizeof values);
+  for (int i = 0; i < kLanes; ++i) from_float(values[i], to[i]);
+}
+
+// The number kAt of every block of kSize features, in each of the block's lanes.
+template <int kSize, int kAt>
+PEFTK_INLINE Floats spread(Floats x) {
+  typedef int32_t Words __attribute__((vector_size(32)));
+  return PEFTK_SHUFFLE(Words, x, x, 0 / kSize * kSize + kAt, 1 / kSize * kSize + kAt, 2 / kSize * kSize + kAt,
+                       3 / kSize * kSize + kAt, 4 / kSize * kSize + kAt, 5 / kSize * kSize + kAt,
+                       6 / kSize * kSize + kAt, 7 / kSize * kSize + kAt);
+}
+
+// sum + x @ the blocks of a group.
+template <int kSize, int kAt = 0>
+PEFTK_INLINE Floats rotated_group(Floats x, const Floats* rows, Floats sum) {
+  sum += spread<kSize, kAt>(x) * rows[kAt];
+  if constexpr (kAt + 1 < kSize) return rotated_group<kSize, kAt + 1>(x, rows, sum);
+  return sum;
+}
+
+// sums[k] += the gradient of the k-th rows of the blocks of a group.
+template <int kSize, int kAt = 0>
+PEFTK_INLINE void add_group(Floats x, Floats grad, Floats* sums) {
+  sums[kAt] += spread<kSize, kAt>(x) * grad;
+  if constexpr (kAt + 1 < kSize) add_group<kSize, kAt + 1>(x, grad, sums);
+}
+
+template <int kSize, typename T>
+PEFTK_INLINE void rotate_groups(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
+  const int64_t features = p.count * p.size, last_row = smaller(end * kRotateRows, p.rows);
+  for (int64_t row = begin * kRotateRows; row < last_row; row += kStripRows)
+    for (int64_t at = 0; at < features; at += kLanes) {
+      Floats rows[kSize];
+      std::memcpy(rows, packed + at * kSize, sizeof rows);
+      for (int64_t t = row; t < smaller(row + kStripRows, last_row); ++t)
+        write_eight(rotated_group<kSize>(eight(static_cast<const T*>(p.x) + t * features + at), rows, Floats{}),
+                    static_cast<T*>(p.y) + t * features + at);
+    }
+}
+
+template <CpuLevel kLevel, typename T>
+PEFTK_INLINE void rotate_rows(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
+  if (!fit_a_vector(p.count, p.size))
+    rotate_tiles<kLevel, T>(p, packed, begin, end);
+  else if (p.size == 2)
+    rotate_groups<2, T>(p, packed, begin, end);
+  else if (p.size == 4)
+    rotate_groups<4, T>(p, packed, begin, end);
+  else
+    rotate_groups<8, T>(p, packed, begin, end);
+}
+
 template <CpuLevel kLevel>
 PEFTK_INLINE void block_rotate_cpu_body(const BlockRotateParams& p, const float* packed, int64_t begin, int64_t end) {
   if (p.dtype == Dtype::float32)
-    rotate_tiles<kLevel, float>(p, packed, begin, end);
+    rotate_rows<kLevel, float>(p, packed, begin, end);
   else
-    rotate_tiles<kLevel, BFloat16>(p, packed, begin, end);
+    rotate_rows<kLevel, BFloat16>(p, packed, begin, end);
 }
 
 // Blocks first to last of a chunk of the rows: x and grad are visited once, for dx and for the blocks' gradient.
@@ -146,13 +203,69 @@ PEFTK_INLINE void visit_tasks(const BlockRotateBackwardParams& p, const float* p
   }
 }
 
+// Groups first to last of a chunk of the rows.
+template <int kSize, typename T>
+PEFTK_INLINE void visit_groups(const BlockRotateBackwardParams& p, const float* packed, int64_t chunk, int64_t first,
+                               int64_t last, float* sums) {
+  const int64_t features = p.count * p.size;
+  std::memset(sums, 0, (last - first) * kSize * sizeof(Floats));
+  const int64_t end = p.rows * (chunk + 1) / p.chunks;
+  for (int64_t row = p.rows * chunk / p.chunks; row < end; row += kStripRows)
+    for (int64_t group = first; group < last; ++group) {
+      Floats rows[kSize], sum[kSize];
+      std::memcpy(rows, packed + group * kLanes * kSize, sizeof rows);
+      std::memcpy(sum, sums + (group - first) * kSize * kLanes, sizeof sum);
+      for (int64_t t = row; t < smaller(row + kStripRows, end); ++t) {
+        const int64_t at = t * features + group * kLanes;
+        const Floats grad = eight(static_cast<const T*>(p.grad) + at);
+        if (p.partial) {
+          const Floats x = eight(static_cast<const T*>(p.x) + at);
+          add_group<kSize>(p.transpose ? grad : x, p.transpose ? x : grad, sum);
+        }
+        if (p.dx) write_eight(rotated_group<kSize>(grad, rows, Floats{}), static_cast<T*>(p.dx) + at);
+      }
+      std::memcpy(sums + (group - first) * kSize * kLanes, sum, sizeof sum);
+    }
+  for (int64_t i = first * kLanes; p.partial && i < last * kLanes; ++i)
+    for (int64_t k = 0; k < kSize; ++k)
+      p.partial[((chunk * p.count + i / kSize) * kSize + k) * kLanes + i % kSize] =
+          sums[((i / kLanes - first) * kSize + k) * kLanes + i % kLanes];
+}
+
+// A task is one block in one chunk of the rows, and a group belongs to the task of its first block.
+template <int kSize, typename T>
+PEFTK_INLINE void visit_group_tasks(const BlockRotateBackwardParams& p, const float* packed, int64_t begin,
+                                    int64_t end) {
+  constexpr int64_t kTogether = kLanes / kSize;
+  const int64_t groups = p.count / kTogether;
+  const std::unique_ptr<float[]> sums(new float[groups * kSize * kLanes]);
+  int64_t task = (begin + kTogether - 1) / kTogether;
+  for (const int64_t stop = (end + kTogether - 1) / kTogether; task < stop;) {
+    const int64_t first = task % groups, last = smaller(groups, first + stop - task);
+    visit_groups<kSize, T>(p, packed, task / groups, first, last, sums.get());
+    task += last - first;
+  }
+}
+
+template <CpuLevel kLevel, typename T>
+PEFTK_INLINE void visit_rows(const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end) {
+  if (!fit_a_vector(p.count, p.size))
+    visit_tasks<kLevel, T>(p, packed, begin, end);
+  else if (p.size == 2)
+    visit_group_tasks<2, T>(p, packed, begin, end);
+  else if (p.size == 4)
+    visit_group_tasks<4, T>(p, packed, begin, end);
+  else
+    visit_group_tasks<8, T>(p, packed, begin, end);
+}
+
 template <CpuLevel kLevel>
 PEFTK_INLINE void block_rotate_backward_cpu_body(const BlockRotateBackwardParams& p, const float* packed, int64_t begin,
                                                  int64_t end) {
   if (p.dtype == Dtype::float32)
-    visit_tasks<kLevel, float>(p, packed, begin, end);
+    visit_rows<kLevel, float>(p, packed, begin, end);
   else
-    visit_tasks<kLevel, BFloat16>(p, packed, begin, end);
+    visit_rows<kLevel, BFloat16>(p, packed, begin, end);
 }
 
 }  // namespace
@@ -164,9 +277,19 @@ PEFTK_LEVEL_KERNEL(block_rotate_backward_cpu,
                    (const BlockRotateBackwardParams& p, const float* packed, int64_t begin, int64_t end),
                    (p, packed, begin, end))
 
-void pack_blocks_cpu(const float* blocks, int64_t size, bool transpose, float* packed, int64_t begin, int64_t end) {
-  const int64_t ld = padded(size);
+void pack_blocks_cpu(const float* blocks, int64_t count, int64_t size, bool transpose, float* packed, int64_t begin,
+                     int64_t end) {
   const int64_t row = transpose ? 1 : size, col = transpose ? size : 1;
+  if (fit_a_vector(count, size)) {
+    const int64_t together = kLanes / size;
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t i = 0; i < size; ++i)
+        for (int64_t j = 0; j < size; ++j)
+          packed[(n / together * size + i) * kLanes + n % together * size + j] =
+              blocks[n * size * size + i * row + j * col];
+    return;
+  }
+  const int64_t ld = padded(size);
   for (int64_t n = begin; n < end; ++n)
     for (int64_t i = 0; i < size; ++i)
       for (int64_t j = 0; j < ld; ++j)

@@ -132,6 +132,16 @@ PEFTK_INLINE void from_float(float value, BFloat16& out) {
   out.bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
 }
 
+// Eight numbers as floats.
+PEFTK_INLINE Floats eight(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+
+PEFTK_INLINE Floats eight(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(32)));
+  const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
+  return reinterpret_cast<const Floats&>(bits);
+}
+
 // Copy a (rows, cols) tile into floats with row stride `ld`, zero from column `cols` on.
 template <typename T>
 PEFTK_INLINE void load_tile(const T* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t ld) {

@@ -61,13 +61,4 @@ PEFTK_INLINE void gated(const float* h, const float* gate, int64_t gate_row, int
     for (int64_t j = 0; j < rank; ++j) to[i * rank + j] = h[i * rank + j] * gate[i * gate_row + j];
 }
 
-PEFTK_INLINE Floats eight(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-
-PEFTK_INLINE Floats eight(const BFloat16* from) {
-  typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
-  typedef uint32_t Words __attribute__((vector_size(32)));
-  const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
-  return reinterpret_cast<const Floats&>(bits);
-}
-
 }  // namespace peftk
