@@ -25,13 +25,16 @@ from .recognise import PREFIXES, Description, Found, recognise
 
 __all__ = ["Converted", "as_peft"]
 
-_METADATA = "lora_adapter_metadata"
+METADATA = "lora_adapter_metadata"
 """Where diffusers keeps the configuration in the header of a file."""
 
 DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 """What the first factor of LoRA is called."""
 
-_UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
+UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
+MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "hada_magnitude_vector", "lokr_magnitude_vector")
+"""What the magnitudes of outputs are called in files of PEFT and diffusers, and in this package's."""
+
 _KEY = "base_model.model."
 
 
@@ -100,7 +103,7 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
     if problems:
         raise CheckpointError(file.path, f"has {found}", *capped(problems, "problems"))
     paths, left_out = _resolved(found, weights, file)
-    alphas = _alphas(file.metadata, file)
+    alphas = written_alphas(file.metadata, file)
     modules = []
     for name, path in paths.items():
         try:
@@ -125,7 +128,7 @@ def _resolved(
     """Map the names of a file to paths of the model; a prefix of which no module is in the model is another model's."""
     by_prefix: dict[str, dict[str, str | None]] = {}
     for name in found.modules:
-        prefix, rest = _prefix(name)
+        prefix, rest = prefix_of(name)
         by_prefix.setdefault(prefix, {})[name] = rest
     flat: dict[str, list[str]] = {}
     for path in weights:
@@ -157,7 +160,7 @@ def _resolved(
     return paths, left_out
 
 
-def _prefix(name: str) -> tuple[str, str | None]:
+def prefix_of(name: str) -> tuple[str, str | None]:
     for prefixes in PREFIXES.values():
         for prefix in prefixes:
             if name.startswith(prefix):
@@ -179,28 +182,28 @@ def _paths(name: str, rest: str, weights: Mapping[str, torch.Size], flat: Mappin
 # -- modules ----------------------------------------------------------------------------------------------------------
 
 
-def _alphas(metadata: Mapping[str, str], file: TensorFile) -> Mapping[str, Any]:
+def written_alphas(metadata: Mapping[str, str], file: TensorFile) -> Mapping[str, Any]:
     """Return the configuration that diffusers has written into a header, or nothing."""
-    text = metadata.get(_METADATA)
+    text = metadata.get(METADATA)
     if text is None:
         return {}
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(file.path, f"metadata {_METADATA}: not valid JSON: {error}") from None
+        raise CheckpointError(file.path, f"metadata {METADATA}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise CheckpointError(file.path, f"metadata {_METADATA}: expected an object, got {type(values).__name__}")
+        raise CheckpointError(file.path, f"metadata {METADATA}: expected an object, got {type(values).__name__}")
     return values
 
 
-def _alpha(name: str, rank: int, parts: Mapping[str, Tensor], written: Mapping[str, Any]) -> float:
+def alpha_of(name: str, rank: int, parts: Mapping[str, Tensor], written: Mapping[str, Any]) -> float:
     tensor = parts.get("alpha", parts.get("lora_alpha"))
     if tensor is not None:
         if tensor.numel() != 1:
             raise ValueError(f"alpha: expected one number, got shape {tuple(tensor.shape)}")
         alpha = float(tensor)
     else:
-        prefix, rest = _prefix(name)
+        prefix, rest = prefix_of(name)
         values = {key.removeprefix(prefix): value for key, value in written.items() if key.startswith(prefix)}
         alpha = _by_pattern(values.get("alpha_pattern"), rest or name, values.get("lora_alpha", rank))
         if values.get("use_rslora"):
@@ -213,7 +216,8 @@ def _alpha(name: str, rank: int, parts: Mapping[str, Tensor], written: Mapping[s
 def _by_pattern(patterns: Any, path: str, default: Any) -> float:
     if isinstance(patterns, dict):
         for pattern, value in patterns.items():
-            if path == pattern or path.endswith(f".{pattern}"):
+            # By its end, or as it is written here.
+            if pattern == _exactly(path) or path == pattern or path.endswith(f".{pattern}"):
                 default = value
                 break
     if isinstance(default, bool) or not isinstance(default, (int, float)):
@@ -227,18 +231,23 @@ def _module(
     parts = {part: file.tensors[f"{name}.{part}"] for part in found.parts}
     reader = _READERS[found.method or ""]
     made = reader.read(name, path, parts, weight, written)
-    left = parts.keys() - {"alpha", "lora_alpha", "dora_scale", *made.used}
+    magnitudes = [part for part in ("dora_scale", *MAGNITUDES) if part in parts]
+    left = parts.keys() - {"alpha", "lora_alpha", *magnitudes, *made.used}
     if left:
         raise ValueError(f"{', '.join(sorted(left))}: peftk cannot load it")
-    if "dora_scale" in parts:
-        _add_magnitudes(made, parts["dora_scale"], weight, reader.magnitudes)
+    if len(magnitudes) > 1:
+        raise ValueError(f"{' and '.join(magnitudes)}: expected one of them")
+    for part in magnitudes:
+        _add_magnitudes(made, part, parts[part], weight, reader.magnitudes)
     return made
 
 
-def _add_magnitudes(made: _Module, scale: Tensor, weight: torch.Size, container: str) -> None:
-    if scale.dim() == 0 or scale.shape[0] != weight[0] or scale.numel() != weight[0]:
+def _add_magnitudes(made: _Module, part: str, scale: Tensor, weight: torch.Size, container: str) -> None:
+    # A square weight has as many inputs as outputs: there the axis decides.
+    first = 0 if part == "dora_scale" else next((i for i, size in enumerate(scale.shape) if size > 1), 0)
+    if scale.dim() == 0 or scale.shape[first] != weight[0] or scale.numel() != weight[0]:
         raise ValueError(
-            f"dora_scale: expected one number for each of the {weight[0]} outputs, got shape {tuple(scale.shape)}; "
+            f"{part}: expected one number for each of the {weight[0]} outputs, got shape {tuple(scale.shape)}; "
             "peftk cannot load magnitudes of inputs"
         )
     places = [1] * (len(weight) - 2)
@@ -261,15 +270,26 @@ def _fitted(factor: Tensor, dims: int) -> Tensor:
 
 
 def _lora(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]) -> _Module:
+    (down_name, down), (up_name, up) = _first(parts, DOWN), _first(parts, UP)
+    used: tuple[str, ...] = (down_name, up_name)
     if "lora_mid.weight" in parts:
-        raise ValueError("lora_mid.weight: peftk cannot load LoRA in Tucker form")
-    (down_name, down), (up_name, up) = _first(parts, DOWN), _first(parts, _UP)
+        used, down = (*used, "lora_mid.weight"), _with_core(down, parts["lora_mid.weight"])
     a, b = _fitted(down, len(weight)), _fitted(up, len(weight))
     rank = a.shape[0]
     if b.dim() < 2 or b.shape[1] != rank:
         raise ValueError(f"{up_name}: expected the rank {rank} of {down_name}, got shape {tuple(up.shape)}")
     tensors = {"lora_A.weight": a, "lora_B.weight": b}
-    return _Module(path, rank, _alpha(name, rank, parts, written), (down_name, up_name), tensors)
+    return _Module(path, rank, alpha_of(name, rank, parts, written), used, tensors)
+
+
+def _with_core(down: Tensor, core: Tensor) -> Tensor:
+    """Return the first factor of a convolution that stands for a 1 x 1 convolution and the core behind it."""
+    if core.dim() < 3 or down.dim() < 2 or core.shape[1] != down.shape[0] or down[0, 0].numel() != 1:
+        raise ValueError(
+            f"lora_mid.weight: expected a core (rank, rank, kernel) behind a factor (rank, in, 1, ...), got shapes "
+            f"{tuple(core.shape)} and {tuple(down.shape)}"
+        )
+    return torch.einsum("ab...,bi->ai...", core.double(), down.flatten(1).double()).to(down.dtype)
 
 
 def _loha(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]) -> _Module:
@@ -286,7 +306,7 @@ def _loha(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size,
     if len(weight) == 3:
         # PEFT's cores of an nn.Conv1d have a last dimension of one.
         tensors |= {core: tensors[core].unsqueeze(-1) for core in cores if tensors[core].dim() == 3}
-    return _Module(path, rank, _alpha(name, rank, parts, written), (*four, *cores), tensors, flags)
+    return _Module(path, rank, alpha_of(name, rank, parts, written), (*four, *cores), tensors, flags)
 
 
 def _lokr(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]) -> _Module:
@@ -314,7 +334,7 @@ def _lokr(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size,
         rank = max(weight[0], weight[1])
         return _Module(path, rank, float(rank), used, tensors, flags)
     (rank,) = ranks
-    return _Module(path, rank, _alpha(name, rank, parts, written), used, tensors, flags)
+    return _Module(path, rank, alpha_of(name, rank, parts, written), used, tensors, flags)
 
 
 class _Reader(NamedTuple):

@@ -127,7 +127,12 @@ def _config_bytes(config: Mapping[str, Any]) -> bytes:
     return raw
 
 
-def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def write_adapter(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Save an adapter so that Hugging Face PEFT and `read_adapter` load it; a failed save changes nothing.
 
     Both files are written under temporary names and then take the place of the old ones together
@@ -139,6 +144,7 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor],
         folder: made if it does not exist.
         tensors: key in the file to tensor, any floating or integer dtype and device; saved contiguous, as they are.
         config: the content of adapter_config.json; dicts, lists, strings, finite numbers, None.
+        metadata: further strings for the header of the file with the tensors.
 
     Raises:
         TypeError: an argument, key or config field of the wrong type.
@@ -168,7 +174,7 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor],
         path,
         {
             WEIGHTS_NAME: lambda stream: write_safetensors(
-                stream, copies, {"format": "pt", CONFIG_DIGEST_KEY: covered}
+                stream, copies, {**(metadata or {}), "format": "pt", CONFIG_DIGEST_KEY: covered}
             ),
             CONFIG_NAME: lambda stream: stream.write(raw),
         },

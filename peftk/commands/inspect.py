@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint.container import CheckpointError
-from ..checkpoint.foreign import DOWN
+from ..checkpoint.foreign import DOWN, alpha_of, written_alphas
 from ..checkpoint.peft import CONFIG_NAME, WEIGHTS_NAME, read_config
 from ..checkpoint.reader import TensorFile, read_safetensors
 from ..checkpoint.recognise import Found, recognise
@@ -51,6 +51,8 @@ def _row(name: str, found: Found, tensors: TensorFile, config: dict[str, Any] | 
     value = None if alpha is None else float(alpha)
     if value is None and config is not None:
         value = _of_config(config, name, "alpha", "lora_alpha")
+    elif value is None and (written := written_alphas(tensors.metadata, tensors)):
+        value = alpha_of(name, rank_of(found) or 1, parts, written)
     norm = math.sqrt(sum(float(part.double().square().sum()) for part in parts.values() if part.dim() > 0))
     return {
         "module": name,

@@ -1,0 +1,215 @@
+"""One adapted module in the form that programs share, what it is called in each of their dialects, and its update.
+
+The form is that of LyCORIS: its names of tensors, and a scale of alpha / rank. An update is computed here in float64
+by its formula alone, so that two files can be compared whatever wrote them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["COMPONENTS", "METHODS", "Adapted", "component_of", "update", "weight_shape"]
+
+METHODS = ("LoRA", "LoHa", "LoKr")
+"""The methods that more than one program has, with one meaning."""
+
+MAGNITUDES = "dora_scale"
+
+
+class Component(NamedTuple):
+    """A part of a pipeline, such as its text encoder, by what names of its modules begin with.
+
+    Attributes:
+        kohya: In files of kohya's scripts and LyCORIS.
+        diffusers: In those of diffusers.
+        comfyui: In those of ComfyUI, or None where it has kohya's names.
+    """
+
+    kohya: str
+    diffusers: str
+    comfyui: str | None = None
+
+
+COMPONENTS = {
+    "unet": Component("lora_unet_", "unet.", "diffusion_model."),
+    "transformer": Component("lora_unet_", "transformer.", "diffusion_model."),
+    "text_encoder": Component("lora_te1_", "text_encoder."),
+    "text_encoder_2": Component("lora_te2_", "text_encoder_2."),
+    "text_encoder_3": Component("lora_te3_", "text_encoder_3."),
+    "prior": Component("lora_prior_", "prior."),
+}
+
+_OTHERS = {"lora_te_": "text_encoder", "lora_transformer_": "transformer"}
+
+
+def component_of(prefix: str) -> str:
+    """Return the component whose names begin so; an empty string for prefixes that name none."""
+    if prefix in _OTHERS:
+        return _OTHERS[prefix]
+    return next((name for name, prefixes in COMPONENTS.items() if prefix and prefix in prefixes), "")
+
+
+@dataclass
+class Adapted:
+    """One module of an adapter.
+
+    Attributes:
+        source: Its name in the file it was read from.
+        component: A key of `COMPONENTS`, or an empty string where the file does not say.
+        path: Where it is in the model, with dots; or with underscores for them, where only that is known.
+        method: One of `METHODS`.
+        parts: The tensors, by LyCORIS' names, without alpha.
+        alpha: The number that, over the rank, is the scale; None where the method has a scale of 1 whatever it is.
+        keys: LyCORIS' name of a tensor, alpha included, to its key in the file.
+        notes: What of it could not be taken over bit by bit.
+    """
+
+    source: str
+    component: str
+    path: str
+    method: str
+    parts: dict[str, Tensor]
+    alpha: float | None
+    keys: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def flat(self) -> str:
+        """The path as kohya writes it."""
+        return self.path.replace(".", "_")
+
+    @property
+    def rank(self) -> int | None:
+        """The rank, or None where nothing is factorised."""
+        return rank_of(self.method, self.parts)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        rank = self.rank
+        return 1.0 if rank is None or self.alpha is None else self.alpha / rank
+
+
+def rank_of(method: str, parts: Mapping[str, Tensor]) -> int | None:
+    """Return the rank that the tensors of a module have, or None where nothing is factorised.
+
+    Raises:
+        ValueError: They have several.
+    """
+    ranks = {
+        "LoRA": {"lora_down.weight": 0, "lora_up.weight": 1, "lora_mid.weight": 0},
+        "LoHa": {"hada_w1_b": 0, "hada_w2_b": 0, "hada_t1": 0, "hada_t2": 0},
+        "LoKr": {"lokr_w1_b": 0, "lokr_w2_b": 0, "lokr_t2": 0},
+    }[method]
+    if method != "LoRA":
+        # Beside a core the first factors lie the other way round.
+        for number in "12":
+            name = f"{'hada' if method == 'LoHa' else 'lokr'}_{{}}{number}"
+            ranks[f"{name.format('w')}_a"] = 0 if name.format("t") in parts else 1
+    found = {
+        name: parts[name].shape[axis] for name, axis in ranks.items() if name in parts and parts[name].dim() > axis
+    }
+    if len(set(found.values())) > 1:
+        raise ValueError(f"expected tensors of one rank, got {', '.join(f'{n} {r}' for n, r in found.items())}")
+    return next(iter(found.values()), None)
+
+
+def update(module: Adapted) -> Tensor:
+    """Return what the adapter adds to a weight, without magnitudes, in float64: (out, in times the kernel).
+
+    Raises:
+        ValueError: The tensors do not fit each other.
+    """
+    parts = {name: tensor.double() for name, tensor in module.parts.items()}
+    try:
+        found = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}[module.method](parts)
+    except RuntimeError as error:
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.parts.items()}
+        raise ValueError(f"tensors that do not fit each other: {shapes} ({str(error).splitlines()[0]})") from None
+    return found.flatten(1) * module.scale
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("ij...,ip,jr->pr...", core, a, b).contiguous()
+
+
+def _lora(parts: dict[str, Tensor]) -> Tensor:
+    down, up = parts["lora_down.weight"], parts["lora_up.weight"].flatten(1)
+    if "lora_mid.weight" in parts:
+        return _tucker(parts["lora_mid.weight"], up.mT, down.flatten(1))
+    return (up @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+
+
+def _loha(parts: dict[str, Tensor]) -> Tensor:
+    halves = []
+    for number in "12":
+        a, b, core = parts[f"hada_w{number}_a"], parts[f"hada_w{number}_b"], parts.get(f"hada_t{number}")
+        halves.append(a @ b if core is None else _tucker(core, a, b))
+    return halves[0] * halves[1]
+
+
+def _lokr(parts: dict[str, Tensor]) -> Tensor:
+    first, second = (_factor(parts, number) for number in "12")
+    product = torch.einsum("lm,kn...->lkmn...", first, second)
+    return product.reshape(first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *second.shape[2:])
+
+
+def _factor(parts: dict[str, Tensor], number: str) -> Tensor:
+    if f"lokr_w{number}" in parts:
+        return parts[f"lokr_w{number}"]
+    a, b, core = parts[f"lokr_w{number}_a"], parts[f"lokr_w{number}_b"], parts.get(f"lokr_t{number}")
+    return a @ b if core is None else _tucker(core, a, b)
+
+
+def weight_shape(module: Adapted) -> torch.Size:
+    """Return the shape of the weight as far as the tensors tell: that of a convolution may be flattened in them.
+
+    Raises:
+        ValueError: The tensors do not fit each other.
+    """
+    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in module.parts.items()}
+    try:
+        return {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}[module.method](shapes).shape
+    except (RuntimeError, IndexError) as error:
+        found = {name: tuple(tensor.shape) for name, tensor in module.parts.items()}
+        raise ValueError(f"tensors that do not fit each other: {found} ({str(error).splitlines()[0]})") from None
+
+
+def difference(one: Adapted, other: Adapted) -> float:
+    """Return how far the updates of two modules are apart, relative to the first: 0 for the same numbers.
+
+    Raises:
+        ValueError: They are of other shapes, or their magnitudes differ.
+    """
+    left, right = one.parts.get(MAGNITUDES), other.parts.get(MAGNITUDES)
+    if (left is None) is not (right is None) or (left is not None and not torch.equal(_row(left), _row(right))):
+        raise ValueError(f"module {one.source!r}: the magnitudes became others")
+    same = one.method == other.method and one.scale == other.scale and _factors(one).keys() == _factors(other).keys()
+    if same and all(_same(tensor, other.parts[name]) for name, tensor in _factors(one).items()):
+        return 0.0
+    first, second = update(one), update(other)
+    if first.shape != second.shape:
+        raise ValueError(f"module {one.source!r}: its update became one of shape {tuple(second.shape)}")
+    apart, size = (first - second).norm().item(), first.norm().item()
+    return apart / size if size else (math.inf if apart else 0.0)
+
+
+def _row(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.flatten()
+
+
+def _factors(module: Adapted) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in module.parts.items() if name != MAGNITUDES}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # A linear layer may be written as a 1 x 1 convolution.
+    shapes = [str(tuple(tensor.shape)).replace(", 1", "") for tensor in (one, other)]
+    return one.dtype == other.dtype and shapes[0] == shapes[1] and torch.equal(one.flatten(), other.flatten())

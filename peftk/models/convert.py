@@ -1,0 +1,441 @@
+"""Adapter files of one program written as those of another: read, planned, written, and compared before they count.
+
+A file that was written here says in its metadata what it was made from, so that the way back gives the same tensors,
+keys and configuration, bit by bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import foreign
+from ..checkpoint.adapted import COMPONENTS, MAGNITUDES, Adapted, difference, weight_shape
+from ..checkpoint.container import CheckpointError, capped, shown
+from ..checkpoint.peft import write_adapter
+from ..checkpoint.reader import TensorFile
+from ..checkpoint.writer import replace_together, snapshot, write_safetensors
+from ..nn import PeftConfig
+from ..nn.base.config import LayerInFile
+from .source import PROVENANCE, Source, read_source
+
+__all__ = ["DIALECTS", "Plan", "convert", "plan_for"]
+
+DIALECTS = {"peft": "PEFT", "kohya": "kohya", "lycoris": "LyCORIS", "diffusers": "diffusers", "comfyui": "ComfyUI"}
+"""What a user calls a dialect to how `recognise` names it."""
+
+_PEFT = "base_model.model."
+LIMIT = 1e-6
+"""How far an update may be from that of the file it was made from, relative to it, before a file is refused."""
+
+
+@dataclass
+class Plan:
+    """What a conversion will write.
+
+    Attributes:
+        dialect: A key of `DIALECTS`.
+        rows: Every key of the source, what it becomes or an empty string, and what to know of it.
+        tensors: What will be written.
+        metadata: The strings of its header.
+        config: The configuration, of PEFT.
+        exact: Whether it restores the file that the source was made from.
+    """
+
+    dialect: str
+    rows: list[tuple[str, str, str]]
+    tensors: dict[str, Tensor] = field(repr=False)
+    metadata: dict[str, str] = field(repr=False)
+    config: dict[str, Any] | None = field(default=None, repr=False)
+    exact: bool = False
+
+
+# -- planning ---------------------------------------------------------------------------------------------------------
+
+
+def plan_for(
+    source: Source,
+    dialect: str,
+    *,
+    weights: Mapping[str, torch.Size] | None = None,
+    component: str | None = None,
+    drop: Iterable[str] = (),
+) -> Plan:
+    """Say what an adapter becomes in another dialect; nothing is written.
+
+    Args:
+        source: The adapter.
+        dialect: A key of `DIALECTS`.
+        weights: The path of every module of the model to the shape of its weight. It is asked for where names with
+            underscores have to become paths with dots, and where shapes alone do not tell what a layer is.
+        component: A key of `COMPONENTS`: what the modules belong to where the file does not say; for PEFT, which holds
+            one model in a folder, the one that is taken.
+        drop: Patterns, such as ``"*.classifier.*"``, of keys that are left out on purpose.
+
+    Raises:
+        ValueError: `dialect` or `component` is none of them.
+        CheckpointError: Something of the adapter cannot be said in that dialect; every reason is named.
+    """
+    if dialect not in DIALECTS:
+        raise ValueError(f"dialect: expected one of {', '.join(DIALECTS)}, got {shown(dialect)}")
+    if component is not None and component not in COMPONENTS:
+        raise ValueError(f"component: expected one of {', '.join(COMPONENTS)}, got {shown(component)}")
+    origin = source.origin
+    patterns = list(drop)
+    if origin is not None and origin.get("dialect") == DIALECTS[dialect] and origin.get("exact") and not patterns:
+        return _restored(source, dialect, origin)
+    rows: list[tuple[str, str, str]] = []
+    modules, problems = _wanted(source, dialect, component, patterns, rows)
+    lost = [key for key in source.others if not _matches(key, patterns)]
+    rows += [(key, "", "left out, as asked for") for key in source.others if key not in lost]
+    problems += [
+        f"key {shown(key)}: of no adapter, and {DIALECTS[dialect]} has no place for it; leave it out with --drop"
+        for key in lost
+    ]
+    if not problems and not modules:
+        problems.append("nothing is left to be written")
+    if not problems:
+        problems += _settle_names(modules, source, dialect, weights, origin)
+    if problems:
+        raise CheckpointError(source.path, f"cannot be written as {DIALECTS[dialect]}", *capped(problems, "problems"))
+    write = _as_peft if dialect in ("peft", "diffusers") else _as_others
+    plan = write(source, modules, dialect, weights, rows)
+    _add_provenance(source, plan)
+    return plan
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _wanted(
+    source: Source, dialect: str, component: str | None, patterns: list[str], rows: list[tuple[str, str, str]]
+) -> tuple[list[Adapted], list[str]]:
+    """Choose the modules that are written, and say why the others are not."""
+    modules, problems = [], []
+    for module in source.modules:
+        if all(_matches(key, patterns) for key in module.keys.values()):
+            rows += [(key, "", "left out, as asked for") for key in module.keys.values()]
+        elif dialect == "peft" and component is not None and module.component not in ("", component):
+            rows += [(key, "", f"of {module.component}, and {component} was asked for") for key in module.keys.values()]
+        else:
+            modules.append(replace(module))
+    if dialect in ("kohya", "diffusers"):
+        problems += [
+            f"module {shown(module.source)}: {module.method} is not written by {DIALECTS[dialect]}; "
+            "write it as lycoris, which more programs read"
+            for module in modules
+            if module.method != "LoRA"
+        ]
+    parts = Counter(module.component for module in modules)
+    if dialect == "peft" and len(parts) > 1:
+        named = ", ".join(f"{name or 'none'} ({count} modules)" for name, count in parts.items())
+        problems.append(
+            f"component: a folder of PEFT holds one model, and the file has {named}; choose with --component"
+        )
+    if dialect in ("diffusers", "comfyui", "kohya"):
+        for module in modules:
+            module.component = module.component or component or "unet"
+    if dialect == "comfyui":
+        problems += [
+            f"module {shown(module.source)}: ComfyUI reads text encoders with kohya's names; write the file as kohya"
+            for module in modules
+            if COMPONENTS[module.component].comfyui is None
+        ]
+    return modules, problems
+
+
+def _settle_names(
+    modules: list[Adapted],
+    source: Source,
+    dialect: str,
+    weights: Mapping[str, torch.Size] | None,
+    origin: Mapping[str, Any] | None,
+) -> list[str]:
+    """Turn underscores back into dots where the dialect writes dots, and find names that would collide."""
+    problems = []
+    if dialect in ("kohya", "lycoris"):
+        counted = Counter((_first_words(module, modules), module.flat) for module in modules)
+        for (prefix, name), count in counted.items():
+            if count > 1:
+                problems.append(f"name {shown(prefix + name)}: {count} modules would have it; dots become underscores")
+        return problems
+    if source.dialect not in ("kohya", "LyCORIS"):
+        return []
+    flat: dict[str, set[str]] = {}
+    for path in [*(weights or {}), *((origin or {}).get("paths") or [])]:
+        flat.setdefault(path.replace(".", "_"), set()).add(path)
+    for module in modules:
+        found = flat.get(module.flat, set())
+        if len(found) == 1:
+            module.path = next(iter(found))
+        elif found:
+            problems.append(f"module {shown(module.source)}: fits {' and '.join(sorted(found))}")
+        elif weights is None:
+            problems.append(f"module {shown(module.source)}: is written with underscores for dots; pass --model")
+        else:
+            problems.append(f"module {shown(module.source)}: the model has no module of this name")
+    return problems
+
+
+def _first_words(module: Adapted, modules: Iterable[Adapted]) -> str:
+    """Return what the name of a module begins with in kohya's and LyCORIS' files."""
+    if not module.component:
+        return "lycoris_"
+    alone = not any(one.component in ("text_encoder_2", "text_encoder_3") for one in modules)
+    return "lora_te_" if module.component == "text_encoder" and alone else COMPONENTS[module.component].kohya
+
+
+def _as_others(
+    source: Source,
+    modules: list[Adapted],
+    dialect: str,
+    weights: Mapping[str, torch.Size] | None,
+    rows: list[tuple[str, str, str]],
+) -> Plan:
+    tensors: dict[str, Tensor] = {}
+    renamed = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"} if dialect == "comfyui" else {}
+    for module in modules:
+        if dialect == "comfyui":
+            name = f"{COMPONENTS[module.component].comfyui}{module.path}"
+        else:
+            name = _first_words(module, modules) + module.flat
+        for part, tensor in module.parts.items():
+            key = f"{name}.{renamed.get(part, part)}"
+            tensors[key] = tensor
+            rows.append((module.keys[part], key, next((n for n in module.notes if n.startswith(f"{part}:")), "")))
+        # Whole factors have no scale, but LyCORIS does not load a module without this number.
+        tensors[f"{name}.alpha"] = torch.tensor(1.0 if module.alpha is None else module.alpha)
+        if "alpha" in module.keys:
+            rows.append((module.keys["alpha"], f"{name}.alpha", ""))
+    return Plan(dialect, rows, tensors, {"format": "pt"})
+
+
+def _as_peft(
+    source: Source,
+    modules: list[Adapted],
+    dialect: str,
+    weights: Mapping[str, torch.Size] | None,
+    rows: list[tuple[str, str, str]],
+) -> Plan:
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    for component in dict.fromkeys(module.component for module in modules):
+        some = [module for module in modules if module.component == component]
+        prefix = COMPONENTS[component].diffusers if dialect == "diffusers" else _PEFT
+        found, config = _one_model(source, some, weights)
+        configs[component] = config
+        tensors |= {prefix + key: tensor for key, tensor in found.items()}
+        for module in some:
+            _note(module, prefix, found, rows)
+    if dialect == "peft":
+        return Plan(dialect, rows, tensors, {"format": "pt"}, next(iter(configs.values())))
+    told = {
+        f"{component}.{name}": value
+        for component, config in configs.items()
+        for name, value in config.items()
+        if name != "peft_type"
+    }
+    metadata = {"format": "pt", foreign.METADATA: json.dumps(told, sort_keys=True)}
+    return Plan(dialect, rows, tensors, metadata)
+
+
+def _one_model(
+    source: Source, modules: list[Adapted], weights: Mapping[str, torch.Size] | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors by PEFT's keys without a prefix, and the configuration."""
+    written = {f"{m.path}.{part}": tensor for m in modules for part, tensor in m.parts.items()}
+    written |= {f"{m.path}.alpha": torch.tensor(m.alpha) for m in modules if m.alpha is not None}
+    shapes = {m.path: (weights or {}).get(m.path, weight_shape(m)) for m in modules}
+    try:
+        converted = foreign.as_peft(TensorFile(source.path, written, {}, False), shapes)
+        layers = {path: LayerInFile(tuple(shapes[path]), parts) for path, parts in converted.layers.items()}
+        kind = PeftConfig._by_type[converted.config["peft_type"]]
+        config = converted.config | kind.fields_of(layers)
+    except CheckpointError as error:
+        raise CheckpointError(source.path, *error.problems[1:]) from None
+    except ValueError as error:
+        raise CheckpointError(source.path, f"{error}; pass --model, which says what the layers are") from None
+    return {key.removeprefix(_PEFT): tensor for key, tensor in converted.tensors.items()}, config
+
+
+def _note(module: Adapted, prefix: str, found: Mapping[str, Tensor], rows: list[tuple[str, str, str]]) -> None:
+    """Say what became of the tensors of a module."""
+    ends = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    for part, key in module.keys.items():
+        if part == "alpha":
+            rows.append(
+                (key, "", "in the configuration" if module.alpha is not None else "whole factors have no scale")
+            )
+            continue
+        end = ends.get(part, part)
+        if part == MAGNITUDES:
+            end = next(name for name in foreign.MAGNITUDES if f"{module.path}.{name}" in found)
+        target = f"{module.path}.{end}"
+        note = next((n for n in module.notes if n.startswith(f"{part}:")), "")
+        if part == "lora_mid.weight":
+            rows.append((key, "", "multiplied into lora_A.weight"))
+        else:
+            rows.append((key, prefix + target, note))
+
+
+# -- the way back -----------------------------------------------------------------------------------------------------
+
+
+def _add_provenance(source: Source, plan: Plan) -> None:
+    """Write into the metadata what is needed to get the source back, bit by bit where nothing of it is lost."""
+    tensors: dict[str, list[Any]] = {}
+    exact = True
+    for key, target, _ in plan.rows:
+        before = source.file[key]
+        after = plan.tensors.get(target) if target else None
+        if after is not None and _bits(before) == _bits(after):
+            tensors[key] = [target, list(before.shape)]
+        elif before.numel() == 1 and before.dtype.is_floating_point:
+            tensors[key] = [float(before), list(before.shape), str(before.dtype).removeprefix("torch.")]
+        else:
+            exact = False
+    told = {
+        "dialect": source.dialect,
+        "sha256": hashlib.sha256(Path(source.file.path).read_bytes()).hexdigest(),
+        "exact": exact and len(tensors) == len(source.file),
+        "paths": sorted({module.path for module in source.modules if source.dialect not in ("kohya", "LyCORIS")}),
+        "tensors": tensors if exact else {},
+        "metadata": _kept_metadata(source),
+        "config": source.config,
+    }
+    plan.metadata[PROVENANCE] = _json(told)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _kept_metadata(source: Source) -> dict[str, Any]:
+    kept: dict[str, Any] = {k: v for k, v in source.file.metadata.items() if not k.startswith("peftk_")}
+    origin = source.origin
+    if origin is not None:
+        # What the source was made from itself; what that was made from is in its own file.
+        inner = {k: v for k, v in (origin.get("metadata") or {}).items() if k != PROVENANCE}
+        kept[PROVENANCE] = origin | {"metadata": inner}
+    return kept
+
+
+def _bits(tensor: Tensor) -> tuple[str, bytes]:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return str(tensor.dtype), flat.view(torch.uint8).numpy().tobytes()
+
+
+def _restored(source: Source, dialect: str, origin: Mapping[str, Any]) -> Plan:
+    """Return the plan that gives back the file that the source was made from."""
+    tensors, rows = {}, []
+    try:
+        for key, (what, shape, *dtype) in origin["tensors"].items():
+            if dtype:
+                tensors[key] = torch.full(shape, what, dtype=getattr(torch, dtype[0]))
+                continue
+            tensors[key] = source.file[what].reshape(shape)
+            rows.append((what, key, "as it was"))
+        metadata = {name: value for name, value in origin["metadata"].items() if name != PROVENANCE}
+        if PROVENANCE in origin["metadata"]:
+            metadata[PROVENANCE] = _json(origin["metadata"][PROVENANCE])
+        config = origin["config"]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(source.path, f"metadata {PROVENANCE}: not what peftk writes: {error!r}") from None
+    used = {what for what, _, _ in rows}
+    rows += [(key, "", "not in the original") for key in source.file if key not in used]
+    return Plan(dialect, rows, tensors, metadata, config, exact=True)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def convert(source: Source, plan: Plan, out: str | os.PathLike[str], *, force: bool = False) -> list[tuple[str, float]]:
+    """Write a plan, compare what was written with the source, and only then give it its name.
+
+    Args:
+        source: The adapter.
+        plan: What `plan_for` has made of it.
+        out: The file; for PEFT, the folder.
+        force: Whether to replace what is there.
+
+    Returns:
+        The names of the modules, and how far their updates are from those of the source, relative to them.
+
+    Raises:
+        ValueError: `out` is there already, is the source, or is in no folder.
+        CheckpointError: A module would have another update. Nothing is written.
+    """
+    target = Path(out)
+    if os.path.lexists(target) and Path(source.path).exists() and target.resolve() == Path(source.path).resolve():
+        raise ValueError(f"out: expected another place than that of the source, got {str(target)!r}")
+    if os.path.lexists(target) and not force:
+        raise ValueError(f"out: {str(target)!r} is there already; choose another name, or --force to replace it")
+    if (plan.dialect == "peft") is target.is_file() and os.path.lexists(target):
+        raise ValueError(f"out: expected a {'folder' if plan.dialect == 'peft' else 'file'}, got {str(target)!r}")
+    if not target.parent.is_dir():
+        raise ValueError(f"out: expected a name in a folder that is there, got {str(target)!r}")
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
+        trial = Path(folder) / target.name
+        _write(plan, trial)
+        found = _compared(source, read_source(trial), plan)
+        if not os.path.lexists(target):
+            os.replace(trial, target)
+        else:
+            _write(plan, target)
+    return found
+
+
+def _write(plan: Plan, target: Path) -> None:
+    if plan.dialect == "peft":
+        assert plan.config is not None
+        write_adapter(target, plan.tensors, plan.config, metadata=plan.metadata)
+        return
+    copies = snapshot({key: tensor.clone() for key, tensor in plan.tensors.items()})
+    replace_together(target.parent, {target.name: lambda stream: write_safetensors(stream, copies, plan.metadata)})
+
+
+def _compared(source: Source, written: Source, plan: Plan) -> list[tuple[str, float]]:
+    """Hold the updates of what was written to those of the source."""
+    owners = {key: module for module in written.modules for key in module.keys.values()}
+    problems, found = [], []
+    # By the keys that the plan maps: the names alone may have lost their dots.
+    targets = {key: target for key, target, _ in plan.rows if target}
+    for module in source.modules:
+        keys = [targets[key] for key in module.keys.values() if key in targets]
+        if not keys:
+            continue
+        other = owners.get(keys[0])
+        if other is None:
+            problems.append(f"module {shown(module.source)}: is not in what was written")
+            continue
+        try:
+            apart = difference(module, other)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        found.append((module.source, apart))
+        if not apart <= _limit(module):
+            problems.append(f"module {shown(module.source)}: its update would be {apart:.1e} from what it is")
+    if len(found) != len(written.modules):
+        problems.append(f"expected {len(found)} modules in what was written, got {len(written.modules)}")
+    if problems:
+        raise CheckpointError(source.path, "would not be the same adapter", *capped(problems, "problems"))
+    return found
+
+
+def _limit(module: Adapted) -> float:
+    # What is multiplied into a tensor is rounded to its dtype.
+    multiplied = module.notes or "lora_mid.weight" in module.parts
+    return max([LIMIT, *(torch.finfo(tensor.dtype).eps for tensor in module.parts.values() if multiplied)])
