@@ -258,8 +258,10 @@ def _add_magnitudes(made: _Module, part: str, scale: Tensor, weight: torch.Size,
 
 
 def _first(parts: Mapping[str, Tensor], names: tuple[str, ...]) -> tuple[str, Tensor]:
-    name = next(name for name in names if name in parts)
-    return name, parts[name]
+    for name in names:
+        if name in parts:
+            return name, parts[name]
+    raise ValueError(f"{', '.join(sorted(parts))}: peftk cannot load it; expected {names[0]}")
 
 
 def _fitted(factor: Tensor, dims: int) -> Tensor:

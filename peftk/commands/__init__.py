@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-COMMANDS = ("doctor", "demo", "bench", "inspect", "convert")
+COMMANDS = ("doctor", "demo", "bench", "inspect", "convert", "merge")
 
 
 def load(name: str) -> Callable[..., None]:

@@ -114,7 +114,11 @@ DAMAGE: dict[str, tuple[str, Any]] = {
     "two dialects": ("several dialects", lambda t: t | {"base_model.model.x.lora_A.weight": torch.ones(2, 2)}),
     "two methods": ("expected one in the file", lambda t: t | _loha("lora_unet_block_point", 4, 8)),
     "a key of no adapter": ("of no adapter", lambda t: t | {"lora_unet_first.something": torch.ones(2)}),
-    "Tucker form of LoRA": (
+    "an embedding": (
+        "lora_embedding_A, lora_embedding_B: peftk cannot load it",
+        lambda t: {f"unet.first.lora_embedding_{f}": torch.ones(n, n) for f, n in (("A", 2), ("B", 2))},
+    ),
+    "a core behind a whole kernel": (
         "lora_mid",
         lambda t: t | {"lora_unet_block_conv_in.lora_mid.weight": torch.ones(2, 2, 3, 3)},
     ),

@@ -1,0 +1,391 @@
+"""Adapters merged into the files of a model, one tensor after the other, without the model in memory.
+
+The layers are the ones that run, and compute what `merge_and_unload` computes, bit by bit; only the weight of the one
+that is being merged is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.container import DTYPES, CheckpointError, capped, parse_json, shown
+from ..checkpoint.reader import header
+from ..nn.base.adapter_layer import AdapterLayer
+from ..nn.base.merging import check_finite
+from ..nn.base.saved import ModulesToSaveWrapper
+from .peft_model import PeftModel
+
+__all__ = ["Base", "Merge", "merge_files", "read_base"]
+
+CONFIG = "config.json"
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+"""Files that hold weights, or say where they are: they are not copied beside the merged ones."""
+
+
+@dataclass
+class Base:
+    """The files of a model.
+
+    Attributes:
+        folder: Where they are.
+        config: The content of its configuration.
+        shards: The name of each file to the keys that are read from it.
+        index: The name of the file that lists them, if there is one.
+        shapes: Key to shape.
+        dtypes: Key to dtype.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shards: dict[str, list[str]]
+    index: str | None
+    shapes: dict[str, torch.Size] = field(repr=False)
+    dtypes: dict[str, torch.dtype] = field(repr=False)
+
+
+@dataclass
+class Merge:
+    """What was done.
+
+    Attributes:
+        tensors: How many tensors the model has.
+        lost: The path of a merged layer to the part of its update that rounding took, 0 to about 1.
+        replaced: Keys that `modules_to_save` has replaced.
+        files: The names of the files that were written or copied.
+    """
+
+    tensors: int
+    lost: dict[str, float]
+    replaced: list[str]
+    files: list[str]
+
+
+def read_base(folder: str | os.PathLike[str]) -> Base:
+    """Read the configuration of a model and the headers of its files.
+
+    Args:
+        folder: A folder of transformers or diffusers, with config.json and one model in safetensors files.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or what it says is not true.
+    """
+    where = Path(folder)
+    if not where.is_dir():
+        raise CheckpointError(str(where), f"expected a folder with {CONFIG} and safetensors files")
+    try:
+        config = parse_json((where / CONFIG).read_bytes(), max_depth=64)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(where / CONFIG), f"expected the configuration of a model: {error}") from None
+    indices = sorted(where.glob("*.safetensors.index.json"))
+    files = sorted(where.glob("*.safetensors"))
+    if len(indices) > 1 or (not indices and len(files) != 1):
+        found = [path.name for path in (indices or files)]
+        raise CheckpointError(str(where), f"expected one safetensors file, or one index of several; got {shown(found)}")
+    wanted = _index(indices[0]) if indices else None
+    names = sorted(set(wanted.values())) if wanted is not None else [files[0].name]
+    base = Base(where, config, {}, indices[0].name if indices else None, {}, {})
+    problems = []
+    for name in names:
+        if not (where / name).is_file():
+            problems.append(f"{name}: missing, and {base.index} lists it")
+            continue
+        entries, _ = header(where / name)
+        there = {entry.name: entry for entry in entries}
+        keys = list(there) if wanted is None else [key for key, file in wanted.items() if file == name]
+        problems += [f"key {shown(key)}: not in {name}, where {base.index} has it" for key in keys if key not in there]
+        base.shards[name] = keys
+        for key in keys:
+            if key in there:
+                base.shapes[key] = torch.Size(there[key].shape)
+                base.dtypes[key] = DTYPES[there[key].code]
+    if problems:
+        raise CheckpointError(str(where), *capped(problems, "problems"))
+    return base
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        found = parse_json(path.read_bytes(), max_depth=8).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(path), str(error)) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
+        for name in found.values()
+    ):
+        raise CheckpointError(str(path), "weight_map: expected the names of safetensors files in this folder")
+    return found
+
+
+def empty_model(base: Base) -> nn.Module:
+    """Return the model that a configuration describes, whose parameters have shapes and dtypes but no memory.
+
+    Raises:
+        CheckpointError: Neither transformers nor diffusers has its class, or the library is not installed.
+    """
+    kind = base.config.get("_class_name")
+    library, name = ("diffusers", kind) if kind else ("transformers", (base.config.get("architectures") or [None])[0])
+    try:
+        module = __import__(library)
+        found = getattr(module, str(name))
+        with torch.device("meta"):
+            if library == "diffusers":
+                model = found.from_config(base.config)
+            else:
+                model = found(module.AutoConfig.from_pretrained(base.folder))
+    except ImportError as error:
+        raise CheckpointError(str(base.folder / CONFIG), f"needs {library}: {error}") from None
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            str(base.folder / CONFIG), f"expected a model of {library}, got {shown(name)}: {error}"
+        ) from None
+    shared: dict[int, nn.Parameter] = {}
+    for module_ in list(model.modules()):
+        for key, parameter in list(module_._parameters.items()):
+            if parameter is not None:
+                dtype = _dtype(base, parameter)
+                one = nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)
+                module_._parameters[key] = shared.setdefault(id(parameter), one)
+    return model.eval()
+
+
+def _dtype(base: Base, parameter: Tensor) -> torch.dtype:
+    if not parameter.dtype.is_floating_point:
+        return parameter.dtype
+    floating = [dtype for dtype in base.dtypes.values() if dtype.is_floating_point]
+    return max(set(floating), key=floating.count, default=parameter.dtype)
+
+
+def merge_files(
+    base: Base,
+    adapters: Sequence[tuple[str, float]],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    safe_merge: bool = True,
+    force: bool = False,
+    progressbar: bool = False,
+) -> Merge:
+    """Write a model with adapters merged into it; all of it or nothing.
+
+    Args:
+        base: The model.
+        adapters: Path of each adapter, a folder of PEFT or the file of another program, and what its scale is
+            multiplied by.
+        out: The new folder. Configuration, tokenizer and what else is beside the weights is copied.
+        dtype: Of the floating tensors that are written; None for those of the base.
+        safe_merge: Whether to refuse weights that are not finite, and rotations that are far from orthogonal.
+        force: Whether to replace a folder that is there.
+        progressbar: Whether to show one.
+
+    Raises:
+        ValueError: `out` is there already, or is the base.
+        CheckpointError: An adapter does not fit the model, cannot be merged, or needs a tensor that the files do not
+            have under the name that the model has.
+    """
+    target = Path(out)
+    if os.path.lexists(target):
+        if target.resolve() == base.folder.resolve():
+            raise ValueError(f"out: expected another folder than that of the base, got {str(target)!r}")
+        if not force:
+            raise ValueError(f"out: {str(target)!r} is there already; choose another name, or --force to replace it")
+    if not target.parent.is_dir():
+        raise ValueError(f"out: expected a name in a folder that is there, got {str(target)!r}")
+    if not adapters:
+        raise ValueError("adapters: expected at least one")
+    model = _adapted(base, [path for path, _ in adapters])
+    for number, (_, weight) in enumerate(adapters):
+        for _, layer in _layers(model):
+            if weight != 1 and f"adapter{number}" in layer.adapter_names:
+                layer.set_scale(f"adapter{number}", weight)
+    layers, replaced = _plan(base, model)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
+        trial = Path(folder) / target.name
+        trial.mkdir()
+        done = Merge(len(base.shapes), {}, sorted(replaced), [])
+        with torch.no_grad():
+            _write_shards(base, layers, replaced, trial, dtype, safe_merge, progressbar, done)
+        _copy_others(base, trial, dtype, done)
+        if os.path.lexists(target):
+            os.replace(target, Path(folder) / "old")
+        os.replace(trial, target)
+    return done
+
+
+def _layers(model: PeftModel) -> Iterable[tuple[str, AdapterLayer]]:
+    found = model.base_model.model.named_modules()
+    return [(path, module) for path, module in found if isinstance(module, AdapterLayer)]
+
+
+def _adapted(base: Base, adapters: Sequence[str]) -> PeftModel:
+    model = empty_model(base)
+    adapted: PeftModel | None = None
+    for number, path in enumerate(adapters):
+        name = f"adapter{number}"
+        try:
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(model, path, adapter_name=name)
+            else:
+                adapted.load_adapter(path, name)
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            # An adapter that brings weights of the base model writes into one that has no memory.
+            raise CheckpointError(
+                path, f"cannot be merged from files: {error}; merge it on the model in memory"
+            ) from None
+    assert adapted is not None
+    adapted.base_model.set_adapter([f"adapter{number}" for number in range(len(adapters))])
+    for config in adapted.peft_config.values():
+        if config.bias_mode != "none":
+            raise CheckpointError(adapters[0], f"bias={config.bias_mode!r}: merge it on the model in memory")
+    return adapted
+
+
+# -- what belongs to what ---------------------------------------------------------------------------------------------
+
+
+def _plan(base: Base, model: PeftModel) -> tuple[dict[str, tuple[str, AdapterLayer]], dict[str, Tensor]]:
+    """Return the layer of every key that merging changes, by its weight, and the tensors that replace others.
+
+    Raises:
+        CheckpointError: A weight is in no file, of another shape, shared, or of a layer that cannot be merged.
+    """
+    inner = model.base_model.model
+    prefix = getattr(inner, "base_model_prefix", "") or ""
+    owners: dict[int, list[str]] = {}
+    for path, parameter in inner.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path)
+    layers: dict[str, tuple[str, AdapterLayer]] = {}
+    replaced: dict[str, Tensor] = {}
+    problems = []
+    if not list(_layers(model)) and not any(isinstance(m, ModulesToSaveWrapper) for m in inner.modules()):
+        problems.append("the adapter changes no layer of the model that can be written")
+    for path, layer in _layers(model):
+        name = f"{path}.{layer.weight_name}"
+        key = _key(base, name, prefix)
+        try:
+            layer.check_merge()
+        except ValueError as error:
+            problems.append(f"module {shown(path)}: {error}")
+            continue
+        if key is None:
+            problems.append(
+                f"module {shown(path)}: no file has {shown(name)}; its library renames or fuses weights on loading: "
+                "merge it on the model in memory"
+            )
+        elif base.shapes[key] != layer.weight.shape:
+            problems.append(f"key {shown(key)}: expected {tuple(layer.weight.shape)}, got {tuple(base.shapes[key])}")
+        elif len(owners[id(layer.weight)]) > 1:
+            shared = " and ".join(owners[id(layer.weight)])
+            problems.append(f"module {shown(path)}: its weight is shared ({shared}); merge it on the model in memory")
+        else:
+            layers[key] = (path, layer)
+    for path, wrapper in inner.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and wrapper.active_adapters:
+            for name, tensor in wrapper.modules_to_save[wrapper.active_adapters[0]].state_dict().items():
+                key = _key(base, f"{path}.{name}", prefix)
+                if key is None or base.shapes[key] != tensor.shape:
+                    problems.append(f"module {shown(path)}: no file has {shown(name)} of shape {tuple(tensor.shape)}")
+                else:
+                    replaced[key] = tensor
+    if problems:
+        raise CheckpointError(str(base.folder), *capped(problems, "problems"))
+    return layers, replaced
+
+
+def _key(base: Base, name: str, prefix: str) -> str | None:
+    """Return the key of a parameter: its path, with or without what transformers puts before a headless model."""
+    name = name.replace(".base_layer.", ".")
+    for key in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        if key in base.shapes:
+            return key
+    return None
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_shards(
+    base: Base,
+    layers: Mapping[str, tuple[str, AdapterLayer]],
+    replaced: Mapping[str, Tensor],
+    trial: Path,
+    dtype: torch.dtype | None,
+    safe_merge: bool,
+    progressbar: bool,
+    done: Merge,
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    size, where = 0, {}
+    with tqdm(total=len(base.shapes), desc="Merging", disable=not progressbar) as bar:
+        for name, keys in base.shards.items():
+            tensors: dict[str, Tensor] = {}
+            with safe_open(base.folder / name, framework="pt") as file:
+                metadata = file.metadata()
+                for key in keys:
+                    tensor = replaced[key] if key in replaced else file.get_tensor(key)
+                    if key in layers:
+                        path, layer = layers[key]
+                        tensor, done.lost[path] = _merged(layer, path, tensor, dtype, safe_merge)
+                    elif dtype is not None and tensor.is_floating_point():
+                        tensor = tensor.to(dtype)
+                    tensors[key] = tensor.contiguous()
+                    where[key] = name
+                    size += tensor.numel() * tensor.element_size()
+                    bar.update()
+            save_file(tensors, trial / name, metadata)
+            done.files.append(name)
+    if base.index is not None:
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2, sort_keys=True)
+        (trial / base.index).write_text(text + "\n")
+        done.files.append(base.index)
+
+
+def _merged(
+    layer: AdapterLayer, path: str, weight: Tensor, dtype: torch.dtype | None, safe_merge: bool
+) -> tuple[Tensor, float]:
+    """Return the merged weight, and the part of the update that its rounding takes."""
+    wide = _with_weight(layer, weight.double())
+    if set(wide) - {layer.weight_name}:
+        raise CheckpointError(path, "its bias changes too; merge it on the model in memory")
+    if safe_merge:
+        check_finite(wide, layer.active_adapters, f"of {path!r} ")
+    exact = wide.get(layer.weight_name, weight.double())
+    if dtype is None:
+        merged = _with_weight(layer, weight).get(layer.weight_name, weight)
+    else:
+        merged = exact.to(dtype)
+    size = (exact - weight.double()).norm().item()
+    return merged, (exact - merged.double()).norm().item() / size if size else 0.0
+
+
+def _with_weight(layer: AdapterLayer, weight: Tensor) -> dict[str, Tensor]:
+    """Compute what a weight becomes, which the layer has only meanwhile."""
+    holder, name = layer._holder, layer.weight_name
+    empty = holder._parameters[name]
+    holder._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    try:
+        return layer.merged_tensors()
+    finally:
+        holder._parameters[name] = empty
+
+
+def _copy_others(base: Base, trial: Path, dtype: torch.dtype | None, done: Merge) -> None:
+    for path in sorted(base.folder.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(OTHER_WEIGHTS):
+            shutil.copyfile(path, trial / path.name)
+            done.files.append(path.name)
+    if dtype is not None:
+        said = {name: str(dtype).removeprefix("torch.") for name in ("dtype", "torch_dtype") if name in base.config}
+        (trial / CONFIG).write_text(json.dumps({**base.config, **said}, indent=2, sort_keys=True) + "\n")
