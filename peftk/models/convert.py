@@ -6,7 +6,6 @@ keys and configuration, bit by bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -28,6 +27,7 @@ from ..checkpoint.reader import TensorFile
 from ..checkpoint.writer import replace_together, snapshot, write_safetensors
 from ..nn import PeftConfig
 from ..nn.base.config import LayerInFile
+from . import provenance
 from .source import PROVENANCE, Source, read_source
 
 __all__ = ["DIALECTS", "Plan", "convert", "plan_for"]
@@ -36,6 +36,7 @@ DIALECTS = {"peft": "PEFT", "kohya": "kohya", "lycoris": "LyCORIS", "diffusers":
 """What a user calls a dialect to how `recognise` names it."""
 
 _PEFT = "base_model.model."
+_PREFIX = "diffusion_model."
 LIMIT = 1e-6
 """How far an update may be from that of the file it was made from, relative to it, before a file is refused."""
 
@@ -94,8 +95,9 @@ def plan_for(
     origin = source.origin
     patterns = list(drop)
     if origin is not None and origin.get("dialect") == DIALECTS[dialect] and origin.get("exact") and not patterns:
-        return _restored(source, dialect, origin)
-    rows: list[tuple[str, str, str]] = []
+        tensors, rows, metadata, config = provenance.restored(source, origin)
+        return Plan(dialect, rows, tensors, metadata, config, exact=True)
+    rows = []
     modules, problems = _wanted(source, dialect, component, patterns, rows)
     lost = [key for key in source.others if not _matches(key, patterns)]
     rows += [(key, "", "left out, as asked for") for key in source.others if key not in lost]
@@ -111,8 +113,12 @@ def plan_for(
         raise CheckpointError(source.path, f"cannot be written as {DIALECTS[dialect]}", *capped(problems, "problems"))
     write = _as_peft if dialect in ("peft", "diffusers") else _as_others
     plan = write(source, modules, dialect, weights, rows)
-    _add_provenance(source, plan)
+    plan.metadata[PROVENANCE] = provenance.of(source, plan.rows, plan.tensors)
     return plan
+
+
+def _any(keys: Iterable[str], pattern: str) -> bool:
+    return any(fnmatchcase(key, pattern) for key in keys)
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:
@@ -123,9 +129,13 @@ def _wanted(
     source: Source, dialect: str, component: str | None, patterns: list[str], rows: list[tuple[str, str, str]]
 ) -> tuple[list[Adapted], list[str]]:
     """Choose the modules that are written, and say why the others are not."""
-    modules, problems = [], []
+    modules: list[Adapted] = []
+    problems = [f"--drop {shown(one)}: no key is like that" for one in patterns if not _any(source.file, one)]
     for module in source.modules:
-        if all(_matches(key, patterns) for key in module.keys.values()):
+        matched = [_matches(key, patterns) for key in module.keys.values()]
+        if any(matched) and not all(matched):
+            problems.append(f"module {shown(module.source)}: --drop has some of its keys, and needs all or none")
+        elif all(matched):
             rows += [(key, "", "left out, as asked for") for key in module.keys.values()]
         elif dialect == "peft" and component is not None and module.component not in ("", component):
             rows += [(key, "", f"of {module.component}, and {component} was asked for") for key in module.keys.values()]
@@ -144,9 +154,10 @@ def _wanted(
         problems.append(
             f"component: a folder of PEFT holds one model, and the file has {named}; choose with --component"
         )
-    if dialect in ("diffusers", "comfyui", "kohya"):
+    if dialect != "peft":
+        usual = "" if dialect == "lycoris" else "unet"
         for module in modules:
-            module.component = module.component or component or "unet"
+            module.component = module.component or component or usual
     if dialect == "comfyui":
         problems += [
             f"module {shown(module.source)}: ComfyUI reads text encoders with kohya's names; write the file as kohya"
@@ -255,8 +266,9 @@ def _one_model(
     source: Source, modules: list[Adapted], weights: Mapping[str, torch.Size] | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors by PEFT's keys without a prefix, and the configuration."""
-    written = {f"{m.path}.{part}": tensor for m in modules for part, tensor in m.parts.items()}
-    written |= {f"{m.path}.alpha": torch.tensor(m.alpha) for m in modules if m.alpha is not None}
+    # One prefix for all: some paths begin as the names of other dialects do.
+    written = {f"{_PREFIX}{m.path}.{part}": tensor for m in modules for part, tensor in m.parts.items()}
+    written |= {f"{_PREFIX}{m.path}.alpha": torch.tensor(m.alpha) for m in modules if m.alpha is not None}
     shapes = {m.path: (weights or {}).get(m.path, weight_shape(m)) for m in modules}
     try:
         converted = foreign.as_peft(TensorFile(source.path, written, {}, False), shapes)
@@ -264,7 +276,7 @@ def _one_model(
         kind = PeftConfig._by_type[converted.config["peft_type"]]
         config = converted.config | kind.fields_of(layers)
     except CheckpointError as error:
-        raise CheckpointError(source.path, *error.problems[1:]) from None
+        raise CheckpointError(source.path, *(text.replace(_PREFIX, "") for text in error.problems[1:])) from None
     except ValueError as error:
         raise CheckpointError(source.path, f"{error}; pass --model, which says what the layers are") from None
     return {key.removeprefix(_PEFT): tensor for key, tensor in converted.tensors.items()}, config
@@ -288,74 +300,6 @@ def _note(module: Adapted, prefix: str, found: Mapping[str, Tensor], rows: list[
             rows.append((key, "", "multiplied into lora_A.weight"))
         else:
             rows.append((key, prefix + target, note))
-
-
-# -- the way back -----------------------------------------------------------------------------------------------------
-
-
-def _add_provenance(source: Source, plan: Plan) -> None:
-    """Write into the metadata what is needed to get the source back, bit by bit where nothing of it is lost."""
-    tensors: dict[str, list[Any]] = {}
-    exact = True
-    for key, target, _ in plan.rows:
-        before = source.file[key]
-        after = plan.tensors.get(target) if target else None
-        if after is not None and _bits(before) == _bits(after):
-            tensors[key] = [target, list(before.shape)]
-        elif before.numel() == 1 and before.dtype.is_floating_point:
-            tensors[key] = [float(before), list(before.shape), str(before.dtype).removeprefix("torch.")]
-        else:
-            exact = False
-    told = {
-        "dialect": source.dialect,
-        "sha256": hashlib.sha256(Path(source.file.path).read_bytes()).hexdigest(),
-        "exact": exact and len(tensors) == len(source.file),
-        "paths": sorted({module.path for module in source.modules if source.dialect not in ("kohya", "LyCORIS")}),
-        "tensors": tensors if exact else {},
-        "metadata": _kept_metadata(source),
-        "config": source.config,
-    }
-    plan.metadata[PROVENANCE] = _json(told)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _kept_metadata(source: Source) -> dict[str, Any]:
-    kept: dict[str, Any] = {k: v for k, v in source.file.metadata.items() if not k.startswith("peftk_")}
-    origin = source.origin
-    if origin is not None:
-        # What the source was made from itself; what that was made from is in its own file.
-        inner = {k: v for k, v in (origin.get("metadata") or {}).items() if k != PROVENANCE}
-        kept[PROVENANCE] = origin | {"metadata": inner}
-    return kept
-
-
-def _bits(tensor: Tensor) -> tuple[str, bytes]:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return str(tensor.dtype), flat.view(torch.uint8).numpy().tobytes()
-
-
-def _restored(source: Source, dialect: str, origin: Mapping[str, Any]) -> Plan:
-    """Return the plan that gives back the file that the source was made from."""
-    tensors, rows = {}, []
-    try:
-        for key, (what, shape, *dtype) in origin["tensors"].items():
-            if dtype:
-                tensors[key] = torch.full(shape, what, dtype=getattr(torch, dtype[0]))
-                continue
-            tensors[key] = source.file[what].reshape(shape)
-            rows.append((what, key, "as it was"))
-        metadata = {name: value for name, value in origin["metadata"].items() if name != PROVENANCE}
-        if PROVENANCE in origin["metadata"]:
-            metadata[PROVENANCE] = _json(origin["metadata"][PROVENANCE])
-        config = origin["config"]
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(source.path, f"metadata {PROVENANCE}: not what peftk writes: {error!r}") from None
-    used = {what for what, _, _ in rows}
-    rows += [(key, "", "not in the original") for key in source.file if key not in used]
-    return Plan(dialect, rows, tensors, metadata, config, exact=True)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -244,6 +244,10 @@ def test_arguments(tmp_path: Path) -> None:
         plan_for(source, "webui")
     with pytest.raises(ValueError, match="component: expected one of unet"):
         plan_for(source, "kohya", component="vae")
+    with pytest.raises(CheckpointError, match="--drop 'gone': no key is like that"):
+        plan_for(source, "kohya", drop=["ext*", "gone"])
+    with pytest.raises(CheckpointError, match="--drop has some of its keys, and needs all or none"):
+        plan_for(source, "kohya", drop=["ext*", "*.lora_up.*"])
     plan = plan_for(source, "kohya", drop=["ext*"])
     assert ("extra", "", "left out, as asked for") in plan.rows
     with pytest.raises(ValueError, match="another place than that of the source"):
@@ -295,3 +299,38 @@ def test_a_core_is_multiplied_into_the_first_factor(tmp_path: Path) -> None:
     for file in ("in.safetensors", "out"):
         model = peftk.PeftModel.from_pretrained(net(), tmp_path / file)
         assert_close(model.base_model.model.block["conv_in"](x), expected, torch.float32)
+
+
+def test_paths_that_begin_as_names_of_other_dialects(tmp_path: Path) -> None:
+    """As those of GPT-2 do, beside a module that does not."""
+    weights = {"transformer.h.0": torch.Size((16, 12)), "score": torch.Size((16, 12))}
+    save_file(lora("lora_unet_transformer_h_0") | lora("lora_unet_score"), tmp_path / "in.safetensors")
+    turned(tmp_path / "in.safetensors", tmp_path / "out", "peft", weights=weights)
+    names = {key.split(".lora_")[0] for key in load_file(tmp_path / "out" / "adapter_model.safetensors")}
+    assert names == {"base_model.model.transformer.h.0", "base_model.model.score"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": [1.0, [1 << 40], "float32"]},
+        {"x": [1.0, [1], "Tensor"]},
+        {"x": ["gone", [1]]},
+        {"x": 3},
+        {"x": [1.0, "1", "float32"]},
+    ],
+    ids=str,
+)
+def test_what_a_file_says_of_its_origin_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
+    from peftk.checkpoint.writer import write_safetensors
+    from peftk.models.source import PROVENANCE
+
+    save_file(lora("lora_unet_first"), tmp_path / "in.safetensors")
+    source = read_source(tmp_path / "in.safetensors")
+    plan = plan_for(source, "lycoris")
+    origin = json.loads(plan.metadata[PROVENANCE])
+    origin["tensors"] |= change
+    with (tmp_path / "edited.safetensors").open("wb") as stream:
+        write_safetensors(stream, plan.tensors, plan.metadata | {PROVENANCE: json.dumps(origin)})
+    with pytest.raises(CheckpointError, match="metadata peftk_source: not what peftk writes"):
+        plan_for(read_source(tmp_path / "edited.safetensors"), "kohya")
