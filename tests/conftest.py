@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,3 +41,21 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from support.xlora_models import EXPERTS, llama, save_experts
 
     return save_experts(llama(), EXPERTS, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """The messages that peftk logs."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger, handler = logging.getLogger("peftk"), Listener()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield said
+    logger.removeHandler(handler)
+    logger.setLevel(level)

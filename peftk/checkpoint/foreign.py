@@ -95,6 +95,11 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
             "expected a file of kohya's scripts, LyCORIS, diffusers or ComfyUI; one with the names of PEFT needs the "
             "adapter_config.json beside it, which has its alpha: pass the folder"
         )
+    problems += [
+        f"key {shown(key)}: dtype expected floating, got {tensor.dtype}"
+        for key, tensor in file.tensors.items()
+        if not tensor.dtype.is_floating_point
+    ]
     foreign = [method for method in found.methods if method not in _READERS]
     if foreign:
         problems.append(f"methods: expected {', '.join(_READERS)}; got {', '.join(foreign)}, which peftk cannot load")
@@ -229,6 +234,9 @@ def _module(
     name: str, path: str, found: Found, file: TensorFile, weight: torch.Size, written: Mapping[str, Any]
 ) -> _Module:
     parts = {part: file.tensors[f"{name}.{part}"] for part in found.parts}
+    for part, tensor in parts.items():
+        if tensor.dim() < 2 and part not in ("alpha", "lora_alpha", "dora_scale", *MAGNITUDES):
+            raise ValueError(f"{part}: expected two dimensions or more, got shape {tuple(tensor.shape)}")
     reader = _READERS[found.method or ""]
     made = reader.read(name, path, parts, weight, written)
     magnitudes = [part for part in ("dora_scale", *MAGNITUDES) if part in parts]

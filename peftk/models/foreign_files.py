@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import warnings
@@ -19,6 +20,8 @@ from ..nn import PeftConfig
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import LayerInFile
 from .targets import candidates
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -38,7 +41,8 @@ def peft_folder(model: nn.Module, model_id: str | os.PathLike[str]) -> Iterator[
         yield model_id
         return
     weights = _weights(model)
-    converted = as_peft(read_safetensors(name), weights)
+    file = read_safetensors(name)
+    converted = as_peft(file, weights)
     try:
         kind = PeftConfig._by_type[converted.config["peft_type"]]
         layers = {path: LayerInFile(tuple(weights[path]), parts) for path, parts in converted.layers.items()}
@@ -52,6 +56,8 @@ def peft_folder(model: nn.Module, model_id: str | os.PathLike[str]) -> Iterator[
             "on the model that has them too",
             stacklevel=4,
         )
+    if not file.verified:
+        logger.info("%s: unverified: the file carries no sha256 of its tensors (not written by peftk)", name)
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(folder, converted.tensors, converted.config)
         try:

@@ -88,6 +88,11 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     problems += [
         f"method {method}: has no counterpart in other programs" for method in found.methods if method not in METHODS
     ]
+    problems += [
+        f"key {shown(key)}: dtype expected floating, got {tensor.dtype}"
+        for key, tensor in file.items()
+        if key not in found.others and not tensor.dtype.is_floating_point
+    ]
     if not problems and config is not None:
         problems += _config_problems(config)
     if problems:

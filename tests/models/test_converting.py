@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.foreign_files import FORMS, LAYERS, X, by_lycoris, net, trained
 from torch import Tensor, nn
 
 import peftk
@@ -18,7 +19,6 @@ from peftk.checkpoint.container import CheckpointError
 from peftk.models.convert import DIALECTS, convert, plan_for
 from peftk.models.source import read_source
 from peftk.testing.compare import assert_close
-from tests.support.foreign_files import FORMS, LAYERS, X, by_lycoris, net, trained
 
 WEIGHTS = {name: module.weight.shape for name, module in net().named_modules() if hasattr(module, "weight")}
 CONFIGS: dict[str, Any] = {

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.foreign_files import FORMS, LAYERS, X, by_lycoris, net
 from torch import Tensor, nn
 
 import peftk
 from peftk.checkpoint.container import CheckpointError
 from peftk.testing.compare import assert_close
-from tests.support.foreign_files import FORMS, LAYERS, X, by_lycoris, net
 
 # What a file means, and no layer of this package or of PEFT can say.
 REFUSED = {
