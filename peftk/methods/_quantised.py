@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def _four_bits(weight: Any) -> Tensor:
         # It is quantised when it reaches its device.
         return weight.data
     if getattr(state, "packing_format_for_cpu", False):
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        # It writes into the state that it is given, and the weight of the layer stays packed.
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
     found: Tensor = functional.dequantize_4bit(data, state)
     return found.view(state.shape)
 

@@ -334,10 +334,11 @@ def convert(source: Source, plan: Plan, out: str | os.PathLike[str], *, force: b
         trial = Path(folder) / target.name
         _write(plan, trial)
         found = _compared(source, read_source(trial), plan)
-        if not os.path.lexists(target):
-            os.replace(trial, target)
-        else:
+        if plan.dialect == "peft" and os.path.lexists(target):
+            # No rename takes the place of a folder that is not empty.
             _write(plan, target)
+        else:
+            os.replace(trial, target)
     return found
 
 

@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from peftk.testing.compare import LIMITS
+
 TRAINING = Path(__file__).resolve().parents[2] / "examples" / "training"
 SCRIPTS = sorted(path.stem for path in TRAINING.glob("*.py"))
 # Computed in another order: a few roundings of float32.
@@ -123,9 +125,11 @@ def test_sharded(script: Callable[[str], ModuleType]) -> None:
 
 
 def test_quantised_base(script: Callable[[str], ModuleType]) -> None:
-    pytest.importorskip("bitsandbytes")
+    functional = pytest.importorskip("bitsandbytes").functional
     found = script("quantised_base").main([])
     assert falls(found["losses"])
     assert found["kind"] == "Linear"
     assert found["differences"]["loaded"] == 0
-    assert found["differences"]["merged"] < ROUNDING * found["largest"]
+    # Without gradients bitsandbytes multiplies in bfloat16 where the CPU can, and the merged model does not.
+    rounding = LIMITS[torch.bfloat16] if functional.has_avx512bf16() else ROUNDING
+    assert found["differences"]["merged"] < rounding * found["largest"]
