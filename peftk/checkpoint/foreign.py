@@ -220,9 +220,10 @@ def alpha_of(name: str, rank: int, parts: Mapping[str, Tensor], written: Mapping
 
 def _by_pattern(patterns: Any, path: str, default: Any) -> float:
     if isinstance(patterns, dict):
+        exactly = _exactly(path)
         for pattern, value in patterns.items():
             # By its end, or as it is written here.
-            if pattern == _exactly(path) or path == pattern or path.endswith(f".{pattern}"):
+            if pattern == exactly or path == pattern or path.endswith(f".{pattern}"):
                 default = value
                 break
     if isinstance(default, bool) or not isinstance(default, (int, float)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ def examine(path: Path) -> dict[str, Any]:
     file, config = (path / WEIGHTS_NAME, read_config(path)) if path.is_dir() else (path, None)
     tensors = read_safetensors(file)
     found = recognise({key: tensor.shape for key, tensor in tensors.items()}, tensors.metadata)
+    written = written_alphas(tensors.metadata, tensors)
     return {
         "file": str(file),
         "dialect": found.dialect,
@@ -41,17 +43,19 @@ def examine(path: Path) -> dict[str, Any]:
         "digests": "agree" if tensors.verified else "none in the file",
         "metadata": sorted(tensors.metadata),
         "problems": found.problems(),
-        "modules": [_row(name, one, tensors, config) for name, one in found.modules.items()],
+        "modules": [_row(name, one, tensors, config, written) for name, one in found.modules.items()],
     }
 
 
-def _row(name: str, found: Found, tensors: TensorFile, config: dict[str, Any] | None) -> Row:
+def _row(
+    name: str, found: Found, tensors: TensorFile, config: dict[str, Any] | None, written: Mapping[str, Any]
+) -> Row:
     parts = {part: tensors[f"{name}.{part}"] for part in found.parts}
     alpha = parts.get("alpha", parts.get("lora_alpha"))
     value = None if alpha is None else float(alpha)
     if value is None and config is not None:
         value = _of_config(config, name, "alpha", "lora_alpha")
-    elif value is None and (written := written_alphas(tensors.metadata, tensors)):
+    elif value is None and written:
         value = alpha_of(name, rank_of(found) or 1, parts, written)
     norm = math.sqrt(sum(float(part.double().square().sum()) for part in parts.values() if part.dim() > 0))
     return {

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..checkpoint import foreign
 from ..checkpoint.adapted import COMPONENTS, MAGNITUDES, Adapted, difference, weight_shape
 from ..checkpoint.container import CheckpointError, capped, shown
-from ..checkpoint.peft import write_adapter
+from ..checkpoint.peft import WEIGHTS_NAME, write_adapter
 from ..checkpoint.reader import TensorFile
 from ..checkpoint.writer import replace_together, snapshot, write_safetensors
 from ..nn import PeftConfig
@@ -111,8 +111,10 @@ def plan_for(
         problems += _settle_names(modules, source, dialect, weights, origin)
     if problems:
         raise CheckpointError(source.path, f"cannot be written as {DIALECTS[dialect]}", *capped(problems, "problems"))
-    write = _as_peft if dialect in ("peft", "diffusers") else _as_others
-    plan = write(source, modules, dialect, weights, rows)
+    if dialect in ("peft", "diffusers"):
+        plan = _as_peft(source, modules, dialect, weights, rows)
+    else:
+        plan = _as_others(modules, dialect, rows)
     plan.metadata[PROVENANCE] = provenance.of(source, plan.rows, plan.tensors)
     return plan
 
@@ -208,13 +210,7 @@ def _first_words(module: Adapted, modules: Iterable[Adapted]) -> str:
     return "lora_te_" if module.component == "text_encoder" and alone else COMPONENTS[module.component].kohya
 
 
-def _as_others(
-    source: Source,
-    modules: list[Adapted],
-    dialect: str,
-    weights: Mapping[str, torch.Size] | None,
-    rows: list[tuple[str, str, str]],
-) -> Plan:
+def _as_others(modules: list[Adapted], dialect: str, rows: list[tuple[str, str, str]]) -> Plan:
     tensors: dict[str, Tensor] = {}
     renamed = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"} if dialect == "comfyui" else {}
     for module in modules:
@@ -322,7 +318,7 @@ def convert(source: Source, plan: Plan, out: str | os.PathLike[str], *, force: b
         CheckpointError: A module would have another update. Nothing is written.
     """
     target = Path(out)
-    if os.path.lexists(target) and Path(source.path).exists() and target.resolve() == Path(source.path).resolve():
+    if Path(source.path).resolve() in (target.resolve(), (target / WEIGHTS_NAME).resolve()):
         raise ValueError(f"out: expected another place than that of the source, got {str(target)!r}")
     if os.path.lexists(target) and not force:
         raise ValueError(f"out: {str(target)!r} is there already; choose another name, or --force to replace it")
@@ -347,7 +343,7 @@ def _write(plan: Plan, target: Path) -> None:
         assert plan.config is not None
         write_adapter(target, plan.tensors, plan.config, metadata=plan.metadata)
         return
-    copies = snapshot({key: tensor.clone() for key, tensor in plan.tensors.items()})
+    copies = snapshot(plan.tensors)
     replace_together(target.parent, {target.name: lambda stream: write_safetensors(stream, copies, plan.metadata)})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,37 +133,38 @@ def empty_model(base: Base) -> nn.Module:
     Raises:
         CheckpointError: Neither transformers nor diffusers has its class, or the library is not installed.
     """
-    kind = base.config.get("_class_name")
-    library, name = ("diffusers", kind) if kind else ("transformers", (base.config.get("architectures") or [None])[0])
+    name, classes = base.config.get("_class_name"), base.config.get("architectures")
+    library, parent = ("transformers", "PreTrainedModel") if name is None else ("diffusers", "ModelMixin")
+    if name is None and isinstance(classes, list) and classes:
+        name = classes[0]
     try:
         module = __import__(library)
         found = getattr(module, str(name))
+        # A file chooses among models alone.
+        if not (isinstance(found, type) and issubclass(found, getattr(module, parent))):
+            raise TypeError(f"it is no {parent}")
+        kind: Any = found
         with torch.device("meta"):
             if library == "diffusers":
-                model = found.from_config(base.config)
+                model = kind.from_config(base.config)
             else:
-                model = found(module.AutoConfig.from_pretrained(base.folder))
+                model = kind(module.AutoConfig.from_pretrained(base.folder, trust_remote_code=False))
     except ImportError as error:
         raise CheckpointError(str(base.folder / CONFIG), f"needs {library}: {error}") from None
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(
             str(base.folder / CONFIG), f"expected a model of {library}, got {shown(name)}: {error}"
         ) from None
-    shared: dict[int, nn.Parameter] = {}
-    for module_ in list(model.modules()):
-        for key, parameter in list(module_._parameters.items()):
-            if parameter is not None:
-                dtype = _dtype(base, parameter)
-                one = nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)
-                module_._parameters[key] = shared.setdefault(id(parameter), one)
-    return model.eval()
-
-
-def _dtype(base: Base, parameter: Tensor) -> torch.dtype:
-    if not parameter.dtype.is_floating_point:
-        return parameter.dtype
     floating = [dtype for dtype in base.dtypes.values() if dtype.is_floating_point]
-    return max(set(floating), key=floating.count, default=parameter.dtype)
+    usual = max(set(floating), key=floating.count, default=torch.float32)
+    shared: dict[int, nn.Parameter] = {}
+    for part in list(model.modules()):
+        for key, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                dtype = usual if parameter.dtype.is_floating_point else parameter.dtype
+                one = nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)
+                part._parameters[key] = shared.setdefault(id(parameter), one)
+    return model.eval()
 
 
 def merge_files(
@@ -194,10 +196,13 @@ def merge_files(
     """
     target = Path(out)
     if os.path.lexists(target):
-        if target.resolve() == base.folder.resolve():
-            raise ValueError(f"out: expected another folder than that of the base, got {str(target)!r}")
+        for read in (base.folder, *(Path(path) for path, _ in adapters)):
+            if read.resolve().is_relative_to(target.resolve()):
+                raise ValueError(f"out: expected another folder than those that are read, got {str(target)!r}")
         if not force:
             raise ValueError(f"out: {str(target)!r} is there already; choose another name, or --force to replace it")
+        if not (target / CONFIG).is_file():
+            raise ValueError(f"out: {str(target)!r} has no {CONFIG}, so it is no model to replace; choose another name")
     if not target.parent.is_dir():
         raise ValueError(f"out: expected a name in a folder that is there, got {str(target)!r}")
     if not adapters:
@@ -215,10 +220,26 @@ def merge_files(
         with torch.no_grad():
             _write_shards(base, layers, replaced, trial, dtype, safe_merge, progressbar, done)
         _copy_others(base, trial, dtype, done)
-        if os.path.lexists(target):
-            os.replace(target, Path(folder) / "old")
-        os.replace(trial, target)
+        _put(trial, target)
     return done
+
+
+def _put(trial: Path, target: Path) -> None:
+    """Give a folder its name; what had it before is there until then, and again if that fails."""
+    if not os.path.lexists(target):
+        os.replace(trial, target)
+        return
+    # Beside it and not in the folder that is thrown away: a process that is killed here leaves it whole.
+    old = target.parent / f".{target.name}.{secrets.token_hex(8)}.old"
+    try:
+        os.replace(target, old)
+        os.replace(trial, target)
+    except BaseException:
+        # The folders say what was done: an interrupt may strike between a rename and the next line.
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old)
 
 
 def _layers(model: PeftModel) -> Iterable[tuple[str, AdapterLayer]]:

@@ -37,7 +37,7 @@ def of(source: Source, rows: Iterable[tuple[str, str, str]], tensors: Mapping[st
     for key, target, _ in rows:
         before = source.file[key]
         after = tensors.get(target) if target else None
-        if after is not None and _bits(before) == _bits(after):
+        if after is not None and before.dtype == after.dtype and torch.equal(_bits(before), _bits(after)):
             origins[key] = [target, list(before.shape)]
         elif before.numel() == 1 and before.dtype.is_floating_point:
             origins[key] = [float(before), list(before.shape), str(before.dtype).removeprefix("torch.")]
@@ -70,9 +70,8 @@ def _kept_metadata(source: Source) -> dict[str, Any]:
     return kept
 
 
-def _bits(tensor: Tensor) -> tuple[str, bytes]:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return str(tensor.dtype), flat.view(torch.uint8).numpy().tobytes()
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def restored(
@@ -102,5 +101,7 @@ def restored(
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(source.path, f"metadata {PROVENANCE}: not what peftk writes: {error!r}") from None
     used = {what for what, _, _ in rows}
+    if len(used) < len(rows):
+        raise CheckpointError(source.path, f"metadata {PROVENANCE}: not what peftk writes: a tensor for two keys")
     rows += [(key, "", "not in the original") for key in source.file if key not in used]
     return tensors, rows, metadata, config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,9 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(base: Path, tmp_pat
             merge_files(read_base(tmp_path / folder), [(str(tmp_path / adapter), 1.0)], tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == before
     source, adapter = read_base(base), [(str(tmp_path / "lora"), 1.0)]
-    with pytest.raises(ValueError, match="another folder than that of the base"):
-        merge_files(source, adapter, base, force=True)
+    for read in (base, tmp_path / "lora", tmp_path):
+        with pytest.raises(ValueError, match="another folder than those that are read"):
+            merge_files(source, adapter, read, force=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
     with pytest.raises(ValueError, match="is there already"):
@@ -179,8 +181,9 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(base: Path, tmp_pat
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
     with pytest.raises(ValueError, match="in a folder that is there"):
         merge_files(source, adapter, tmp_path / "no" / "out")
-    merge_files(source, adapter, tmp_path / "mine", force=True)
-    assert not (tmp_path / "mine" / "notes.txt").exists()
+    with pytest.raises(ValueError, match="it is no model to replace"):
+        merge_files(source, adapter, tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
 
 
 def test_weights_that_are_not_finite_are_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +222,38 @@ def test_damaged_bases_are_named(base: Path, tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
     with pytest.raises(CheckpointError, match="expected a model of transformers, got 'NoSuchModel'"):
         merge_files(read_base(base), [("adapter", 1.0)], tmp_path / "out")
+    # A function of transformers, and one of its classes that is no model.
+    for name in ("pipeline", "Trainer"):
+        (base / "config.json").write_text(json.dumps({"architectures": [name]}))
+        with pytest.raises(CheckpointError, match="it is no PreTrainedModel"):
+            merge_files(read_base(base), [("adapter", 1.0)], tmp_path / "out")
     (base / "config.json").unlink()
     with pytest.raises(CheckpointError, match="expected the configuration of a model"):
         read_base(base)
     with pytest.raises(CheckpointError, match="expected a folder"):
         read_base(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_model_that_is_replaced_is_never_lost(
+    failing: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted(CONFIGS["lora"], tmp_path / "adapter")
+    source, adapter, out = read_base(base), [(str(tmp_path / "adapter"), 1.0)], tmp_path / "out"
+    merge_files(source, adapter, out)
+    before = tensors(out)
+    replace, calls = os.replace, iter(range(9))
+
+    def interrupted(old: Any, new: Any) -> None:
+        if next(calls) == failing:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr("peftk.models.merge_files.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_files(source, [(adapter[0][0], 0.5)], out, force=True)
+    monkeypatch.undo()
+    assert all(torch.equal(value, before[key]) for key, value in tensors(out).items())
+    merge_files(source, [(adapter[0][0], 0.5)], out, force=True)
+    assert not all(torch.equal(value, before[key]) for key, value in tensors(out).items())
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
