@@ -5,13 +5,12 @@ A class of layers is accelerated in a version if every function whose meaning is
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from peftk.integrations.hf_peft import library, tuner_layer
 
-from .support_table import updated
+from .support_table import run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "accelerate.md"
 BEGIN, END = "<!-- accelerate table: begin -->", "<!-- accelerate table: end -->"
@@ -38,14 +37,7 @@ def table() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the table, or with --check say whether it is up to date."""
-    parser = argparse.ArgumentParser(prog="python -m tools.accelerate_table", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, and fail if the table is out of date")
-    options = parser.parse_args(arguments)
-    before = PAGE.read_text()
-    after = updated(before, table(), BEGIN, END)
-    if not options.check:
-        PAGE.write_text(after)
-    return int(options.check and before != after)
+    return run("tools.accelerate_table", __doc__, PAGE, table, BEGIN, END, arguments)
 
 
 if __name__ == "__main__":

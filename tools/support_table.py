@@ -237,20 +237,44 @@ def updated(page: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     return f"{head}{begin}\n{table}\n{end}{tail}"
 
 
+def run(
+    module: str,
+    description: str,
+    page: Path,
+    table: Callable[[], str],
+    begin: str,
+    end: str,
+    arguments: list[str] | None = None,
+) -> int:
+    """Write a table into a page, or with --check say whether it is up to date; for the modules that make tables.
+
+    Args:
+        module: The name of the module, for its help.
+        description: What it says of itself.
+        page: The page, unless --page names another one.
+        table: Makes the table, in Markdown.
+        begin: The marker before it.
+        end: The marker behind it.
+        arguments: Those of the command line.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is out of date")
+    parser.add_argument("--page", type=Path, default=page)
+    options = parser.parse_args(arguments)
+    before = options.page.read_text()
+    after = updated(before, table(), begin, end)
+    if options.check:
+        found = "up to date" if after == before else f"{options.page.name} is out of date: run this without --check"
+        sys.stdout.write(f"{found}\n")
+        return int(after != before)
+    options.page.write_text(after)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Write the table into README.md, or say whether it is up to date."""
-    parser = argparse.ArgumentParser(prog="python -m tools.support_table", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is out of date")
-    parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "README.md")
-    options = parser.parse_args(arguments)
-    page = options.page.read_text()
-    new = updated(page, markdown(rows()))
-    if options.check:
-        found = "up to date" if new == page else f"{options.page.name} is out of date: run this without --check"
-        sys.stdout.write(f"{found}\n")
-        return int(new != page)
-    options.page.write_text(new)
-    return 0
+    page = Path(__file__).parents[1] / "README.md"
+    return run("tools.support_table", __doc__, page, lambda: markdown(rows()), BEGIN, END, arguments)
 
 
 if __name__ == "__main__":

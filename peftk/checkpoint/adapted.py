@@ -16,9 +16,6 @@ from torch import Tensor
 
 __all__ = ["COMPONENTS", "METHODS", "Adapted", "component_of", "update", "weight_shape"]
 
-METHODS = ("LoRA", "LoHa", "LoKr")
-"""The methods that more than one program has, with one meaning."""
-
 MAGNITUDES = "dora_scale"
 
 
@@ -128,7 +125,7 @@ def update(module: Adapted) -> Tensor:
     """
     parts = {name: tensor.double() for name, tensor in module.parts.items()}
     try:
-        found = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}[module.method](parts)
+        found = _FORMULAS[module.method](parts)
     except RuntimeError as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in module.parts.items()}
         raise ValueError(f"tensors that do not fit each other: {shapes} ({str(error).splitlines()[0]})") from None
@@ -167,6 +164,11 @@ def _factor(parts: dict[str, Tensor], number: str) -> Tensor:
     return a @ b if core is None else _tucker(core, a, b)
 
 
+_FORMULAS = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}
+METHODS = tuple(_FORMULAS)
+"""The methods that more than one program has, with one meaning."""
+
+
 def weight_shape(module: Adapted) -> torch.Size:
     """Return the shape of the weight as far as the tensors tell: that of a convolution may be flattened in them.
 
@@ -175,7 +177,7 @@ def weight_shape(module: Adapted) -> torch.Size:
     """
     shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in module.parts.items()}
     try:
-        return {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}[module.method](shapes).shape
+        return _FORMULAS[module.method](shapes).shape
     except (RuntimeError, IndexError) as error:
         found = {name: tuple(tensor.shape) for name, tensor in module.parts.items()}
         raise ValueError(f"tensors that do not fit each other: {found} ({str(error).splitlines()[0]})") from None

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint.adapted import COMPONENTS
+from ..models.adapter_source import Source, model_weights, read_source
 from ..models.convert import DIALECTS, Plan, plan_for
 from ..models.convert import convert as written
-from ..models.source import Source, model_weights, read_source
 
 
 def show(source: Source, plan: Plan, console: Any) -> None:

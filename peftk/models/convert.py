@@ -28,7 +28,7 @@ from ..checkpoint.writer import replace_together, snapshot, write_safetensors
 from ..nn import PeftConfig
 from ..nn.base.config import LayerInFile
 from . import provenance
-from .source import PROVENANCE, Source, read_source
+from .adapter_source import PROVENANCE, Source, read_source
 
 __all__ = ["DIALECTS", "Plan", "convert", "plan_for"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint.container import CheckpointError
 from ..ops.plain import DENSE
-from .source import PROVENANCE, Source
+from .adapter_source import PROVENANCE, Source
 
 __all__ = ["of", "restored"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import peftk
 from peftk.checkpoint.container import CheckpointError
+from peftk.models.adapter_source import read_source
 from peftk.models.convert import DIALECTS, convert, plan_for
-from peftk.models.source import read_source
 from peftk.testing.compare import assert_close
 
 WEIGHTS = {name: module.weight.shape for name, module in net().named_modules() if hasattr(module, "weight")}
@@ -323,7 +323,7 @@ def test_paths_that_begin_as_names_of_other_dialects(tmp_path: Path) -> None:
 )
 def test_what_a_file_says_of_its_origin_is_not_trusted(change: dict[str, Any], tmp_path: Path) -> None:
     from peftk.checkpoint.writer import write_safetensors
-    from peftk.models.source import PROVENANCE
+    from peftk.models.adapter_source import PROVENANCE
 
     save_file(lora("lora_unet_first"), tmp_path / "in.safetensors")
     source = read_source(tmp_path / "in.safetensors")

@@ -18,8 +18,8 @@ from support.foreign_files import X, net
 from support.mutations import damage, edit_header, edit_tensors, same, state
 
 import peftk
+from peftk.models.adapter_source import read_source
 from peftk.models.convert import convert, plan_for
-from peftk.models.source import read_source
 from peftk.testing.compare import assert_close
 
 WEIGHTS = {name: module.weight.shape for name, module in net().named_modules() if hasattr(module, "weight")}

@@ -25,7 +25,7 @@ PROVENANCE = "peftk_source"
 """Where the metadata of a file says what it was made from."""
 
 _PEFT = "base_model.model."
-_TYPES = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
+_TYPES = tuple(method.upper() for method in METHODS)
 _REFUSED = ("target_parameters", "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "lora_bias")
 
 
