@@ -196,8 +196,11 @@ def replace_together(folder: Path, files: dict[str, Callable[[IO[bytes]], object
     """
     for name in files:
         taken = folder / name
-        if os.path.lexists(taken) and not (taken.is_symlink() or taken.is_file()):
-            raise ValueError(f"{taken}: expected a file or nothing, got a folder or device")
+        with contextlib.suppress(FileNotFoundError):
+            # Asked once: between two questions another process's save may move the file.
+            mode = os.lstat(taken).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+                raise ValueError(f"{taken}: expected a file or nothing, got a folder or device")
     token = secrets.token_hex(8)
     new = {name: folder / f".{name}.{token}.tmp" for name in files}
     old = {name: folder / f".{name}.{token}.old" for name in files}
