@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from peftk.integrations.hf_peft import library, tuner_layer
+from peftk.integrations.hf_peft import library as hf_peft
+from peftk.integrations.lycoris import library as lycoris
 
 from .support_table import run
 
@@ -17,10 +19,14 @@ BEGIN, END = "<!-- accelerate table: begin -->", "<!-- accelerate table: end -->
 
 
 def table() -> str:
-    """Return the table in Markdown."""
-    known = tuner_layer.FINGERPRINTS.known
+    """Return the tables of all libraries in Markdown."""
+    return "\n\n".join(_table(library) for library in (hf_peft, lycoris))
+
+
+def _table(library: Any) -> str:
+    known = library.FINGERPRINTS.known
     versions = sorted({v for hashes in known.values() for found in hashes.values() for v in found})
-    lines = [f"| method | PEFT's class | {' | '.join(versions)} |", "|---|---|" + "---|" * len(versions)]
+    lines = [f"| method | class of {library.SHOWN} | {' | '.join(versions)} |", "|---|---|" + "---|" * len(versions)]
     for name, way in sorted(library.ways().items(), key=lambda item: (item[1].method, item[0])):
         entries = []
         for version in versions:
@@ -29,9 +35,10 @@ def table() -> str:
                 for f in (*way.copied, f"{name}.forward")
             }
             there = have[f"{name}.forward"]
-            entries.append("accelerated" if all(have.values()) else "PEFT's own" if there else "no such class")
-        _, _, tuner, *_ = name.split(".")
-        lines.append(f"| {way.method} | `{tuner}.{name.rpartition('.')[2]}` | {' | '.join(entries)} |")
+            own = f"{library.SHOWN}'s own" if there else "no such class"
+            entries.append("accelerated" if all(have.values()) else own)
+        _, _, where, *_ = name.split(".")
+        lines.append(f"| {way.method} | `{where}.{name.rpartition('.')[2]}` | {' | '.join(entries)} |")
     return "\n".join(lines)
 
 

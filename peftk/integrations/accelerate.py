@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import threading
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from .fingerprints import name_of
 from .report import Report, Row, restorer
 from .way import Way, forward_of
 
-LIBRARIES = {"peft": "hf_peft"}
-"""The libraries, and the packages here that know them."""
+LIBRARIES = {"peft": ("hf_peft", "peft"), "lycoris": ("lycoris", "lycoris-lora")}
+"""The libraries, the packages here that know them, and the names that they are installed by."""
 
 _lock = threading.RLock()
 _patched: dict[type[nn.Module], tuple[Any, Any, Way]] = {}
@@ -26,28 +26,29 @@ _patched: dict[type[nn.Module], tuple[Any, Any, Way]] = {}
 
 
 def accelerate(target: nn.Module | str, *, correct: bool = False, strict: bool = False, force: bool = False) -> Report:
-    """Run the adapter layers of Hugging Face PEFT on this package's kernels.
+    """Run the adapter layers of Hugging Face PEFT, or the modules of LyCORIS's networks, on this package's kernels.
 
-    The parameters, names, files, merging, switching and everything else stay PEFT's. A layer gets a subclass of its
-    class that differs in `forward` alone. A call that this package does not take (a batch that mixes adapters, hooks on
-    an adapter's modules, ...) runs in PEFT's own code, as before.
+    The parameters, names, files, merging, switching and everything else stay the library's. A layer gets a subclass of
+    its class that differs in `forward` alone. A call that this package does not take (a batch that mixes adapters,
+    hooks on an adapter's modules, ...) runs in the library's own code, as before.
 
     Args:
-        target: A model with PEFT's layers; or "peft", for the classes themselves and so for all layers of this process,
-            those that are made later too.
+        target: A model with PEFT's layers, a network of LyCORIS or a model that one is applied to; or "peft" or
+            "lycoris", for the classes themselves: all layers of this process, those that are made later too, and all
+            networks that are applied later.
         correct: Give this package's values where those of PEFT are wrong: OFT on convolutions with kernels larger than
             1 x 1, and several C3A adapters at once. Otherwise such layers run in PEFT's own code.
         strict: Raise if a layer cannot be accelerated, and change nothing.
-        force: Go on with versions of PEFT whose functions are not known.
+        force: Go on with versions of the library whose functions are not known.
 
     Returns:
         A `Report`: ``print`` it, and call its ``restore()`` to undo everything.
 
     Raises:
-        ImportError: PEFT is not installed.
+        ImportError: The library is not installed.
         TypeError: `target` is neither a module nor a name.
-        ValueError: The model has no layers of PEFT, or `target` is no library that is known.
-        RuntimeError: `strict`, and a layer runs in PEFT's own code.
+        ValueError: The model has no layers of either library, or `target` is no library that is known.
+        RuntimeError: `strict`, and a layer runs in the library's own code.
 
     Example:
         >>> import peft, peftk, torch  # doctest: +SKIP
@@ -61,53 +62,52 @@ def accelerate(target: nn.Module | str, *, correct: bool = False, strict: bool =
             return _classes(_library(target), correct=correct, strict=strict, force=force)
     if not isinstance(target, nn.Module):
         raise TypeError(
-            f"target: expected a torch.nn.Module with PEFT's layers or one of {', '.join(map(repr, LIBRARIES))}; "
+            f"target: expected a torch.nn.Module with layers of PEFT or LyCORIS, or one of "
+            f"{', '.join(map(repr, LIBRARIES))}; "
             f"got {type(target).__name__}"
         )
     with _lock:
         return _model(target, correct=correct, strict=strict, force=force)
 
 
-def _library(name: str) -> ModuleType:
+def _library(name: str) -> Any:
+    package, distribution = LIBRARIES[name]
     if importlib.util.find_spec(name) is None:
-        raise ImportError(f"peftk.accelerate: {name} is not installed; run `pip install {name}`", name=name)
-    return importlib.import_module(f"..{LIBRARIES[name]}.library", __name__)
+        raise ImportError(f"peftk.accelerate: {name} is not installed; run `pip install {distribution}`", name=name)
+    return importlib.import_module(f"..{package}.library", __name__)
 
 
 def _model(model: nn.Module, *, correct: bool, strict: bool, force: bool) -> Report:
-    library = _library("peft")
-    layers = list(library.layers_of(model))
-    if not layers:
+    # Whoever has made layers of a library has imported it.
+    libraries = [_library(name) for name in LIBRARIES if name in sys.modules] or [_library("peft")]
+    found = {library: list(library.layers_of(model)) for library in libraries}
+    if not any(found.values()):
         own = any(type(module).__module__.startswith("peftk.") for module in model.modules())
-        hint = "it has peftk's own layers, which are fast already" if own else "call peft.get_peft_model first"
-        raise ValueError(
-            f"target: expected a model with layers of PEFT, got {type(model).__name__} without any; {hint}"
-        )
-    rows, chosen = [], []
+        make = " or ".join(library.MAKE for library in libraries)
+        hint = "it has peftk's own layers, which are fast already" if own else f"call {make} first"
+        names = " or ".join(library.SHOWN for library in libraries)
+        raise ValueError(f"target: expected a model with layers of {names}, got {type(model).__name__} without; {hint}")
+    rows: list[Row] = []
+    chosen: list[tuple[Any, nn.Module, Way]] = []
     backends: dict[Any, str | None] = {}
     ways: dict[type, Way | str] = {}
-    for path, layer in layers:
-        owner, cls = library.holder(layer)
-        if cls not in ways:
-            ways[cls] = library.way(name_of(cls), correct, force)
-        way = library.foreign(layer) or ways[cls]
-        rows.append(_look(path, _written(cls), owner, way, backends))
-        # What is left to PEFT for its state alone may get another state.
-        if isinstance(way, Way):
-            chosen.append((layer, way))
+    for library, layers in found.items():
+        for path, layer in layers:
+            owner, cls = library.holder(layer)
+            if cls not in ways:
+                ways[cls] = library.way(name_of(cls), correct, force)
+            way = library.foreign(layer) or ways[cls]
+            rows.append(_look(path, _written(cls), owner, way, backends))
+            # What is left to its library for its state alone may get another state.
+            if isinstance(way, Way):
+                chosen.append((library, layer, way))
     _check(rows, strict)
-    before = [(layer, type(layer), layer.__dict__.get("forward")) for layer, _ in chosen]
-
-    def put_back() -> None:
-        for layer, cls, forward in before:
-            layer.__class__ = cls
-            if forward is not None:
-                layer.__dict__["forward"] = forward
-
-    with undone_if_interrupted(put_back):
-        for layer, way in chosen:
+    before = [library.state(layer) for library, layer, _ in chosen]
+    with undone_if_interrupted(lambda: [put_back() for put_back in before]):
+        for library, layer, way in chosen:
             library.exchange(layer, way)
-    return Report(type(model).__name__, rows, restorer([layer for _, layer in layers], library.restore))
+    undo = [restorer([layer for _, layer in layers], library.restore) for library, layers in found.items()]
+    return Report(type(model).__name__, rows, lambda: sum(one() for one in undo))
 
 
 def _look(path: str, kind: str, owner: Any, way: Way | str, backends: dict[Any, str | None]) -> Row:
@@ -146,7 +146,7 @@ def _check(rows: list[Row], strict: bool) -> None:
         )
 
 
-def _classes(library: ModuleType, *, correct: bool, strict: bool, force: bool) -> Report:
+def _classes(library: Any, *, correct: bool, strict: bool, force: bool) -> Report:
     rows, chosen = [], []
     for name, cls in library.classes():
         way = library.way(name, correct, force)

@@ -64,6 +64,10 @@ class Way:
         """
         raise NotImplementedError
 
+    def usual(self, layer: Any, x: Any) -> bool:
+        """Whether a call is an ordinary one: adapters act on a plain tensor that nothing transforms or traces."""
+        return plain(x)
+
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """Return the output of a layer with what `adapters` has returned."""
         raise NotImplementedError
@@ -83,7 +87,7 @@ class Way:
             original: The `forward` of the library's class.
             here: Says whether a layer is accelerated still.
         """
-        adapters, run = self.adapters, self.run
+        usual, adapters, run = self.usual, self.adapters, self.run
 
         def forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             # All is decided before the base layer is called: afterwards the library would call it again.
@@ -94,11 +98,6 @@ class Way:
             return original(layer, x, *args, **kwargs)
 
         return forward
-
-
-def usual(layer: Any, x: Any) -> bool:
-    """Whether a call is an ordinary one: active adapters on a plain tensor that nothing transforms or traces."""
-    return plain(x) and not layer._disable_adapters and not layer.merged_adapters
 
 
 def plain(x: Any) -> bool:

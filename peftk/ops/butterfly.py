@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.shared.butterfly import gather, gather_factors, passes, scatter
 from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import run_backward
 from ._checks import autocast_input, cast, check_tensor
+from .block_diagonal import block_rotate
 
 __all__ = ["butterfly_compose", "butterfly_multiply", "scale_channels"]
 
@@ -277,6 +279,18 @@ def butterfly_multiply(x: Tensor, factors: Tensor) -> Tensor:
         True
     """
     return registry.apply(ButterflyMultiply, *_prepare_multiply(x, factors))
+
+
+def multiply_transposed(x: Tensor, factors: Tensor) -> Tensor:
+    """Return ``x @ R.T`` with R as in `butterfly_compose`; arguments and passes are those of `butterfly_multiply`."""
+    size, stages = factors.shape[-1], len(factors)
+    # The transposed product begins with the first stages.
+    for first, last in passes(size, stages):
+        chosen = gather_factors(factors, first, last)
+        blocks = butterfly_compose(chosen) if last - first > 1 else chosen[0]
+        rotated = block_rotate(gather(x, size, first, last), blocks, transpose=True)
+        x = scatter(rotated, size, first, last)
+    return x
 
 
 def scale_channels(x: Tensor, scale: Tensor, bias: Tensor | None = None, *, dim: int = -1) -> Tensor:

@@ -7,7 +7,21 @@ import torch
 from support.method_forms import BASES, TOKENS, I, O
 from torch import Tensor, nn
 
-from peftk.methods import adaption_prompt, boft, c3a, dora, loha, lokr, lora, lora_parameter, oft
+from peftk import functional as F
+from peftk.methods import (
+    adaption_prompt,
+    boft,
+    c3a,
+    dora,
+    loha,
+    lokr,
+    lora,
+    lora_parameter,
+    magnitudes,
+    oft,
+    output_rotation,
+)
+from peftk.ops.conv import convolution
 from peftk.testing.cases import cayley, circulant
 from peftk.testing.compare import assert_close, assert_same_bits
 
@@ -150,3 +164,65 @@ def test_updates_of_parameters_are_dense_products(transposed: bool) -> None:
     truth = torch.einsum("eoi,ti->teo", stack + dense, x).sum(1) * (x @ (matrix + 2 * b[:, :2] @ a[:2]).mT)
     assert_close(y, truth, torch.float64)
     assert_same_bits(base.stack, stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+@pytest.mark.parametrize("of_outputs", [True, False], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("kind", ["fused", "no bias", "conv", "volume"])
+def test_magnitudes_pass_gradients_through_the_norms(
+    kind: str, of_outputs: bool, strength: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(9)
+    base = BASES["conv" if kind in BASES["conv"] else "linear"][kind]().to(dtype).requires_grad_(False)
+    weight = base.weight
+    sides = [size if d == (0 if of_outputs else 1) else 1 for d, size in enumerate(weight.shape)]
+    values = [torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2), 1 + torch.rand(sides)]
+    x = torch.randn((2, TOKENS, I) if weight.dim() == 2 else (2, 4, 6, 5, 3)[: weight.dim()])
+    found = [t.to(dtype).requires_grad_() for t in (x, *values)]
+    exact = [t.to(dtype).double().requires_grad_() for t in (x, *values)]
+
+    def changed(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return weight + 0.5 * (b @ a.flatten(1)).view(weight.shape)
+
+    def truth(x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+        wide = changed(weight.double(), a, b)
+        norms = wide.pow(2).sum([d for d in range(wide.dim()) if sides[d] == 1], keepdim=True).sqrt()
+        wide = wide * (1 + strength * (m / norms - 1))
+        bias = None if base.bias is None else base.bias.double()
+        if wide.dim() == 2:
+            return x @ wide.mT + (0 if bias is None else bias)
+        return convolution(x, wide, bias, base.stride, base.padding)
+
+    def forms(x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> list[Tensor]:
+        mine = magnitudes.Magnitudes(m, of_outputs, strength)
+        if weight.dim() > 2:
+            return [magnitudes.written_conv(base, x, changed, (a, b), mine)]
+        low_rank = [magnitudes.low_rank_linear(x, weight, base.bias, a, b, 0.5, mine)] if of_outputs else []
+        return [*low_rank, magnitudes.written_linear(x, weight, base.bias, changed, (a, b), mine)]
+
+    expected = truth(*exact)
+    grad = torch.randn(expected.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(expected, exact, grad)
+    for number, y in enumerate(forms(*found)):
+        assert_close(y, expected, dtype, what=f"output of form {number}")
+        got = torch.autograd.grad(y, found, grad.to(dtype), retain_graph=True)
+        for name, one, other in zip(("x", "a", "b", "m"), got, gradients, strict=True):
+            assert_close(one, other, dtype, what=f"d{name} of form {number}")
+
+
+def test_a_row_of_zeros_has_no_gradient_through_its_norm() -> None:
+    x, weight = torch.randn(3, I), torch.zeros(O, I)
+    a, b = torch.randn(2, I, requires_grad=True), torch.zeros(O, 2, requires_grad=True)
+    mine = magnitudes.Magnitudes(torch.ones(O, 1))
+    y = magnitudes.low_rank_linear(x, weight, None, a, b, 1.0, mine)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros(3, O)) and a.grad.isfinite().all() and b.grad.isfinite().all()
+
+
+def test_butterflies_of_more_features_than_one_pass_turns() -> None:
+    torch.manual_seed(10)
+    stages = output_rotation.rotations(torch.randn(9, 256, 4, 4, dtype=torch.float64))
+    y = torch.randn(3, 1024, dtype=torch.float64)
+    expected = y @ F.butterfly_compose(stages)[0].mT
+    assert_close(output_rotation.rotated(y, output_rotation.Turn(stages)), expected, torch.float64)

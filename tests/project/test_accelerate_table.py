@@ -14,8 +14,8 @@ def test_the_page_is_up_to_date():
 
 
 def test_a_version_that_was_not_read_is_peft_s_own(monkeypatch):
-    known = {name: dict(found) for name, found in accelerate_table.tuner_layer.FINGERPRINTS.known.items()}
+    known = {name: dict(found) for name, found in accelerate_table.hf_peft.FINGERPRINTS.known.items()}
     known["peft.tuners.loha.layer.LoHaLayer.get_delta_weight"] = {"0": ["0.19.1"]}
-    monkeypatch.setattr(accelerate_table.tuner_layer.FINGERPRINTS, "known", known)
+    monkeypatch.setattr(accelerate_table.hf_peft.FINGERPRINTS, "known", known)
     rows = [line for line in accelerate_table.table().splitlines() if "`loha.Linear`" in line]
     assert rows == ["| loha | `loha.Linear` | accelerated | PEFT's own | PEFT's own |"]

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ...methods.lora import LowRank
-from ..way import Way
 from . import lora as lora_layers
 from .lora import FEW_ROWS_NOTE, Active, dropout_of, run_conv, run_linear, scale_of, unfit_rows
-from .tuner_layer import NONE_ACTIVE, SHARED, active, held, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, held, unfit
 
 
-class Triplets(Way):
+class Triplets(TunerWay):
     """Layers whose update is a singular value decomposition."""
 
     method = "adalora"

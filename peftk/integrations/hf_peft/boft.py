@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from ...methods import boft
 from ...methods._base_layer import kind_of, observed, plain_tensors
 from ...methods.boft import Butterfly
-from ..way import Way
-from .tuner_layer import FINGERPRINTS, NONE_ACTIVE, SHARED, active, dense_weight, held, plain_example, unfit
+from .tuner_layer import FINGERPRINTS, NONE_ACTIVE, SHARED, TunerWay, active, dense_weight, held, plain_example, unfit
 
 _LAYER = "peft.tuners.boft.layer"
 
 
-class Butterflies(Way):
+class Butterflies(TunerWay):
     """Layers whose input, or whose filters, a butterfly of blocks rotates."""
 
     method = "boft"

@@ -10,11 +10,10 @@ from torch import Tensor
 from ...kernels.shared.wide import HALF
 from ...methods import c3a
 from ...methods._base_layer import plain_tensors
-from ..way import Way
-from .tuner_layer import NONE_ACTIVE, SHARED, active, held, plain_example, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, held, plain_example, unfit
 
 
-class Linear(Way):
+class Linear(TunerWay):
     """Linear layers."""
 
     method = "c3a"

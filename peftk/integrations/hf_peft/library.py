@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -16,25 +13,21 @@ from ..exchange import original_class
 from ..exchange import restore as restore_class
 from ..fingerprints import name_of, resolve
 from ..way import Way
+from ..ways import ways_of
 from . import xlora
 from .tuner_layer import FINGERPRINTS
 
 NAME = "peft"
+SHOWN = "PEFT"
+DISTRIBUTION = "peft"
+MAKE = "peft.get_peft_model"
 
 _PROMPTS = "peft.tuners.adaption_prompt.layer."
 
 
-@functools.cache
 def ways() -> dict[str, type[Way]]:
     """Return the way of every class of layers, by the dotted name of the class."""
-    from .. import hf_peft
-
-    found = {}
-    for module in pkgutil.iter_modules(hf_peft.__path__):
-        for value in vars(importlib.import_module(f"{hf_peft.__name__}.{module.name}")).values():
-            if isinstance(value, type) and issubclass(value, Way) and "layers" in value.__dict__:
-                found.update(dict.fromkeys(value.layers, value))
-    return found
+    return ways_of(__name__.rpartition(".")[0])
 
 
 def way(name: str, correct: bool, force: bool) -> Way | str:
@@ -68,6 +61,18 @@ def foreign(layer: nn.Module) -> str | None:
     if "forward" not in layer.__dict__ or xlora.replaced(layer) is not None:
         return None
     return "another library has replaced `forward` of the layer; accelerate the model before that"
+
+
+def state(layer: nn.Module) -> Callable[[], None]:
+    """Return a function that lets a layer run as it does now."""
+    cls, forward = type(layer), layer.__dict__.get("forward")
+
+    def put_back() -> None:
+        layer.__class__ = cls
+        if forward is not None:
+            layer.__dict__["forward"] = forward
+
+    return put_back
 
 
 def exchange(layer: nn.Module, way: Way) -> None:

@@ -15,8 +15,7 @@ from ...methods.lora import LowRank
 from ...ops._few_rows import few
 from ...ops.conv import Convolution
 from ..fingerprints import name_of
-from ..way import Way
-from .tuner_layer import NONE_ACTIVE, SHARED, active, parameter, plain_example, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, parameter, plain_example, unfit
 
 FEW_ROWS = 64
 """Below as many rows, one LoRA adapter runs in PEFT's own code, whose two small products cost less than one call; but
@@ -34,7 +33,7 @@ class Active(NamedTuple):
     dropout_p: float
 
 
-class LoRAWay(Way):
+class LoRAWay(TunerWay):
     """What the kinds of layers with LoRA share."""
 
     method = "lora"

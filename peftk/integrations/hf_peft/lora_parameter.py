@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ...methods import lora_parameter
 from ...methods.lora_parameter import Stacked
-from ..way import Forward, Way, plain
+from ..way import Forward, plain
 from .lora import scale_of
-from .tuner_layer import NONE_ACTIVE, SHARED, active, parameter, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, parameter, unfit
 
 _LAYER = "peft.tuners.lora.layer.ParamWrapper"
 
 
-class Parameter(Way):
+class Parameter(TunerWay):
     """Wrappers of parameters, one around the other where a module has several; the outermost is called."""
 
     method = "lora"

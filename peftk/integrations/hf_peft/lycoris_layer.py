@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...methods._base_layer import CONVOLUTIONS, opaque_weight, plain_tensors
-from ..way import Way
+from .tuner_layer import TunerWay
 
 
 class Draw(NamedTuple):
@@ -57,7 +57,7 @@ def unfit_base(layer: Any, x: Tensor | None) -> str | None:
     return None
 
 
-class LycorisWay(Way):
+class LycorisWay(TunerWay):
     """Layers with LoHa or LoKr."""
 
     arithmetic: ClassVar[ModuleType]

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...methods import oft
 from ...methods._base_layer import observed, plain_tensors
-from ..way import Way
-from .tuner_layer import NONE_ACTIVE, SHARED, active, dense_weight, parameter, plain_example, unfit
+from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, dense_weight, parameter, plain_example, unfit
 
 _MODULE = "peft.tuners.oft.layer.OFTRotationModule"
 
 
-class Rotated(Way):
+class Rotated(TunerWay):
     """Layers whose input, or whose filters, are rotated block by block."""
 
     method = "oft"

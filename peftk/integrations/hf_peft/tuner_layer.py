@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...kernels.shared.wide import HALF
 from ...methods._base_layer import CONVOLUTIONS, DENSE
 from ..fingerprints import Fingerprints
+from ..way import Way, plain
 
 FINGERPRINTS = Fingerprints(Path(__file__).with_name("fingerprints.json"), "peft")
 
@@ -24,6 +25,14 @@ SHARED = (
     "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype",
 )
 """What the `forward` of every layer asks."""
+
+
+class TunerWay(Way):
+    """Layers that PEFT switches and merges."""
+
+    def usual(self, layer: Any, x: Any) -> bool:
+        """See `Way.usual`."""
+        return plain(x) and not layer._disable_adapters and not layer.merged_adapters
 
 
 def dense_weight(layer: Any) -> Tensor | None:

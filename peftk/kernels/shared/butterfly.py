@@ -23,21 +23,22 @@ def passes(size: int, stages: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def _gather(x: Tensor, size: int, first: int, last: int) -> Tensor:
+def gather(x: Tensor, size: int, first: int, last: int) -> Tensor:
     """Bring the half-blocks that stages first to last - 1 join together: the lower bits of their numbers go up."""
     if first == 0:
         return x
     return x.reshape(-1, 1 << (last - first), 1 << first, size // 2).transpose(1, 2).reshape(x.shape)
 
 
-def _scatter(x: Tensor, size: int, first: int, last: int) -> Tensor:
-    """Undo `_gather`."""
+def scatter(x: Tensor, size: int, first: int, last: int) -> Tensor:
+    """Undo `gather`."""
     if first == 0:
         return x
     return x.reshape(-1, 1 << first, 1 << (last - first), size // 2).transpose(1, 2).reshape(x.shape)
 
 
-def _gather_factors(factors: Tensor, first: int, last: int) -> Tensor:
+def gather_factors(factors: Tensor, first: int, last: int) -> Tensor:
+    """Return stages first to last - 1 as a butterfly of their own, of features that `gather` has brought together."""
     chosen = factors[first:last]
     if first == 0:
         return chosen
@@ -45,7 +46,8 @@ def _gather_factors(factors: Tensor, first: int, last: int) -> Tensor:
     return chosen.reshape(shape).transpose(2, 3).reshape(chosen.shape)
 
 
-def _scatter_factors(chosen: Tensor, first: int, last: int) -> Tensor:
+def scatter_factors(chosen: Tensor, first: int, last: int) -> Tensor:
+    """Undo `gather_factors`."""
     shape = (last - first, -1, 1 << first, 1 << (last - first - 1), *chosen.shape[2:])
     return chosen if first == 0 else chosen.reshape(shape).transpose(2, 3).reshape(chosen.shape)
 
@@ -59,12 +61,12 @@ def multiply(
     """
     size, record = factors.shape[-1], []
     for first, last in reversed(passes(size, len(factors))):
-        chosen = _gather_factors(factors, first, last)
+        chosen = gather_factors(factors, first, last)
         blocks = compose(chosen) if last - first > 1 else chosen[0]
-        gathered = _gather(x, size, first, last)
+        gathered = gather(x, size, first, last)
         record.append((first, last, chosen, blocks, gathered))
         if product or first > 0:
-            x = _scatter(rotate(gathered, blocks, False), size, first, last)
+            x = scatter(rotate(gathered, blocks, False), size, first, last)
     return x, record
 
 
@@ -84,10 +86,10 @@ def multiply_backward(
     record = multiply(x, factors, compose, rotate, False)[1]
     for at, (first, last, chosen, blocks, gathered) in reversed(list(enumerate(record))):
         grad, dblocks = rotate_backward(
-            _gather(grad, size, first, last), gathered, blocks, False, need_x or at > 0, need_factors
+            gather(grad, size, first, last), gathered, blocks, False, need_x or at > 0, need_factors
         )
-        grad = _scatter(grad, size, first, last) if need_x or at > 0 else grad
+        grad = scatter(grad, size, first, last) if need_x or at > 0 else grad
         if need_factors:
             dchosen = compose_backward(dblocks, chosen) if last - first > 1 else dblocks[None]
-            dfactors[first:last] = _scatter_factors(dchosen, first, last)
+            dfactors[first:last] = scatter_factors(dchosen, first, last)
     return grad, dfactors
