@@ -27,6 +27,7 @@ SUITES = {
     "layers": ("bench_layers.py", "not bf16"),
     "layers-half": ("bench_layers.py", "bf16"),
     "accelerate": ("bench_accelerate.py", ""),
+    "lycoris": ("bench_lycoris.py", ""),
     "decode": ("bench_decode.py", ""),
     "experts": ("bench_experts.py", ""),
 }

@@ -100,7 +100,7 @@ def _error(row: Row | None) -> str:
     return text if row.measured else f"{text} void"
 
 
-def _samples(comparison: Comparison) -> str:
+def samples(comparison: Comparison) -> str:
     return str(comparison.info.get("rounds", 0))
 
 
@@ -125,7 +125,7 @@ def layers(results: Results) -> Iterable[Table]:
                 _ratio(ours),
                 verdict,
                 *(_ratio(c.rows.get(arm)) for arm in PEERS),
-                _samples(c),
+                samples(c),
             )
         )
     yield Table(
@@ -198,7 +198,7 @@ def operators(results: Results) -> Iterable[Table]:
                     milliseconds(torch.found["median_us"]) if torch.measured else torch.found["status"],
                     _error(torch).split(" / ")[0],
                     _times(c.ratio("torch", "native")),
-                    _samples(c),
+                    samples(c),
                 )
             )
         yield Table(
@@ -221,7 +221,7 @@ def operators(results: Results) -> Iterable[Table]:
                     milliseconds(c.rows["eager"].found["median_us"]) if c.rows["eager"].measured else "void",
                     *(_ratio(c.rows.get(a)) for a in arms if a != "eager"),
                     f"{_bytes(c.rows['native'], 'saved_bytes')} / {_bytes(c.rows['eager'], 'saved_bytes')}",
-                    _samples(c),
+                    samples(c),
                 )
                 for c in found
             ],
@@ -242,7 +242,7 @@ def overhead(results: Results) -> Iterable[Table]:
         default = c.info["cell"].endswith("native")
         ok = "" if cost is None or not default else "met" if cost <= DISPATCH_TARGET_US else "**missed**"
         times = (_us(c.rows[arm].found.get("median_us")) for arm in ("plain", "kernel", "peftk"))
-        rows.append((c.info["cell"], *times, _us(c.difference("peftk", "kernel")), _us(cost), ok, _samples(c)))
+        rows.append((c.info["cell"], *times, _us(c.difference("peftk", "kernel")), _us(cost), ok, samples(c)))
     if rows:
         yield Table(
             "Dispatch: microseconds a call, forward",
@@ -265,7 +265,7 @@ def overhead(results: Results) -> Iterable[Table]:
                     *(_us(c.rows[a].found.get("median_us")) for a in ("kernel", "plain", "peftk")),
                     _us(c.difference("peftk", "kernel")),
                     _us(c.difference("peftk", "plain")),
-                    _samples(c),
+                    samples(c),
                 )
                 for c in both
             ],
@@ -283,7 +283,7 @@ def overhead(results: Results) -> Iterable[Table]:
                         _us(c.rows[a].found.get("median_us")) if a in c.rows else ""
                         for a in ("frozen", *(arm for arm in LAYER_ARMS if arm != "compile"))
                     ),
-                    _samples(c),
+                    samples(c),
                 )
                 for c in tiny
             ],
@@ -308,7 +308,7 @@ def model(results: Results) -> Iterable[Table]:
         ms = (" / ".join("-" if t is None else f"{t / 1000:.1f}" for t in column) for column in times)
         layers = " / ".join(map(str, sizes))
         rows.append(
-            (operation, layers, *ms, *growth, "-" if ratio is None else f"{ratio:.2f}", _samples(by_size[sizes[-1]]))
+            (operation, layers, *ms, *growth, "-" if ratio is None else f"{ratio:.2f}", samples(by_size[sizes[-1]]))
         )
     if rows:
         yield Table(
@@ -321,33 +321,6 @@ def model(results: Results) -> Iterable[Table]:
         )
 
 
-def accelerated(results: Results) -> Iterable[Table]:
-    """What `peftk.accelerate` makes of PEFT's layers and models, beside this package's own layers."""
-    rows = []
-    for c in results.of("accelerate"):
-        found = {arm: c.rows[arm].found for arm in ("accelerated", "hf", "peftk") if arm in c.rows}
-        ms = (
-            "-" if (t := found.get(arm, {}).get("median_us")) is None else f"{t / 1000:.2f}" for arm in ("hf", "peftk")
-        )
-        mine = found.get("accelerated", {})
-        median, ratio = mine.get("median_us"), mine.get("ratio")
-        times = "-" if median is None else f"{median / 1000:.2f}"
-        gain = "-" if not ratio else f"{1 / ratio:.2f} [{1 / mine['ratio_q75']:.2f}, {1 / mine['ratio_q25']:.2f}]"
-        memory = " / ".join(_mib(found.get(arm, {}).get("peak_bytes")) for arm in ("accelerated", "hf"))
-        rows.append((c.info["cell"], times, *ms, gain, memory, _samples(c)))
-    if rows:
-        yield Table(
-            "PEFT's own layers and models, accelerated: milliseconds",
-            "Forward and backward of PEFT's layer under `peftk.accelerate`, of the same layer as PEFT has it, and of "
-            "peftk's own; and whole training steps of a small LLaMA (4 layers, hidden size 1024, 512 tokens, adapters "
-            "on all linear layers) without the optimizer. Gain is PEFT's time over the accelerated one, "
-            "with quartiles. "
-            "Peak memory in MiB: accelerated / PEFT.",
-            ("cell", "accelerated", "PEFT", "peftk's own", "gain", "peak memory", "N"),
-            rows,
-        )
-
-
 def decode(results: Results) -> Iterable[Table]:
     """What a layer takes on few rows without gradients."""
     rows = []
@@ -355,7 +328,7 @@ def decode(results: Results) -> Iterable[Table]:
         found = {arm: c.rows[arm].found for arm in ("frozen", "peftk", "accelerated", "hf") if arm in c.rows}
         us = ["-" if (t := found.get(a, {}).get("median_us")) is None else f"{t:.1f}" for a in found]
         ratios = (found.get(arm, {}).get("ratio") for arm in ("peftk", "hf"))
-        rows.append((c.info["cell"], *us, *("-" if not ratio else f"{ratio:.2f}" for ratio in ratios), _samples(c)))
+        rows.append((c.info["cell"], *us, *("-" if not ratio else f"{ratio:.2f}" for ratio in ratios), samples(c)))
     if rows:
         yield Table(
             "Few rows without gradients: microseconds",
@@ -374,9 +347,9 @@ def experts(results: Results) -> Iterable[Table]:
         found = {arm: c.rows[arm].found for arm in ("frozen", "peftk", "loop", "hf") if arm in c.rows}
         ms = ["-" if (t := one.get("median_us")) is None else f"{t / 1000:.2f}" for one in found.values()]
         ratios = (found.get(arm, {}).get("ratio") for arm in ("peftk", "loop", "hf"))
-        memory = " / ".join(_mib(one.get("peak_bytes")) for one in found.values())
+        memory = " / ".join(mib(one.get("peak_bytes")) for one in found.values())
         rows.append(
-            (c.info["cell"], *ms, *("-" if not ratio else f"{ratio:.2f}" for ratio in ratios), memory, _samples(c))
+            (c.info["cell"], *ms, *("-" if not ratio else f"{ratio:.2f}" for ratio in ratios), memory, samples(c))
         )
     if rows:
         yield Table(
@@ -400,7 +373,7 @@ def experts(results: Results) -> Iterable[Table]:
         )
 
 
-def _mib(count: float | None) -> str:
+def mib(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**20:.1f}"
 
 
@@ -419,7 +392,7 @@ def missing(results: Results) -> Iterable[Table]:
 
 def everything(results: Results) -> list[Table]:
     """Return all tables in the order of the report."""
-    from . import costs, gpu_tables
+    from . import costs, gpu_tables, integration_tables
 
     found = [
         *gpu_tables.everything(results),
@@ -427,7 +400,7 @@ def everything(results: Results) -> list[Table]:
         *operators(results),
         *overhead(results),
         *model(results),
-        *accelerated(results),
+        *integration_tables.everything(results),
         *decode(results),
         *experts(results),
     ]
