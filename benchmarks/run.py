@@ -28,7 +28,9 @@ SUITES = {
     "layers-half": ("bench_layers.py", "bf16"),
     "accelerate": ("bench_accelerate.py", ""),
     "lycoris": ("bench_lycoris.py", ""),
+    "steps": ("bench_steps.py", ""),
     "decode": ("bench_decode.py", ""),
+    "growth": ("bench_growth.py", ""),
     "experts": ("bench_experts.py", ""),
 }
 

@@ -392,7 +392,7 @@ def missing(results: Results) -> Iterable[Table]:
 
 def everything(results: Results) -> list[Table]:
     """Return all tables in the order of the report."""
-    from . import costs, gpu_tables, integration_tables
+    from . import costs, gpu_tables, growth_tables, integration_tables
 
     found = [
         *gpu_tables.everything(results),
@@ -402,6 +402,7 @@ def everything(results: Results) -> list[Table]:
         *model(results),
         *integration_tables.everything(results),
         *decode(results),
+        *growth_tables.growth(results),
         *experts(results),
     ]
     return [*found, *costs.tables(results), *missing(results)]

@@ -1,4 +1,4 @@
-"""Fine-tune the block of a diffusion UNet with LoHa and with LoKr: convolutions and attention, in the same adapter.
+"""Fine-tune the block of a diffusion UNet with LoHa, LoKr and OFT on the output: convolutions and attention together.
 
     python examples/unet_loha_lokr.py                     # a small block of its own, in seconds, offline
     python examples/unet_loha_lokr.py --model sd-legacy/stable-diffusion-v1-5 --steps 5
@@ -121,6 +121,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     configs = {
         "loha": peftk.LoHaConfig(r=4, alpha=4, target_modules=TARGETS, use_effective_conv2d=True),
         "lokr": peftk.LoKrConfig(r=4, alpha=4, target_modules=TARGETS, use_effective_conv2d=True),
+        "output_oft": peftk.OutputOFTConfig(block_size=8, use_rescale=True, target_modules=TARGETS),
     }
     results = {}
     for name, config in configs.items():

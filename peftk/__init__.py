@@ -44,6 +44,7 @@ if TYPE_CHECKING or not asked_for():
         LoKrModel,
         LoraModel,
         OFTModel,
+        OutputOFTModel,
     )
     from .models.xlora import XLoraModel
     from .nn import (
@@ -56,6 +57,7 @@ if TYPE_CHECKING or not asked_for():
         LoraConfig,
         LoraRuntimeConfig,
         OFTConfig,
+        OutputOFTConfig,
         PeftConfig,
         PeftType,
         TaskType,
@@ -90,6 +92,8 @@ __all__ = [
     "LoraRuntimeConfig",
     "OFTConfig",
     "OFTModel",
+    "OutputOFTConfig",
+    "OutputOFTModel",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

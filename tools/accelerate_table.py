@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peftk.integrations.adapterhub import library as adapterhub
 from peftk.integrations.hf_peft import library as hf_peft
 from peftk.integrations.lycoris import library as lycoris
 
@@ -20,7 +21,7 @@ BEGIN, END = "<!-- accelerate table: begin -->", "<!-- accelerate table: end -->
 
 def table() -> str:
     """Return the tables of all libraries in Markdown."""
-    return "\n\n".join(_table(library) for library in (hf_peft, lycoris))
+    return "\n\n".join(_table(library) for library in (hf_peft, lycoris, adapterhub))
 
 
 def _table(library: Any) -> str:

@@ -42,12 +42,20 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "DoRA": lambda library: library.LoraConfig(r=12, lora_alpha=3, use_dora=True, target_modules=["layer"]),
     "LoHa": lambda library: library.LoHaConfig(r=2, alpha=3, target_modules=["layer"]),
     "LoKr": lambda library: library.LoKrConfig(r=1, alpha=3, target_modules=["layer"]),
+    "OFT on the output": lambda library: library.OutputOFTConfig(
+        block_size=2, use_rescale=True, constraint=0.05, target_modules=["layer"]
+    ),
+    "BOFT on the output": lambda library: library.OutputOFTConfig(
+        block_size=2, butterfly_factors=2, target_modules=["layer"]
+    ),
 }
 LYCORIS: dict[str, dict[str, Any]] = {
     "LoRA": {"algo": "locon", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3},
     "DoRA": {"algo": "locon", "linear_dim": 2, "conv_dim": 2, "weight_decompose": True, "wd_on_out": True},
     "LoHa": {"algo": "loha", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3},
     "LoKr": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 3},
+    "OFT on the output": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "rescaled": True, "constraint": 0.05},
+    "BOFT on the output": {"algo": "boft", "linear_dim": 4, "conv_dim": 4},
 }
 
 
@@ -101,6 +109,8 @@ def _of_peft(subject: Subject, method: str, out: Path) -> Tensor:
     import peft
 
     try:
+        if not hasattr(peft, type(METHODS[method](peftk)).__name__):
+            raise No("it has no such method")
         model = peft.get_peft_model(subject.model(), METHODS[method](peft))
         _train(model.parameters())
         expected = subject.output(model)
@@ -214,7 +224,7 @@ def written(method: str, layer: str, program: Program, folder: Path) -> bool:
             return False
     try:
         found = program.read(subject, out)
-    except (No, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (No, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         # How these programs refuse a file; one that was accepted and is no more changes the page, which a test holds.
         return False
     assert_close(found, expected.double(), torch.float32)

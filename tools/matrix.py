@@ -1,6 +1,6 @@
-"""The tests of `peftk.accelerate` with every supported version of Hugging Face PEFT and transformers.
+"""The tests of `peftk.accelerate` with every supported version of Hugging Face PEFT and transformers, and AdapterHub.
 
-``python -m tools.matrix`` (make test-matrix) lays each pair over this environment, in a folder of its own.
+``python -m tools.matrix`` (make test-matrix) lays each set of packages over this environment, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ PAIRS = (
 )
 """Each with the packages that go before those of this environment. The first two are those that are tested."""
 
+ADAPTERHUB = {
+    "adapters": "1.3.0",
+    "transformers": "4.57.6",
+    "huggingface-hub": "0.36.0",
+    "tokenizers": "0.22.1",
+}
+"""AdapterHub is for an older transformers, with which only its own tests run."""
+
 
 def overlay(folder: Path, packages: dict[str, str]) -> list[str]:
     """Install packages without what they need, each in a folder of its own, and return the folders."""
@@ -38,8 +46,9 @@ def overlay(folder: Path, packages: dict[str, str]) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run the tests for every pair, print how each ended, and return whether one failed."""
     ends = {}
-    for pair in PAIRS:
+    for pair in (*PAIRS, ADAPTERHUB):
         folders = overlay(ROOT / "build" / "matrix", pair)
+        tests = "tests/integrations/test_adapterhub.py" if pair is ADAPTERHUB else "tests/integrations"
         path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
         call = [
             sys.executable,
@@ -50,11 +59,11 @@ def main(arguments: list[str]) -> int:
             "2",
             "--dist",
             "loadgroup",
-            "tests/integrations",
+            tests,
             *arguments,
         ]
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        name = f"peft {pair['peft']}, transformers {pair['transformers']}"
+        name = ", ".join(f"{package} {version}" for package, version in list(pair.items())[:2])
         print(f"== {name}", flush=True)
         ends[name] = subprocess.run(call, cwd=ROOT, env=environment, check=False).returncode
     for name, status in ends.items():

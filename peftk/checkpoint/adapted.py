@@ -14,9 +14,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["COMPONENTS", "METHODS", "Adapted", "component_of", "update", "weight_shape"]
+__all__ = [
+    "COMPONENTS",
+    "METHODS",
+    "OUTPUT",
+    "TYPES",
+    "Adapted",
+    "as_lycoris",
+    "component_of",
+    "update",
+    "weight_shape",
+]
 
 MAGNITUDES = "dora_scale"
+OUTPUT = "OFT or BOFT on the output"
+
+TYPES = {"LoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR", OUTPUT: "OUTPUT_OFT"}
+"""The methods that more than one program has, with one meaning, and their types in a configuration."""
 
 
 class Component(NamedTuple):
@@ -62,7 +76,8 @@ class Adapted:
         path: Where it is in the model, with dots; or with underscores for them, where only that is known.
         method: One of `METHODS`.
         parts: The tensors, by LyCORIS' names, without alpha.
-        alpha: The number that, over the rank, is the scale; None where the method has a scale of 1 whatever it is.
+        alpha: The number that, over the rank, is the scale; None where the method has a scale of 1 whatever it is. That
+            of a rotation is its constraint.
         keys: LyCORIS' name of a tensor, alpha included, to its key in the file.
         notes: What of it could not be taken over bit by bit.
     """
@@ -99,6 +114,8 @@ def rank_of(method: str, parts: Mapping[str, Tensor]) -> int | None:
     Raises:
         ValueError: They have several.
     """
+    if method == OUTPUT:
+        return None
     ranks = {
         "LoRA": {"lora_down.weight": 0, "lora_up.weight": 1, "lora_mid.weight": 0},
         "LoHa": {"hada_w1_b": 0, "hada_w2_b": 0, "hada_t1": 0, "hada_t2": 0},
@@ -120,10 +137,14 @@ def rank_of(method: str, parts: Mapping[str, Tensor]) -> int | None:
 def update(module: Adapted) -> Tensor:
     """Return what the adapter adds to a weight, without magnitudes, in float64: (out, in times the kernel).
 
+    A rotation adds nothing by itself: what it adds to the identity is returned, (out, out).
+
     Raises:
         ValueError: The tensors do not fit each other.
     """
     parts = {name: tensor.double() for name, tensor in module.parts.items()}
+    if module.method == OUTPUT:
+        parts["alpha"] = torch.tensor(module.alpha or 0.0, dtype=torch.float64)
     try:
         found = _FORMULAS[module.method](parts)
     except RuntimeError as error:
@@ -164,23 +185,86 @@ def _factor(parts: dict[str, Tensor], number: str) -> Tensor:
     return a @ b if core is None else _tucker(core, a, b)
 
 
-_FORMULAS = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}
-METHODS = tuple(_FORMULAS)
+def _rotation(parts: dict[str, Tensor]) -> Tensor:
+    square = parts["oft_blocks"]
+    size = square.shape[-1]
+    if square.dim() not in (3, 4) or square.shape[-2] != size:
+        raise ValueError(f"oft_blocks: expected square blocks, got shape {tuple(square.shape)}")
+    stages = square if square.dim() == 4 else square[None]
+    out = stages.shape[1] * size
+    if square.dim() == 4 and (size % 2 or stages.shape[1] % (1 << min(len(stages) - 1, 62))):
+        raise ValueError(f"oft_blocks: expected a butterfly (m, blocks, b, b), got shape {tuple(square.shape)}")
+    skew = stages - stages.mT
+    norm, bound = skew.norm() + 1e-8, parts["alpha"] * out
+    skew = skew * torch.where((bound > 0) & (norm > bound), bound / norm, torch.ones_like(norm))
+    eye = torch.eye(size, dtype=torch.float64, device=skew.device)
+    turned = (eye + skew) @ torch.linalg.inv(eye - skew)
+    rows = torch.eye(out, dtype=torch.float64, device=skew.device)
+    if square.dim() == 3:
+        rows = torch.block_diag(*turned[0]).mT
+    else:
+        for stage, blocks in enumerate(turned):
+            # Numbers that lie half a block times 2^stage apart take turns.
+            order = torch.arange(out).view(-1, 2, (size // 2) << stage).transpose(1, 2).flatten()
+            rows = torch.empty_like(rows).index_copy(0, order, torch.block_diag(*blocks) @ rows[order])
+    if "rescale" in parts:
+        if parts["rescale"].numel() != out:
+            raise ValueError(f"rescale: expected {out} numbers, got shape {tuple(parts['rescale'].shape)}")
+        rows = parts["rescale"].reshape(-1, 1) * rows
+    return rows - torch.eye(out, dtype=torch.float64, device=skew.device)
+
+
+_FORMULAS = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr, OUTPUT: _rotation}
+METHODS = tuple(TYPES)
 """The methods that more than one program has, with one meaning."""
 
 
 def weight_shape(module: Adapted) -> torch.Size:
     """Return the shape of the weight as far as the tensors tell: that of a convolution may be flattened in them.
 
+    Those of a rotation tell its number of outputs alone; the inputs count as one.
+
     Raises:
         ValueError: The tensors do not fit each other.
     """
+    if module.method == OUTPUT:
+        blocks, scale = module.parts["oft_blocks"], module.parts.get("rescale")
+        dims = 2 if scale is None else max(scale.dim(), 2)
+        return torch.Size([blocks.shape[-3] * blocks.shape[-1] if blocks.dim() > 2 else 0, *[1] * (dims - 1)])
     shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in module.parts.items()}
     try:
         return _FORMULAS[module.method](shapes).shape
     except (RuntimeError, IndexError) as error:
         found = {name: tuple(tensor.shape) for name, tensor in module.parts.items()}
         raise ValueError(f"tensors that do not fit each other: {found} ({str(error).splitlines()[0]})") from None
+
+
+def as_lycoris(module: Adapted) -> dict[str, Tensor]:
+    """Return the tensors of a module as LyCORIS loads them: it finds the blocks of a rotation by its own rules.
+
+    Its OFT has no fewer blocks than a block has numbers. Its BOFT has as many factors as join all blocks, of which
+    those that are missing are the identity.
+
+    Raises:
+        ValueError: It would make other blocks.
+    """
+    if module.method != OUTPUT:
+        return module.parts
+    blocks = module.parts["oft_blocks"]
+    count, size = blocks.shape[-3], blocks.shape[-1]
+    if blocks.dim() == 3:
+        if size > count:
+            raise ValueError(
+                f"oft_blocks: LyCORIS has no fewer blocks than a block has numbers, got {count} blocks of {size}"
+            )
+        return module.parts
+    if size % 2 or count & (count - 1):
+        raise ValueError(f"oft_blocks: LyCORIS has a power of two of blocks, of an even size, got {count} of {size}")
+    missing = count.bit_length() - len(blocks)
+    if missing < 0:
+        raise ValueError(f"oft_blocks: LyCORIS has {count.bit_length()} factors for {count} blocks, got {len(blocks)}")
+    padded = torch.cat([blocks, blocks.new_zeros(missing, count, size, size)]) if missing else blocks
+    return module.parts | {"oft_blocks": padded}
 
 
 def difference(one: Adapted, other: Adapted) -> float:
@@ -193,6 +277,7 @@ def difference(one: Adapted, other: Adapted) -> float:
     if (left is None) is not (right is None) or (left is not None and not torch.equal(_row(left), _row(right))):
         raise ValueError(f"module {one.source!r}: the magnitudes became others")
     same = one.method == other.method and one.scale == other.scale and _factors(one).keys() == _factors(other).keys()
+    same = same and (one.method != OUTPUT or one.alpha == other.alpha)
     if same and all(_same(tensor, other.parts[name]) for name, tensor in _factors(one).items()):
         return 0.0
     first, second = update(one), update(other)

@@ -3,8 +3,8 @@
 Nothing is guessed and nothing is left out: a file is turned into a configuration and tensors with PEFT's names, which
 mean the same update of every module, or it is refused with all reasons. The scale of a module is alpha / rank, as its
 writers have it; a module without an alpha has a scale of 1. LoKr whose two factors are both whole has a scale of 1
-whatever its alpha. What LyCORIS rotates is the output of a layer, and what PEFT rotates its input: such files are
-refused.
+whatever its alpha. What LyCORIS rotates is the output of a layer, which is a method of its own here, for PEFT rotates
+the input; its alpha is a constraint.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .adapted import OUTPUT, TYPES
 from .container import CheckpointError, capped, shown
 from .reader import TensorFile
 from .recognise import PREFIXES, Description, Found, recognise
@@ -67,6 +68,7 @@ class _Module:
         tensors: Those of PEFT, by the end of their names.
         flags: Fields of the configuration that it needs.
         dora: Whether it has magnitudes.
+        factors: How many butterfly factors a rotation has, whose block size is the rank and whose constraint alpha.
     """
 
     path: str
@@ -76,6 +78,7 @@ class _Module:
     tensors: dict[str, Tensor]
     flags: dict[str, bool] = field(default_factory=dict)
     dora: bool = False
+    factors: int = 1
 
 
 def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
@@ -117,6 +120,10 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
             problems.append(f"module {shown(name)}: {error}")
     if len({module.dora for module in modules}) > 1:
         problems.append("dora_scale: expected on all modules or on none")
+    if len({module.flags.get("use_rescale") for module in modules}) > 1:
+        problems.append("rescale: expected on all modules or on none")
+    if found.methods[0] == OUTPUT and len(bounds := {module.alpha for module in modules}) > 1:
+        problems.append(f"alpha: expected one constraint for all modules, got {', '.join(map(str, sorted(bounds)))}")
     if problems:
         raise CheckpointError(file.path, f"has {found}", *capped(problems, "problems"))
     tensors = {f"{_KEY}{module.path}.{key}": value for module in modules for key, value in module.tensors.items()}
@@ -236,7 +243,7 @@ def _module(
 ) -> _Module:
     parts = {part: file.tensors[f"{name}.{part}"] for part in found.parts}
     for part, tensor in parts.items():
-        if tensor.dim() < 2 and part not in ("alpha", "lora_alpha", "dora_scale", *MAGNITUDES):
+        if tensor.dim() < 2 and part not in ("alpha", "lora_alpha", "dora_scale", "rescale", *MAGNITUDES):
             raise ValueError(f"{part}: expected two dimensions or more, got shape {tuple(tensor.shape)}")
     reader = _READERS[found.method or ""]
     made = reader.read(name, path, parts, weight, written)
@@ -247,6 +254,8 @@ def _module(
     if len(magnitudes) > 1:
         raise ValueError(f"{' and '.join(magnitudes)}: expected one of them")
     for part in magnitudes:
+        if reader.magnitudes is None:
+            raise ValueError(f"{part}: rotations have no magnitudes")
         _add_magnitudes(made, part, parts[part], weight, reader.magnitudes)
     return made
 
@@ -348,17 +357,53 @@ def _lokr(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size,
     return _Module(path, rank, alpha_of(name, rank, parts, written), used, tensors, flags)
 
 
+def _rotation(
+    name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]
+) -> _Module:
+    blocks, scale = parts["oft_blocks"], parts.get("rescale")
+    out, size = weight[0], blocks.shape[-1]
+    even = blocks.dim() < 4 or not size % 2
+    if blocks.dim() not in (3, 4) or blocks.shape[-2] != size or blocks.shape[-3] * size != out or not even:
+        raise ValueError(
+            f"oft_blocks: expected (blocks, b, b) or (m, blocks, b, b) with blocks * b = {out}, the outputs of the "
+            f"layer, got shape {tuple(blocks.shape)}"
+        )
+    factors = blocks.shape[0] if blocks.dim() == 4 else 1
+    if blocks.dim() == 4 and factors == 1:
+        # Of a single factor LyCORIS takes the numbers of half-blocks in turns, and turns the other way than its OFT.
+        order = torch.arange(size).view(-1, 2).T.flatten()
+        blocks = blocks[0][:, order][..., order].mT.contiguous()
+    tensors = {"output_oft_blocks": blocks}
+    if scale is not None:
+        if scale.numel() != out or max(scale.shape, default=1) != out:
+            raise ValueError(f"rescale: expected {out} numbers, one for each output, got shape {tuple(scale.shape)}")
+        tensors["output_oft_scale"] = scale.reshape(-1, *[1] * (len(weight) - 1))
+    flags = {"use_rescale": scale is not None}
+    return _Module(path, size, constraint_of(parts), ("oft_blocks", "rescale"), tensors, flags, factors=factors)
+
+
+def constraint_of(parts: Mapping[str, Tensor]) -> float:
+    """Return the constraint of a rotation, which is written as its alpha; 0 for none."""
+    alpha = parts.get("alpha")
+    if alpha is None:
+        return 0.0
+    if alpha.numel() != 1 or not 0 <= float(alpha) < 1e6:
+        raise ValueError(f"alpha: expected one number from 0, got {shown(alpha.flatten()[:4].tolist())}")
+    return float(alpha)
+
+
 class _Reader(NamedTuple):
-    """How the tensors of a method are read, and what its magnitudes are called in PEFT's format."""
+    """How the tensors of a method are read, and what its magnitudes are called in PEFT's format, if it has any."""
 
     read: Callable[[str, str, Mapping[str, Tensor], torch.Size, Mapping[str, Any]], _Module]
-    magnitudes: str
+    magnitudes: str | None
 
 
 _READERS = {
     "LoRA": _Reader(_lora, "lora_magnitude_vector"),
     "LoHa": _Reader(_loha, "hada_magnitude_vector"),
     "LoKr": _Reader(_lokr, "lokr_magnitude_vector"),
+    OUTPUT: _Reader(_rotation, None),
 }
 
 
@@ -366,6 +411,8 @@ _READERS = {
 
 
 def _config(method: str, modules: list[_Module]) -> dict[str, Any]:
+    if method == OUTPUT:
+        return _rotation_config(modules)
     alpha = "lora_alpha" if method == "LoRA" else "alpha"
     rank = Counter(module.rank for module in modules).most_common(1)[0][0]
     usual = Counter(module.alpha for module in modules).most_common(1)[0][0]
@@ -374,7 +421,7 @@ def _config(method: str, modules: list[_Module]) -> dict[str, Any]:
         for name, value in module.flags.items():
             flags[name] = flags.get(name, False) or value
     return {
-        "peft_type": method.upper(),
+        "peft_type": TYPES[method],
         "r": rank,
         alpha: _number(usual),
         "rank_pattern": {_exactly(m.path): m.rank for m in modules if m.rank != rank},
@@ -382,6 +429,21 @@ def _config(method: str, modules: list[_Module]) -> dict[str, Any]:
         "target_modules": [module.path for module in modules],
         **({"use_dora": True} if modules[0].dora else {}),
         **flags,
+    }
+
+
+def _rotation_config(modules: list[_Module]) -> dict[str, Any]:
+    size = Counter(module.rank for module in modules).most_common(1)[0][0]
+    factors = Counter(module.factors for module in modules).most_common(1)[0][0]
+    return {
+        "peft_type": TYPES[OUTPUT],
+        "block_size": size,
+        "butterfly_factors": factors,
+        "block_size_pattern": {_exactly(m.path): m.rank for m in modules if m.rank != size},
+        "factors_pattern": {_exactly(m.path): m.factors for m in modules if m.factors != factors},
+        "constraint": modules[0].alpha,
+        "use_rescale": modules[0].flags["use_rescale"],
+        "target_modules": [module.path for module in modules],
     }
 
 

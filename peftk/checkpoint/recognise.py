@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("lokr_w1_a", "lokr_w1_b", "lokr_w2"),
         ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"),
     ),
-    "OFT or BOFT on the output": (("oft_blocks",),),
+    "OFT or BOFT on the output": (("oft_blocks",), ("output_oft_blocks",)),
     "GLoRA": (_GLORA,),
     "(IA)3": (("on_input",),),
     "whole weights": (("diff",), ("w_norm",)),

@@ -17,7 +17,11 @@ from .fingerprints import name_of
 from .report import Report, Row, restorer
 from .way import Way, forward_of
 
-LIBRARIES = {"peft": ("hf_peft", "peft"), "lycoris": ("lycoris", "lycoris-lora")}
+LIBRARIES = {
+    "peft": ("hf_peft", "peft"),
+    "lycoris": ("lycoris", "lycoris-lora"),
+    "adapters": ("adapterhub", "adapters"),
+}
 """The libraries, the packages here that know them, and the names that they are installed by."""
 
 _lock = threading.RLock()
@@ -72,9 +76,17 @@ def accelerate(target: nn.Module | str, *, correct: bool = False, strict: bool =
 
 def _library(name: str) -> Any:
     package, distribution = LIBRARIES[name]
-    if importlib.util.find_spec(name) is None:
+    if not _installed(name):
         raise ImportError(f"peftk.accelerate: {name} is not installed; run `pip install {distribution}`", name=name)
     return importlib.import_module(f"..{package}.library", __name__)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:
+        # It is imported, and has put something without a specification into its place, as AdapterHub does.
+        return True
 
 
 def _model(model: nn.Module, *, correct: bool, strict: bool, force: bool) -> Report:

@@ -113,6 +113,20 @@ def plain(x: Any) -> bool:
     )
 
 
+def bare(layer: Any, kind: type[nn.Module]) -> Any:
+    """Return a layer of a plain class of torch with the parameters of another, whose hooks are not its own.
+
+    It is for the time of one call of that layer, which has called its hooks already.
+    """
+    made: Any = kind.__new__(kind)
+    state = made.__dict__
+    state.update(layer.__dict__)
+    state.pop("forward", None)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        state[hooks] = {}
+    return made
+
+
 def forward_of(cls: Any) -> Forward:
     """Return the function that a class has as its `forward`, without what this package has put around it."""
     function = cls.forward

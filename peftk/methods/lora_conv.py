@@ -72,9 +72,14 @@ def _rescaled(base: Convolution, result: Tensor, seen: Dropout | Drawn, g: Tenso
         x = seen.dropped()
         second = convolve_frozen(base, x, base.weight.to(x.dtype))
         return torch.addcmul(result, second, (g - 1).to(result.dtype).view(-1, *[1] * len(base.kernel_size)))
+    return rescaled(base, result, g)
+
+
+def rescaled(base: Convolution, result: Tensor, gain: Tensor) -> Tensor:
+    """Scale the output channels of a convolution, (batch, out, *size) or (out, *size), about its bias."""
     if result.dim() == len(base.kernel_size) + 2 and channels_last(result):
-        return F.scale_channels(result.movedim(1, -1), g, base.bias).movedim(-1, 1)
-    return F.scale_channels(result, g, base.bias, dim=_channels(base))
+        return F.scale_channels(result.movedim(1, -1), gain, base.bias).movedim(-1, 1)
+    return F.scale_channels(result, gain, base.bias, dim=_channels(base))
 
 
 def _channels(base: Convolution) -> int:

@@ -15,7 +15,9 @@ from torch.nn import functional as tf
 
 from .. import functional as F
 from ..ops.conv import Convolution, convolve_with
+from . import lora_conv
 from ._base_layer import plain_tensors
+from .lora import LowRank
 
 
 class Magnitudes(NamedTuple):
@@ -45,6 +47,15 @@ def _gain(norms: Tensor, values: Tensor, strength: float) -> Tensor:
     return gain if strength == 1 else strength * (gain - 1) + 1
 
 
+def low_rank_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return the norms of the rows of ``W + scale * B A``, (out,), from products of rank size: no update is made."""
+    cross = (tf.linear(weight, a) * b).sum(1)  # <W_i, (B A)_i>
+    own = (torch.mm(b, torch.mm(a, a.mT)) * b).sum(1)  # |(B A)_i|^2
+    squares = weight.square().sum(1) + 2 * scale * cross + scale**2 * own
+    # Rounding may leave a row of zeros below zero, and a root has no gradient there.
+    return torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt() * (squares > 0)
+
+
 def low_rank_linear(
     x: Tensor,
     weight: Tensor,
@@ -56,8 +67,6 @@ def low_rank_linear(
 ) -> Tensor:
     """Return the output of a linear layer with ``W + scale * B A`` and a magnitude for every output.
 
-    No dense update is made: the norms are found from products of rank size.
-
     Args:
         x: (..., in).
         weight: (out, in); frozen.
@@ -67,13 +76,24 @@ def low_rank_linear(
         scale: The factor.
         magnitudes: Those of the outputs.
     """
-    cross = (tf.linear(weight, a) * b).sum(1)  # <W_i, (B A)_i>
-    own = (torch.mm(b, torch.mm(a, a.mT)) * b).sum(1)  # |(B A)_i|^2
-    squares = weight.square().sum(1) + 2 * scale * cross + scale**2 * own
-    # Rounding may leave a row of zeros below zero, and a root has no gradient there.
-    norms = torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt() * (squares > 0)
-    gain = _gain(norms, magnitudes.values.flatten(), magnitudes.strength)
+    gain = _gain(low_rank_norms(weight, a, b, scale), magnitudes.values.flatten(), magnitudes.strength)
     return F.scale_channels(F.low_rank_linear(x, weight, bias, a, b, scale), gain, bias)
+
+
+def low_rank_conv(base: Convolution, x: Tensor, a: Tensor, b: Tensor, scale: float, magnitudes: Magnitudes) -> Tensor:
+    """Return the output of a convolution without groups with ``W + scale * B A`` and a magnitude for every output.
+
+    Args:
+        base: An nn.Conv1d, nn.Conv2d or nn.Conv3d; frozen.
+        x: (batch, in, *size) or (in, *size).
+        a: (r, in, *kernel).
+        b: (out, r, 1, ...).
+        scale: The factor.
+        magnitudes: Those of the outputs.
+    """
+    y = lora_conv.conv(base, x, [LowRank(a, b, scale)])
+    norms = low_rank_norms(base.weight.flatten(1), a.flatten(1), b.flatten(1), scale)
+    return lora_conv.rescaled(base, y, _gain(norms, magnitudes.values.flatten(), magnitudes.strength))
 
 
 def written_linear(

@@ -6,16 +6,18 @@ That is what LyCORIS and kohya's scripts mean by OFT (Qiu et al., arXiv 2306.072
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as tf
 
 from .. import functional as F
+from ..kernels.shared.wide import wide
+from ..ops.bias import add_bias
 from ..ops.butterfly import multiply_transposed
-from ..ops.conv import Convolution, convolve_with
+from ..ops.conv import Convolution, channels_last, convolve_with
 from ._base_layer import NONE, call, plain_tensors
 
 
@@ -73,52 +75,70 @@ def rotated(y: Tensor, turn: Turn) -> Tensor:
 
 
 def linear(
-    base: nn.Module, x: Tensor, turn: Turn, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
+    base: nn.Module, x: Tensor, turns: Sequence[Turn], args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
 ) -> Tensor:
-    """Return the output of a linear layer whose weight is rotated.
+    """Return the output of a linear layer whose weight is rotated by one adapter after the other.
 
     Args:
         base: An nn.Linear, GPT-2's Conv1D, or a layer that is derived from nn.Linear and quantised; frozen.
         x: (..., in).
-        turn: The adapter.
+        turns: The adapters, the first one next to the weight.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
-    plain = plain_tensors(base, x, args, kwargs)
-    if plain is None:
-        return about_bias(call(base, x, *args, **kwargs), getattr(base, "bias", None), turn)
-    weight, bias = plain
-    y = rotated(tf.linear(x, weight), turn)
-    return y if bias is None else y + bias
+    y, bias = call(base, x, *args, **kwargs), getattr(base, "bias", None)
+    for turn in turns:
+        y = about_bias(y, bias, turn)
+    return y
 
 
 def about_bias(y: Tensor, bias: Tensor | None, turn: Turn) -> Tensor:
     """Rotate the output of a linear layer, (..., out), but for the bias that is in it."""
+    y = rotated(y, turn)
     if bias is None:
-        return rotated(y, turn)
-    return rotated(y, turn) + (bias - rotated(bias, turn)).to(y.dtype)
+        return y
+    with torch.autocast(bias.device.type, enabled=False):
+        # In float32 at least: what it differs by is small, and its gradient a sum over all rows.
+        whole = bias.to(wide(bias.dtype))
+        change = whole - rotated(whole, turn)
+    return add_bias(y, change)
 
 
 def conv(
-    base: Convolution, x: Tensor, turn: Turn, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
+    base: Convolution, x: Tensor, turns: Sequence[Turn], args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NONE
 ) -> Tensor:
-    """Return the output of a convolution whose filters are mixed by a rotation, as one convolution.
+    """Return the output of a convolution whose filters are mixed by rotations.
+
+    Without groups that is to mix its output channels.
 
     Args:
         base: An nn.Conv1d, nn.Conv2d or nn.Conv3d; frozen.
         x: (batch, in, *size) or (in, *size).
-        turn: The adapter.
+        turns: The adapters, the first one next to the weight.
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
-    values = [turn.blocks, *([] if turn.scale is None else [turn.scale])]
-    return convolve_with(
-        _written, base, x, *values, plain=plain_tensors(base, x, args, kwargs), args=args, kwargs=kwargs
-    )
+    if base.groups > 1:
+        # There the filters of an output see other channels than those of the output that they are mixed into.
+        values = [t for turn in turns for t in (turn.blocks, turn.scale) if t is not None]
+        write = functools.partial(_written, [turn.scale is not None for turn in turns])
+        plain = plain_tensors(base, x, args, kwargs)
+        return convolve_with(write, base, x, *values, plain=plain, args=args, kwargs=kwargs)
+    y = base(x, *args, **kwargs)
+    channels = -len(base.kernel_size) - 1
+    last = y.dim() > len(base.kernel_size) + 1 and channels_last(y)
+    rows = y.movedim(channels, -1)
+    for turn in turns:
+        rows = about_bias(rows, base.bias, turn)
+    y = rows.movedim(-1, channels)
+    return y if last else y.contiguous()
 
 
-def _written(weight: Tensor, blocks: Tensor, scale: Tensor | None = None) -> Tensor:
-    return merged(weight, Turn(blocks, scale))
+def _written(scales: list[bool], weight: Tensor, *values: Tensor) -> Tensor:
+    rest = iter(values)
+    for has_scale in scales:
+        weight = merged(weight, Turn(next(rest), next(rest) if has_scale else None))
+    return weight
 
 
 def merged(weight: Tensor, turn: Turn) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import foreign
-from ..checkpoint.adapted import MAGNITUDES, METHODS, Adapted, component_of, weight_shape
+from ..checkpoint.adapted import MAGNITUDES, METHODS, OUTPUT, TYPES, Adapted, component_of, weight_shape
 from ..checkpoint.container import CheckpointError, capped, parse_json, shown
 from ..checkpoint.peft import CONFIG_NAME, MAX_CONFIG_DEPTH, WEIGHTS_NAME, read_config
 from ..checkpoint.reader import TensorFile, header_shapes, read_safetensors
@@ -25,7 +25,7 @@ PROVENANCE = "peftk_source"
 """Where the metadata of a file says what it was made from."""
 
 _PEFT = "base_model.model."
-_TYPES = tuple(method.upper() for method in METHODS)
+_TYPES = tuple(TYPES.values())
 _REFUSED = ("target_parameters", "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "lora_bias")
 
 
@@ -120,11 +120,19 @@ Number = Callable[[str, int | None, Mapping[str, Tensor]], float]
 
 def _of_others(file: TensorFile) -> Number:
     written = foreign.written_alphas(file.metadata, file)
-    return lambda name, rank, parts: foreign.alpha_of(name, rank or 1, parts, written)
+
+    def alpha(name: str, rank: int | None, parts: Mapping[str, Tensor]) -> float:
+        if "oft_blocks" in parts:
+            return foreign.constraint_of(parts)
+        return foreign.alpha_of(name, rank or 1, parts, written)
+
+    return alpha
 
 
 def _of_peft(values: Mapping[str, Any]) -> Number:
     config = PeftConfig.from_dict(dict(values))
+    if config.peft_type == TYPES[OUTPUT]:
+        return lambda name, rank, parts: config.constraint
 
     def alpha(name: str, rank: int | None, parts: Mapping[str, Tensor]) -> float:
         path = name.removeprefix(_PEFT)
@@ -166,7 +174,7 @@ def _module(name: str, found: Found, file: TensorFile, number: Number) -> Adapte
     module = Adapted(name, component_of(prefix), rest or name, found.method or "", parts, None, keys)
     rank, shape = module.rank, weight_shape(module)
     value = number(name, rank, {part: file[f"{name}.{part}"] for part in found.parts})
-    if rank is not None:
+    if rank is not None or module.method == OUTPUT:
         module.alpha = value
     elif found.dialect == "PEFT" and value != 1:
         parts["lokr_w1"] = (parts["lokr_w1"].double() * value).to(parts["lokr_w1"].dtype)
@@ -186,7 +194,10 @@ def _common(part: str) -> str | None:
         return "alpha"
     if part == MAGNITUDES or part in foreign.MAGNITUDES:
         return MAGNITUDES
-    return part if part == "lora_mid.weight" or part.startswith(("hada_", "lokr_")) else None
+    if part in ("output_oft_blocks", "output_oft_scale"):
+        return {"output_oft_blocks": "oft_blocks", "output_oft_scale": "rescale"}[part]
+    known = ("lora_mid.weight", "oft_blocks", "rescale")
+    return part if part in known or part.startswith(("hada_", "lokr_")) else None
 
 
 def _check_magnitudes(parts: dict[str, Tensor], shape: torch.Size) -> None:

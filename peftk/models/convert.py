@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import foreign
-from ..checkpoint.adapted import COMPONENTS, MAGNITUDES, Adapted, difference, weight_shape
+from ..checkpoint.adapted import COMPONENTS, MAGNITUDES, OUTPUT, Adapted, as_lycoris, difference, weight_shape
 from ..checkpoint.container import CheckpointError, capped, shown
 from ..checkpoint.peft import WEIGHTS_NAME, write_adapter
 from ..checkpoint.reader import TensorFile
@@ -107,6 +107,8 @@ def plan_for(
     ]
     if not problems and not modules:
         problems.append("nothing is left to be written")
+    if not problems and dialect == "lycoris":
+        problems += _as_lycoris(modules)
     if not problems:
         problems += _settle_names(modules, source, dialect, weights, origin)
     if problems:
@@ -162,11 +164,27 @@ def _wanted(
             module.component = module.component or component or usual
     if dialect == "comfyui":
         problems += [
+            f"module {shown(module.source)}: ComfyUI bounds rotations by another constraint; write the file as lycoris"
+            for module in modules
+            if module.method == OUTPUT
+        ]
+        problems += [
             f"module {shown(module.source)}: ComfyUI reads text encoders with kohya's names; write the file as kohya"
             for module in modules
             if COMPONENTS[module.component].comfyui is None
         ]
     return modules, problems
+
+
+def _as_lycoris(modules: list[Adapted]) -> list[str]:
+    """Give rotations the blocks that LyCORIS makes of as many outputs."""
+    problems = []
+    for module in modules:
+        try:
+            module.parts = as_lycoris(module)
+        except ValueError as error:
+            problems.append(f"module {shown(module.source)}: {error}")
+    return problems
 
 
 def _settle_names(
@@ -281,6 +299,7 @@ def _one_model(
 def _note(module: Adapted, prefix: str, found: Mapping[str, Tensor], rows: list[tuple[str, str, str]]) -> None:
     """Say what became of the tensors of a module."""
     ends = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    ends |= {"oft_blocks": "output_oft_blocks", "rescale": "output_oft_scale"}
     for part, key in module.keys.items():
         if part == "alpha":
             rows.append(

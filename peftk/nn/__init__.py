@@ -17,6 +17,7 @@ from .lokr import LoKrConfig, LoKrConv, LoKrLinear
 from .lora import LoraConfig, LoRAConv, LoRAEmbedding, LoRALinear, LoraRuntimeConfig
 from .oft import OFTConfig, OFTConv2d, OFTLinear
 from .oft_embedding import OFTEmbedding
+from .output_oft import OutputOFTConfig, OutputOFTConv, OutputOFTLinear
 from .xlora import XLoraConfig
 
 LAYERS: tuple[type[AdapterLayer], ...] = (
@@ -26,6 +27,8 @@ LAYERS: tuple[type[AdapterLayer], ...] = (
     OFTLinear,
     OFTConv2d,
     OFTEmbedding,
+    OutputOFTLinear,
+    OutputOFTConv,
     BOFTLinear,
     BOFTConv2d,
     C3ALinear,
@@ -95,6 +98,9 @@ __all__ = [
     "OFTConv2d",
     "OFTEmbedding",
     "OFTLinear",
+    "OutputOFTConfig",
+    "OutputOFTConv",
+    "OutputOFTLinear",
     "PeftConfig",
     "PeftType",
     "TaskType",

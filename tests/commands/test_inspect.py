@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import peftk
+from peftk.checkpoint.adapted import TYPES
 from peftk.checkpoint.recognise import recognise
 from peftk.commands import inspect
 
@@ -84,7 +85,7 @@ def test_the_files_of_every_method_are_known(method: str) -> None:
         shapes = {f"base_model.model.x.{key}": tensor.shape for key, tensor in adapter.saved_tensors()}
         found = recognise(shapes)
         assert found.certain and found.dialect == "PEFT", (case, found.problems(), shapes)
-        assert [name.upper() for name in found.methods] == [method]
+        assert [TYPES.get(name, name.upper()) for name in found.methods] == [method]
 
 
 def test_what_is_no_adapter_file_is_said(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.foreign_files import FORMS, LAYERS, X, by_lycoris, net, trained
+from support.foreign_files import COMBINATIONS, FORMS, LAYERS, ROTATIONS, X, by_lycoris, net, trained
 from torch import Tensor, nn
 
 import peftk
@@ -33,6 +32,10 @@ CONFIGS: dict[str, Any] = {
     "lokr": peftk.LoKrConfig(r=1, alpha=3, target_modules=["first", "conv_in"]),
     "lokr, whole": peftk.LoKrConfig(r=64, alpha=32, target_modules=["first"]),
     "lokr, both": peftk.LoKrConfig(r=1, decompose_both=True, decompose_factor=2, target_modules=["first"]),
+    "output oft": peftk.OutputOFTConfig(
+        block_size=2, use_rescale=True, constraint=0.1, target_modules=["first", "conv_in"]
+    ),
+    "output boft": peftk.OutputOFTConfig(block_size=2, butterfly_factors=2, target_modules=["first", "conv_in"]),
 }
 
 
@@ -68,6 +71,10 @@ def test_adapters_of_peft_run_in_every_dialect_that_has_them(name: str, dialect:
             turned(folder, out, dialect)
         assert not out.exists()
         return
+    if dialect == "comfyui" and name.startswith("output"):
+        with pytest.raises(CheckpointError, match="ComfyUI bounds rotations by another constraint"):
+            turned(folder, out, dialect)
+        return
     compared = turned(folder, out, dialect)
     assert len(compared) == len(CONFIGS[name].target_modules)
     # Names of kohya with what only LyCORIS has in them are those of LyCORIS, and its plain LoRA is as that of kohya.
@@ -75,8 +82,8 @@ def test_adapters_of_peft_run_in_every_dialect_that_has_them(name: str, dialect:
     assert read_source(out).dialect in told
     model = peftk.PeftModel.from_pretrained(net(), out)
     assert_close(model(X), expected.double(), torch.float32)
-    if name == "lokr, whole":
-        # Its scale was multiplied into a factor.
+    if name in ("lokr, whole", "output boft"):
+        # Its scale was multiplied into a factor; LyCORIS has more stages, which are the identity.
         return
     turned(out, tmp_path / "back", "peft")
     assert contents(tmp_path / "back") == contents(folder)
@@ -85,7 +92,7 @@ def test_adapters_of_peft_run_in_every_dialect_that_has_them(name: str, dialect:
 
 
 @pytest.mark.parametrize("dialect", ["peft", "comfyui", "diffusers", "kohya"])
-@pytest.mark.parametrize(("form", "layers"), list(itertools.product(FORMS, LAYERS)))
+@pytest.mark.parametrize(("form", "layers"), COMBINATIONS)
 def test_files_of_lycoris_run_in_every_dialect_that_has_them(
     form: str, layers: str, dialect: str, tmp_path: Path
 ) -> None:
@@ -93,7 +100,8 @@ def test_files_of_lycoris_run_in_every_dialect_that_has_them(
     expected = by_lycoris(path, LAYERS[layers], **FORMS[form])
     of_lora = form.startswith("locon")
     whole = layers == "sequence" and any(key.endswith("lokr_w2") for key in load_file(path))
-    if (dialect in ("kohya", "diffusers") and not of_lora) or (dialect == "peft" and whole):
+    turns = dialect == "comfyui" and form in ROTATIONS
+    if (dialect in ("kohya", "diffusers") and not of_lora) or (dialect == "peft" and whole) or turns:
         with pytest.raises(CheckpointError):
             turned(path, out, dialect, weights=WEIGHTS)
         assert not out.exists()
@@ -188,7 +196,8 @@ FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
         lora("lora_unet_first", **{"lora_unet_first.dora_scale": torch.ones(1, 12)}),
         "dora_scale: expected one number for each of the 16 outputs",
     ),
-    "OFT": ({"lora_unet_first.oft_blocks": torch.zeros(4, 3, 3)}, "has no counterpart"),
+    "OFT of few blocks": ({"lora_unet_first.oft_blocks": torch.zeros(2, 8, 8)}, "LyCORIS has no fewer blocks"),
+    "GLoRA": ({f"lora_unet_first.{n}.weight": torch.zeros(4, 4) for n in ("a1", "a2", "b1", "b2")}, "no counterpart"),
 }
 
 

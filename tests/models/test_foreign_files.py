@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.foreign_files import FORMS, LAYERS, X, by_lycoris, net
+from support.foreign_files import COMBINATIONS, FORMS, LAYERS, X, by_lycoris, net
 from torch import Tensor, nn
 
 import peftk
@@ -25,7 +24,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("prefix", ["lycoris", "lora_unet"])
-@pytest.mark.parametrize(("form", "layers"), itertools.product(FORMS, LAYERS))
+@pytest.mark.parametrize(("form", "layers"), COMBINATIONS)
 def test_files_of_lycoris(form: str, layers: str, prefix: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     expected = by_lycoris(path, LAYERS[layers], prefix, **FORMS[form])
@@ -124,9 +123,17 @@ DAMAGE: dict[str, tuple[str, Any]] = {
     ),
     "magnitudes of inputs": ("magnitudes of inputs", lambda t: t | {"lora_unet_first.dora_scale": torch.ones(1, 12)}),
     "magnitudes of one": ("on all modules or on none", lambda t: t | {"lora_unet_first.dora_scale": torch.ones(16, 1)}),
-    "a rotation of the output": (
-        "OFT or BOFT on the output",
-        lambda t: {"lora_unet_first.oft_blocks": torch.ones(2, 8, 8)},
+    "blocks that are no outputs": (
+        r"blocks \* b = 16, the outputs of the layer",
+        lambda t: {"lora_unet_first.oft_blocks": torch.ones(3, 5, 5)},
+    ),
+    "a constraint below zero": (
+        "alpha: expected one number from 0",
+        lambda t: {"lora_unet_first.oft_blocks": torch.ones(2, 8, 8), "lora_unet_first.alpha": torch.tensor(-1.0)},
+    ),
+    "factors of another number": (
+        "rescale: expected 16 numbers",
+        lambda t: {"lora_unet_first.oft_blocks": torch.ones(2, 8, 8), "lora_unet_first.rescale": torch.ones(12, 1)},
     ),
     "whole weights": ("whole weights", lambda t: {"lora_unet_first.diff": torch.ones(16, 12)}),
 }

@@ -18,6 +18,7 @@ import peftk
 from peftk.nn import PeftConfig
 from peftk.testing.compare import assert_close
 
+OF_PEFT = [name for name, found in TOYS.items() if hasattr(peft, type(found.config).__name__)]
 TASKS = {
     "CAUSAL_LM": "PeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM",
@@ -43,7 +44,8 @@ def test_a_method_has_its_class_and_prefix(method: str) -> None:
     model = peftk.get_peft_model(toy(), copy.deepcopy(config))
     name = type(config).__name__.replace("Config", "Model")
     assert type(model.base_model) is getattr(peftk, name) and repr(model.base_model).startswith(f"{name}(")
-    assert model.base_model.prefix == getattr(peft, name).prefix
+    if hasattr(peft, name):
+        assert model.base_model.prefix == getattr(peft, name).prefix
 
 
 def test_loading_makes_the_class_of_the_task(tmp_path) -> None:
@@ -66,7 +68,7 @@ def test_what_scripts_read_off_a_model_is_what_peft_says() -> None:
     assert dataclasses.asdict(found) == dataclasses.asdict(expected)
 
 
-@pytest.mark.parametrize("method", TOYS)
+@pytest.mark.parametrize("method", OF_PEFT)
 def test_layers_are_called_what_peft_calls_them(method: str) -> None:
     config = dataclasses.replace(TOYS[method].config, **({"boft_n_butterfly_factor": 1} if method == "boft" else {}))
     theirs, ours = both(config)
@@ -85,7 +87,7 @@ def test_prompt_methods_are_refused_by_name(kind: str) -> None:
 # -- configurations -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", TOYS)
+@pytest.mark.parametrize("method", OF_PEFT)
 def test_configurations_of_peft_and_dictionaries_are_converted(method: str) -> None:
     config = TOYS[method].config
     expected = peftk.get_peft_model(toy(), copy.deepcopy(config)).state_dict()
@@ -128,7 +130,7 @@ def test_configurations_in_files(tmp_path) -> None:
 # -- tensors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", TOYS)
+@pytest.mark.parametrize("method", OF_PEFT)
 def test_the_tensors_of_an_adapter_are_those_of_peft(method: str) -> None:
     # PEFT without its extension has one factor of a butterfly.
     one = {"boft_n_butterfly_factor": 1} if method == "boft" else {}

@@ -188,7 +188,7 @@ def test_roberta_c3a(tmp_path: Path) -> None:
 
 def test_unet_loha_lokr(tmp_path: Path) -> None:
     results = script("unet_loha_lokr").main(["--steps", "25", "--output", str(tmp_path)])
-    assert list(results) == ["loha", "lokr"]
+    assert list(results) == ["loha", "lokr", "output_oft"]
     for name, found in results.items():
         assert found["fresh"] == 0
         assert falls(found["losses"])

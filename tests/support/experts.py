@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
@@ -31,6 +33,24 @@ KINDS = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**COMMON, intermediate_size=12, num_local_experts=4)),
     "gpt-oss": lambda: GptOssForCausalLM(
         GptOssConfig(**COMMON, intermediate_size=12, num_local_experts=4, pad_token_id=0)
+    ),
+    # The first layer is dense, and every token has a shared expert.
+    "deepseek": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **{**COMMON, "num_key_value_heads": 2},
+            intermediate_size=32,
+            moe_intermediate_size=12,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+        )
     ),
 }
 IDS = torch.tensor([[3, 7, 1, 9, 30, 2], [11, 4, 8, 5, 6, 10]])

@@ -76,4 +76,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "lokr, both": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "factor": 4, "decompose_both": True},
     "lokr, tucker": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "use_tucker": True, "factor": 2},
     "lokr, dora": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "weight_decompose": True, "wd_on_out": True},
+    "diag-oft": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 2, "rescaled": True},
+    "diag-oft, bounded": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 2, "rescaled": True, "constraint": 0.05},
+    "boft": {"algo": "boft", "linear_dim": 2, "conv_dim": 2},
+    "boft, rescaled": {"algo": "boft", "linear_dim": 4, "conv_dim": 2, "rescaled": True, "constraint": 0.1},
 }
+ROTATIONS = tuple(name for name in FORMS if "oft" in name)
+# A butterfly wants a power of two of blocks.
+COMBINATIONS = [
+    (form, layers)
+    for form in FORMS
+    for layers in LAYERS
+    if not (form.startswith("boft") and layers in ("sequence", "volume"))
+]

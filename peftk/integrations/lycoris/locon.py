@@ -74,6 +74,8 @@ class LoCon(NetworkModuleWay):
         a, b, scale = adapter[:3]
         if decomposed is not None:
             write = functools.partial(_written, scale)
+            if layer.isconv and decomposed.of_outputs and base.groups == 1:
+                return magnitudes.low_rank_conv(base, x, a, b, scale, decomposed)
             if layer.isconv:
                 return magnitudes.written_conv(base, x, write, (a, b), decomposed)
             if decomposed.of_outputs:

@@ -12,7 +12,7 @@ from ...kernels.shared.wide import HALF
 from ...methods._base_layer import CONVOLUTIONS, DENSE
 from ...methods.magnitudes import Magnitudes
 from ..fingerprints import Fingerprints
-from ..way import Way
+from ..way import Way, bare
 
 FINGERPRINTS = Fingerprints(Path(__file__).with_name("fingerprints.json"), "lycoris-lora")
 
@@ -173,13 +173,7 @@ def _behind(layer: Any) -> Any:
     if getattr(before, "__self__", None) is not org or before.__func__ is not kind.forward:
         return None
     # LyCORIS puts a module's `forward` into the layer, and the layer has called its hooks when that runs.
-    bare = kind.__new__(kind)
-    state = bare.__dict__
-    state.update(org.__dict__)
-    state.pop("forward", None)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        state[hooks] = {}
-    return bare
+    return bare(org, kind)
 
 
 def base_output(layer: Any, x: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ class Rotated(NetworkModuleWay):
         """See `NetworkModuleWay.adapted`."""
         base, turn, _ = call
         if layer.module_type != "linear":
-            return output_rotation.conv(base, x, turn)
+            return output_rotation.conv(base, x, [turn])
         if layer.bypass_mode:
             # There the bias is rotated too.
             return output_rotation.rotated(base_output(layer, x), turn)
-        return output_rotation.linear(base, x, turn)
+        return output_rotation.linear(base, x, [turn])
 
     def example(self, layer: Any, adapters: list[Any]) -> tuple[Any, ...] | None:
         """See `Way.example`."""

@@ -47,6 +47,7 @@ class PeftType(str, Enum):
     LOHA = "LOHA"
     LORA = "LORA"
     OFT = "OFT"
+    OUTPUT_OFT = "OUTPUT_OFT"
     XLORA = "XLORA"
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"

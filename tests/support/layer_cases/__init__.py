@@ -8,6 +8,7 @@ A module of this package belongs to one method, and says everything that a gener
 - `TOYS`: how the toy model of the model tests is adapted. `LARGE`: what must make nothing of the size of a
   half-precision weight in float32. `FULL`: configurations with many fields filled in.
 - `ROTATES`: whether it acts on the input of the base layer, which then must pass gradients.
+- `TURNS_OUTPUT`, where it is set: an operand is the output of the base layer, which is rounded with its bias.
 - `FIRST_NEXT_TO_WEIGHT`, where it is set: the first of several adapters stands next to the weight, and else the last.
 """
 
@@ -55,6 +56,7 @@ BASES = {
     ),
     "conv_same": (_conv(4, 6, (2, 3), padding="same"), [(2, 4, 5, 6)]),
     "conv_groups": (_conv(8, 6, 3, groups=2), [(2, 8, 5, 6)]),
+    "conv_eight": (_conv(4, 8, 3, padding=1), [(2, 4, 5, 6)]),
     "pointwise": (_conv(I, O, 1), [(2, I, 3, 2), (1, I, 1, 1), (0, I, 3, 2)]),
     "pointwise_strided": (_conv(I, O, 1, stride=2, padding=1), [(2, I, 3, 4)]),
     "sequence": (_conv(4, 6, 3, kind=nn.Conv1d, padding=1), [(2, 4, 7), (1, 4, 1), (4, 5), (0, 4, 5)]),
@@ -169,6 +171,9 @@ TOYS: dict[str, Toy] = {name: toy for method in _METHODS for name, toy in method
 LARGE: dict[str, PeftConfig] = {name: config for method in _METHODS for name, config in method.LARGE.items()}
 FULL: list[PeftConfig] = [config for method in _METHODS for config in method.FULL]
 ROTATING = {type(case.config) for method in _METHODS if method.ROTATES for case in method.CASES.values()}
+TURNING = {
+    type(case.config) for method in _METHODS for case in method.CASES.values() if getattr(method, "TURNS_OUTPUT", False)
+}
 _FIRST_NEXT_TO_WEIGHT = {
     type(case.config)
     for method in _METHODS

@@ -30,9 +30,9 @@ FORMS = (
     Form(
         "linear",
         _shapes,
-        lambda base, x, t: output_rotation.linear(base, x, _turn(t)),
+        lambda base, x, t: output_rotation.linear(base, x, [_turn(t)]),
         _dense,
         lambda weight, bias, t: (output_rotation.merged(weight, _turn(t)), bias),
     ),
-    Form("conv", _shapes, lambda base, x, t: output_rotation.conv(base, x, _turn(t)), _dense),
+    Form("conv", _shapes, lambda base, x, t: output_rotation.conv(base, x, [_turn(t)]), _dense),
 )

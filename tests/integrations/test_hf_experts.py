@@ -1,0 +1,101 @@
+"""`experts_implementation="peftk"` beside transformers' own, on models of every style of experts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from support.experts import EXPERTS, IDS, KINDS, filled, loss_and_gradients, made
+from torch import nn
+
+import peftk
+from peftk.integrations import hf_experts
+from peftk.testing.compare import assert_close
+
+
+@pytest.fixture(autouse=True)
+def name() -> str:
+    return hf_experts.register()
+
+
+def switched(model: nn.Module) -> nn.Module:
+    other: Any = copy.deepcopy(model)
+    other.set_experts_implementation("peftk")
+    assert other.config._experts_implementation == "peftk"
+    return other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_of_trained_experts(kind: str) -> None:
+    model = made(kind)
+    expected, expected_grads = loss_and_gradients(model)
+    found, grads = loss_and_gradients(switched(model))
+    assert_close(found, expected, torch.float64)
+    assert grads.keys() == expected_grads.keys() and any("experts" in n for n in grads)
+    for n, grad in grads.items():
+        assert_close(grad, expected_grads[n], torch.float64, what=n)
+
+
+@pytest.mark.parametrize("library", [peft, peftk], ids=["peft", "peftk"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_on_the_experts(kind: str, library: Any) -> None:
+    model = made(kind)
+    results = []
+    for base in (model, switched(model)):
+        config = library.LoraConfig(r=3, target_modules=[], target_parameters=EXPERTS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = filled(library.get_peft_model(copy.deepcopy(base), config))
+        results.append(loss_and_gradients(adapted))
+    (expected, expected_grads), (found, grads) = results
+    assert_close(found, expected, torch.float64)
+    for n, grad in grads.items():
+        assert_close(grad, expected_grads[n], torch.float64, what=n)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_router_losses_and_generation(kind: str) -> None:
+    model: Any = made(kind)
+    model.config.output_router_logits = kind != "deepseek"
+    other: Any = switched(model)
+    model.train(), other.train()
+    for one in (model, other):
+        one.gradient_checkpointing_enable()
+    (expected, expected_grads), (found, grads) = loss_and_gradients(model), loss_and_gradients(other)
+    assert_close(found, expected, torch.float64)
+    for n, grad in grads.items():
+        assert_close(grad, expected_grads[n], torch.float64, what=n)
+    for one in (model, other):
+        one.gradient_checkpointing_disable()
+        one.eval()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(other.generate(IDS, **options), model.generate(IDS, **options))
+
+
+def test_no_gradient_of_the_size_of_a_frozen_stack() -> None:
+    model = switched(made("qwen3")).requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    loss, grads = loss_and_gradients(model)
+    assert loss.requires_grad and [n for n in grads] == ["model.embed_tokens.weight"]
+
+
+def test_half_precision_and_compiling() -> None:
+    model = made("mixtral").bfloat16()
+    other = switched(model)
+    with torch.no_grad():
+        expected, found = model(input_ids=IDS).logits, other(input_ids=IDS).logits
+        exact = made("mixtral")(input_ids=IDS).logits
+        assert (found - exact).norm() <= 1.5 * (expected - exact).norm()
+        wide = switched(made("mixtral")).float()
+        compiled = torch.compile(wide, backend="aot_eager")
+        assert torch.allclose(compiled(input_ids=IDS).logits, wide(input_ids=IDS).logits, atol=1e-4)
+
+
+def test_registering_twice_and_a_name_that_is_none() -> None:
+    assert hf_experts.register() == "peftk"
+    with pytest.raises((KeyError, ValueError)):
+        made("qwen3").set_experts_implementation("peftkk")
