@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .adapted import OUTPUT, TYPES
 from .container import CheckpointError, capped, shown
+from .foreign_names import prefix_of, resolved
 from .reader import TensorFile
-from .recognise import PREFIXES, Description, Found, recognise
+from .recognise import Found, recognise
 
 __all__ = ["Converted", "as_peft"]
 
@@ -78,7 +79,7 @@ class _Module:
     tensors: dict[str, Tensor]
     flags: dict[str, bool] = field(default_factory=dict)
     dora: bool = False
-    factors: int = 1
+    factors: int = 0
 
 
 def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
@@ -110,7 +111,7 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
         problems.append(f"methods: expected one in the file, got {', '.join(found.methods)}")
     if problems:
         raise CheckpointError(file.path, f"has {found}", *capped(problems, "problems"))
-    paths, left_out = _resolved(found, weights, file)
+    paths, left_out = resolved(found, weights, file)
     alphas = written_alphas(file.metadata, file)
     modules = []
     for name, path in paths.items():
@@ -129,66 +130,6 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
     tensors = {f"{_KEY}{module.path}.{key}": value for module in modules for key, value in module.tensors.items()}
     layers = {module.path: {key: value.shape for key, value in module.tensors.items()} for module in modules}
     return Converted(_config(found.methods[0], modules), tensors, layers, left_out)
-
-
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
-def _resolved(
-    found: Description, weights: Mapping[str, torch.Size], file: TensorFile
-) -> tuple[dict[str, str], dict[str, int]]:
-    """Map the names of a file to paths of the model; a prefix of which no module is in the model is another model's."""
-    by_prefix: dict[str, dict[str, str | None]] = {}
-    for name in found.modules:
-        prefix, rest = prefix_of(name)
-        by_prefix.setdefault(prefix, {})[name] = rest
-    flat: dict[str, list[str]] = {}
-    for path in weights:
-        flat.setdefault(path.replace(".", "_"), []).append(path)
-    paths: dict[str, str] = {}
-    problems, left_out = [], {}
-    for prefix, names in by_prefix.items():
-        here: dict[str, str] = {}
-        lost = []
-        for name, rest in names.items():
-            fitting = _paths(name, rest or name, weights, flat)
-            if len(fitting) > 1:
-                problems.append(f"module {shown(name)}: expected one module, and it fits {' and '.join(fitting)}")
-            elif fitting:
-                here[name] = fitting[0]
-            else:
-                lost.append(name)
-        if prefix and not here and len(by_prefix) > 1:
-            left_out[prefix] = len(lost)
-            continue
-        problems += [f"module {shown(name)}: the model has no module of this name with a weight" for name in lost]
-        paths |= here
-    twice = [path for path, count in Counter(paths.values()).items() if count > 1]
-    problems += [f"module {shown(path)}: has two adapters in the file" for path in twice]
-    if not paths and not problems:
-        problems.append("no module of the file is in the model")
-    if problems:
-        raise CheckpointError(file.path, f"has {found}", *capped(problems, "problems"))
-    return paths, left_out
-
-
-def prefix_of(name: str) -> tuple[str, str | None]:
-    for prefixes in PREFIXES.values():
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                return prefix, name[len(prefix) :]
-    return "", None
-
-
-def _paths(name: str, rest: str, weights: Mapping[str, torch.Size], flat: Mapping[str, list[str]]) -> list[str]:
-    """Return the paths that a name may mean: written with dots, or with underscores for them, which loses something."""
-    for one in dict.fromkeys((name, rest)):
-        if one in weights:
-            return [one]
-    for one in dict.fromkeys((name, rest)):
-        if "." not in one and one in flat:
-            return flat[one]
-    return []
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
@@ -362,21 +303,17 @@ def _rotation(
 ) -> _Module:
     blocks, scale = parts["oft_blocks"], parts.get("rescale")
     out, size = weight[0], blocks.shape[-1]
-    even = blocks.dim() < 4 or not size % 2
-    if blocks.dim() not in (3, 4) or blocks.shape[-2] != size or blocks.shape[-3] * size != out or not even:
+    odd = blocks.dim() == 4 and size % 2
+    if blocks.dim() not in (3, 4) or blocks.shape[-2] != size or blocks.shape[-3] * size != out or odd:
         raise ValueError(
             f"oft_blocks: expected (blocks, b, b) or (m, blocks, b, b) with blocks * b = {out}, the outputs of the "
             f"layer, got shape {tuple(blocks.shape)}"
         )
-    factors = blocks.shape[0] if blocks.dim() == 4 else 1
-    if blocks.dim() == 4 and factors == 1:
-        # Of a single factor LyCORIS takes the numbers of half-blocks in turns, and turns the other way than its OFT.
-        order = torch.arange(size).view(-1, 2).T.flatten()
-        blocks = blocks[0][:, order][..., order].mT.contiguous()
+    factors = blocks.shape[0] if blocks.dim() == 4 else 0
     tensors = {"output_oft_blocks": blocks}
+    if scale is not None and (scale.numel() != out or max(scale.shape, default=1) != out):
+        raise ValueError(f"rescale: expected {out} numbers, one for each output, got shape {tuple(scale.shape)}")
     if scale is not None:
-        if scale.numel() != out or max(scale.shape, default=1) != out:
-            raise ValueError(f"rescale: expected {out} numbers, one for each output, got shape {tuple(scale.shape)}")
         tensors["output_oft_scale"] = scale.reshape(-1, *[1] * (len(weight) - 1))
     flags = {"use_rescale": scale is not None}
     return _Module(path, size, constraint_of(parts), ("oft_blocks", "rescale"), tensors, flags, factors=factors)
@@ -433,17 +370,17 @@ def _config(method: str, modules: list[_Module]) -> dict[str, Any]:
 
 
 def _rotation_config(modules: list[_Module]) -> dict[str, Any]:
-    size = Counter(module.rank for module in modules).most_common(1)[0][0]
-    factors = Counter(module.factors for module in modules).most_common(1)[0][0]
+    sizes, counts = {m.path: m.rank for m in modules}, {m.path: m.factors for m in modules}
+    size, factors = (Counter(found.values()).most_common(1)[0][0] for found in (sizes, counts))
     return {
         "peft_type": TYPES[OUTPUT],
         "block_size": size,
         "butterfly_factors": factors,
-        "block_size_pattern": {_exactly(m.path): m.rank for m in modules if m.rank != size},
-        "factors_pattern": {_exactly(m.path): m.factors for m in modules if m.factors != factors},
+        "block_size_pattern": {_exactly(path): value for path, value in sizes.items() if value != size},
+        "factors_pattern": {_exactly(path): value for path, value in counts.items() if value != factors},
         "constraint": modules[0].alpha,
         "use_rescale": modules[0].flags["use_rescale"],
-        "target_modules": [module.path for module in modules],
+        "target_modules": list(sizes),
     }
 
 

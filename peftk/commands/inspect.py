@@ -54,7 +54,7 @@ def _row(
     alpha = parts.get("alpha", parts.get("lora_alpha"))
     value = None if alpha is None else float(alpha)
     if value is None and config is not None:
-        value = _of_config(config, name, "alpha", "lora_alpha")
+        value = _of_config(config, name, "alpha", "lora_alpha", "constraint")
     elif value is None and written:
         value = alpha_of(name, rank_of(found) or 1, parts, written)
     norm = math.sqrt(sum(float(part.double().square().sum()) for part in parts.values() if part.dim() > 0))

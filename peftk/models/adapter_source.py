@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import foreign
+from ..checkpoint import foreign, foreign_names
 from ..checkpoint.adapted import MAGNITUDES, METHODS, OUTPUT, TYPES, Adapted, component_of, weight_shape
 from ..checkpoint.container import CheckpointError, capped, parse_json, shown
 from ..checkpoint.peft import CONFIG_NAME, MAX_CONFIG_DEPTH, WEIGHTS_NAME, read_config
@@ -159,7 +159,7 @@ def _modules(found: Description, file: TensorFile, number: Number) -> list[Adapt
 
 
 def _module(name: str, found: Found, file: TensorFile, number: Number) -> Adapted:
-    prefix, rest = foreign.prefix_of(name)
+    prefix, rest = foreign_names.prefix_of(name)
     parts: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
     for part in found.parts:

@@ -30,9 +30,9 @@ class OutputOFTConfig(PeftConfig, method=PeftType.OUTPUT_OFT):
     of such matrices. `OFTConfig` and `BOFTConfig` rotate the input instead. The bias stays as it is.
 
     Args:
-        block_size: Size b of a block. It divides the outputs of every layer; with m > 1 factors it is even, and
+        block_size: Size b of a block. It divides the outputs of every layer; with m factors it is even, and
             ``b * 2^(m - 1)`` divides them. Blocks of 1 turn nothing.
-        butterfly_factors: Number m of factors, 1 to 16: 1 is OFT (LyCORIS's diag-OFT), more are BOFT.
+        butterfly_factors: Number m of factors of BOFT, 1 to 16; 0 is OFT, one block-diagonal rotation (diag-OFT).
         target_modules: As in `LoraConfig`.
         constraint: The largest Frobenius norm of all skew-symmetric matrices of a layer together, over its number of
             outputs; 0 for none. Where it is reached the matrices are scaled, and gradients pass through that.
@@ -53,11 +53,11 @@ class OutputOFTConfig(PeftConfig, method=PeftType.OUTPUT_OFT):
     Example:
         >>> from peftk import OutputOFTConfig
         >>> OutputOFTConfig(block_size=16, target_modules=["query", "value"]).butterfly_factors
-        1
+        0
     """
 
     block_size: int = 32
-    butterfly_factors: int = 1
+    butterfly_factors: int = 0
     target_modules: list[str] | str | None = None
     constraint: float = 0.0
     use_rescale: bool = False
@@ -90,12 +90,12 @@ class OutputOFTConfig(PeftConfig, method=PeftType.OUTPUT_OFT):
         """Check every field."""
         super().__post_init__()
         check_int("block_size", self.block_size, 1, MAX_BLOCK)
-        check_int("butterfly_factors", self.butterfly_factors, 1, MAX_FACTORS)
+        check_int("butterfly_factors", self.butterfly_factors, 0, MAX_FACTORS)
         check_number("constraint", self.constraint, 0, 1e6)
         check_choice("bias", self.bias, ("none", "all", "oft_only"))
         for name in ("use_rescale", "fan_in_fan_out", "init_weights"):
             check_bool(name, getattr(self, name))
-        for name, low, high in (("block_size_pattern", 1, MAX_BLOCK), ("factors_pattern", 1, MAX_FACTORS)):
+        for name, low, high in (("block_size_pattern", 1, MAX_BLOCK), ("factors_pattern", 0, MAX_FACTORS)):
             patterns = getattr(self, name)
             patterns = {} if patterns is None else patterns
             setattr(self, name, patterns)
@@ -114,10 +114,10 @@ class OutputOFTConfig(PeftConfig, method=PeftType.OUTPUT_OFT):
         """
         size = self._of_module(self.block_size_pattern, module_name, self.block_size)
         factors = self._of_module(self.factors_pattern, module_name, self.butterfly_factors)
-        joined = 1 << (factors - 1)
+        joined = 1 << max(factors - 1, 0)
 
         def fits(size: int) -> bool:
-            return out % (size * joined) == 0 and (factors == 1 or size % 2 == 0)
+            return out % (size * joined) == 0 and (factors == 0 or size % 2 == 0)
 
         if fits(size):
             return size, factors
@@ -125,14 +125,14 @@ class OutputOFTConfig(PeftConfig, method=PeftType.OUTPUT_OFT):
         near = f"sizes that do: {sorted(sizes[:SIZES_SHOWN])}" if sizes else "no size does; take fewer factors"
         raise ValueError(
             f"block_size: {size} does not fit the {out} outputs of module {module_name!r} with {factors} factors, "
-            f"which need a block size that, times 2^{factors - 1}, divides them; {near}"
+            f"which need {'an even' if factors else 'a'} block size that, times {joined}, divides them; {near}"
         )
 
 
 class OutputOFTLinear(AdapterLayer):
     """An nn.Linear, or GPT-2's Conv1D, whose output is rotated by adapters: ``y = s * (x W^T) R + bias``.
 
-    Parameters per adapter: `output_oft_blocks.<name>` (blocks, b, b), or (m, blocks, b, b) with several factors, of
+    Parameters per adapter: `output_oft_blocks.<name>` (blocks, b, b), or (m, blocks, b, b) with factors, of
     which the skew-symmetric part counts; and with `use_rescale` `output_oft_scale.<name>` (out, 1, ...), with as many
     dimensions as the weight. Their meaning is that of LyCORIS's `oft_blocks` and `rescale`: ``Q = B - B^T``,
     ``R = (I + Q)(I - Q)^-1``. Of several active adapters the first one rotates first.
@@ -170,7 +170,7 @@ class OutputOFTLinear(AdapterLayer):
         settle_fan_in_fan_out(config, base_layer)
         out = features_of(base_layer)[1]
         size, factors = config.sizes(out, module_name)
-        stages = () if factors == 1 else (factors,)
+        stages = (factors,) if factors else ()
         blocks = torch.zeros(*stages, out // size, size, size)
         scale = torch.ones(out, *[1] * (1 + len(getattr(base_layer, "kernel_size", ()))))
         if initialise and not config.init_weights:

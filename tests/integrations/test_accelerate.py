@@ -30,7 +30,7 @@ LIMIT = 1e-5
 def test_what_is_no_model_of_peft_is_refused() -> None:
     with pytest.raises(TypeError, match=r"target: expected a torch\.nn\.Module .* got list"):
         peftk.accelerate([])
-    with pytest.raises(ValueError, match=r"target: expected a model or one of 'peft', 'lycoris'; got 'pefft'"):
+    with pytest.raises(ValueError, match=r"expected a model or one of 'peft', 'lycoris', 'adapters'; got 'pefft'"):
         peftk.accelerate("pefft")
     with pytest.raises(ValueError, match=r"layers of PEFT.*, got Linear without; call peft\.get_peft_model.* first"):
         peftk.accelerate(nn.Linear(2, 2))

@@ -79,8 +79,8 @@ def test_checkpointing_router_losses_and_generation(kind: str) -> None:
 def test_no_gradient_of_the_size_of_a_frozen_stack() -> None:
     model = switched(made("qwen3")).requires_grad_(False)
     model.get_input_embeddings().weight.requires_grad_(True)
-    loss, grads = loss_and_gradients(model)
-    assert loss.requires_grad and [n for n in grads] == ["model.embed_tokens.weight"]
+    _, grads = loss_and_gradients(model)
+    assert list(grads) == ["model.embed_tokens.weight"] and grads["model.embed_tokens.weight"].any()
 
 
 def test_half_precision_and_compiling() -> None:

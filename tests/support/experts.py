@@ -37,7 +37,7 @@ KINDS = {
     # The first layer is dense, and every token has a shared expert.
     "deepseek": lambda: DeepseekV3ForCausalLM(
         DeepseekV3Config(
-            **{**COMMON, "num_key_value_heads": 2},
+            **{name: size for name, size in COMMON.items() if name != "head_dim"} | {"num_key_value_heads": 2},
             intermediate_size=32,
             moe_intermediate_size=12,
             n_routed_experts=8,

@@ -97,7 +97,7 @@ class Linear(Way):
         if isinstance(dropout, nn.Module):
             if observed(nn.Dropout, dropout):
                 return "a hook or another forward is on a module of the adapter"
-            p = float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
+            p = float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]  # nn.Module types what it finds.
         low_rank = LowRank(module.lora_A, module.lora_B, float(module.scaling))
         return Active(low_rank, p, module.m.weight if module.use_dora else None)
 

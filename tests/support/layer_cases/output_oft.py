@@ -11,7 +11,7 @@ FIRST_NEXT_TO_WEIGHT = True
 TURNS_OUTPUT = True
 
 
-def _config(size=2, factors=1, **values):
+def _config(size=2, factors=0, **values):
     return OutputOFTConfig(block_size=size, butterfly_factors=factors, init_weights=False, **values)
 
 
