@@ -15,6 +15,7 @@ import peftk
 from peftk import PeftConfig
 from peftk.__main__ import app
 from peftk.commands.demo import data as demo_data
+from peftk.commands.demo import plots
 from peftk.commands.demo import recipes as methods
 
 RUNNER = CliRunner()
@@ -163,6 +164,21 @@ def test_small_run(method: str, own_encoder: str, tmp_path: Path) -> None:
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert "peak memory" in result.output
+
+
+@pytest.mark.usefixtures("few_examples")
+def test_two_methods_where_none_is_named(own_encoder: str, tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["demo", "--steps", "4", "--model", own_encoder, "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for folder, title in ((tmp_path, "LoRA"), (tmp_path / "loha", "LoHa")):
+        found = json.loads((folder / "results.json").read_text())
+        assert found["title"].startswith(title) and len(found["losses"]["Hugging Face PEFT"]) == 4
+        assert (folder / "demo.png").is_file() and (folder / "adapter").is_dir()
+
+
+def test_curves_are_smoothed_over_neighbours() -> None:
+    assert plots.smoothed([1.0, 3.0, 5.0]) == [2.0, 3.0, 4.0]
+    assert plots.smoothed([2.0] * 60) == [2.0] * 60 and plots.smoothed([]) == []
 
 
 @pytest.mark.usefixtures("few_examples")

@@ -27,9 +27,11 @@ def draw(path: Path, title: str, losses: Mapping[str, Sequence[float]], millisec
     figure.suptitle(title)
     for name, values in losses.items():
         style = {"linestyle": (0, (4, 3)), "linewidth": 2.2} if name == "Hugging Face PEFT" else {"linewidth": 1.6}
-        left.plot(range(1, len(values) + 1), values, label=name, color=COLOURS[name], **style)
+        steps = range(1, len(values) + 1)
+        left.plot(steps, values, color=COLOURS[name], alpha=0.25, linewidth=0.8)
+        left.plot(steps, smoothed(values), label=name, color=COLOURS[name], **style)
     left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    left.set_title("The same batches, the same first weights", fontsize=10)
+    left.set_title("The same batches and first weights; means of steps, faint: each step", fontsize=10)
     left.legend(frameon=False)
     names = list(milliseconds)
     bars = right.bar(names, list(milliseconds.values()), color=[COLOURS[name] for name in names], width=0.6)
@@ -40,6 +42,12 @@ def draw(path: Path, title: str, losses: Mapping[str, Sequence[float]], millisec
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the mean of every value and its neighbours, a tenth of all to both sides together."""
+    reach = max(1, len(values) // 20)
+    return [sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i - reach) : i + reach + 1]]]
 
 
 def draw_all(path: Path, results: Mapping[str, Any]) -> None:
