@@ -51,7 +51,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 }
 LYCORIS: dict[str, dict[str, Any]] = {
     "LoRA": {"algo": "locon", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3},
-    "DoRA": {"algo": "locon", "linear_dim": 2, "conv_dim": 2, "weight_decompose": True, "wd_on_out": True},
+    "DoRA": {"algo": "locon", "linear_dim": 2, "conv_dim": 2, "dora_wd": True, "wd_on_output": True},
     "LoHa": {"algo": "loha", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3},
     "LoKr": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 3},
     "OFT on the output": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "rescaled": True, "constraint": 0.05},

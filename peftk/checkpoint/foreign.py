@@ -158,12 +158,24 @@ def alpha_of(name: str, rank: int, parts: Mapping[str, Tensor], written: Mapping
     else:
         prefix, rest = prefix_of(name)
         values = {key.removeprefix(prefix): value for key, value in written.items() if key.startswith(prefix)}
-        alpha = _by_pattern(values.get("alpha_pattern"), rest or name, values.get("lora_alpha", rank))
+        alpha = _by_pattern(
+            values.get("alpha_pattern"), rest or name, values.get("lora_alpha", values.get("alpha", rank))
+        )
         if values.get("use_rslora"):
             alpha *= rank**0.5
     if not alpha > 0:
         raise ValueError(f"alpha: expected a number above 0, got {alpha:g}")
     return alpha
+
+
+def scale_of_whole(name: str, written: Mapping[str, Any]) -> float:
+    """Return the scale of LoKr with two whole factors: 1, but where a configuration of PEFT is in the header."""
+    prefix, rest = prefix_of(name)
+    values = {key.removeprefix(prefix): value for key, value in written.items() if key.startswith(prefix)}
+    if "alpha" not in values or "r" not in values:
+        return 1.0
+    alpha = _by_pattern(values.get("alpha_pattern"), rest or name, values["alpha"])
+    return alpha / _by_pattern(values.get("rank_pattern"), rest or name, values["r"])
 
 
 def _by_pattern(patterns: Any, path: str, default: Any) -> float:
@@ -293,7 +305,7 @@ def _lokr(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size,
     if not ranks:
         # Whole factors: any rank from half of their size on, and an alpha that makes the scale 1.
         rank = max(weight[0], weight[1])
-        return _Module(path, rank, float(rank), used, tensors, flags)
+        return _Module(path, rank, rank * scale_of_whole(name, written), used, tensors, flags)
     (rank,) = ranks
     return _Module(path, rank, alpha_of(name, rank, parts, written), used, tensors, flags)
 

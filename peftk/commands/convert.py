@@ -58,7 +58,7 @@ def convert(
         console = Console()
         if not as_json:
             show(read, plan, console if console.is_terminal else Console(width=200))
-        found = [] if dry_run else written(read, plan, out, force=force)
+        found = [] if dry_run else written(read, plan, out, force=force, progressbar=not as_json)
     except (OSError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None

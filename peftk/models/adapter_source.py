@@ -124,7 +124,9 @@ def _of_others(file: TensorFile) -> Number:
     def alpha(name: str, rank: int | None, parts: Mapping[str, Tensor]) -> float:
         if "oft_blocks" in parts:
             return foreign.constraint_of(parts)
-        return foreign.alpha_of(name, rank or 1, parts, written)
+        if rank is None:
+            return foreign.scale_of_whole(name, written)
+        return foreign.alpha_of(name, rank, parts, written)
 
     return alpha
 
@@ -176,7 +178,7 @@ def _module(name: str, found: Found, file: TensorFile, number: Number) -> Adapte
     value = number(name, rank, {part: file[f"{name}.{part}"] for part in found.parts})
     if rank is not None or module.method == OUTPUT:
         module.alpha = value
-    elif found.dialect == "PEFT" and value != 1:
+    elif value != 1:
         parts["lokr_w1"] = (parts["lokr_w1"].double() * value).to(parts["lokr_w1"].dtype)
         module.notes.append(f"lokr_w1: multiplied by {value:g}, since others scale whole factors by 1")
     if MAGNITUDES in parts:

@@ -35,6 +35,9 @@ __all__ = ["DIALECTS", "Plan", "convert", "plan_for"]
 DIALECTS = {"peft": "PEFT", "kohya": "kohya", "lycoris": "LyCORIS", "diffusers": "diffusers", "comfyui": "ComfyUI"}
 """What a user calls a dialect to how `recognise` names it."""
 
+WRITTEN = {"kohya": ("LoRA",), "diffusers": ("LoRA", "LoKr")}
+"""The methods of dialects that have not all of them."""
+
 _PEFT = "base_model.model."
 _PREFIX = "diffusion_model."
 LIMIT = 1e-6
@@ -145,13 +148,22 @@ def _wanted(
             rows += [(key, "", f"of {module.component}, and {component} was asked for") for key in module.keys.values()]
         else:
             modules.append(replace(module))
-    if dialect in ("kohya", "diffusers"):
+    if dialect in WRITTEN:
         problems += [
             f"module {shown(module.source)}: {module.method} is not written by {DIALECTS[dialect]}; "
             "write it as lycoris, which more programs read"
             for module in modules
-            if module.method != "LoRA"
+            if module.method not in WRITTEN[dialect]
         ]
+    if dialect == "diffusers":
+        problems += [
+            f"module {shown(module.source)}: diffusers has no magnitudes for {module.method}"
+            for module in modules
+            if module.method != "LoRA" and MAGNITUDES in module.parts
+        ]
+        methods = {module.method for module in modules}
+        if len(methods) > 1:
+            problems.append(f"methods: diffusers has one in a file, got {' and '.join(sorted(methods))}")
     parts = Counter(module.component for module in modules)
     if dialect == "peft" and len(parts) > 1:
         named = ", ".join(f"{name or 'none'} ({count} modules)" for name, count in parts.items())
@@ -320,7 +332,9 @@ def _note(module: Adapted, prefix: str, found: Mapping[str, Tensor], rows: list[
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def convert(source: Source, plan: Plan, out: str | os.PathLike[str], *, force: bool = False) -> list[tuple[str, float]]:
+def convert(
+    source: Source, plan: Plan, out: str | os.PathLike[str], *, force: bool = False, progressbar: bool = False
+) -> list[tuple[str, float]]:
     """Write a plan, compare what was written with the source, and only then give it its name.
 
     Args:
@@ -328,6 +342,7 @@ def convert(source: Source, plan: Plan, out: str | os.PathLike[str], *, force: b
         plan: What `plan_for` has made of it.
         out: The file; for PEFT, the folder.
         force: Whether to replace what is there.
+        progressbar: Whether to show one while modules are compared.
 
     Returns:
         The names of the modules, and how far their updates are from those of the source, relative to them.
@@ -348,7 +363,7 @@ def convert(source: Source, plan: Plan, out: str | os.PathLike[str], *, force: b
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
         trial = Path(folder) / target.name
         _write(plan, trial)
-        found = _compared(source, read_source(trial), plan)
+        found = _compared(source, read_source(trial), plan, progressbar)
         if plan.dialect == "peft" and os.path.lexists(target):
             # No rename takes the place of a folder that is not empty.
             _write(plan, target)
@@ -366,13 +381,15 @@ def _write(plan: Plan, target: Path) -> None:
     replace_together(target.parent, {target.name: lambda stream: write_safetensors(stream, copies, plan.metadata)})
 
 
-def _compared(source: Source, written: Source, plan: Plan) -> list[tuple[str, float]]:
+def _compared(source: Source, written: Source, plan: Plan, progressbar: bool) -> list[tuple[str, float]]:
     """Hold the updates of what was written to those of the source."""
+    from tqdm import tqdm
+
     owners = {key: module for module in written.modules for key in module.keys.values()}
     problems, found = [], []
     # By the keys that the plan maps: the names alone may have lost their dots.
     targets = {key: target for key, target, _ in plan.rows if target}
-    for module in source.modules:
+    for module in tqdm(source.modules, desc="Comparing", unit="module", disable=not progressbar):
         keys = [targets[key] for key in module.keys.values() if key in targets]
         if not keys:
             continue

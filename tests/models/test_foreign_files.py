@@ -22,6 +22,9 @@ REFUSED = {
     ("lokr, both", "sequence"): "lokr_w2",
 }
 
+# Layers that are too small for a first factor of a rank of its own.
+EXEMPT = {"lokr, both": ("conv", "sequence", "volume")}
+
 
 @pytest.mark.parametrize("prefix", ["lycoris", "lora_unet"])
 @pytest.mark.parametrize(("form", "layers"), COMBINATIONS)
@@ -29,6 +32,12 @@ def test_files_of_lycoris(form: str, layers: str, prefix: str, tmp_path: Path) -
     path = tmp_path / "adapter.safetensors"
     expected = by_lycoris(path, LAYERS[layers], prefix, **FORMS[form])
     before = net()(X)
+    # LyCORIS ignores options that it does not know, so the file says whether they acted.
+    keys = load_file(path).keys()
+    for option, part in (("dora", "dora_scale"), ("resc", "rescale"), ("both", "lokr_w1_a"), ("whole", "lokr_w2")):
+        assert option not in form or layers in EXEMPT.get(form, ()) or any(key.endswith(part) for key in keys)
+    if "rslora" in form:
+        assert {tensor.item() for key, tensor in load_file(path).items() if key.endswith("alpha")} == {4.0}
     if (form, layers) in REFUSED and any(key.rpartition(".")[2] == "lokr_w2" for key in load_file(path)):
         with pytest.raises(CheckpointError, match=REFUSED[form, layers]):
             peftk.PeftModel.from_pretrained(net(), path)

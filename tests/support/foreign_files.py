@@ -47,7 +47,13 @@ def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **o
     lycoris.LycorisNetwork.apply_preset({"target_module": list(layers), "target_name": []})
     lycoris.LycorisNetwork.LORA_PREFIX = prefix
     model = net()
-    network = lycoris.create_lycoris(model, 1.0, **options)
+    if "rs_lora" in options:
+        # `create_lycoris` does not hand it on.
+        sizes = {"lora_dim": options["linear_dim"], "conv_lora_dim": options["conv_dim"]}
+        alphas = {"alpha": options["linear_alpha"], "conv_alpha": options["linear_alpha"]}
+        network = lycoris.LycorisNetwork(model, 1.0, **sizes, **alphas, network_module="locon", rs_lora=True)
+    else:
+        network = lycoris.create_lycoris(model, 1.0, **options)
     network.apply_to()
     trained(network)
     y = model(X)
@@ -65,17 +71,17 @@ LAYERS = {
 FORMS: dict[str, dict[str, Any]] = {
     "locon": {"algo": "locon", "linear_dim": 3, "linear_alpha": 2, "conv_dim": 2, "conv_alpha": 5},
     "locon, scalar": {"algo": "locon", "linear_dim": 3, "linear_alpha": 2, "conv_dim": 2, "use_scalar": True},
-    "locon, dora": {"algo": "locon", "linear_dim": 3, "conv_dim": 2, "weight_decompose": True, "wd_on_out": True},
+    "locon, dora": {"algo": "locon", "linear_dim": 3, "conv_dim": 2, "dora_wd": True, "wd_on_output": True},
     "locon, rslora": {"algo": "locon", "linear_dim": 4, "linear_alpha": 2, "conv_dim": 4, "rs_lora": True},
     "loha": {"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 3, "conv_alpha": 2},
     "loha, tucker": {"algo": "loha", "linear_dim": 2, "conv_dim": 2, "conv_alpha": 3, "use_tucker": True},
-    "loha, dora": {"algo": "loha", "linear_dim": 2, "conv_dim": 2, "weight_decompose": True, "wd_on_out": True},
+    "loha, dora": {"algo": "loha", "linear_dim": 2, "conv_dim": 2, "dora_wd": True, "wd_on_output": True},
     "lokr": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 2},
     "lokr, whole": {"algo": "lokr", "linear_dim": 1000, "linear_alpha": 7, "conv_dim": 1000, "conv_alpha": 7},
     "lokr, factor": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "factor": 2},
     "lokr, both": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "factor": 4, "decompose_both": True},
     "lokr, tucker": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "use_tucker": True, "factor": 2},
-    "lokr, dora": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "weight_decompose": True, "wd_on_out": True},
+    "lokr, dora": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "dora_wd": True, "wd_on_output": True},
     "diag-oft": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 2, "rescaled": True},
     "diag-oft, bounded": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 2, "rescaled": True, "constraint": 0.05},
     "boft": {"algo": "boft", "linear_dim": 2, "conv_dim": 2},
