@@ -17,7 +17,7 @@ import torch
 from .container import CheckpointError, shown
 from .reader import header
 
-__all__ = ["Description", "Found", "describe", "recognise", "told"]
+__all__ = ["DIALECTS", "Description", "Found", "describe", "recognise", "told"]
 
 _LORA_DOWN_UP = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
 _LYCORIS = ("dora_scale", "scalar", "rescale", "oft_blocks", "diff", "diff_b", "w_norm", "b_norm", "on_input")
@@ -68,6 +68,9 @@ PREFIXES = {
     "ComfyUI": ("diffusion_model.",),
 }
 """A dialect to what the names of its modules begin with."""
+
+DIALECTS = {name.lower(): name for name in PREFIXES}
+"""What a user calls a dialect to how messages name it."""
 
 
 @dataclass

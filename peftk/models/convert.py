@@ -24,6 +24,7 @@ from ..checkpoint.adapted import COMPONENTS, MAGNITUDES, OUTPUT, Adapted, as_lyc
 from ..checkpoint.container import CheckpointError, capped, shown
 from ..checkpoint.peft import WEIGHTS_NAME, write_adapter
 from ..checkpoint.reader import TensorFile
+from ..checkpoint.recognise import DIALECTS
 from ..checkpoint.writer import replace_together, snapshot, write_safetensors
 from ..nn import PeftConfig
 from ..nn.base.config import LayerInFile
@@ -31,9 +32,6 @@ from . import provenance
 from .adapter_source import PROVENANCE, Source, read_source
 
 __all__ = ["DIALECTS", "Plan", "convert", "plan_for"]
-
-DIALECTS = {"peft": "PEFT", "kohya": "kohya", "lycoris": "LyCORIS", "diffusers": "diffusers", "comfyui": "ComfyUI"}
-"""What a user calls a dialect to how `recognise` names it."""
 
 WRITTEN = {"kohya": ("LoRA",), "diffusers": ("LoRA", "LoKr")}
 """The methods of dialects that have not all of them."""

@@ -12,36 +12,48 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..checkpoint.adapted import OUTPUT
 from ..checkpoint.container import CheckpointError
 from ..checkpoint.foreign import as_peft
 from ..checkpoint.peft import write_adapter
-from ..checkpoint.reader import read_safetensors
+from ..checkpoint.reader import TensorFile, read_safetensors
+from ..checkpoint.recognise import DIALECTS, recognise
 from ..nn import PeftConfig
 from ..nn.base.adapter_layer import AdapterLayer
-from ..nn.base.config import LayerInFile
+from ..nn.base.config import LayerInFile, check_choice
 from .targets import candidates
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def peft_folder(model: nn.Module, model_id: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
+def peft_folder(
+    model: nn.Module, model_id: str | os.PathLike[str], dialect: str = "auto"
+) -> Iterator[str | os.PathLike[str]]:
     """Give what `model_id` names: itself, or for the file of another program a folder as PEFT writes it.
 
     Args:
         model: The base model, or one with adapters, whose modules the file names.
         model_id: A folder, the name of a repository, or a safetensors file of kohya's scripts, LyCORIS, diffusers or
             ComfyUI.
+        dialect: A name of `DIALECTS` that it must have; "auto" for any.
 
     Raises:
+        ValueError: `dialect` is no such name, or not that of a folder.
         CheckpointError: Such a file cannot be turned into an adapter without changing what it means.
     """
     name = os.fspath(model_id) if isinstance(model_id, (str, os.PathLike)) else model_id
+    check_choice("dialect", dialect, ("auto", *DIALECTS))
     if not isinstance(name, str) or not os.path.isfile(name):
+        if dialect not in ("auto", "peft"):
+            raise ValueError(
+                f"dialect: expected 'auto' or 'peft' for what is no file, got {dialect!r} for {name!r}; pass the file"
+            )
         yield model_id
         return
     weights = _weights(model)
     file = read_safetensors(name)
+    _check_dialect(file, dialect)
     converted = as_peft(file, weights)
     try:
         kind = PeftConfig._by_type[converted.config["peft_type"]]
@@ -67,6 +79,21 @@ def peft_folder(model: nn.Module, model_id: str | os.PathLike[str]) -> Iterator[
             if not error.file.startswith(folder):
                 raise
             raise CheckpointError(name, *error.problems) from None
+
+
+def _check_dialect(file: TensorFile, dialect: str) -> None:
+    if dialect == "auto":
+        return
+    found = recognise({key: tensor.shape for key, tensor in file.items()}, file.metadata)
+    # LyCORIS has kohya's names, and both of the others write bare ones.
+    same = [{"kohya", "LyCORIS"}, {"diffusers", "bare names"}, {"ComfyUI", "bare names"}]
+    wanted = DIALECTS[dialect]
+    if found.dialect != wanted and not any({found.dialect, wanted} <= names for names in same):
+        raise CheckpointError(file.path, f"dialect: expected {wanted}, as asked for, and it has {found}")
+    if wanted == "ComfyUI" and any(one.method == OUTPUT for one in found.modules.values()):
+        raise CheckpointError(
+            file.path, f"has {found}; ComfyUI bounds rotations by another constraint than LyCORIS, which is read here"
+        )
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Size]:

@@ -145,6 +145,7 @@ class Pretrained(nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         *,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        dialect: str = "auto",
         **kwargs: Any,
     ) -> P:
         """Load an adapter that peftk or PEFT has saved onto its base model.
@@ -165,6 +166,8 @@ class Pretrained(nn.Module):
                 which the first that is found counts. None means the `_checkpoint_conversion_mapping` of the model.
             adapters: For X-LoRA: names to the folders of the experts; None means the sub-folders 0, 1, ... of
                 `model_id`.
+            dialect: What wrote `model_id`: "auto" finds out; "peft", "kohya", "lycoris", "diffusers" and "comfyui"
+                refuse what is otherwise.
             **kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` say where the
                 adapter is; `torch_device` and `use_safetensors` are accepted, as far as they ask for what happens.
 
@@ -178,7 +181,7 @@ class Pretrained(nn.Module):
         check_base(model)
         given = None if config is None else as_config("config", config)
         with contextlib.ExitStack() as stack:
-            place = stack.enter_context(peft_folder(model, model_id))
+            place = stack.enter_context(peft_folder(model, model_id, dialect))
             folder = _folder(place, ephemeral_gpu_offload, kwargs)
             tuner = tuner_for_file(model, folder, adapters, key_mapping, given)
             before = stack.enter_context(tuner._whole())
@@ -203,6 +206,8 @@ class Pretrained(nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        *,
+        dialect: str = "auto",
         **kwargs: Any,
     ) -> LoadResult:
         """Load another saved adapter, or new values for one that exists; `set_adapter` activates it.
@@ -215,7 +220,7 @@ class Pretrained(nn.Module):
         """
         check_bool("low_cpu_mem_usage", low_cpu_mem_usage)
         tuner = self.base_model
-        with peft_folder(tuner.model, model_id) as place, tuner._whole(self) as before:
+        with peft_folder(tuner.model, model_id, dialect) as place, tuner._whole(self) as before:
             folder = _folder(place, ephemeral_gpu_offload, {"torch_device": torch_device, **kwargs})
             read = read_into_plan(
                 tuner, folder, adapter_name, is_trainable, autocast_adapter_dtype, key_mapping=key_mapping

@@ -88,6 +88,26 @@ def test_files_of_kohya(dtype: torch.dtype, alpha: float | None, tmp_path: Path)
     assert {config.r, *config.rank_pattern.values()} == {2, 3}
 
 
+def test_a_dialect_that_is_asked_for_is_demanded(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    expected = by_lycoris(path, LAYERS["linear"], **FORMS["diag-oft"])
+    for dialect in ("auto", "lycoris", "kohya"):
+        model = peftk.PeftModel.from_pretrained(net(), path, dialect=dialect)
+        assert_close(model(X), expected.double(), torch.float32)
+    for dialect, message in (("diffusers", "dialect: expected diffusers"), ("peft", "dialect: expected PEFT")):
+        with pytest.raises(CheckpointError, match=message):
+            model.load_adapter(path, "other", dialect=dialect)
+    with pytest.raises(ValueError, match=r"dialect: expected one of .*'auto'.* got 'webui'"):
+        peftk.PeftModel.from_pretrained(net(), path, dialect="webui")
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(peftk.PeftModel.from_pretrained(net(), tmp_path / "saved", dialect="peft")(X), model(X))
+    with pytest.raises(ValueError, match=r"dialect: expected 'auto' or 'peft' for what is no file, got 'kohya'"):
+        peftk.PeftModel.from_pretrained(net(), tmp_path / "saved", dialect="kohya")
+    save_file({"diffusion_model.first.oft_blocks": torch.zeros(4, 4, 4)}, path)
+    with pytest.raises(CheckpointError, match="ComfyUI bounds rotations by another constraint"):
+        peftk.PeftModel.from_pretrained(net(), path, dialect="comfyui")
+
+
 def test_files_of_diffusers(tmp_path: Path) -> None:
     """As `save_lora_adapter` writes them: names of the model, and the configuration in the header."""
     diffusers = pytest.importorskip("diffusers")

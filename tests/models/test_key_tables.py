@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
+import diffusers
 import torch
 from torch import nn
 
