@@ -82,16 +82,18 @@ def markdown(results: Results, plots: list[tuple[str, str]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
+    """Return a text in HTML, with its bold words."""
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text))
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """Return a table in HTML."""
     kind = ' class="reasons"' if table.header[-1] in ("reason", "remark") else ""
-    head = "".join(f"<th>{_inline(cell)}</th>" for cell in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    head = "".join(f"<th>{inline(cell)}</th>" for cell in table.header)
+    rows = "".join("<tr>" + "".join(f"<td>{inline(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     return (
-        f'<h2>{_inline(table.title)}</h2><p class="note">{_inline(table.note)}</p>'
+        f'<h2>{inline(table.title)}</h2><p class="note">{inline(table.note)}</p>'
         f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
@@ -106,9 +108,9 @@ def page(results: Results, plots: list[tuple[str, str, bytes]]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style><h1>{html.escape(title)}</h1>'
-        + "".join(f"<p>{_inline(line)}</p>" for line in summary(results))
-        + f'<p class="note">{_inline(METHOD)}</p>{images}'
-        + "".join(_table(table) for table in everything(results))
+        + "".join(f"<p>{inline(line)}</p>" for line in summary(results))
+        + f'<p class="note">{inline(METHOD)}</p>{images}'
+        + "".join(table_html(table) for table in everything(results))
         + "</html>\n"
     )
 

@@ -377,18 +377,19 @@ def _merged(
     layer: AdapterLayer, path: str, weight: Tensor, dtype: torch.dtype | None, safe_merge: bool
 ) -> tuple[Tensor, float]:
     """Return the merged weight, and the part of the update that its rounding takes."""
-    wide = _with_weight(layer, weight.double())
-    if set(wide) - {layer.weight_name}:
+    wide = weight.double()
+    found = _with_weight(layer, wide)
+    if set(found) - {layer.weight_name}:
         raise CheckpointError(path, "its bias changes too; merge it on the model in memory")
     if safe_merge:
-        check_finite(wide, layer.active_adapters, f"of {path!r} ")
-    exact = wide.get(layer.weight_name, weight.double())
-    if dtype is None:
-        merged = _with_weight(layer, weight).get(layer.weight_name, weight)
-    else:
-        merged = exact.to(dtype)
-    size = (exact - weight.double()).norm().item()
-    return merged, (exact - merged.double()).norm().item() / size if size else 0.0
+        check_finite(found, layer.active_adapters, f"of {path!r} ")
+    if layer.weight_name not in found:
+        return weight if dtype is None else weight.to(dtype), 0.0
+    exact = found.pop(layer.weight_name)
+    size = torch.dist(exact, wide).item()
+    merged = exact.to(dtype) if dtype is not None else _with_weight(layer, weight)[layer.weight_name]
+    # No third matrix of float64: this is the most that a merge holds beside the tensors of a file.
+    return merged, torch.dist(exact, wide.copy_(merged)).item() / size if size else 0.0
 
 
 def _with_weight(layer: AdapterLayer, weight: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 import peftk
 from peftk.checkpoint.container import CheckpointError
 from peftk.models.merge_files import merge_files, read_base
+from peftk.testing.memory import peak_bytes
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,6 +31,7 @@ CONFIGS: dict[str, Any] = {
     "oft": peftk.OFTConfig(oft_block_size=8, target_modules=TARGETS),
     "boft": peftk.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=TARGETS),
     "c3a": peftk.C3AConfig(block_size=8, target_modules=TARGETS),
+    "output oft": peftk.OutputOFTConfig(block_size=4, use_rescale=True, target_modules=TARGETS),
 }
 
 
@@ -106,6 +108,21 @@ def test_half_precision_says_what_rounding_takes(tmp_path: Path) -> None:
     assert max(wide.lost.values()) < 1e-3
     assert {value.dtype for value in tensors(tmp_path / "wide").values()} == {torch.float32}
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "wide").dtype is torch.float32
+
+
+def test_memory_is_that_of_one_file_and_of_the_work_on_one_layer(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).half()
+    model.save_pretrained(tmp_path / "base", max_shard_size="8MB")
+    sizes = [file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")]
+    adapted(peftk.LoraConfig(r=4, target_modules="all-linear"), tmp_path / "adapter", model)
+    base, adapters = read_base(tmp_path / "base"), [(str(tmp_path / "adapter"), 1.0)]
+    # In float64: the weight, the update before and after its scale, and what the weight becomes, twice.
+    work = 5 * 8 * 512 * 1024
+    assert sum(sizes) > 1.3 * (max(sizes) + work)
+    assert peak_bytes(lambda: merge_files(base, adapters, tmp_path / "out"), []) < max(sizes) + work + 2**20
 
 
 def test_several_adapters_with_weights(base: Path, tmp_path: Path) -> None:
