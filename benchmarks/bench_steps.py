@@ -19,7 +19,11 @@ SHAPES = {"llama": steps.llama(512, 1408, 512), "vit": steps.vit(), "unet": step
 
 def _cells() -> list[Any]:
     return [
-        pytest.param(shape, Cell(name, method.size_for(SHAPES[shape].hidden), SHAPES[shape].hidden, 0, dtype, F32))
+        pytest.param(
+            shape,
+            Cell(name, method.size_for(SHAPES[shape].hidden), SHAPES[shape].hidden, 0, dtype, F32),
+            marks=[] if dtype is F32 and name in ("lora", "loha") else [pytest.mark.full_run],
+        )
         for dtype in (F32, BF16)
         for shape in SHAPES
         for name, method in available().items()
@@ -35,7 +39,6 @@ def _id(value: Any) -> str:
     return f"{value.method}-{str(value.dtype)[6:]}" if isinstance(value, Cell) else str(value)
 
 
-@pytest.mark.full_run
 @pytest.mark.parametrize(("shape", "cell"), _cells(), ids=_id)
 def test_step(shape: str, cell: Cell, benchmark, budget: Budget) -> None:
     pytest.importorskip("peft")
