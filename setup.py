@@ -146,6 +146,6 @@ setup(
     # `triton_kernels` is an import name that others use: the folder becomes peftk.triton_kernels.
     packages=[*find_packages(include=["peftk", "peftk.*"]), "peftk.triton_kernels"],
     package_dir={"peftk.triton_kernels": "triton_kernels"},
-    package_data={"peftk": ["py.typed", "*.pyi", "runtime/tuned/*.json", "integrations/hf_peft/*.json"]},
+    package_data={"peftk": ["py.typed", "*.pyi", "runtime/tuned/*.json", "integrations/*/*.json"]},
     **extension(),
 )

@@ -212,9 +212,12 @@ def test_layers_that_torch_would_bypass():
 
 
 def test_default_targets_are_those_of_peft():
+    import peft
     from peft.utils import constants
 
     for config in {type(method) for method in METHODS.values()}:
+        if not hasattr(peft, config.__name__):
+            continue
         theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{config._method.value}_TARGET_MODULES_MAPPING")
         ours = targets.DEFAULT_TARGETS | config._default_targets
         for kind, names in theirs.items():
