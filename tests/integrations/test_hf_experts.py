@@ -71,6 +71,8 @@ def test_checkpointing_router_losses_and_generation(kind: str) -> None:
         assert_close(grad, expected_grads[n], torch.float64, what=n)
     for one in (model, other):
         one.gradient_checkpointing_disable()
+        # transformers 5.17 itself cannot generate with them.
+        one.config.output_router_logits = False
         one.eval()
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(other.generate(IDS, **options), model.generate(IDS, **options))
