@@ -41,7 +41,7 @@ def add(library: Any) -> None:
 
 def main() -> None:
     """Add the hashes of every library that is installed."""
-    for name, (package, _) in LIBRARIES.items():
+    for name, (package, *_) in LIBRARIES.items():
         if importlib.util.find_spec(name) is not None:
             add(importlib.import_module(f"peftk.integrations.{package}.library"))
 

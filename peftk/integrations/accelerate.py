@@ -16,13 +16,15 @@ from .exchange import switch_off, wrapped
 from .fingerprints import name_of
 from .report import Report, Row, restorer
 from .way import Way, forward_of
+from .ways import way_of
 
 LIBRARIES = {
-    "peft": ("hf_peft", "peft"),
-    "lycoris": ("lycoris", "lycoris-lora"),
-    "adapters": ("adapterhub", "adapters"),
+    "peft": ("hf_peft", "peft", "peft"),
+    "lycoris": ("lycoris", "lycoris-lora", "lycoris.modules.base"),
+    "adapters": ("adapterhub", "adapters", "adapters.methods.lora"),
 }
-"""The libraries, the packages here that know them, and the names that they are installed by."""
+"""The libraries, the packages here that know them, the names that they are installed by, and a module that whoever has
+made their layers has imported; somebody may have a module of his own called `adapters`."""
 
 _lock = threading.RLock()
 _patched: dict[type[nn.Module], tuple[Any, Any, Way]] = {}
@@ -75,23 +77,27 @@ def accelerate(target: nn.Module | str, *, correct: bool = False, strict: bool =
 
 
 def _library(name: str) -> Any:
-    package, distribution = LIBRARIES[name]
-    if not _installed(name):
+    package, distribution, module = LIBRARIES[name]
+    if not _installed(name, module):
         raise ImportError(f"peftk.accelerate: {name} is not installed; run `pip install {distribution}`", name=name)
     return importlib.import_module(f"..{package}.library", __name__)
 
 
-def _installed(name: str) -> bool:
+def _installed(name: str, module: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        return importlib.util.find_spec(name) is not None and importlib.util.find_spec(module) is not None
     except ValueError:
-        # It is imported, and has put something without a specification into its place, as AdapterHub does.
-        return True
+        # Something without a specification is in its place, as AdapterHub puts there.
+        return module in sys.modules
+    except ImportError:
+        # Another module has its name.
+        return False
 
 
 def _model(model: nn.Module, *, correct: bool, strict: bool, force: bool) -> Report:
     # Whoever has made layers of a library has imported it.
-    libraries = [_library(name) for name in LIBRARIES if name in sys.modules] or [_library("peft")]
+    there = [name for name, (*_, module) in LIBRARIES.items() if module in sys.modules]
+    libraries = [_library(name) for name in there or ["peft"]]
     found = {library: list(library.layers_of(model)) for library in libraries}
     if not any(found.values()):
         own = any(type(module).__module__.startswith("peftk.") for module in model.modules())
@@ -107,7 +113,7 @@ def _model(model: nn.Module, *, correct: bool, strict: bool, force: bool) -> Rep
         for path, layer in layers:
             owner, cls = library.holder(layer)
             if cls not in ways:
-                ways[cls] = library.way(name_of(cls), correct, force)
+                ways[cls] = way_of(library, name_of(cls), correct, force)
             way = library.foreign(layer) or ways[cls]
             rows.append(_look(path, _written(cls), owner, way, backends))
             # What is left to its library for its state alone may get another state.
@@ -161,7 +167,7 @@ def _check(rows: list[Row], strict: bool) -> None:
 def _classes(library: Any, *, correct: bool, strict: bool, force: bool) -> Report:
     rows, chosen = [], []
     for name, cls in library.classes():
-        way = library.way(name, correct, force)
+        way = way_of(library, name, correct, force)
         if isinstance(way, Way):
             rows.append(Row(_written(cls), _written(cls), way.operator, None, None))
             chosen.append((cls, way))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from typing import Any
 
 from .way import Way
 
@@ -24,4 +25,21 @@ def ways_of(package: str) -> dict[str, type[Way]]:
     return found
 
 
-__all__ = ["ways_of"]
+def way_of(library: Any, name: str, correct: bool, force: bool) -> Way | str:
+    """Return how the layers of a class run, or why they are left to their library.
+
+    Args:
+        library: The module that knows the library as a whole: `ways`, `NAME`, `SHOWN` and `FINGERPRINTS`.
+        name: The dotted name of the class.
+        correct: See `Way`.
+        force: See `Way`.
+    """
+    kind = library.ways().get(name)
+    if kind is None:
+        own = name.startswith(f"{library.NAME}.")
+        return "no arithmetic for this class" if own else f"a class that is not {library.SHOWN}'s, {name}"
+    made: Way = kind(library.FINGERPRINTS, correct=correct, force=force)
+    return made.unknown((f"{name}.forward", *made.copied)) or made
+
+
+__all__ = ["way_of", "ways_of"]

@@ -10,6 +10,7 @@ import pickle
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     for target in ("peft", nn.Linear(2, 2)):
         with pytest.raises(ImportError, match="peft is not installed; run `pip install peft`"):
             peftk.accelerate(target)
+
+
+def test_a_module_of_ones_own_with_the_name_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "adapters", types.ModuleType("adapters"))
+    assert peftk.accelerate(adapted("loha", 0, target_modules=LINEAR)).restore() == 2
+    with pytest.raises(ImportError, match="adapters is not installed; run `pip install adapters`"):
+        peftk.accelerate("adapters")
 
 
 def test_peftk_alone_imports_no_peft() -> None:

@@ -11,26 +11,16 @@ from ..exchange import exchange, original_class, restore
 from ..fingerprints import resolve
 from ..way import Way
 from ..ways import ways_of
-from .lora_linear import FINGERPRINTS
+from .lora_linear import FINGERPRINTS as FINGERPRINTS
 
 NAME = "adapters"
 SHOWN = "AdapterHub"
-DISTRIBUTION = "adapters"
 MAKE = "model.add_adapter with a LoRAConfig of adapters"
 
 
 def ways() -> dict[str, type[Way]]:
     """Return the way of every class of layers, by the dotted name of the class."""
     return ways_of(__name__.rpartition(".")[0])
-
-
-def way(name: str, correct: bool, force: bool) -> Way | str:
-    """Return how the layers of a class run, or why they are left to AdapterHub."""
-    kind = ways().get(name)
-    if kind is None:
-        return "no arithmetic for this class" if name.startswith("adapters.") else f"a class of others, {name}"
-    made = kind(FINGERPRINTS, correct=correct, force=force)
-    return made.unknown((f"{name}.forward", *made.copied)) or made
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -74,4 +64,4 @@ def classes() -> Iterator[tuple[str, type[nn.Module]]]:
         yield name, resolve(name)
 
 
-__all__ = ["classes", "exchange", "foreign", "holder", "layers_of", "restore", "state", "way", "ways"]
+__all__ = ["classes", "exchange", "foreign", "holder", "layers_of", "restore", "state", "ways"]

@@ -15,11 +15,10 @@ from ..fingerprints import name_of, resolve
 from ..way import Way
 from ..ways import ways_of
 from . import xlora
-from .tuner_layer import FINGERPRINTS
+from .tuner_layer import FINGERPRINTS as FINGERPRINTS
 
 NAME = "peft"
 SHOWN = "PEFT"
-DISTRIBUTION = "peft"
 MAKE = "peft.get_peft_model"
 
 _PROMPTS = "peft.tuners.adaption_prompt.layer."
@@ -28,15 +27,6 @@ _PROMPTS = "peft.tuners.adaption_prompt.layer."
 def ways() -> dict[str, type[Way]]:
     """Return the way of every class of layers, by the dotted name of the class."""
     return ways_of(__name__.rpartition(".")[0])
-
-
-def way(name: str, correct: bool, force: bool) -> Way | str:
-    """Return how the layers of a class run, or why they are left to PEFT."""
-    kind = ways().get(name)
-    if kind is None:
-        return "no arithmetic for this class" if name.startswith("peft.") else f"a class that is not PEFT's, {name}"
-    made = kind(FINGERPRINTS, correct=correct, force=force)
-    return made.unknown((f"{name}.forward", *made.copied)) or made
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -13,26 +13,16 @@ from ..exchange import restore as restore_class
 from ..fingerprints import resolve
 from ..way import Way
 from ..ways import ways_of
-from .network_module import FINGERPRINTS
+from .network_module import FINGERPRINTS as FINGERPRINTS
 
 NAME = "lycoris"
 SHOWN = "LyCORIS"
-DISTRIBUTION = "lycoris-lora"
 MAKE = "lycoris.create_lycoris"
 
 
 def ways() -> dict[str, type[Way]]:
     """Return the way of every class of modules, by the dotted name of the class."""
     return ways_of(__name__.rpartition(".")[0])
-
-
-def way(name: str, correct: bool, force: bool) -> Way | str:
-    """Return how the modules of a class run, or why they are left to LyCORIS."""
-    kind = ways().get(name)
-    if kind is None:
-        return "no arithmetic for this class" if name.startswith("lycoris.") else f"a class of others, {name}"
-    made = kind(FINGERPRINTS, correct=correct, force=force)
-    return made.unknown((f"{name}.forward", *made.copied)) or made
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
