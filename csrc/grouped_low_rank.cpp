@@ -86,7 +86,7 @@ void run_factors(const GroupedLowRankBackwardParams& p, int64_t tasks) {
 
 void grouped_low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor& hidden, const Tensor& a,
                                const Tensor& b, const Tensor& offsets, std::optional<Tensor> gate, double scale,
-                               Tensor& dx, Tensor& da, Tensor& db, Tensor& dgate) {
+                               bool add_dx, Tensor& dx, Tensor& da, Tensor& db, Tensor& dgate) {
   const Dtype dtype = check_dtype(x, "x");
   const Sizes s = check_groups(x, a, b, offsets);
   check_matrix(grad, "grad", x, s.rows, s.columns);
@@ -119,7 +119,8 @@ void grouped_low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor
                                        s.rank,
                                        s.groups,
                                        static_cast<float>(scale),
-                                       dtype};
+                                       dtype,
+                                       add_dx};
   if (need_x || need_a || need_gate)
     parallel_for(0, s.rows, 1 + kTaskOperations / (1 + (s.depth + s.columns) * s.rank),
                  [&](int64_t begin, int64_t end) { grouped_low_rank_backward_cpu(p, begin, end); });
@@ -135,7 +136,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
       "Tensor(a!) out, Tensor(b!) hidden) -> ()");
   m.def(
       "grouped_low_rank_backward(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor offsets, "
-      "Tensor? gate, float scale, Tensor(a!) dx, Tensor(b!) da, Tensor(c!) db, Tensor(d!) dgate) -> ()");
+      "Tensor? gate, float scale, bool add_dx, Tensor(a!) dx, Tensor(b!) da, Tensor(c!) db, Tensor(d!) dgate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {

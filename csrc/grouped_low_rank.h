@@ -8,7 +8,7 @@ namespace peftk {
 
 // hidden = x @ a[g].T and out = base + scale * (hidden * gate) @ b[g].T for the rows of every group g.
 struct GroupedLowRankParams {
-  const void* base;     // (rows, columns)
+  const void* base;     // (rows, columns); may be `out`
   const void* x;        // (rows, depth)
   const float* a;       // (groups, rank, depth)
   const float* b;       // (groups, columns, rank)
@@ -37,6 +37,7 @@ struct GroupedLowRankBackwardParams {
   int64_t rows, depth, columns, rank, groups;
   float scale;
   Dtype dtype;  // of grad, x, hidden and dx
+  bool add_dx;  // whether dx holds what its gradient is added to
 };
 
 // Columns of a factor's gradient that one task sums, over all rows of a group.

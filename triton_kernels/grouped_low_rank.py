@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.shared.grouped_low_rank import grouped_product
 from . import _launch
 from .grouped_low_rank_products import MAX_GROUPS, expand, factor_gradient, shrink
 from .low_rank_gradients import hidden_gradient
@@ -45,11 +46,33 @@ def grouped_low_rank_add(
     base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product; see `peftk.functional.grouped_low_rank_add`."""
-    base, x, offsets = _by_rows(base), _by_rows(x), offsets.contiguous()
+    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    return _added(out, _by_rows(base), x, a, b, offsets, gate, scale)
+
+
+def _added(
+    out: Tensor, base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Write the sum, whose buffer may be the base's: every program reads the tile that it writes."""
+    x, offsets = _by_rows(x), offsets.contiguous()
     hidden = torch.empty(x.shape[0], a.shape[1], dtype=x.dtype, device=x.device)
     shrink(hidden, x, a, (a.stride(0), a.stride(1), a.stride(2)), offsets)
-    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     return expand(out, base, hidden, b, (b.stride(0), b.stride(2), b.stride(1)), offsets, gate, scale), hidden
+
+
+def grouped_low_rank_linear_supports(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, *args: object
+) -> str | None:
+    """Return None, or why the kernels cannot run the call."""
+    return _reason(x, a, b, gate)
+
+
+def grouped_low_rank_linear(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the rank-sized product; see `peftk.functional.grouped_low_rank_linear`."""
+    out = grouped_product(x, weight.mT, offsets)
+    return _added(out, out, x, a, b, offsets, gate, scale)
 
 
 def grouped_low_rank_add_backward_supports(
@@ -73,7 +96,47 @@ def grouped_low_rank_add_backward(
     *needs: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    need_x, need_a, need_b, need_gate = needs
+    return _gradients(grad, x, hidden, None, a, b, offsets, gate, scale, *needs)
+
+
+def grouped_low_rank_linear_backward_supports(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *args: Any
+) -> str | None:
+    """Return None, or why the kernels cannot run the backward pass."""
+    return grouped_low_rank_add_backward_supports(grad, x, hidden, *args)
+
+
+def grouped_low_rank_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    *needs: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
+    return _gradients(grad, x, hidden, weight, a, b, offsets, gate, scale, *needs)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_gate = need_gate and gate is not None
     dx = da = db = dgate = grad.new_empty(0)
     grad, x, hidden, offsets = _by_rows(grad), _by_rows(x), _by_rows(hidden), offsets.contiguous()
@@ -86,9 +149,10 @@ def grouped_low_rank_add_backward(
     dhidden, found = hidden_gradient(sums, hidden, gate, scale, need_gate)
     dgate = dgate if found is None else found
     if need_x:
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        onto = None if weight is None else grouped_product(grad, weight, offsets)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if onto is None else onto
         rounded = dhidden.to(a.dtype)
-        expand(dx, None, rounded, a, (a.stride(0), a.stride(1), a.stride(2)), offsets, None, 1.0)
+        expand(dx, onto, rounded, a, (a.stride(0), a.stride(1), a.stride(2)), offsets, None, 1.0)
     if need_a:
         da = factor_gradient(dhidden, x, offsets, None, 1.0, rank_first=True)
     return dx, da, db, dgate

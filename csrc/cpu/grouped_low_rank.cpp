@@ -80,7 +80,7 @@ struct Forward {
   Buffer a, b, x, out, strip, hidden, gated;
 };
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void forward_rows(const GroupedLowRankParams& p, const Run& run, int64_t row, int64_t rows, Forward& s) {
   const T* base = static_cast<const T*>(p.base) + row * p.columns;
   T* out = static_cast<T*>(p.out) + row * p.columns;
@@ -92,7 +92,7 @@ PEFTK_INLINE void forward_rows(const GroupedLowRankParams& p, const Run& run, in
       dots(x + i * p.depth, p.a + run.group * p.rank * p.depth, p.depth, p.rank, 1.0f, false,
            s.hidden.get() + i * p.rank);
   } else {
-    shrink(x, rows, p.depth, s.a.get(), p.rank, 1.0f, s.strip.get(), s.hidden.get());
+    shrink<kLevel>(x, rows, p.depth, s.a.get(), p.rank, 1.0f, s.strip.get(), s.hidden.get());
   }
   for (int64_t i = 0; i < rows * p.rank; ++i) from_float(s.hidden[i], hidden[i]);
   const float* h = s.hidden.get();
@@ -102,19 +102,20 @@ PEFTK_INLINE void forward_rows(const GroupedLowRankParams& p, const Run& run, in
   }
   float* sums = s.out.get();
   if constexpr (std::is_same_v<T, float>) sums = out;
-  for (int64_t i = 0; i < rows * p.columns; ++i) sums[i] = to_float(base[i]);
+  if (static_cast<const void*>(sums) != base)
+    for (int64_t i = 0; i < rows * p.columns; ++i) sums[i] = to_float(base[i]);
   if (few) {
     for (int64_t i = 0; i < rows; ++i)
       dots(h + i * p.rank, p.b + run.group * p.columns * p.rank, p.rank, p.columns, p.scale, true,
            sums + i * p.columns);
   } else {
-    expand(h, rows, p.rank, s.b.get(), p.columns, sums);
+    expand<kLevel>(h, rows, p.rank, s.b.get(), p.columns, sums);
   }
   if constexpr (!std::is_same_v<T, float>)
     for (int64_t i = 0; i < rows * p.columns; ++i) from_float(sums[i], out[i]);
 }
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void forward_runs(const GroupedLowRankParams& p, int64_t begin, int64_t end) {
   const int64_t most = chunk_rows(p.depth > p.columns ? p.depth : p.columns), rank = p.rank;
   const bool copies = !std::is_same_v<T, float>;
@@ -131,25 +132,27 @@ PEFTK_INLINE void forward_runs(const GroupedLowRankParams& p, int64_t begin, int
     group = run.group;
     const int64_t rows = run.last - row;
     if (group == p.groups) {
-      std::memcpy(static_cast<T*>(p.out) + row * p.columns, static_cast<const T*>(p.base) + row * p.columns,
-                  sizeof(T) * rows * p.columns);
+      if (p.out != p.base)
+        std::memcpy(static_cast<T*>(p.out) + row * p.columns, static_cast<const T*>(p.base) + row * p.columns,
+                    sizeof(T) * rows * p.columns);
       std::memset(static_cast<T*>(p.hidden) + row * rank, 0, sizeof(T) * rows * rank);
     } else {
       if (run.size > kFewRows) {
         pad_columns_cpu(p.a + group * rank * p.depth, 1, p.depth, p.depth, rank, s.a.get());
         pack_strips_cpu(p.b + group * p.columns * rank, 1, rank, rank, p.columns, p.scale, s.b.get());
       }
-      for (int64_t at = row; at < run.last; at += most) forward_rows<T>(p, run, at, smaller(most, run.last - at), s);
+      for (int64_t at = row; at < run.last; at += most) forward_rows<kLevel, T>(p, run, at, smaller(most, run.last - at), s);
     }
     row = run.last;
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void grouped_low_rank_cpu_body(const GroupedLowRankParams& p, int64_t begin, int64_t end) {
   if (p.dtype == Dtype::float32)
-    forward_runs<float>(p, begin, end);
+    forward_runs<kLevel, float>(p, begin, end);
   else
-    forward_runs<BFloat16>(p, begin, end);
+    forward_runs<kLevel, BFloat16>(p, begin, end);
 }
 
 // What a thread needs for the rows of a backward pass.
@@ -157,13 +160,13 @@ struct Backward {
   Buffer a, b, grad, dx, strip;
 };
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void backward_rows(const GroupedLowRankBackwardParams& p, const float* b, const float* a, int64_t row,
                                 int64_t rows, Backward& s) {
   const int64_t rank = p.rank;
   float* dhidden = p.dhidden + row * rank;
   const float* grad = as_floats(static_cast<const T*>(p.grad) + row * p.columns, rows * p.columns, s.grad.get());
-  shrink(grad, rows, p.columns, b, rank, p.scale, s.strip.get(), dhidden);
+  shrink<kLevel>(grad, rows, p.columns, b, rank, p.scale, s.strip.get(), dhidden);
   if (p.dgate) {
     const T* hidden = static_cast<const T*>(p.hidden) + row * rank;
     for (int64_t i = 0; i < rows * rank; ++i) p.dgate[row * rank + i] = dhidden[i] * to_float(hidden[i]);
@@ -173,13 +176,16 @@ PEFTK_INLINE void backward_rows(const GroupedLowRankBackwardParams& p, const flo
   T* dx = static_cast<T*>(p.dx) + row * p.depth;
   float* sums = s.dx.get();
   if constexpr (std::is_same_v<T, float>) sums = dx;
-  std::memset(sums, 0, sizeof(float) * rows * p.depth);
-  expand(dhidden, rows, rank, a, p.depth, sums);
+  if (!p.add_dx)
+    std::memset(sums, 0, sizeof(float) * rows * p.depth);
+  else if (static_cast<void*>(sums) != dx)
+    for (int64_t i = 0; i < rows * p.depth; ++i) sums[i] = to_float(dx[i]);
+  expand<kLevel>(dhidden, rows, rank, a, p.depth, sums);
   if constexpr (!std::is_same_v<T, float>)
     for (int64_t i = 0; i < rows * p.depth; ++i) from_float(sums[i], dx[i]);
 }
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void backward_runs(const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t most = chunk_rows(p.depth > p.columns ? p.depth : p.columns), rank = p.rank;
   const bool copies = !std::is_same_v<T, float>, aligned = rank % kLanes == 0;
@@ -195,7 +201,7 @@ PEFTK_INLINE void backward_runs(const GroupedLowRankBackwardParams& p, int64_t b
     if (group == p.groups) {
       std::memset(p.dhidden + row * rank, 0, sizeof(float) * rows * rank);
       if (p.dgate) std::memset(p.dgate + row * rank, 0, sizeof(float) * rows * rank);
-      if (p.dx) std::memset(static_cast<T*>(p.dx) + row * p.depth, 0, sizeof(T) * rows * p.depth);
+      if (p.dx && !p.add_dx) std::memset(static_cast<T*>(p.dx) + row * p.depth, 0, sizeof(T) * rows * p.depth);
     } else {
       const float* b = p.b + group * p.columns * rank;
       if (!aligned) {
@@ -204,18 +210,19 @@ PEFTK_INLINE void backward_runs(const GroupedLowRankBackwardParams& p, int64_t b
       }
       if (p.dx) pack_strips_cpu(p.a + group * rank * p.depth, p.depth, 1, rank, p.depth, 1.0f, s.a.get());
       for (int64_t at = row; at < run.last; at += most)
-        backward_rows<T>(p, b, s.a.get(), at, smaller(most, run.last - at), s);
+        backward_rows<kLevel, T>(p, b, s.a.get(), at, smaller(most, run.last - at), s);
     }
     row = run.last;
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void grouped_low_rank_backward_cpu_body(const GroupedLowRankBackwardParams& p, int64_t begin,
                                                      int64_t end) {
   if (p.dtype == Dtype::float32)
-    backward_runs<float>(p, begin, end);
+    backward_runs<kLevel, float>(p, begin, end);
   else
-    backward_runs<BFloat16>(p, begin, end);
+    backward_runs<kLevel, BFloat16>(p, begin, end);
 }
 
 struct Factors {
@@ -225,7 +232,7 @@ struct Factors {
 // s.sum (rank, kGroupedColumns) = h (rows of a group, rank).T @ x (the same rows, width columns from the first one on),
 // with h times the gate where `gates`. The sum of every so many rows is a part of its own, so that the error grows with
 // neither number alone.
-template <typename H, typename T>
+template <CpuLevel kLevel, typename H, typename T>
 PEFTK_INLINE void outer(const H* h, const float* gate, const T* x, int64_t ld, int64_t width, int64_t rank,
                         int64_t first, int64_t last, Factors& s) {
   const int64_t numbers = rank * kGroupedColumns;
@@ -240,7 +247,7 @@ PEFTK_INLINE void outer(const H* h, const float* gate, const T* x, int64_t ld, i
         from = s.hidden.get();
       }
       load_tile(x + row * ld, ld, rows, width, s.tile.get(), kGroupedColumns);
-      product({from, 1, rank}, s.tile.get(), kGroupedColumns, s.part.get(), kGroupedColumns, rank, padded(width), rows,
+      product<kLevel>({from, 1, rank}, s.tile.get(), kGroupedColumns, s.part.get(), kGroupedColumns, rank, padded(width), rows,
               row > start);
     }
     // Where the tile is narrow, its last columns are nobody's.
@@ -248,7 +255,7 @@ PEFTK_INLINE void outer(const H* h, const float* gate, const T* x, int64_t ld, i
   }
 }
 
-template <typename T>
+template <CpuLevel kLevel, typename T>
 PEFTK_INLINE void factor_tasks(const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t rank = p.rank, split = p.db ? grouped_tiles(p.columns) * p.groups : 0;
   Factors s{Buffer(new float[kTileRows * rank]), Buffer(new float[kTileRows * kGroupedColumns]),
@@ -260,14 +267,14 @@ PEFTK_INLINE void factor_tasks(const GroupedLowRankBackwardParams& p, int64_t be
     const int64_t width = smaller(kGroupedColumns, columns - column);
     const int64_t first = group ? p.ends[group - 1] : 0, last = p.ends[group];
     if (of_b) {
-      outer(static_cast<const T*>(p.hidden), p.gate, static_cast<const T*>(p.grad) + column, columns, width, rank,
+      outer<kLevel>(static_cast<const T*>(p.hidden), p.gate, static_cast<const T*>(p.grad) + column, columns, width, rank,
             first, last, s);
       float* db = p.db + (group * columns + column) * rank;
       for (int64_t i = 0; i < width; ++i)
         for (int64_t j = 0; j < rank; ++j) db[i * rank + j] = s.sum[j * kGroupedColumns + i] * p.scale;
     } else {
       // The gate is part of `dhidden` already.
-      outer(static_cast<const float*>(p.dhidden), nullptr, static_cast<const T*>(p.x) + column, columns, width, rank,
+      outer<kLevel>(static_cast<const float*>(p.dhidden), nullptr, static_cast<const T*>(p.x) + column, columns, width, rank,
             first, last, s);
       float* da = p.da + group * rank * columns + column;
       for (int64_t j = 0; j < rank; ++j)
@@ -276,19 +283,20 @@ PEFTK_INLINE void factor_tasks(const GroupedLowRankBackwardParams& p, int64_t be
   }
 }
 
+template <CpuLevel kLevel>
 PEFTK_INLINE void grouped_low_rank_factors_cpu_body(const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end) {
   if (p.dtype == Dtype::float32)
-    factor_tasks<float>(p, begin, end);
+    factor_tasks<kLevel, float>(p, begin, end);
   else
-    factor_tasks<BFloat16>(p, begin, end);
+    factor_tasks<kLevel, BFloat16>(p, begin, end);
 }
 
 }  // namespace
 
-PEFTK_KERNEL(grouped_low_rank_cpu, (const GroupedLowRankParams& p, int64_t begin, int64_t end), (p, begin, end))
-PEFTK_KERNEL(grouped_low_rank_backward_cpu, (const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end),
+PEFTK_LEVEL_KERNEL(grouped_low_rank_cpu, (const GroupedLowRankParams& p, int64_t begin, int64_t end), (p, begin, end))
+PEFTK_LEVEL_KERNEL(grouped_low_rank_backward_cpu, (const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end),
              (p, begin, end))
-PEFTK_KERNEL(grouped_low_rank_factors_cpu, (const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end),
+PEFTK_LEVEL_KERNEL(grouped_low_rank_factors_cpu, (const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end),
              (p, begin, end))
 
 }  // namespace peftk

@@ -22,34 +22,87 @@ if TYPE_CHECKING:
     from .lora import LowRank
 
 
-def norms(base: Any, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """Return the norms of the rows of ``W + scale * B A``, (out,), through which no gradient passes."""
+def norms(base: Any, a: Tensor, b: Tensor, scale: float | Tensor, of_inputs: bool = False) -> Tensor:
+    """Return the norms of the rows of ``W + scale * B A``, (out,), through which no gradient passes.
+
+    With `of_inputs` those of its columns, (in,), a column of a convolution being what reads one channel.
+    """
     # A quantised weight is made dense for each pass: what is kept of it between them would be as large as it is.
     weight = rows_of(base, base.weight) if opaque_weight(base) is None else dequantised(base)
+    if of_inputs:
+        return _column_norms(weight.detach(), a.detach(), b.detach(), scale)
     if weight.dim() > 2 and channels_last(weight):
         # The order of the columns changes no norm, and this one copies no weight.
         weight, a = weight.movedim(1, -1), a.movedim(1, -1)
     return F.dora_norm(weight.flatten(1), a.flatten(1), b.flatten(1), scale)
 
 
+def _column_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    if weight.dim() == 2:
+        return F.dora_norm(weight.mT, b.mT, a.mT, scale)
+    dtype = wide(weight.dtype)
+    update = b.flatten(1).to(dtype) @ a.flatten(1).to(dtype)
+    return _along(weight.to(dtype) + (scale * update).view(weight.shape), 1)
+
+
+def _along(weight: Tensor, dim: int) -> Tensor:
+    """Return the norms of what a weight has at each place of one dimension."""
+    return torch.linalg.vector_norm(weight, dim=[d for d in range(weight.dim()) if d != dim])
+
+
 @torch.no_grad()
-def dense_norms(base: Any, write: Callable[[Tensor], Tensor], weight: Tensor | None = None) -> Tensor:
-    """Return the norms of the rows of an adapted weight, (out,), in float32 at least.
+def dense_norms(
+    base: Any, write: Callable[[Tensor], Tensor], weight: Tensor | None = None, of_inputs: bool = False
+) -> Tensor:
+    """Return the norms of the rows of an adapted weight, (out,), or of its columns, in float32 at least.
 
     Args:
         base: The layer.
         write: Returns its weight, (out, in) or (out, in, *kernel), with an adapter in it.
         weight: What stands for that weight where others are merged into it; None means the weight itself.
+        of_inputs: Whether to return the norms of the columns, (in,), of a convolution in groups (in / groups,).
     """
     if weight is None:
         weight = rows_of(base, base.weight) if opaque_weight(base) is None else dequantised(base)
-    return torch.linalg.vector_norm(write(weight.detach().to(wide(weight.dtype))).flatten(1), dim=1)
+    return _along(write(weight.detach().to(wide(weight.dtype))), 1 if of_inputs else 0)
 
 
 class _Gained(Protocol):
     @property
     def gain(self) -> Tensor | None:
         """A factor of every output, (out,), or None."""
+
+    @property
+    def input_gain(self) -> Tensor | None:
+        """A factor of every input, (in,), or None."""
+
+
+def with_scaled_inputs(x: Tensor, adapters: Sequence[_Gained], dim: int = -1, groups: int = 1) -> Tensor:
+    """Return the input of a layer as its adapter reads it whose magnitudes are those of inputs; else the input itself.
+
+    Args:
+        x: The input.
+        adapters: All that act on the layer.
+        dim: Where its channels are.
+        groups: Those of a convolution, which share the factors.
+
+    Raises:
+        ValueError: There are such magnitudes, and more than one adapter.
+    """
+    gains = [adapter.input_gain for adapter in adapters if adapter.input_gain is not None]
+    if not gains:
+        return x
+    check_alone(adapters)
+    return F.scale_channels(x, gains[0].repeat(groups), dim=dim)
+
+
+def check_alone(adapters: Sequence[object]) -> None:
+    """Raise ValueError if there is more than one adapter, where one has magnitudes of inputs."""
+    if len(adapters) > 1:
+        raise ValueError(
+            f"dora_inputs: an adapter with magnitudes of inputs changes what the others read; expected it alone, got "
+            f"{len(adapters)} adapters on one layer: activate or merge it without others"
+        )
 
 
 G = TypeVar("G", bound=_Gained)
@@ -70,22 +123,24 @@ def rescaled(base: Any, result: Tensor, gain: Tensor | None) -> Tensor:
     return result if gain is None else F.scale_channels(result, gain, base.bias)
 
 
-def rescaled_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
-    """Scale the rows of a weight, (out, in) or (out, in, *kernel), with a gain in float32 at least."""
+def rescaled_weight(weight: Tensor, gain: Tensor | None, dim: int = 0) -> Tensor:
+    """Scale the rows of a weight, (out, in) or (out, in, *kernel), or its columns, with a gain in float32 at least."""
     if gain is None:
         return weight
-    return (weight * gain.to(wide(weight.dtype)).view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+    places = [1] * weight.dim()
+    places[dim] = -1
+    return (weight * gain.to(wide(weight.dtype)).view(places)).to(weight.dtype)
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """Return ``magnitude / norms``, (out,), through which no gradient reaches the norms; a zero row is left alone."""
-    magnitude = magnitude.view(-1)
+    magnitude = magnitude.reshape(-1)
     norms = norms.detach().to(magnitude.dtype)
     return magnitude / torch.where(norms == 0, torch.ones_like(norms), norms)
 
 
 def gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
-    """Return DoRA's factor of every output of a layer with an adapter, (out,).
+    """Return DoRA's factor of every output of a layer with an adapter, (out,), or of every input, (in,).
 
     Where nothing is recorded, it is what an earlier call has found, if neither the parameters nor the weight have
     changed since: checksums of the weight take a sixth of the time of its norms.
@@ -96,7 +151,7 @@ def gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
 
 def _gain_of(base: nn.Module, adapter: LowRank) -> Tensor:
     assert adapter.magnitude is not None
-    return gain(adapter.magnitude, norms(base, adapter.a, adapter.b, adapter.scale))
+    return gain(adapter.magnitude, norms(base, adapter.a, adapter.b, adapter.scale, adapter.of_inputs))
 
 
 class _Known(NamedTuple):
@@ -150,7 +205,7 @@ def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None, base: nn.Module, 
         base: The layer.
         adapter: The adapter, with magnitudes.
     """
-    a, b, scale, gate, extra, p, magnitude, kept = adapter
+    a, b, scale, gate, extra, p, magnitude, kept = adapter[:8]
     if kept is None or magnitude is None or type(scale) is not float or p > 0:
         return None
     if gate is not None or extra is not None or not few(x, x.shape[-1], RESCALED):

@@ -31,6 +31,7 @@ class Hadamard(NamedTuple):
         t2: That of the second one.
         rows: (out,), a factor for every row of the update, which dropout makes; or None.
         gain: (out,), a factor for every output but its bias, which DoRA's magnitudes make; or None.
+        input_gain: (in,), a factor for every input, which magnitudes of inputs make; or None. Such an adapter acts alone.
     """
 
     w1_a: Tensor
@@ -42,6 +43,7 @@ class Hadamard(NamedTuple):
     t2: Tensor | None = None
     rows: Tensor | None = None
     gain: Tensor | None = None
+    input_gain: Tensor | None = None
 
 
 def factors(adapter: Hadamard, dtype: torch.dtype | None = None) -> Factors:
@@ -72,6 +74,7 @@ def linear(
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
+    x = dora.with_scaled_inputs(x, adapters)
     first, *others = dora.runs(adapters)
     y = dora.rescaled(base, _linear(base, x, first, args, kwargs), first[-1].gain)
     for run in others:
@@ -123,6 +126,7 @@ def conv(
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
+    x = dora.with_scaled_inputs(x, adapters, -len(base.kernel_size) - 1, base.groups)
     written: list[tuple[float, bool]] = []
     values: list[Tensor] = []
     added: list[tuple[float, Factors]] = []
@@ -177,12 +181,13 @@ def update(adapter: Hadamard, shape: Sequence[int]) -> Tensor:
 def merged(weight: Tensor, adapter: Hadamard) -> Tensor:
     """Return a weight, (out, in) or (out, in, *kernel), with one adapter in it."""
     result = F.hadamard_weight(weight, *factors(adapter, weight.dtype), adapter.scale)
-    return dora.rescaled_weight(result, adapter.gain)
+    return dora.rescaled_weight(dora.rescaled_weight(result, adapter.gain), adapter.input_gain, 1)
 
 
-def norms(base: nn.Module, adapter: Hadamard, weight: Tensor | None = None) -> Tensor:
+def norms(base: nn.Module, adapter: Hadamard, weight: Tensor | None = None, of_inputs: bool = False) -> Tensor:
     """Return the norms of the rows of the weight with an adapter in it, (out,), without dropout and gain.
 
     The arguments: `dora.dense_norms`.
     """
-    return dora.dense_norms(base, lambda weight: merged(weight, adapter._replace(rows=None, gain=None)), weight)
+    plain = adapter._replace(rows=None, gain=None, input_gain=None)
+    return dora.dense_norms(base, lambda weight: merged(weight, plain), weight, of_inputs)

@@ -27,6 +27,7 @@ class Kronecker(NamedTuple):
         scale: A number, or a tensor of one number.
         kept: (out,), which rows of the update stay in this pass; None for all of them.
         gain: (out,), a factor for every output but its bias, which DoRA's magnitudes make; or None.
+        input_gain: (in,), a factor for every input, which magnitudes of inputs make; or None. Such an adapter acts alone.
 
     A w2 of three dimensions, (k, n, taps), stands for Hugging Face PEFT's update of an nn.Conv1d, whose numbers lie
     elsewhere than in a Kronecker product: those of ``kron(w1, w2[i])``, (l * n, m * taps), for one i after the other,
@@ -38,6 +39,7 @@ class Kronecker(NamedTuple):
     scale: float | Tensor
     kept: Tensor | None = None
     gain: Tensor | None = None
+    input_gain: Tensor | None = None
 
     @property
     def reordered(self) -> bool:
@@ -92,6 +94,7 @@ def linear(
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
+    x = dora.with_scaled_inputs(x, adapters)
     first, *others = dora.runs(adapters)
     y = dora.rescaled(base, _linear(base, x, first, args, kwargs), first[-1].gain)
     for run in others:
@@ -166,6 +169,7 @@ def conv(
         args: Further arguments of the base layer.
         kwargs: Its keyword arguments.
     """
+    x = dora.with_scaled_inputs(x, adapters, -len(base.kernel_size) - 1, base.groups)
     values: list[Tensor] = []
     written = []
     for adapter in adapters:
@@ -217,12 +221,14 @@ def merged(weight: Tensor, adapter: Kronecker) -> Tensor:
     """Return a weight, (out, in) or (out, in, *kernel), with one adapter in it."""
     (w1, scale), w2 = _scaled(adapter, weight.dtype), second(adapter, weight.dtype)
     filters = _with_product(weight.flatten(1), w1, w2, scale, _slices(adapter))
-    return dora.rescaled_weight(filters, adapter.gain).view(weight.shape)
+    changed = dora.rescaled_weight(filters, adapter.gain).view(weight.shape)
+    return dora.rescaled_weight(changed, adapter.input_gain, 1)
 
 
-def norms(base: nn.Module, adapter: Kronecker, weight: Tensor | None = None) -> Tensor:
+def norms(base: nn.Module, adapter: Kronecker, weight: Tensor | None = None, of_inputs: bool = False) -> Tensor:
     """Return the norms of the rows of the weight with an adapter in it, (out,), without its gain.
 
     The adapter must be without dropout. The other arguments: `dora.dense_norms`.
     """
-    return dora.dense_norms(base, lambda weight: merged(weight, adapter._replace(gain=None)), weight)
+    plain = adapter._replace(gain=None, input_gain=None)
+    return dora.dense_norms(base, lambda weight: merged(weight, plain), weight, of_inputs)

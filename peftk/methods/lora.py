@@ -34,6 +34,7 @@ class LowRank(NamedTuple):
         dropout_p: The probability with which an element of the input is dropped; drawn from torch's generator.
         magnitude: DoRA's magnitudes, of `out` elements; or None.
         kept: Where its gain stays between calls that record nothing; or None.
+        of_inputs: Whether there is a magnitude for every input instead, of `in` elements. Such an adapter acts alone.
     """
 
     a: Tensor
@@ -44,6 +45,7 @@ class LowRank(NamedTuple):
     dropout_p: float = 0.0
     magnitude: Tensor | None = None
     kept: Kept | None = None
+    of_inputs: bool = False
 
 
 def linear(
@@ -62,6 +64,7 @@ def linear(
         (..., out) in the dtype of the base layer's output.
 
     Raises:
+        ValueError: An adapter with magnitudes of inputs is not alone.
         RuntimeError: The base layer is quantised and passes no gradient to an input that needs one.
     """
     for adapter in adapters:
@@ -119,9 +122,21 @@ def add_called(
     return result + added.to(result.dtype)
 
 
+def inputs_scaled(base: nn.Module, x: Tensor, adapters: Sequence[LowRank], dim: int = -1) -> tuple[Tensor, Any]:
+    """Scale the input by magnitudes of inputs where an adapter has them; return it, and the adapters without them."""
+    if not any(adapter.of_inputs for adapter in adapters):
+        return x, adapters
+    dora.check_alone(adapters)
+    adapter = adapters[0]
+    x = F.scale_channels(x, dora.gain_of(base, adapter), dim=dim)
+    return x, [adapter._replace(magnitude=None, kept=None, of_inputs=False)]
+
+
 def _with_magnitudes(
     base: nn.Module, x: Tensor, adapters: Sequence[LowRank], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Tensor:
+    if any(adapter.of_inputs for adapter in adapters):
+        return linear(base, *inputs_scaled(base, x, adapters), args, kwargs)
     if len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
         plain = plain_tensors(base, x, args, kwargs)
         if plain is not None and (y := dora.linear_few(x, *plain, base, adapters[0])) is not None:
@@ -293,7 +308,12 @@ def merged(
     """
     delta = update(adapter, weight.dtype)
     result = weight + delta
-    if adapter.magnitude is not None:
+    if adapter.magnitude is not None and adapter.of_inputs:
+        adapted = (weight if own is None else own.to(weight)) + delta
+        dims = [d for d in range(weight.dim()) if d != 1]
+        g = dora.gain(adapter.magnitude.to(weight.dtype), torch.linalg.vector_norm(adapted, dim=dims))
+        result = dora.rescaled_weight(result, g, 1)
+    elif adapter.magnitude is not None:
         adapted = (weight if own is None else own.to(weight)) + delta
         g = dora.gain(adapter.magnitude.to(weight.dtype), adapted.flatten(1).norm(dim=1))
         result = result * g.view(-1, *[1] * (weight.dim() - 1))

@@ -15,7 +15,7 @@ from ..ops.conv import Convolution, channels_last, convolution, convolve_frozen,
 from ..ops.dropout import Drawn, Dropout
 from . import dora
 from ._base_layer import NONE, plain_tensors
-from .lora import LowRank, mixed_bias, mixed_gate, mixed_groups, side_by_side
+from .lora import LowRank, inputs_scaled, mixed_bias, mixed_gate, mixed_groups, side_by_side
 
 
 def conv(
@@ -37,6 +37,7 @@ def conv(
     Returns:
         The output in the dtype of the base layer's.
     """
+    x, adapters = inputs_scaled(base, x, adapters, _channels(base))
     # What the base layer has just made and nobody has seen may be written to.
     fresh = plain_tensors(base, x, args, kwargs) is not None and not torch.compiler.is_compiling()
     result = base(x, *args, **kwargs)

@@ -10,7 +10,7 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..kernels.shared.grouped_low_rank import sizes_of
+from ..kernels.shared.grouped_low_rank import grouped_product, sizes_of
 from ..ops._checks import autocast_input
 from ._base_layer import observed
 
@@ -98,7 +98,7 @@ class GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """Multiply x (rows, in) by the weight (groups, in, out) of each row's group; offsets as in the operator."""
-        return _product(x, weight, offsets)
+        return grouped_product(x, weight, offsets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -113,23 +113,6 @@ class GroupedProduct(torch.autograd.Function):
         return GroupedProduct.apply(grad, weight.mT, offsets), None, None
 
 
-def _product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    if x.is_cuda and x.dtype is torch.bfloat16 and not (x.shape[1] % 8 or weight.shape[2] % 8):
-        covered = torch.arange(len(x), device=x.device) < offsets[-1]
-        product = tf.grouped_mm(x, weight.to(x.dtype), offs=offsets.int())
-        return torch.where(covered[:, None], product, 0.0)
-    y = x.new_empty(len(x), weight.shape[2])
-    start = 0
-    *sizes, others = sizes_of(offsets, len(x))
-    for group, size in enumerate(sizes):
-        if size:
-            torch.mm(x[start : start + size], weight[group].to(x.dtype), out=y[start : start + size])
-        start += size
-    if others:
-        y[start:] = 0.0
-    return y
-
-
 def _linear(
     x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool, adapters: Sequence[Stacked], bias: Tensor | None
 ) -> Tensor:
@@ -140,6 +123,9 @@ def _linear(
         y = torch.cat(
             [*(rows @ w for rows, w in zip(groups, weight, strict=True)), others @ torch.zeros_like(weight[0])]
         )
+    elif adapters and not adapters[0].dropout_p > 0:
+        (a, b, scale, _), *adapters = adapters
+        y = F.grouped_low_rank_linear(x, weight.mT, a, b, offsets, scale)
     else:
         y = GroupedProduct.apply(x, weight, offsets)
     if bias is not None:

@@ -14,7 +14,16 @@ from ..methods import dora, loha
 from ..methods.loha import Hadamard
 from ..ops import _seed
 from .base.adapter_layer import Adapter
-from .base.config import Form, PeftConfig, PeftType, check_bool, check_int, check_number, check_patterns
+from .base.config import (
+    Form,
+    PeftConfig,
+    PeftType,
+    check_bool,
+    check_dora_inputs,
+    check_int,
+    check_number,
+    check_patterns,
+)
 from .base.decomposed import Decomposed
 from .base.kinds import core_shape, weight_shape
 from .base.merging import Merged
@@ -45,6 +54,7 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
         modules_to_save: As in `LoraConfig`.
         use_dora: Give every output a magnitude of its own, as DoRA does for LoRA. Hugging Face PEFT does not have this:
             such an adapter cannot be read by it.
+        dora_inputs: Give every input a magnitude instead, or every input channel. Such an adapter acts alone.
 
     Source: Hyeon-Woo et al., FedPara: Low-rank Hadamard Product for Communication-Efficient Federated Learning,
     arXiv 2108.06098; the form for images: Yeh et al., Navigating Text-To-Image Customization, arXiv 2309.14859.
@@ -69,14 +79,24 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     use_dora: bool = False
+    dora_inputs: bool = False
 
     _forms = (
         Form("LoHa", {"r": 2}),
         Form("LoHa with DoRA", {"r": 2, "use_dora": True}),
         Form("LoHa, Tucker", {"r": 2, "use_effective_conv2d": True}, ("Conv1d", "Conv2d", "Conv3d")),
     )
-    _meaning = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d", "modules_to_save", "use_dora")
-    _only_here = frozenset({"use_dora"})
+    _meaning = (
+        "r",
+        "alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_effective_conv2d",
+        "modules_to_save",
+        "use_dora",
+        "dora_inputs",
+    )
+    _only_here = frozenset({"use_dora", "dora_inputs"})
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -88,6 +108,7 @@ class LoHaConfig(PeftConfig, method=PeftType.LOHA):
         check_bool("use_effective_conv2d", self.use_effective_conv2d)
         check_bool("init_weights", self.init_weights)
         check_bool("use_dora", self.use_dora)
+        check_dora_inputs(self)
         check_patterns(self, MAX_RANK, MAX_ALPHA)
         self._check_targets()
 
@@ -103,7 +124,8 @@ class LoHaLinear(Decomposed):
     `hada_w2_b.<name>` (r, in). Ranks up to about a fourth of the square root of the layer's size run as one low-rank
     product of rank ``r * r``; larger ones are written into the weight, tile by tile. With `use_dora` also
     `hada_magnitude_vector.<name>` (out,), and the output without its bias is scaled by ``m / ||W + update||``, row by
-    row, through whose norm no gradient passes and for which nothing is dropped.
+    row, through whose norm no gradient passes and for which nothing is dropped. With `dora_inputs` the magnitudes are
+    (1, in), and the input is scaled by ``m / ||W + update||``, column by column.
 
     Args:
         base_layer: The nn.Linear to adapt; it is frozen.
@@ -128,7 +150,7 @@ class LoHaLinear(Decomposed):
     magnitudes = "hada_magnitude_vector"
     adapter_layer_names = (*_PAIRS, *_CORES, magnitudes)
     parameter_names = frozenset(adapter_layer_names)
-    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "use_dora")
+    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "use_dora", "dora_inputs")
     config_class = LoHaConfig
     update_fields = {"r": "r", "alpha": "alpha"}  # noqa: RUF012 - a ClassVar of the base
 
@@ -143,13 +165,14 @@ class LoHaLinear(Decomposed):
                 if name != "hada_w2_b" or not config.init_weights:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         if config.use_dora:
-            parts[cls.magnitudes] = nn.Parameter(torch.zeros(weight_shape(base_layer)[0]))
-        settings = {name: getattr(config, name) for name in ("rank_dropout", "module_dropout", "use_dora")}
+            parts[cls.magnitudes] = nn.Parameter(torch.zeros(cls._number_of_magnitudes(base_layer, config)))
+        settings = {name: getattr(config, name) for name in cls.other_param_names[3:]}
         return Adapter({**parts}, {"r": r, "alpha": alpha, "scaling": alpha / r, **settings})
 
     @classmethod
     def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
-        return loha.norms(base_layer, _hadamard(adapter.parts, adapter.settings["scaling"]))
+        described = _hadamard(adapter.parts, adapter.settings["scaling"])
+        return loha.norms(base_layer, described, of_inputs=adapter.settings["dora_inputs"])
 
     @classmethod
     def _shapes(cls, base_layer: Any, config: LoHaConfig, r: int) -> dict[str, tuple[int, ...]]:
@@ -168,12 +191,12 @@ class LoHaLinear(Decomposed):
         held = {container: getattr(self, container) for container in (*_PAIRS, *_CORES)}
         adapter = _hadamard({c: parts[name] for c, parts in held.items() if name in parts}, self.scaling[name])
         rows = self._draw(name) if drop else None
-        gain = None
+        gain, of_inputs = None, self.dora_inputs[name]
         if self.use_dora[name]:
-            gain = dora.gain(self.hada_magnitude_vector[name], loha.norms(self.base_layer, adapter, weight))
+            gain = dora.gain(self.hada_magnitude_vector[name], loha.norms(self.base_layer, adapter, weight, of_inputs))
             # Where the whole update is dropped the layer is the base layer.
             gain = gain if rows is None else torch.where(rows.any().to(gain.device), gain, torch.ones_like(gain))
-        return adapter._replace(rows=rows, gain=gain)
+        return adapter._replace(rows=rows, **{"input_gain" if of_inputs else "gain": gain})
 
     def _draw(self, name: str) -> Tensor | None:
         """Draw a factor for every row of the update in this pass: None for no dropout."""
@@ -195,7 +218,9 @@ class LoHaLinear(Decomposed):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of one adapter, like the weight, without dropout and DoRA's scaling."""
-        return loha.update(self.hadamard(adapter, drop=False)._replace(gain=None), weight_shape(self.base_layer))
+        return loha.update(
+            self.hadamard(adapter, drop=False)._replace(gain=None, input_gain=None), weight_shape(self.base_layer)
+        )
 
     def _merge_into(self, tensors: Merged, name: str) -> None:
         weight = tensors["weight"]

@@ -23,6 +23,7 @@ from .base.config import (
     PeftType,
     check_bool,
     check_choice,
+    check_dora_inputs,
     check_int,
     check_number,
     check_patterns,
@@ -72,6 +73,7 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         modules_to_save: As in `LoraConfig`.
         use_dora: Give every output a magnitude of its own, as DoRA does for LoRA. Hugging Face PEFT does not have this:
             such an adapter cannot be read by it.
+        dora_inputs: Give every input a magnitude instead, or every input channel. Such an adapter acts alone.
 
     Source: Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation,
     arXiv 2309.14859; Edalati et al., KronA, arXiv 2212.10650.
@@ -99,6 +101,7 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     use_dora: bool = False
+    dora_inputs: bool = False
 
     _forms = (
         Form("LoKr", {"r": 8, "decompose_factor": 4}),
@@ -115,8 +118,9 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         "decompose_factor",
         "modules_to_save",
         "use_dora",
+        "dora_inputs",
     )
-    _only_here = frozenset({"use_dora"})
+    _only_here = frozenset({"use_dora", "dora_inputs"})
 
     # What `settle_with_file` found: (outputs, numbers in a filter) to the pairs l, m of such layers in the file.
     # Without annotations, which would make them fields.
@@ -132,6 +136,7 @@ class LoKrConfig(PeftConfig, method=PeftType.LOKR):
         check_number("module_dropout", self.module_dropout, 0, 1)
         for name in ("use_effective_conv2d", "decompose_both", "rank_dropout_scale", "use_dora"):
             check_bool(name, getattr(self, name))
+        check_dora_inputs(self)
         if self.decompose_factor != -1 or isinstance(self.decompose_factor, bool):
             check_int("decompose_factor", self.decompose_factor, 1, MAX_DECOMPOSE_FACTOR)
         check_choice("init_weights", self.init_weights, (True, False, "lycoris"))
@@ -224,7 +229,8 @@ class LoKrLinear(Decomposed):
     Parameters per adapter: `lokr_w1.<name>` (l, m), or `lokr_w1_a` (l, r) and `lokr_w1_b` (r, m); `lokr_w2.<name>`
     (k, n), or `lokr_w2_a` (k, r) and `lokr_w2_b` (r, n). With `use_dora` also `lokr_magnitude_vector.<name>` (out,),
     and the output without its bias is scaled by ``m / ||W + update||``, row by row, through whose norm no gradient
-    passes and for which nothing is dropped.
+    passes and for which nothing is dropped. With `dora_inputs` the magnitudes are (1, in), and the input is scaled by
+    ``m / ||W + update||``, column by column.
 
     Args:
         base_layer: The nn.Linear to adapt; it is frozen.
@@ -249,7 +255,10 @@ class LoKrLinear(Decomposed):
     magnitudes = "lokr_magnitude_vector"
     adapter_layer_names = (*_W1, *_W2, magnitudes)
     parameter_names = frozenset(adapter_layer_names)
-    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "rank_dropout_scale", "use_dora")
+    other_param_names = (
+        *("r", "alpha", "scaling"),
+        *("rank_dropout", "module_dropout", "rank_dropout_scale", "use_dora", "dora_inputs"),
+    )
     config_class = LoKrConfig
     update_fields = {"r": "r", "alpha": "alpha"}  # noqa: RUF012 - a ClassVar of the base
 
@@ -267,13 +276,14 @@ class LoKrLinear(Decomposed):
                 if name not in zero[config.init_weights]:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         if config.use_dora:
-            parts[cls.magnitudes] = nn.Parameter(torch.zeros(weight_shape(base_layer)[0]))
+            parts[cls.magnitudes] = nn.Parameter(torch.zeros(cls._number_of_magnitudes(base_layer, config)))
         settings = {name: getattr(config, name) for name in cls.other_param_names[3:]}
         return Adapter({**parts}, {"r": r, "alpha": alpha, "scaling": alpha / r, **settings})
 
     @classmethod
     def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
-        return lokr.norms(base_layer, _kronecker(adapter.parts, adapter.settings["scaling"]))
+        described = _kronecker(adapter.parts, adapter.settings["scaling"])
+        return lokr.norms(base_layer, described, of_inputs=adapter.settings["dora_inputs"])
 
     def kronecker(self, name: str, drop: bool = True, weight: Tensor | None = None) -> Kronecker:
         """Return the tensors and settings of one adapter, as its arithmetic takes them.
@@ -286,12 +296,13 @@ class LoKrLinear(Decomposed):
         held = {container: getattr(self, container) for container in (*_W1, *_W2)}
         adapter = _kronecker({c: parts[name] for c, parts in held.items() if name in parts}, self.scaling[name])
         kept = self._draw(name) if drop else None
-        gain = None
+        gain, of_inputs = None, self.dora_inputs[name]
         if self.use_dora[name]:
-            gain = dora.gain(self.lokr_magnitude_vector[name], lokr.norms(self.base_layer, adapter, weight))
+            gain = dora.gain(self.lokr_magnitude_vector[name], lokr.norms(self.base_layer, adapter, weight, of_inputs))
             # Where the whole update is dropped the layer is the base layer.
             gain = gain if kept is None else torch.where(kept.any(), gain, torch.ones_like(gain))
-        return adapter._replace(scale=self._scale(name, kept), kept=kept, gain=gain)
+        made = {"input_gain" if of_inputs else "gain": gain}
+        return adapter._replace(scale=self._scale(name, kept), kept=kept, **made)
 
     def _draw(self, name: str) -> Tensor | None:
         """Draw which rows of the update stay in this pass: None for all of them."""
@@ -319,7 +330,9 @@ class LoKrLinear(Decomposed):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of one adapter, like the weight, without dropout and DoRA's scaling."""
-        return lokr.update(self.kronecker(adapter, drop=False)._replace(gain=None), weight_shape(self.base_layer))
+        return lokr.update(
+            self.kronecker(adapter, drop=False)._replace(gain=None, input_gain=None), weight_shape(self.base_layer)
+        )
 
     def _merge_into(self, tensors: Merged, name: str) -> None:
         weight = tensors["weight"]

@@ -12,10 +12,10 @@ from ..kernels.shared.wide import wide
 from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import run_backward
-from ._checks import autocast_input, cast, check_scale, check_shape, check_tensor, fold_zero
+from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor, fold_zero
 from .plain import ordinary
 
-__all__ = ["grouped_low_rank_add"]
+__all__ = ["grouped_low_rank_add", "grouped_low_rank_linear"]
 
 
 def _check_offsets(offsets: object, x: Tensor, groups: int) -> None:
@@ -31,13 +31,13 @@ def _check_offsets(offsets: object, x: Tensor, groups: int) -> None:
     check_shape("offsets", offsets, (groups,), "(groups,)")
 
 
-def _check_groups(base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> None:
+def _check_groups(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> None:
     check_tensor("x", x)
     if x.dim() != 2:
         raise ValueError(f"x: expected 2 dimensions, (rows, in_features); got shape {tuple(x.shape)}")
     check_tensor("a", a, like=x)
     check_tensor("b", b, like=x)
-    rows, features = x.shape
+    features = x.shape[1]
     if a.dim() != 3 or a.shape[2] != features or 0 in a.shape[:2]:
         raise ValueError(
             f"a: expected shape (groups, rank, in_features) = (groups, rank, {features}) with groups, rank >= 1; "
@@ -45,25 +45,35 @@ def _check_groups(base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor
         )
     groups, rank, _ = a.shape
     check_shape("b", b, (groups, None, rank), "(groups, out_features, rank)")
-    check_tensor("base", base, like=x)
-    check_shape("base", base, (rows, b.shape[1]), "(rows, out_features)")
     _check_offsets(offsets, x, groups)
 
 
-def _fits_groups(base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> bool:
-    """Say cheaply whether the arguments are right; `_check_groups` finds out what is wrong."""
+def _check_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> None:
+    _check_groups(x, a, b, offsets)
+    check_tensor("base", base, like=x)
+    check_shape("base", base, (x.shape[0], b.shape[1]), "(rows, out_features)")
+
+
+def _check_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> None:
+    _check_groups(x, a, b, offsets)
+    check_tensor("weight", weight, like=x)
+    check_frozen("weight", weight)
+    check_shape("weight", weight, (*b.shape[:2], x.shape[1]), "(groups, out_features, in_features)")
+
+
+def _fits_groups(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> bool:
+    """Say cheaply whether the arguments of both operators are right; `_check_groups` finds out what is wrong."""
     try:
-        (groups, rank, features), (of_b, out, columns), (rows, width) = a.shape, b.shape, x.shape
+        (groups, rank, features), (of_b, _, columns), (_, width) = a.shape, b.shape, x.shape
         return (
             groups == of_b > 0
             and rank == columns > 0
             and features == width
-            and base.shape == (rows, out)
             and offsets.shape == (groups,)
             and offsets.dtype in (torch.int64, torch.int32)
             and offsets.layout is torch.strided
             and offsets.device == x.device
-            and ordinary(x, a, b, base)
+            and ordinary(x, a, b)
         )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
@@ -96,20 +106,47 @@ def _prepare_add(
     *,
     gate: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    if not _fits_groups(base, x, a, b, offsets):
-        _check_groups(base, x, a, b, offsets)
+    if not (_fits_groups(x, a, b, offsets) and ordinary(x, base) and base.shape == (x.shape[0], b.shape[1])):
+        _check_add(base, x, a, b, offsets)
+    return base, *_prepare_adapter(x, a, b, offsets, scale, gate)
+
+
+def _prepare_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    gate: Tensor | None = None,
+) -> tuple[Any, ...]:
+    if not (
+        _fits_groups(x, a, b, offsets)
+        and ordinary(x, weight)
+        and not weight.requires_grad
+        and weight.shape == (*b.shape[:2], x.shape[1])
+    ):
+        _check_linear(x, weight, a, b, offsets)
+    x, *adapter = _prepare_adapter(x, a, b, offsets, scale, gate)
+    return x, weight, *adapter
+
+
+def _prepare_adapter(
+    x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scale: float | Tensor, gate: Tensor | None
+) -> tuple[Any, ...]:
     if gate is not None:
         check_tensor("gate", gate, like=x)
         check_shape("gate", gate, (x.shape[0], a.shape[1]), "(rows, rank)")
     b, number = _scaled(b, scale, x)
     x = autocast_input(x)
     gate = cast(gate, torch.float64 if x.dtype is torch.float64 else torch.float32)
-    return base, x, a, b, offsets, gate, number
+    return x, a, b, offsets, gate, number
 
 
-def _rounded(base: Tensor, x: Tensor, a: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
-    """Return the arguments of the operator, the factors in the dtype of x."""
-    return base, x, cast(a, x.dtype), cast(b, x.dtype), *others
+def _rounded(first: Tensor, second: Tensor, a: Tensor, b: Tensor, *others: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return the arguments of an operator, the factors in the dtype of x."""
+    return first, second, cast(a, dtype), cast(b, dtype), *others
 
 
 def _flops(_base: object, x: torch.Size, a: torch.Size, b: torch.Size, *_args: object, **_kw: object) -> int:
@@ -122,15 +159,25 @@ def _backward_flops(
     return 4 * x[0] * a[1] * (a[2] + b[1])
 
 
-def _fake_backward(
-    grad: Tensor,
+def _linear_flops(x: torch.Size, weight: torch.Size, *adapter: Any, **keywords: object) -> int:
+    return 2 * x[0] * weight[1] * weight[2] + _flops(None, x, *adapter, **keywords)
+
+
+def _linear_backward_flops(
+    grad: torch.Size, x: torch.Size, hidden: object, weight: torch.Size, *adapter: Any, **keywords: object
+) -> int:
+    needs_x = bool(adapter[5]) if len(adapter) > 5 else True
+    base = 2 * x[0] * weight[1] * weight[2] if needs_x else 0
+    return base + _backward_flops(grad, x, hidden, *adapter, **keywords)
+
+
+def _gradients(
     x: Tensor,
-    hidden: Tensor,
     a: Tensor,
     b: Tensor,
-    offsets: Tensor,
+    _offsets: Tensor,
     gate: Tensor | None,
-    scale: float,
+    _scale: float,
     need_x: bool,
     need_a: bool,
     need_b: bool,
@@ -144,30 +191,65 @@ def _fake_backward(
     )
 
 
+def _rounded_add(base: Tensor, x: Tensor, *adapter: Any) -> tuple[Any, ...]:
+    return _rounded(base, x, *adapter, dtype=x.dtype)
+
+
+def _rounded_linear(x: Tensor, weight: Tensor, *adapter: Any) -> tuple[Any, ...]:
+    return _rounded(x, weight, *adapter, dtype=x.dtype)
+
+
+_ADAPTER = "Tensor a, Tensor b, Tensor offsets, Tensor? gate, float scale"
+_NEEDS = "bool need_x, bool need_a, bool need_b, bool need_gate"
+
 _add = registry.define(
     "grouped_low_rank",
-    "grouped_low_rank_add(Tensor base, Tensor x, Tensor a, Tensor b, Tensor offsets, Tensor? gate, float scale)"
-    " -> (Tensor, Tensor)",
+    f"grouped_low_rank_add(Tensor base, Tensor x, {_ADAPTER}) -> (Tensor, Tensor)",
     fake=lambda base, x, a, *_: (base.new_empty(base.shape), x.new_empty(x.shape[0], a.shape[1])),
     flops=_flops,
     bucket=lambda base, x, a, b, *_: power_bucket(x.shape[0], b.shape[1], a.shape[2], a.shape[1], a.shape[0]),
-    prepare=lambda *args, **kwargs: _rounded(*_prepare_add(*args, **kwargs)),
+    prepare=lambda base, x, *args, **kwargs: _rounded_add(*_prepare_add(base, x, *args, **kwargs)),
 )
 
 _add_backward = registry.define(
     "grouped_low_rank",
-    "grouped_low_rank_add_backward(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor offsets,"
-    " Tensor? gate, float scale, bool need_x, bool need_a, bool need_b, bool need_gate)"
+    f"grouped_low_rank_add_backward(Tensor grad, Tensor x, Tensor hidden, {_ADAPTER}, {_NEEDS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
+    fake=lambda grad, x, hidden, *adapter: _gradients(x, *adapter),
     flops=_backward_flops,
     bucket=lambda grad, x, hidden, a, b, *_: power_bucket(x.shape[0], b.shape[1], a.shape[2], a.shape[1], a.shape[0]),
+)
+
+_linear = registry.define(
+    "grouped_low_rank",
+    f"grouped_low_rank_linear(Tensor x, Tensor weight, {_ADAPTER}) -> (Tensor, Tensor)",
+    fake=lambda x, weight, a, *_: (x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], a.shape[1])),
+    flops=_linear_flops,
+    bucket=lambda x, weight, a, b, *_: power_bucket(x.shape[0], b.shape[1], a.shape[2], a.shape[1], a.shape[0]),
+    prepare=lambda *args, **kwargs: _rounded_linear(*_prepare_linear(*args, **kwargs)),
+)
+
+_linear_backward = registry.define(
+    "grouped_low_rank",
+    f"grouped_low_rank_linear_backward(Tensor grad, Tensor x, Tensor hidden, Tensor weight, {_ADAPTER}, {_NEEDS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda grad, x, hidden, weight, *adapter: _gradients(x, *adapter),
+    flops=_linear_backward_flops,
+    bucket=lambda grad, x, hidden, weight, a, b, *_: power_bucket(
+        x.shape[0], b.shape[1], a.shape[2], a.shape[1], a.shape[0]
+    ),
 )
 
 
 def _plain_add(grad: Tensor, x: Tensor, _hidden: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *others: Any) -> Any:
     """Run the backward pass as a function of x and a, from which the saved rank-sized product comes."""
     return _add_backward(grad, x, shrunk(x, a, offsets), a, b, offsets, *others)
+
+
+def _plain_linear(
+    grad: Tensor, x: Tensor, _hidden: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *others: Any
+) -> Any:
+    return _linear_backward(grad, x, shrunk(x, a, offsets), weight, a, b, offsets, *others)
 
 
 class GroupedLowRankAdd(torch.autograd.Function):
@@ -178,7 +260,7 @@ class GroupedLowRankAdd(torch.autograd.Function):
         base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
-        return _add(*_rounded(base, x, a, b, offsets, gate, scale))
+        return _add(*_rounded_add(base, x, a, b, offsets, gate, scale))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -205,6 +287,37 @@ class GroupedLowRankAdd(torch.autograd.Function):
             *(grad if need_base else None, dx if needs[0] else None, da if needs[1] else None),
             *(db if needs[2] else None, None, dgate if needs[3] else None, None),
         )
+
+
+class GroupedLowRankLinear(torch.autograd.Function):
+    """Autograd for `grouped_low_rank_linear`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Run the operator. The factors are rounded here, so that no gradient of them passes through a rounding."""
+        return _linear(*_rounded_linear(x, weight, a, b, offsets, gate, scale))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save x, the rank-sized product and a reference to the frozen weights."""
+        x, weight, a, b, offsets, gate, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[1], weight, a, b, offsets, gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        """Run the backward operator."""
+        if grad is None:
+            return (None,) * 7
+        x, hidden, weight, a, b, offsets, gate = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 5)]
+        adapter = cast(a, x.dtype), cast(b, x.dtype), offsets, gate, ctx.scale
+        gradients = run_backward(_linear_backward, grad, x, hidden, weight, *adapter, *needs, plain=_plain_linear)
+        dx, da, db, dgate = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        return dx, None, da, db, None, dgate, None
 
 
 def grouped_low_rank_add(
@@ -255,3 +368,51 @@ def grouped_low_rank_add(
                 [20.]])
     """
     return registry.apply(GroupedLowRankAdd, *_prepare_add(base, x, a, b, offsets, scale, gate=gate))[0]
+
+
+def grouped_low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Multiply rows that are sorted by group by the frozen weight of their group, its LoRA adapter included.
+
+    ``x[rows] @ weight[g].T + scale[g] * ((x[rows] @ a[g].T) * gate[rows]) @ b[g].T`` for the rows of every group g; the
+    products accumulate in one buffer, forward and backward.
+
+    Args:
+        x: activations, (rows, in_features), float64, float32, bfloat16 or float16.
+        weight: frozen weights, (groups, out_features, in_features), of any strides.
+        a: see `grouped_low_rank_add`; so are b, offsets, scale and gate.
+        b: see `grouped_low_rank_add`.
+        offsets: see `grouped_low_rank_add`; rows of no group are zero.
+        scale: see `grouped_low_rank_add`.
+        gate: see `grouped_low_rank_add`.
+
+    Returns:
+        (rows, out_features) in the dtype of x (its autocast dtype under autocast).
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes, devices or numbers do not fit, or if the weight requires grad; on a CPU also if the ends
+            of the groups do not ascend or exceed the rows. On a GPU such ends make every result NaN.
+        RuntimeError: if a named backend cannot run the call.
+
+    Saved for backward: x, the (rows, rank) product, the factors, the offsets and a reference to the weights.
+
+    Source: see `grouped_low_rank_add`.
+
+    Example:
+        >>> import peftk, torch
+        >>> x, weight, a, b = torch.ones(3, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 1)
+        >>> peftk.functional.grouped_low_rank_linear(x, weight, a, 10 * b, torch.tensor([1, 3]))
+        tensor([[22.],
+                [22.],
+                [22.]])
+    """
+    return registry.apply(GroupedLowRankLinear, *_prepare_linear(x, weight, a, b, offsets, scale, gate=gate))[0]

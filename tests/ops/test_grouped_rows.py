@@ -62,6 +62,36 @@ def test_wrong_arguments(change: dict, error: type[Exception], message: str) -> 
         F.grouped_low_rank_add(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.ones(3, 5, 4).requires_grad_()}, ValueError, "weight: expected"),
+        ({"weight": torch.ones(3, 4, 5)}, ValueError, r"weight: expected shape \(groups, out_features, in_features\)"),
+        ({"weight": torch.ones(2, 5, 4)}, ValueError, "weight: expected shape"),
+        ({"weight": torch.ones(3, 5, 4).long()}, TypeError, "weight: expected dtype"),
+        ({"x": X[0]}, ValueError, "x: expected 2 dimensions"),
+        ({"a": A[:2]}, ValueError, "b: expected shape"),
+        ({"offsets": torch.tensor([2, 1, 6])}, ValueError, "offsets: expected .*got 1 for group 1"),
+        ({"offsets": torch.tensor([2, 2, 7])}, ValueError, "offsets: expected .*got 7 for group 2"),
+    ],
+)
+def test_wrong_arguments_beside_frozen_weights(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"x": X, "weight": torch.ones(3, 5, 4), "a": A, "b": B, "offsets": torch.tensor([2, 2, 6]), **change}
+    with pytest.raises(error, match=message):
+        F.grouped_low_rank_linear(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_frozen_weights_of_any_strides_and_dtype(backend: str, transposed: bool) -> None:
+    weight = torch.randn(3, 4, 5).mT if transposed else torch.randn(3, 5, 4)
+    offsets = torch.tensor([2, 2, 5])
+    with peftk.use_backend(backend):
+        found = F.grouped_low_rank_linear(X, weight.half(), A, B, offsets, 0.5)
+    base = torch.cat([X[:2] @ weight[0].half().float().mT, X[2:5] @ weight[2].half().float().mT, torch.zeros(1, 5)])
+    assert_close(found, add(*(t.double() for t in (base, X, A, B)), offsets, 0.5), torch.float32)
+
+
 def test_raw_operators_check_before_they_touch_memory() -> None:
     native, x = torch.ops.peftk_native, X
     good = [BASE, x, A, B, torch.tensor([2, 2, 6]), None, 1.0, torch.empty(6, 5), torch.empty(6, 2)]

@@ -21,7 +21,7 @@ class Parameter(TunerWay):
 
     method = "lora"
     layers = (_LAYER,)
-    operator = "grouped_low_rank_add"
+    operator = "grouped_low_rank_linear"
     copied = (*SHARED, f"{_LAYER}.get_delta_weight", f"{_LAYER}._activate_lora", f"{_LAYER}.get_param")
 
     def adapters(self, layer: Any, x: Tensor | None) -> list[Any] | str:

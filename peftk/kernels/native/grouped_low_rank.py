@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
-from ..shared.grouped_low_rank import sizes_of
+from ..shared.grouped_low_rank import grouped_product, sizes_of
 from ._supports import supports_activations
 
 _forward = torch.ops.peftk_native.grouped_low_rank.default
@@ -61,12 +61,67 @@ def grouped_low_rank_add_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
     dx = x.new_empty(x.shape if need_x else 0)
+    adapter = a, b, offsets, gate, scale
+    return _gradients(grad, x, hidden, *adapter, dx, need_a, need_b, need_gate, add=False)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dx: Tensor,
+    need_a: bool,
+    need_b: bool,
+    need_gate: bool,
+    *,
+    add: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     da = x.new_empty(a.shape if need_a else 0, dtype=torch.float32)
     db = x.new_empty(b.shape if need_b else 0, dtype=torch.float32)
     dgate = x.new_empty(0) if gate is None or not need_gate else gate.new_empty(gate.shape)
     operands = _operands(a, b, offsets, gate, x.shape[0])
-    _backward(
-        *(grad.contiguous(), x.contiguous(), hidden.contiguous(), *operands, scale),
-        *(dx, da, db, dgate),
-    )
+    rows = grad.contiguous(), x.contiguous(), hidden.contiguous()
+    _backward(*rows, *operands, scale, add, dx, da, db, dgate)
     return dx, da, db, dgate
+
+
+def grouped_low_rank_linear_supports(x: Tensor, *args: Any) -> str | None:
+    """Return None, or why the C++ kernels cannot run the call."""
+    return supports_activations(x)
+
+
+def grouped_low_rank_linear(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the rank-sized product; see `peftk.functional.grouped_low_rank_linear`."""
+    out, hidden = grouped_product(x, weight.mT, offsets), x.new_empty(x.shape[0], a.shape[1])
+    _forward(out, x.contiguous(), *_operands(a, b, offsets, gate, x.shape[0]), scale, out, hidden)
+    return out, hidden
+
+
+def grouped_low_rank_linear_backward_supports(grad: Tensor, x: Tensor, *args: Any) -> str | None:
+    """Return None, or why the C++ kernels cannot run the backward pass."""
+    return grouped_low_rank_add_supports(grad, x)
+
+
+def grouped_low_rank_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    need_x: bool,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
+    dx = grouped_product(grad, weight, offsets) if need_x else x.new_empty(0)
+    return _gradients(grad, x, hidden, a, b, offsets, gate, scale, dx, *needs, add=need_x)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import grouped_mm, linear
 
 
 def sizes_of(offsets: Tensor, rows: int) -> list[int]:
@@ -46,3 +46,28 @@ def by_group(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, factors: Te
 def shrunk(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     """Return the rank-sized product, (rows, rank): each row by the first factor of its group."""
     return by_group(linear, x, a, sizes_of(offsets, x.shape[0]))
+
+
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Return the product of rows sorted by group with the weight of each group, and zeros for the rows of no group.
+
+    Args:
+        x: (rows, in).
+        weight: (groups, in, out), of any strides; each is cast to the dtype of x when it is its turn.
+        offsets: (groups,), where the rows of each group end.
+    """
+    if x.is_cuda and x.dtype is torch.bfloat16 and not (x.shape[1] % 8 or weight.shape[2] % 8):
+        # Nothing waits for the offsets, and wrong ones must not lead out of the tensors.
+        ends = offsets.clamp(0, len(x)).cummax(0).values
+        covered = torch.arange(len(x), device=x.device) < ends[-1]
+        return torch.where(covered[:, None], grouped_mm(x, weight.to(x.dtype), offs=ends.int()), 0.0)
+    y = x.new_empty(len(x), weight.shape[2])
+    start = 0
+    *sizes, others = sizes_of(offsets, len(x))
+    for group, size in enumerate(sizes):
+        if size:
+            torch.mm(x[start : start + size], weight[group].to(x.dtype), out=y[start : start + size])
+        start += size
+    if others:
+        y[start:] = 0.0
+    return y

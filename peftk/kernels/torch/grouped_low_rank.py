@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..shared.grouped_low_rank import by_group, shrunk, sizes_of
+from ..shared.grouped_low_rank import by_group, grouped_product, shrunk, sizes_of
 from ..shared.wide import wide, wide_product, widened
 
 
@@ -58,3 +58,30 @@ def grouped_low_rank_add_backward(
     if need_x:
         dx = by_group(torch.mm, dhidden, widened(a), sizes).to(x.dtype)
     return dx, da, db, dgate
+
+
+def grouped_low_rank_linear(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the rank-sized product; see `peftk.functional.grouped_low_rank_linear`."""
+    return grouped_low_rank_add(grouped_product(x, weight.mT, offsets), x, a, b, offsets, gate, scale)
+
+
+def grouped_low_rank_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    need_x: bool,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
+    dx, *others = grouped_low_rank_add_backward(grad, x, hidden, a, b, offsets, gate, scale, need_x, *needs)
+    if need_x:
+        dx += grouped_product(grad, weight, offsets)
+    return dx, *others

@@ -70,6 +70,15 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {shown(value)}")
 
 
+def check_dora_inputs(config: Any) -> None:
+    """Raise unless `dora_inputs` is a bool, and False where there are no magnitudes."""
+    check_bool("dora_inputs", config.dora_inputs)
+    if config.dora_inputs and not config.use_dora:
+        raise ValueError(
+            "dora_inputs: says whose magnitudes use_dora gives; expected use_dora=True beside it, got False"
+        )
+
+
 def check_int(name: str, value: object, low: int, high: int) -> None:
     """Raise unless `value` is an int (not a bool) in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):

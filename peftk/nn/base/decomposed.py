@@ -1,14 +1,18 @@
-"""Layers whose adapters may train the magnitude of every output, as DoRA does."""
+"""Layers whose adapters may train the magnitude of every output, as DoRA does, or of every input."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...methods import dora
+from ...methods._base_layer import features_of
 from .adapter_layer import Adapter, AdapterLayer
 from .config import PeftConfig
+from .kinds import weight_shape
 from .offloading import onloaded
 
 
@@ -21,6 +25,15 @@ class Decomposed(AdapterLayer):
     """
 
     magnitudes: ClassVar[str]
+
+    @classmethod
+    def _number_of_magnitudes(cls, base_layer: Any, config: Any) -> tuple[int, ...]:
+        """Return the shape of a linear layer's magnitudes: (out,), or (1, in) for those of inputs, in no file of PEFT.
+
+        The inputs of a convolution are the channels of one group.
+        """
+        inputs, outputs = features_of(base_layer) if "Linear" in cls.base_kinds else weight_shape(base_layer)[1::-1]
+        return (1, inputs) if config.dora_inputs else (outputs,)
 
     @classmethod
     def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
@@ -59,6 +72,13 @@ class Decomposed(AdapterLayer):
                 # As in the forward pass, so that the gain of a fresh adapter is one to the bit.
                 magnitude.copy_(cls._norms(base_layer, adapter).view_as(magnitude))
         return adapter
+
+    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise ValueError if an adapter with magnitudes of inputs is to be merged and another one is, too."""
+        super().check_merge(adapter_names)
+        names = [*self.merged_adapters, *self._to_merge(adapter_names)]
+        if any(self.dora_inputs[name] for name in names):
+            dora.check_alone(names)
 
     def check_add(self, config: PeftConfig, initialise: bool = True) -> None:
         """Raise ValueError if the norms of the base weight are needed and adapters are merged into it."""

@@ -12,6 +12,7 @@ from ..base.config import (
     PeftType,
     check_bool,
     check_choice,
+    check_dora_inputs,
     check_int,
     check_names,
     check_number,
@@ -64,6 +65,9 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         alpha_pattern: Name ending or expression to the alpha of the modules it matches.
         lora_bias: Give B a bias.
         use_dora: Give every output a magnitude of its own (DoRA).
+        dora_inputs: Give every input a magnitude instead, or every input channel of a convolution, as LyCORIS can
+            (`wd_on_output=False`). Hugging Face PEFT does not have this: such an adapter cannot be read by it. It acts
+            alone on its layers.
         trainable_token_indices: Rows of the input embeddings that are trained, such as those of new tokens; or names of
             embeddings to their rows. Layers that share the weight of such an embedding follow it, unless they are named
             with other rows.
@@ -107,6 +111,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     corda_config: Any = None
     lora_ga_config: Any = None
     use_dora: bool = False
+    dora_inputs: bool = False
     velora_config: Any = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
@@ -130,6 +135,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         "lora_alpha",
         "use_rslora",
         "use_dora",
+        "dora_inputs",
         "rank_pattern",
         "alpha_pattern",
         "lora_bias",
@@ -139,6 +145,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         "init_lora_weights",
     )
     _never_in_file = frozenset({"runtime_config"})
+    _only_here = frozenset({"dora_inputs"})
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -149,6 +156,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
         for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora", "ensure_weight_tying"):
             check_bool(name, getattr(self, name))
+        check_dora_inputs(self)
         self._check_patterns()
         self._check_targets()
         self._check_init()

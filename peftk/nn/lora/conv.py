@@ -28,7 +28,7 @@ class LoRAConv(LoRALayer):
 
     Parameters per adapter: `lora_A.<name>.weight` (r, in, *kernel), `lora_B.<name>.weight`
     (out, r / groups, 1 ...), with `lora_bias` `lora_B.<name>.bias` (out,), and with `use_dora`
-    `lora_magnitude_vector.<name>.weight` (1, out, 1 ...).
+    `lora_magnitude_vector.<name>.weight` (1, out, 1 ...), or with `dora_inputs` (1, in), which scale the input.
 
     Args:
         base_layer: The nn.Conv1d, nn.Conv2d or nn.Conv3d to adapt; it is frozen.
@@ -75,8 +75,13 @@ class LoRAConv(LoRALayer):
             initialise_factors(a, b, config.init_lora_weights)
         parts: dict[str, nn.Module | nn.Parameter] = {"lora_A": a, "lora_B": b}
         if config.use_dora:
-            parts["lora_magnitude_vector"] = Magnitude(1, base_layer.out_channels, *[1] * len(base_layer.kernel_size))
+            parts["lora_magnitude_vector"] = Magnitude(*cls._number_of_magnitudes(base_layer, config))
         return Adapter(parts, settings)
+
+    @classmethod
+    def _number_of_magnitudes(cls, base_layer: Convolution, config: Any) -> tuple[int, ...]:
+        shape = super()._number_of_magnitudes(base_layer, config)
+        return shape if config.dora_inputs else (1, *shape, *[1] * len(base_layer.kernel_size))
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self._listened_to(names):

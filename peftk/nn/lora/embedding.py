@@ -53,6 +53,10 @@ class LoRAEmbedding(LoRALayer):
     def _create(cls, base_layer: nn.Module, config: LoraConfig, module_name: str, initialise: bool) -> Adapter:
         if config.lora_bias:
             raise ValueError(f"lora_bias: module {module_name!r} is an embedding, which has no bias; expected False")
+        if config.dora_inputs:
+            raise ValueError(
+                f"dora_inputs: module {module_name!r} is an embedding, whose inputs are indices; expected False"
+            )
         if base_layer.max_norm is not None:
             raise ValueError(
                 f"target_modules: module {module_name!r} is an embedding with max_norm={base_layer.max_norm}, which "

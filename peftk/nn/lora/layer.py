@@ -36,13 +36,14 @@ class LoRALayer(Decomposed):
     magnitudes = "lora_magnitude_vector"
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", magnitudes)
     file_names = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}  # noqa: RUF012 - a ClassVar of the base
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "dora_inputs")
     config_class = LoraConfig
     update_fields = {"r": "r", "lora_alpha": "lora_alpha"}  # noqa: RUF012 - a ClassVar of the base
 
     @classmethod
     def _norms(cls, base_layer: Any, adapter: Adapter) -> Tensor:
-        return dora.norms(base_layer, *cls._factors_of(adapter.parts), adapter.settings["scaling"])
+        scale, of_inputs = adapter.settings["scaling"], adapter.settings["dora_inputs"]
+        return dora.norms(base_layer, *cls._factors_of(adapter.parts), scale, of_inputs)
 
     @classmethod
     def _reads_weight(cls, config: LoraConfig, initialise: bool) -> str | None:
@@ -69,6 +70,7 @@ class LoRALayer(Decomposed):
             "scaling": alpha / math.sqrt(r) if config.use_rslora else alpha / r,
             "lora_dropout": float(config.lora_dropout),
             "use_dora": config.use_dora,
+            "dora_inputs": config.dora_inputs,
         }
 
     @staticmethod
@@ -101,7 +103,8 @@ class LoRALayer(Decomposed):
         if not self.use_dora[name]:
             return low_rank
         kept = self._kept.setdefault(name, Kept())
-        return low_rank._replace(magnitude=self.lora_magnitude_vector[name].weight, kept=kept)
+        magnitude, of_inputs = self.lora_magnitude_vector[name].weight, self.dora_inputs[name]
+        return low_rank._replace(magnitude=magnitude, kept=kept, of_inputs=of_inputs)
 
     def _listened_to(self, names: list[str]) -> bool:
         """Whether somebody would notice that the modules of these adapters are not called.

@@ -27,10 +27,11 @@ class LoRALinear(LoRALayer):
     """An nn.Linear, or GPT-2's Conv1D, with LoRA adapters: ``y = x W^T + bias + s * (dropout(x) A^T) B^T``.
 
     With `use_dora`: ``y = g * (x W^T + s * (dropout(x) A^T) B^T) + bias``, ``g = m / ||W + s B A||``, row by row; the
-    gradient takes the norm for a constant.
+    gradient takes the norm for a constant. With `dora_inputs` too: ``y = (g * x) (W + s B A)^T + bias``, column by
+    column.
 
     Parameters per adapter: `lora_A.<name>.weight` (r, in), `lora_B.<name>.weight` (out, r), with `lora_bias`
-    `lora_B.<name>.bias` (out,), and with `use_dora` `lora_magnitude_vector.<name>.weight` (out,).
+    `lora_B.<name>.bias` (out,), and with `use_dora` `lora_magnitude_vector.<name>.weight` (out,), or (1, in) for inputs.
 
     With `init_lora_weights` "pissa" or "olora" the factors start as a part ``s * B0 A0`` of the weight, and the layer
     is ``y = x (W - s B0 A0)^T + bias + s * (dropout(x) A^T) B^T``: `lora_start.<name>` holds `a` and `b`, which are
@@ -116,7 +117,7 @@ class LoRALinear(LoRALayer):
         elif initialise:
             initialise_factors(a, b, config.init_lora_weights)
         if config.use_dora:
-            parts["lora_magnitude_vector"] = Magnitude(outputs)
+            parts["lora_magnitude_vector"] = Magnitude(*cls._number_of_magnitudes(base_layer, config))
         return Adapter(parts, settings)
 
     def low_rank(self, name: str) -> LowRank:
@@ -161,7 +162,7 @@ class LoRALinear(LoRALayer):
         magnitude, kept = stored(modules["lora_magnitude_vector"]._modules[name]), own["_kept"].get(name)
         if kept is None:
             kept = own["_kept"][name] = Kept()
-        return LowRank(stored(first), stored(second), scale, None, bias, p, magnitude, kept)
+        return LowRank(stored(first), stored(second), scale, None, bias, p, magnitude, kept, own["dora_inputs"][name])
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         name, alone = names[0], len(names) == 1

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Magnitude(nn.Module):
-    """The magnitudes of one adapter: `weight` (out,), or (1, out, 1 ...) for a convolution."""
+    """The magnitudes of one adapter: `weight` (out,), (1, out, 1 ...) for a convolution, or (1, in) for inputs."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()

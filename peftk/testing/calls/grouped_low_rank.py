@@ -30,12 +30,14 @@ def _arguments(call: Call, normal: Normal) -> tuple[Any, ...]:
     offsets = torch.tensor(ends, device=x.device)
     # The base output of the forward pass and the incoming gradient of the backward pass have one shape.
     y = normal(tokens, out, dtype=dtype)
+    fused = call.forward == "grouped_low_rank_linear"
+    weight = (normal(GROUPS, out, features, spread=features**-0.5, dtype=dtype),) if fused else ()
     if not call.backward:
-        return y, x, a, b, offsets, None, 2.0
+        return *((x, *weight) if fused else (y, x)), a, b, offsets, None, 2.0
     hidden = x.new_empty(tokens, rank)
     for group, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         hidden[start:end] = x[start:end] @ a[group].mT
-    return y, x, hidden, a, b, offsets, None, 2.0, True, True, True, False
+    return y, x, hidden, *weight, a, b, offsets, None, 2.0, True, True, True, False
 
 
 KINDS = {
@@ -45,6 +47,17 @@ KINDS = {
         16,
         backends=ALL_BACKENDS,
         threads="equal bits",
+        sums="activations",
+        timed=Timed.at(16),
+        gpu_sizes=(16,),
+        variants=("even", "uneven"),
+    ),
+    "grouped_low_rank_linear": Kind(
+        _arguments,
+        "rank",
+        16,
+        backends=ALL_BACKENDS,
+        threads="torch's products",
         sums="activations",
         timed=Timed.at(16),
         gpu_sizes=(16,),

@@ -30,6 +30,24 @@ def add(
     return torch.stack(found) if found else base + 0 * (x.sum() + a.sum() + b.sum())
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    scale: float | Tensor = 1.0,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Multiply one row after the other by the weight of its group, rows of no group by zero, and add the adapters."""
+    start, found = 0, []
+    for matrix, end in zip(weight, offsets.tolist(), strict=True):
+        found += [matrix @ row for row in x[start:end]]
+        start = end
+    found += [0 * (weight[0] @ row) for row in x[start:]]
+    return add(torch.stack(found) if found else x @ weight[0].mT, x, a, b, offsets, scale, gate)
+
+
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -46,14 +64,16 @@ def _case(
     gate: bool = False,
     dtype: torch.dtype = torch.int64,
     positive: bool = False,
+    fused: bool = False,
 ) -> Case:
-    """Return the case of groups of these sizes, before rows of no group."""
+    """Return the case of groups of these sizes, before rows of no group; `fused` with the frozen weights' product."""
     rows, groups = sum(sizes) + others, len(sizes)
 
     def make(generator: torch.Generator) -> Inputs:
         inputs: Inputs = {
-            "base": _normal(generator, rows, out),
+            **({} if fused else {"base": _normal(generator, rows, out)}),
             "x": _normal(generator, rows, features),
+            **({"weight": _normal(generator, groups, out, features) / features**0.5} if fused else {}),
             "a": _normal(generator, groups, rank, features) / features**0.5,
             "b": _normal(generator, groups, out, rank) / rank**0.5,
             "offsets": torch.tensor(sizes).cumsum(0).to(dtype),
@@ -62,7 +82,8 @@ def _case(
         }
         if positive:
             # Few terms in a sum, or one sum for each scale: those of one sign keep it well conditioned.
-            inputs |= {k: inputs[k].abs() for k in ("base", "x", "a", "b", "gate") if inputs[k] is not None}
+            signed = [n for n in ("base", "x", "weight", "a", "b", "gate") if inputs.get(n) is not None]
+            inputs |= {name: inputs[name].abs() for name in signed}
         return inputs
 
     optional = (*(("gate",) if gate else ()), *(("scale",) if isinstance(scale, list) else ()))
@@ -74,15 +95,16 @@ def _case(
         scaled = 2 * 4 * (groups + groups * out * rank) if isinstance(scale, list) else 0
         return width * (rows * rank + factors) + scaled + (4 * rows * rank if gate else 0) + 8 * groups
 
+    by_row = ("x",) if fused else ("base", "x")
     return Case(
-        "grouped_low_rank_add",
+        "grouped_low_rank_linear" if fused else "grouped_low_rank_add",
         name,
         make,
-        add,
-        ("base", "x", "a", "b", *optional),
-        ("base", "x"),
+        linear if fused else add,
+        (*by_row, "a", "b", *optional),
+        ("x", "weight") if fused else by_row,
         saved,
-        rows=Rows(("base", "x", *(("gate",) if gate else ()))),
+        rows=Rows((*by_row, *(("gate",) if gate else ()))),
     )
 
 
@@ -111,6 +133,13 @@ CASES: list[Case] = [
     _case("gate-others", [33, 20], 33, 18, 5, gate=True, others=2, scale=1.5, dtype=torch.int32),
     _case("prime-sizes", [61, 3, 63], 101, 103, 7),
     _case("rank-above-a-tile", [20, 11], 24, 32, 80),
+    _case("one-row-r1", [1], 3, 5, 1, positive=True, fused=True),
+    _case("empty-groups-r4", [0, 0, 7, 0, 5, 0], 12, 10, 4, fused=True),
+    _case("no-group-has-rows", [0, 0, 0], 6, 5, 2, others=3, fused=True),
+    _case("uneven-r16", _uneven(7, 260), 96, 40, 16, dtype=torch.int32, fused=True),
+    _case("scales", [4, 6, 2], 6, 4, 2, scale=[0.75, 2.0, -1.0], positive=True, fused=True),
+    _case("gate-others", [33, 20], 33, 18, 5, gate=True, others=2, scale=1.5, dtype=torch.int32, fused=True),
+    _case("eights", [17, 0, 30], 64, 72, 8, fused=True),
 ]
 
 DOCTOR = {"grouped_low_rank_add-uneven-r16", "grouped_low_rank_add-gate-others"}

@@ -75,6 +75,16 @@ void check_grouped(Level level, const std::vector<int64_t>& sizes, int64_t other
     }
   }
 
+  // The base's own buffer takes the sum as well.
+  Heap<T> both(rows * columns);
+  for (int64_t i = 0; i < rows * columns; ++i) both[i] = base[i];
+  GroupedLowRankParams onto_base = p;
+  onto_base.base = onto_base.out = both.get();
+  in_pieces(rows, piece,
+            [&](int64_t begin, int64_t end) { VARIANT(level, grouped_low_rank_cpu)(onto_base, begin, end); });
+  for (int64_t i = 0; i < rows * columns; ++i)
+    expect(to_float(both[i]), to_float(out[i]), 0, 0, 0, what + " onto the base");
+
   const std::vector<double> h0 = doubles(hidden);
   Heap<float> dhidden(rows * rank), da(groups * rank * depth), db(groups * columns * rank),
       dgate(gates ? rows * rank : 0);
@@ -97,9 +107,18 @@ void check_grouped(Level level, const std::vector<int64_t>& sizes, int64_t other
                                        rank,
                                        groups,
                                        scale,
-                                       dtype_of<T>()};
+                                       dtype_of<T>(),
+                                       false};
   in_pieces(rows, piece,
             [&](int64_t begin, int64_t end) { VARIANT(level, grouped_low_rank_backward_cpu)(q, begin, end); });
+  Heap<T> added(rows * depth);
+  Heap<float> scratch(rows * rank);
+  fill(added);
+  const std::vector<double> before = doubles(added);
+  GroupedLowRankBackwardParams onto = q;
+  onto.dx = added.get(), onto.dhidden = scratch.get(), onto.add_dx = true;
+  in_pieces(rows, piece,
+            [&](int64_t begin, int64_t end) { VARIANT(level, grouped_low_rank_backward_cpu)(onto, begin, end); });
   in_pieces((grouped_tiles(depth) + grouped_tiles(columns)) * groups, 3,
             [&](int64_t begin, int64_t end) { VARIANT(level, grouped_low_rank_factors_cpu)(q, begin, end); });
   // The gradient in the gated product.
@@ -123,6 +142,9 @@ void check_grouped(Level level, const std::vector<int64_t>& sizes, int64_t other
         magnitude += dh[t * rank + j].magnitude * std::abs(a_of(g, j, k));
       }
       expect(to_float(dx[t * depth + k]), sum, magnitude, operations, unit, what + " dx");
+      const double held = before[t * depth + k];
+      expect(to_float(added[t * depth + k]), held + sum, magnitude + std::abs(held), operations, unit,
+             what + " dx onto what is there");
     }
   }
   const double longer = operations + static_cast<double>(rows);

@@ -25,6 +25,9 @@ def calls() -> Iterator[Call]:
         parameters = a, b, meta(groups, dtype=indices), gate, 2.0
         yield "grouped_low_rank_add", (y, x, *parameters)
         yield "grouped_low_rank_add_backward", (y, x, hidden, *parameters, True, True, True, gated)
+        weight = meta(groups, WIDTH, features, dtype=dtype)
+        yield "grouped_low_rank_linear", (x, weight, *parameters)
+        yield "grouped_low_rank_linear_backward", (y, x, hidden, weight, *parameters, True, True, True, gated)
 
     for rank in (1, 8, 16, 64, 128):
         yield from sized(TOKENS, WIDTH, rank, 128, BF16)
@@ -38,15 +41,20 @@ def calls() -> Iterator[Call]:
     yield from sized(1, WIDTH, 16, 8, BF16)
 
 
+_FORWARD = ["grouped_shrink_kernel", "grouped_expand_kernel"]
+_BACKWARD = [
+    "grouped_factor_kernel",
+    "grouped_sum_kernel",
+    "grouped_shrink_kernel",
+    "hidden_gradient_kernel",
+    "grouped_expand_kernel",
+    "grouped_factor_kernel",
+    "grouped_sum_kernel",
+]
+# The product with the frozen weights is torch's.
 LAUNCHES = {
-    "grouped_low_rank_add": ["grouped_shrink_kernel", "grouped_expand_kernel"],
-    "grouped_low_rank_add_backward": [
-        "grouped_factor_kernel",
-        "grouped_sum_kernel",
-        "grouped_shrink_kernel",
-        "hidden_gradient_kernel",
-        "grouped_expand_kernel",
-        "grouped_factor_kernel",
-        "grouped_sum_kernel",
-    ],
+    "grouped_low_rank_add": _FORWARD,
+    "grouped_low_rank_add_backward": _BACKWARD,
+    "grouped_low_rank_linear": _FORWARD,
+    "grouped_low_rank_linear_backward": _BACKWARD,
 }
