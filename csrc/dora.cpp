@@ -20,13 +20,11 @@ constexpr int64_t kDoraTaskOperations = 1 << 18;
 class Strips {
  public:
   Strips(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale)
-      : rank_(rank), data_(new float[strips_size(rank, columns)]) {
-    pack_strips_cpu(from, row, col, rank, columns, scale, data_.get());
+      : rank_(rank), data_(new float[strips_size(rank, columns, kDoraStrip)]) {
+    pack_strips_cpu(from, row, col, rank, columns, scale, data_.get(), kDoraStrip);
   }
   const float* get() const { return data_.get(); }
-  float& at(int64_t k, int64_t j) const {
-    return data_[(j / kStripColumns * rank_ + k) * kStripColumns + j % kStripColumns];
-  }
+  float& at(int64_t k, int64_t j) const { return data_[(j / kDoraStrip * rank_ + k) * kDoraStrip + j % kDoraStrip]; }
 
  private:
   int64_t rank_;

@@ -29,6 +29,8 @@ struct DoraComposeParams {
   Dtype dtype;
 };
 
+// Columns of a tile, and of a strip of factors: two vectors, one line of the cache.
+constexpr int64_t kDoraStrip = 16;
 // Columns of a weight whose norms are summed together: whole strips.
 constexpr int64_t kDoraColumns = 128;
 

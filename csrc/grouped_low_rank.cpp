@@ -5,6 +5,8 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "check.h"
 #include "host.h"
@@ -75,12 +77,31 @@ void grouped_low_rank(const Tensor& base, const Tensor& x, const Tensor& a, cons
                [&](int64_t begin, int64_t end) { grouped_low_rank_cpu(p, begin, end); });
 }
 
-// Tasks differ as groups do: whoever is done takes the next one. Each sums alone, so that nothing depends on who.
-void run_factors(const GroupedLowRankBackwardParams& p, int64_t tasks) {
+// Parts differ as groups do: whoever is done takes the next one. Each sums alone, so that nothing depends on who.
+void run_backward(const GroupedLowRankBackwardParams& p) {
+  std::vector<GroupedPart> parts = grouped_parts(p.ends, p.groups, p.rows);
+  const auto alone = [&](size_t i) {
+    const int64_t group = parts[i].group;
+    const bool before = i > 0 && parts[i - 1].group == group;
+    return group == p.groups || !(before || (i + 1 < parts.size() && parts[i + 1].group == group));
+  };
+  std::vector<size_t> shared;
+  for (size_t i = 0; i < parts.size(); ++i)
+    if ((p.da || p.db) && !alone(i)) shared.push_back(i);
+  const int64_t numbers = p.rank * (p.depth + p.columns), count = static_cast<int64_t>(parts.size());
+  const std::unique_ptr<float[]> partials(new float[shared.size() * numbers]);
+  for (size_t k = 0; k < shared.size(); ++k) parts[shared[k]].partial = partials.get() + k * numbers;
   std::atomic<int64_t> next{0};
-  const int64_t operations = 1 + (p.rows / p.groups + 1) * kGroupedColumns * p.rank;
-  parallel_for(0, tasks, 1 + kTaskOperations / operations, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) grouped_low_rank_factors_cpu(p, task, task + 1);
+  const int64_t operations = 1 + (p.rows / count + 1) * (p.depth + p.columns) * p.rank;
+  parallel_for(0, count, 1 + kTaskOperations / operations,
+               [&](int64_t, int64_t) { grouped_low_rank_backward_cpu(p, parts.data(), count, next); });
+  std::vector<std::pair<size_t, int64_t>> sums;
+  for (const size_t i : shared) {
+    if (sums.empty() || parts[sums.back().first].group != parts[i].group) sums.emplace_back(i, 0);
+    ++sums.back().second;
+  }
+  parallel_for(0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) grouped_low_rank_sums_cpu(p, parts.data() + sums[i].first, sums[i].second);
   });
 }
 
@@ -100,7 +121,6 @@ void grouped_low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor
     STD_TORCH_CHECK(gates != nullptr, "dgate: expected none without a gate");
     check_like(dgate, "dgate", *gate, "gate");
   }
-  const std::unique_ptr<float[]> dhidden(new float[s.rows * s.rank]);
   const GroupedLowRankBackwardParams p{grad.const_data_ptr(),
                                        x.const_data_ptr(),
                                        hidden.const_data_ptr(),
@@ -108,7 +128,6 @@ void grouped_low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor
                                        floats(b),
                                        offsets.const_data_ptr<int64_t>(),
                                        gates,
-                                       dhidden.get(),
                                        need_x ? dx.mutable_data_ptr() : nullptr,
                                        need_a ? writable(da) : nullptr,
                                        need_b ? writable(db) : nullptr,
@@ -121,10 +140,7 @@ void grouped_low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor
                                        static_cast<float>(scale),
                                        dtype,
                                        add_dx};
-  if (need_x || need_a || need_gate)
-    parallel_for(0, s.rows, 1 + kTaskOperations / (1 + (s.depth + s.columns) * s.rank),
-                 [&](int64_t begin, int64_t end) { grouped_low_rank_backward_cpu(p, begin, end); });
-  run_factors(p, s.groups * ((need_a ? grouped_tiles(s.depth) : 0) + (need_b ? grouped_tiles(s.columns) : 0)));
+  if (need_x || need_a || need_b || need_gate) run_backward(p);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Low-rank products of rows that are sorted by group, each group with factors of its own.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "dtype.h"
 
@@ -29,7 +31,6 @@ struct GroupedLowRankBackwardParams {
   const float* b;       // as above
   const int64_t* ends;  // as above
   const float* gate;    // as above
-  float* dhidden;       // (rows, rank), workspace: the gradient in `hidden`
   void* dx;             // (rows, depth), or null
   float* da;            // (groups, rank, depth), or null
   float* db;            // (groups, columns, rank), or null
@@ -40,15 +41,39 @@ struct GroupedLowRankBackwardParams {
   bool add_dx;  // whether dx holds what its gradient is added to
 };
 
-// Columns of a factor's gradient that one task sums, over all rows of a group.
+// Columns that are summed together where they are copied before.
 constexpr int64_t kGroupedColumns = 64;
-constexpr int64_t grouped_tiles(int64_t columns) { return (columns + kGroupedColumns - 1) / kGroupedColumns; }
+// Rows of one group that a task of the backward pass takes at most.
+constexpr int64_t kGroupedRows = 256;
+
+// Rows of one group, or of none where `group` is the number of groups. `partial` takes the sums of a group that has
+// several parts, (rank, depth + columns), and is null for one that has a single part.
+struct GroupedPart {
+  int64_t group, first, last;
+  float* partial;
+};
+
+// The parts of all groups, in their order, empty groups included, and then those of the rows of none.
+inline std::vector<GroupedPart> grouped_parts(const int64_t* ends, int64_t groups, int64_t rows) {
+  std::vector<GroupedPart> parts;
+  for (int64_t group = 0, start = 0; group <= groups; ++group) {
+    const int64_t end = group < groups ? ends[group] : rows;
+    do {
+      const int64_t last = end - start < kGroupedRows ? end : start + kGroupedRows;
+      parts.push_back({group, start, last, nullptr});
+      start = last;
+    } while (start < end);
+  }
+  return parts;
+}
 
 // Rows begin to end, of whatever groups. Pieces of any size give the same bits.
 void grouped_low_rank_cpu(const GroupedLowRankParams& p, int64_t begin, int64_t end);
-// `dhidden`, `dx` and `dgate` of rows begin to end.
-void grouped_low_rank_backward_cpu(const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end);
-// Then the tasks begin to end: the tiles of `db`, if wanted, and of `da` behind them, each for all groups in turn.
-void grouped_low_rank_factors_cpu(const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end);
+// The gradients of the parts that nobody has taken yet, whose numbers `next` gives out; those of a factor where its
+// group has a single part, and else sums.
+void grouped_low_rank_backward_cpu(const GroupedLowRankBackwardParams& p, const GroupedPart* parts, int64_t count,
+                                   std::atomic<int64_t>& next);
+// Then the gradients of the factors of one group, from the sums of all its parts.
+void grouped_low_rank_sums_cpu(const GroupedLowRankBackwardParams& p, const GroupedPart* parts, int64_t count);
 
 }  // namespace peftk

@@ -36,11 +36,11 @@ struct LowRankBackwardParams {
   float scale;
 };
 
-// Columns that a row of factors is laid out for: two vectors, one line of the cache.
-constexpr int64_t kStripColumns = 2 * kLanes;
+// Columns that a row of factors is laid out for: all that a product of six rows has registers for, or a few of those.
+constexpr int64_t kStripColumns = 8 * kLanes;
 // Numbers of a (rank, columns) factor in strips.
-constexpr int64_t strips_size(int64_t rank, int64_t columns) {
-  return (columns + kStripColumns - 1) / kStripColumns * kStripColumns * rank;
+constexpr int64_t strips_size(int64_t rank, int64_t columns, int64_t strip = kStripColumns) {
+  return (columns + strip - 1) / strip * strip * rank;
 }
 
 // Columns of a factor's gradient that one task sums.
@@ -55,8 +55,8 @@ void low_rank_backward_cpu(const LowRankBackwardParams& p, int64_t begin, int64_
 void low_rank_factors_cpu(const LowRankBackwardParams& p, int64_t begin, int64_t end);
 // Lay a (rank, columns) matrix, element (i, j) at from[i * row + j * col], out in strips of columns, times `scale`;
 // the last one is padded with zeros.
-void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale,
-                     float* to);
+void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale, float* to,
+                     int64_t strip = kStripColumns);
 // Lay a (rows, cols) matrix, element (i, j) at from[i * row + j * col], out with padded rows.
 void pad_columns_cpu(const float* from, int64_t row, int64_t col, int64_t rows, int64_t cols, float* to);
 

@@ -40,6 +40,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 METHODS: dict[str, Callable[[Any], Any]] = {
     "LoRA": lambda library: library.LoraConfig(r=12, lora_alpha=3, target_modules=["layer"]),
     "DoRA": lambda library: library.LoraConfig(r=12, lora_alpha=3, use_dora=True, target_modules=["layer"]),
+    "DoRA of inputs": lambda library: library.LoraConfig(
+        r=12, lora_alpha=3, use_dora=True, dora_inputs=True, target_modules=["layer"]
+    ),
     "LoHa": lambda library: library.LoHaConfig(r=2, alpha=3, target_modules=["layer"]),
     "LoKr": lambda library: library.LoKrConfig(r=1, alpha=3, target_modules=["layer"]),
     "OFT on the output": lambda library: library.OutputOFTConfig(
@@ -52,6 +55,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 LYCORIS: dict[str, dict[str, Any]] = {
     "LoRA": {"algo": "locon", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3},
     "DoRA": {"algo": "locon", "linear_dim": 2, "conv_dim": 2, "dora_wd": True, "wd_on_output": True},
+    "DoRA of inputs": {"algo": "locon", "linear_dim": 2, "conv_dim": 2, "dora_wd": True, "wd_on_output": False},
     "LoHa": {"algo": "loha", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3},
     "LoKr": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 3},
     "OFT on the output": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "rescaled": True, "constraint": 0.05},

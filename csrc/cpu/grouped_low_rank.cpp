@@ -123,7 +123,7 @@ PEFTK_INLINE void forward_runs(const GroupedLowRankParams& p, int64_t begin, int
             Buffer(new float[strips_size(rank, p.columns)]),
             Buffer(new float[copies ? most * p.depth : 0]),
             Buffer(new float[copies ? most * p.columns : 0]),
-            Buffer(new float[6 * padded(rank)]),
+            Buffer(new float[kStripRows * padded(rank)]),
             Buffer(new float[most * rank]),
             Buffer(new float[most * rank])};
   int64_t group = group_before(p.ends, p.groups, begin);
@@ -141,7 +141,8 @@ PEFTK_INLINE void forward_runs(const GroupedLowRankParams& p, int64_t begin, int
         pad_columns_cpu(p.a + group * rank * p.depth, 1, p.depth, p.depth, rank, s.a.get());
         pack_strips_cpu(p.b + group * p.columns * rank, 1, rank, rank, p.columns, p.scale, s.b.get());
       }
-      for (int64_t at = row; at < run.last; at += most) forward_rows<kLevel, T>(p, run, at, smaller(most, run.last - at), s);
+      for (int64_t at = row; at < run.last; at += most)
+        forward_rows<kLevel, T>(p, run, at, smaller(most, run.last - at), s);
     }
     row = run.last;
   }
@@ -155,148 +156,165 @@ PEFTK_INLINE void grouped_low_rank_cpu_body(const GroupedLowRankParams& p, int64
     forward_runs<kLevel, BFloat16>(p, begin, end);
 }
 
-// What a thread needs for the rows of a backward pass.
+// sum (rank, columns) = h (rows, rank).T @ x (rows, columns), or += where `add`. `tile` has room for two tiles.
+template <CpuLevel kLevel>
+PEFTK_INLINE void accumulate(const float* h, int64_t rows, int64_t rank, const float* x, int64_t columns, bool add,
+                             float* tile, float* sum) {
+  int64_t column = 0;
+  if constexpr (kLevel == CpuLevel::avx512) {
+    // There are registers for all sums of sixteen columns, so that every number of x is read once, where it lies.
+    constexpr int kWide = kWidest<kLevel>;
+    for (; column + 2 * kWide <= columns; column += 2 * kWide) {
+      int64_t j = 0;
+      for (; j + 16 <= rank; j += 16)
+        for (int64_t at = column; at < column + 2 * kWide; at += kWide)
+          product_strip<16, 1, kWide>({h + j, 1, rank}, x + at, columns, sum + j * columns + at, columns, rows, add);
+      for (; j + 8 <= rank; j += 8)
+        product_strip<8, 2, kWide>({h + j, 1, rank}, x + column, columns, sum + j * columns + column, columns, rows,
+                                   add);
+      if (j < rank)
+        product_columns<2, kWide>({h + j, 1, rank}, x + column, columns, sum + j * columns + column, columns, rank - j,
+                                  rows, add);
+    }
+  }
+  // Elsewhere a tile of x is read more than once, and copied before: rows a power of two apart evict each other.
+  float* part = tile + rows * kGroupedColumns;
+  for (; column < columns; column += kGroupedColumns) {
+    const int64_t width = smaller(kGroupedColumns, columns - column);
+    load_tile(x + column, columns, rows, width, tile, kGroupedColumns);
+    if (width == kGroupedColumns) {
+      product<kLevel>({h, 1, rank}, tile, kGroupedColumns, sum + column, columns, rank, width, rows, add);
+      continue;
+    }
+    if (add) load_tile(sum + column, columns, rank, width, part, kGroupedColumns);
+    product<kLevel>({h, 1, rank}, tile, kGroupedColumns, part, kGroupedColumns, rank, padded(width), rows, add);
+    store_tile(part, kGroupedColumns, rank, width, sum + column, columns);
+  }
+}
+
+// What a thread needs for a backward pass.
 struct Backward {
-  Buffer a, b, grad, dx, strip;
+  Buffer a, b, grad, x, dx, strip, hidden, dhidden, tile, db;
 };
 
+// The gradients of some rows of one group; `da` and `db` are sums, which are begun where `first`.
 template <CpuLevel kLevel, typename T>
-PEFTK_INLINE void backward_rows(const GroupedLowRankBackwardParams& p, const float* b, const float* a, int64_t row,
-                                int64_t rows, Backward& s) {
+PEFTK_INLINE void backward_rows(const GroupedLowRankBackwardParams& p, const float* b, float* da, float* db,
+                                int64_t row, int64_t rows, bool first, Backward& s) {
   const int64_t rank = p.rank;
-  float* dhidden = p.dhidden + row * rank;
+  float* dhidden = s.dhidden.get();
   const float* grad = as_floats(static_cast<const T*>(p.grad) + row * p.columns, rows * p.columns, s.grad.get());
-  shrink<kLevel>(grad, rows, p.columns, b, rank, p.scale, s.strip.get(), dhidden);
-  if (p.dgate) {
-    const T* hidden = static_cast<const T*>(p.hidden) + row * rank;
-    for (int64_t i = 0; i < rows * rank; ++i) p.dgate[row * rank + i] = dhidden[i] * to_float(hidden[i]);
+  const float* gate = p.gate ? p.gate + row * rank : nullptr;
+  const float* hidden = as_floats(static_cast<const T*>(p.hidden) + row * rank, rows * rank, s.hidden.get());
+  if (p.dx || da || p.dgate) {
+    shrink<kLevel>(grad, rows, p.columns, b, rank, p.scale, s.strip.get(), dhidden);
+    if (p.dgate)
+      for (int64_t i = 0; i < rows * rank; ++i) p.dgate[row * rank + i] = dhidden[i] * hidden[i];
+    if (gate) gated(dhidden, gate, rank, rows, rank, dhidden);
   }
-  if (p.gate) gated(dhidden, p.gate + row * rank, rank, rows, rank, dhidden);
-  if (p.dx == nullptr) return;
-  T* dx = static_cast<T*>(p.dx) + row * p.depth;
-  float* sums = s.dx.get();
-  if constexpr (std::is_same_v<T, float>) sums = dx;
-  if (!p.add_dx)
-    std::memset(sums, 0, sizeof(float) * rows * p.depth);
-  else if (static_cast<void*>(sums) != dx)
-    for (int64_t i = 0; i < rows * p.depth; ++i) sums[i] = to_float(dx[i]);
-  expand<kLevel>(dhidden, rows, rank, a, p.depth, sums);
-  if constexpr (!std::is_same_v<T, float>)
-    for (int64_t i = 0; i < rows * p.depth; ++i) from_float(sums[i], dx[i]);
+  if (p.dx) {
+    T* dx = static_cast<T*>(p.dx) + row * p.depth;
+    float* sums = s.dx.get();
+    if constexpr (std::is_same_v<T, float>) sums = dx;
+    if (!p.add_dx)
+      std::memset(sums, 0, sizeof(float) * rows * p.depth);
+    else if (static_cast<void*>(sums) != dx)
+      for (int64_t i = 0; i < rows * p.depth; ++i) sums[i] = to_float(dx[i]);
+    expand<kLevel>(dhidden, rows, rank, s.a.get(), p.depth, sums);
+    if constexpr (!std::is_same_v<T, float>)
+      for (int64_t i = 0; i < rows * p.depth; ++i) from_float(sums[i], dx[i]);
+  }
+  if (da) {
+    const float* x = as_floats(static_cast<const T*>(p.x) + row * p.depth, rows * p.depth, s.x.get());
+    accumulate<kLevel>(dhidden, rows, rank, x, p.depth, !first, s.tile.get(), da);
+  }
+  if (db) {
+    if (gate) gated(hidden, gate, rank, rows, rank, s.hidden.get());
+    accumulate<kLevel>(gate ? s.hidden.get() : hidden, rows, rank, grad, p.columns, !first, s.tile.get(), db);
+  }
+}
+
+// to (columns, rank) = scale * sum (rank, columns), or += where `add`.
+PEFTK_INLINE void store_transposed(const float* sum, int64_t rank, int64_t columns, float scale, bool add, float* to) {
+  for (int64_t first = 0; first < columns; first += kLanes) {
+    const int64_t last = smaller(first + kLanes, columns);
+    for (int64_t j = 0; j < rank; ++j)
+      for (int64_t i = first; i < last; ++i) {
+        const float value = sum[j * columns + i] * scale;
+        to[i * rank + j] = add ? to[i * rank + j] + value : value;
+      }
+  }
 }
 
 template <CpuLevel kLevel, typename T>
-PEFTK_INLINE void backward_runs(const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end) {
+PEFTK_INLINE void backward_parts(const GroupedLowRankBackwardParams& p, const GroupedPart* parts, int64_t count,
+                                 std::atomic<int64_t>& next) {
   const int64_t most = chunk_rows(p.depth > p.columns ? p.depth : p.columns), rank = p.rank;
   const bool copies = !std::is_same_v<T, float>, aligned = rank % kLanes == 0;
   Backward s{Buffer(new float[p.dx ? strips_size(rank, p.depth) : 0]),
              Buffer(new float[aligned ? 0 : p.columns * padded(rank)]),
-             Buffer(new float[copies ? most * p.columns : 0]), Buffer(new float[copies && p.dx ? most * p.depth : 0]),
-             Buffer(new float[6 * padded(rank)])};
-  int64_t group = group_before(p.ends, p.groups, begin);
-  for (int64_t row = begin; row < end;) {
-    const Run run = run_at(p.ends, p.groups, group, row, end);
-    group = run.group;
-    const int64_t rows = run.last - row;
-    if (group == p.groups) {
-      std::memset(p.dhidden + row * rank, 0, sizeof(float) * rows * rank);
-      if (p.dgate) std::memset(p.dgate + row * rank, 0, sizeof(float) * rows * rank);
-      if (p.dx && !p.add_dx) std::memset(static_cast<T*>(p.dx) + row * p.depth, 0, sizeof(T) * rows * p.depth);
-    } else {
-      const float* b = p.b + group * p.columns * rank;
-      if (!aligned) {
-        pad_columns_cpu(b, rank, 1, p.columns, rank, s.b.get());
-        b = s.b.get();
-      }
-      if (p.dx) pack_strips_cpu(p.a + group * rank * p.depth, p.depth, 1, rank, p.depth, 1.0f, s.a.get());
-      for (int64_t at = row; at < run.last; at += most)
-        backward_rows<kLevel, T>(p, b, s.a.get(), at, smaller(most, run.last - at), s);
+             Buffer(new float[copies ? most * p.columns : 0]),
+             Buffer(new float[copies && p.da ? most * p.depth : 0]),
+             Buffer(new float[copies && p.dx ? most * p.depth : 0]),
+             Buffer(new float[kStripRows * padded(rank)]),
+             Buffer(new float[most * rank]),
+             Buffer(new float[most * rank]),
+             Buffer(new float[(most + rank) * kGroupedColumns]),
+             Buffer(new float[p.db ? rank * p.columns : 0])};
+  for (int64_t task; (task = next.fetch_add(1)) < count;) {
+    const GroupedPart& part = parts[task];
+    const int64_t rows = part.last - part.first;
+    if (part.group == p.groups) {
+      if (p.dgate) std::memset(p.dgate + part.first * rank, 0, sizeof(float) * rows * rank);
+      if (p.dx && !p.add_dx) std::memset(static_cast<T*>(p.dx) + part.first * p.depth, 0, sizeof(T) * rows * p.depth);
+      continue;
     }
-    row = run.last;
+    const float* b = p.b + part.group * p.columns * rank;
+    if (!aligned) {
+      pad_columns_cpu(b, rank, 1, p.columns, rank, s.b.get());
+      b = s.b.get();
+    }
+    if (p.dx) pack_strips_cpu(p.a + part.group * rank * p.depth, p.depth, 1, rank, p.depth, 1.0f, s.a.get());
+    const bool alone = part.partial == nullptr;
+    float* da = p.da == nullptr ? nullptr : alone ? p.da + part.group * rank * p.depth : part.partial;
+    float* db = p.db == nullptr ? nullptr : alone ? s.db.get() : part.partial + rank * p.depth;
+    if (rows == 0 && da) std::memset(da, 0, sizeof(float) * rank * p.depth);
+    if (rows == 0 && db) std::memset(db, 0, sizeof(float) * rank * p.columns);
+    for (int64_t row = part.first; row < part.last; row += most)
+      backward_rows<kLevel, T>(p, b, da, db, row, smaller(most, part.last - row), row == part.first, s);
+    if (db && alone) store_transposed(db, rank, p.columns, p.scale, false, p.db + part.group * p.columns * rank);
   }
 }
 
 template <CpuLevel kLevel>
-PEFTK_INLINE void grouped_low_rank_backward_cpu_body(const GroupedLowRankBackwardParams& p, int64_t begin,
-                                                     int64_t end) {
+PEFTK_INLINE void grouped_low_rank_backward_cpu_body(const GroupedLowRankBackwardParams& p, const GroupedPart* parts,
+                                                     int64_t count, std::atomic<int64_t>& next) {
   if (p.dtype == Dtype::float32)
-    backward_runs<kLevel, float>(p, begin, end);
+    backward_parts<kLevel, float>(p, parts, count, next);
   else
-    backward_runs<kLevel, BFloat16>(p, begin, end);
+    backward_parts<kLevel, BFloat16>(p, parts, count, next);
 }
 
-struct Factors {
-  Buffer hidden, tile, part, sum;
-};
-
-// s.sum (rank, kGroupedColumns) = h (rows of a group, rank).T @ x (the same rows, width columns from the first one on),
-// with h times the gate where `gates`. The sum of every so many rows is a part of its own, so that the error grows with
-// neither number alone.
-template <CpuLevel kLevel, typename H, typename T>
-PEFTK_INLINE void outer(const H* h, const float* gate, const T* x, int64_t ld, int64_t width, int64_t rank,
-                        int64_t first, int64_t last, Factors& s) {
-  const int64_t numbers = rank * kGroupedColumns;
-  for (int64_t i = 0; i < numbers; ++i) s.sum[i] = 0.0f;
-  for (int64_t start = first; start < last; start += kPartRows) {
-    const int64_t stop = smaller(start + kPartRows, last);
-    for (int64_t row = start; row < stop; row += kTileRows) {
-      const int64_t rows = smaller(kTileRows, stop - row);
-      const float* from = as_floats(h + row * rank, rows * rank, s.hidden.get());
-      if (gate) {
-        gated(from, gate + row * rank, rank, rows, rank, s.hidden.get());
-        from = s.hidden.get();
-      }
-      load_tile(x + row * ld, ld, rows, width, s.tile.get(), kGroupedColumns);
-      product<kLevel>({from, 1, rank}, s.tile.get(), kGroupedColumns, s.part.get(), kGroupedColumns, rank, padded(width), rows,
-              row > start);
-    }
-    // Where the tile is narrow, its last columns are nobody's.
-    for (int64_t i = 0; i < numbers; ++i) s.sum[i] += s.part[i];
+PEFTK_INLINE void grouped_low_rank_sums_cpu_body(const GroupedLowRankBackwardParams& p, const GroupedPart* parts,
+                                                 int64_t count) {
+  const int64_t numbers = p.rank * p.depth;
+  float* da = p.da ? p.da + parts->group * numbers : nullptr;
+  float* db = p.db ? p.db + parts->group * p.columns * p.rank : nullptr;
+  for (int64_t part = 0; part < count; ++part) {
+    const float* from = parts[part].partial;
+    for (int64_t i = 0; da && i < numbers; ++i) da[i] = part ? da[i] + from[i] : from[i];
+    if (db) store_transposed(from + numbers, p.rank, p.columns, p.scale, part > 0, db);
   }
-}
-
-template <CpuLevel kLevel, typename T>
-PEFTK_INLINE void factor_tasks(const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end) {
-  const int64_t rank = p.rank, split = p.db ? grouped_tiles(p.columns) * p.groups : 0;
-  Factors s{Buffer(new float[kTileRows * rank]), Buffer(new float[kTileRows * kGroupedColumns]),
-            Buffer(new float[rank * kGroupedColumns]()), Buffer(new float[rank * kGroupedColumns])};
-  for (int64_t task = begin; task < end; ++task) {
-    const bool of_b = task < split;
-    const int64_t local = of_b ? task : task - split, group = local % p.groups;
-    const int64_t column = local / p.groups * kGroupedColumns, columns = of_b ? p.columns : p.depth;
-    const int64_t width = smaller(kGroupedColumns, columns - column);
-    const int64_t first = group ? p.ends[group - 1] : 0, last = p.ends[group];
-    if (of_b) {
-      outer<kLevel>(static_cast<const T*>(p.hidden), p.gate, static_cast<const T*>(p.grad) + column, columns, width, rank,
-            first, last, s);
-      float* db = p.db + (group * columns + column) * rank;
-      for (int64_t i = 0; i < width; ++i)
-        for (int64_t j = 0; j < rank; ++j) db[i * rank + j] = s.sum[j * kGroupedColumns + i] * p.scale;
-    } else {
-      // The gate is part of `dhidden` already.
-      outer<kLevel>(static_cast<const float*>(p.dhidden), nullptr, static_cast<const T*>(p.x) + column, columns, width, rank,
-            first, last, s);
-      float* da = p.da + group * rank * columns + column;
-      for (int64_t j = 0; j < rank; ++j)
-        for (int64_t i = 0; i < width; ++i) da[j * columns + i] = s.sum[j * kGroupedColumns + i];
-    }
-  }
-}
-
-template <CpuLevel kLevel>
-PEFTK_INLINE void grouped_low_rank_factors_cpu_body(const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::float32)
-    factor_tasks<kLevel, float>(p, begin, end);
-  else
-    factor_tasks<kLevel, BFloat16>(p, begin, end);
 }
 
 }  // namespace
 
 PEFTK_LEVEL_KERNEL(grouped_low_rank_cpu, (const GroupedLowRankParams& p, int64_t begin, int64_t end), (p, begin, end))
-PEFTK_LEVEL_KERNEL(grouped_low_rank_backward_cpu, (const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end),
-             (p, begin, end))
-PEFTK_LEVEL_KERNEL(grouped_low_rank_factors_cpu, (const GroupedLowRankBackwardParams& p, int64_t begin, int64_t end),
-             (p, begin, end))
+PEFTK_LEVEL_KERNEL(grouped_low_rank_backward_cpu,
+                   (const GroupedLowRankBackwardParams& p, const GroupedPart* parts, int64_t count,
+                    std::atomic<int64_t>& next),
+                   (p, parts, count, next))
+PEFTK_KERNEL(grouped_low_rank_sums_cpu,
+             (const GroupedLowRankBackwardParams& p, const GroupedPart* parts, int64_t count), (p, parts, count))
 
 }  // namespace peftk

@@ -11,7 +11,7 @@ namespace {
 template <CpuLevel kLevel>
 PEFTK_INLINE void low_rank_cpu_body(const LowRankParams& p, int64_t begin, int64_t end) {
   const int64_t most = chunk_rows(p.depth > p.columns ? p.depth : p.columns);
-  const std::unique_ptr<float[]> strip(new float[6 * padded(p.rank)]), scratch(new float[most * p.rank]);
+  const std::unique_ptr<float[]> strip(new float[kStripRows * padded(p.rank)]), scratch(new float[most * p.rank]);
   for (int64_t row = begin; row < end; row += most) {
     const int64_t rows = end - row < most ? end - row : most;
     float* hidden = p.hidden + row * p.rank;
@@ -25,7 +25,7 @@ PEFTK_INLINE void low_rank_cpu_body(const LowRankParams& p, int64_t begin, int64
 template <CpuLevel kLevel>
 PEFTK_INLINE void low_rank_backward_cpu_body(const LowRankBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t most = chunk_rows(p.depth > p.columns ? p.depth : p.columns), rank = p.rank;
-  const std::unique_ptr<float[]> strip(new float[6 * padded(rank)]), scratch(new float[most * rank]);
+  const std::unique_ptr<float[]> strip(new float[kStripRows * padded(rank)]), scratch(new float[most * rank]);
   for (int64_t row = begin; row < end; row += most) {
     const int64_t rows = end - row < most ? end - row : most;
     float* dhidden = p.dhidden + row * rank;
@@ -212,18 +212,18 @@ PEFTK_KERNEL(low_rank_few_hidden_cpu, (const LowRankFewParams& p, int64_t begin,
 PEFTK_KERNEL(low_rank_few_cpu, (const LowRankFewParams& p, int64_t begin, int64_t end), (p, begin, end))
 PEFTK_KERNEL(dropout_cpu, (const DropoutParams& p, int64_t begin, int64_t end), (p, begin, end))
 
-void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale,
-                     float* to) {
-  for (int64_t first = 0; first < columns; first += kStripColumns, to += rank * kStripColumns) {
-    const int64_t count = columns - first < kStripColumns ? columns - first : kStripColumns;
+void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, int64_t columns, float scale, float* to,
+                     int64_t strip) {
+  for (int64_t first = 0; first < columns; first += strip, to += rank * strip) {
+    const int64_t count = columns - first < strip ? columns - first : strip;
     for (int64_t i = 0; i < rank; ++i) {
       const float* line = from + i * row + first * col;
-      float* strip = to + i * kStripColumns;
+      float* row_to = to + i * strip;
       if (col == 1)
-        for (int64_t j = 0; j < count; ++j) strip[j] = line[j] * scale;
+        for (int64_t j = 0; j < count; ++j) row_to[j] = line[j] * scale;
       else
-        for (int64_t j = 0; j < count; ++j) strip[j] = line[j * col] * scale;
-      for (int64_t j = count; j < kStripColumns; ++j) strip[j] = 0.0f;
+        for (int64_t j = 0; j < count; ++j) row_to[j] = line[j * col] * scale;
+      for (int64_t j = count; j < strip; ++j) row_to[j] = 0.0f;
     }
   }
 }

@@ -22,6 +22,7 @@ __all__ = [
     "Adapted",
     "as_lycoris",
     "component_of",
+    "magnitudes_of_inputs",
     "update",
     "weight_shape",
 ]
@@ -274,7 +275,7 @@ def difference(one: Adapted, other: Adapted) -> float:
         ValueError: They are of other shapes, or their magnitudes differ.
     """
     left, right = one.parts.get(MAGNITUDES), other.parts.get(MAGNITUDES)
-    if (left is None) is not (right is None) or (left is not None and not torch.equal(_row(left), _row(right))):
+    if (left is None) is not (right is None) or (left is not None and not _same_magnitudes(left, right)):
         raise ValueError(f"module {one.source!r}: the magnitudes became others")
     same = one.method == other.method and one.scale == other.scale and _factors(one).keys() == _factors(other).keys()
     same = same and (one.method != OUTPUT or one.alpha == other.alpha)
@@ -287,9 +288,17 @@ def difference(one: Adapted, other: Adapted) -> float:
     return apart / size if size else (math.inf if apart else 0.0)
 
 
-def _row(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.flatten()
+def magnitudes_of_inputs(module: Adapted) -> bool:
+    """Whether a module has magnitudes, (1, in, ...), of the inputs of its layer."""
+    scale = module.parts.get(MAGNITUDES)
+    return scale is not None and scale.shape[0] == 1 and scale.numel() > 1
+
+
+def _same_magnitudes(one: Tensor | None, other: Tensor | None) -> bool:
+    assert one is not None
+    assert other is not None
+    # The axis, whatever dimensions of a kernel follow.
+    return one.shape[:2] == other.shape[:2] and torch.equal(one.flatten(), other.flatten())
 
 
 def _factors(module: Adapted) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .adapted import OUTPUT, TYPES
 from .container import CheckpointError, capped, shown
 from .foreign_names import prefix_of, resolved
+from .original_names import split
 from .reader import TensorFile
 from .recognise import Found, recognise
 
@@ -35,7 +36,7 @@ DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_la
 
 UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
 MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "hada_magnitude_vector", "lokr_magnitude_vector")
-"""What the magnitudes of outputs are called in files of PEFT and diffusers, and in this package's."""
+"""What magnitudes are called in files of PEFT and diffusers, and in this package's."""
 
 _KEY = "base_model.model."
 
@@ -114,13 +115,19 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
     paths, left_out = resolved(found, weights, file)
     alphas = written_alphas(file.metadata, file)
     modules = []
-    for name, path in paths.items():
+    for name, places in paths.items():
+        one = found.modules[name]
         try:
-            modules.append(_module(name, path, found.modules[name], file, weights[path], alphas))
+            whole = {part: file.tensors[f"{name}.{part}"] for part in one.parts}
+            pieces = split(one.method or "", whole, [weights[path][0] for path in places])
+            for path, parts in zip(places, pieces, strict=True):
+                modules.append(_module(name, path, one, parts, weights[path], alphas))
         except ValueError as error:
             problems.append(f"module {shown(name)}: {error}")
     if len({module.dora for module in modules}) > 1:
         problems.append("dora_scale: expected on all modules or on none")
+    if len({module.flags.get("dora_inputs") for module in modules if module.dora}) > 1:
+        problems.append("dora_scale: expected numbers of outputs on all modules, or of inputs on all of them")
     if len({module.flags.get("use_rescale") for module in modules}) > 1:
         problems.append("rescale: expected on all modules or on none")
     if found.methods[0] == OUTPUT and len(bounds := {module.alpha for module in modules}) > 1:
@@ -192,9 +199,8 @@ def _by_pattern(patterns: Any, path: str, default: Any) -> float:
 
 
 def _module(
-    name: str, path: str, found: Found, file: TensorFile, weight: torch.Size, written: Mapping[str, Any]
+    name: str, path: str, found: Found, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]
 ) -> _Module:
-    parts = {part: file.tensors[f"{name}.{part}"] for part in found.parts}
     for part, tensor in parts.items():
         if tensor.dim() < 2 and part not in ("alpha", "lora_alpha", "dora_scale", "rescale", *MAGNITUDES):
             raise ValueError(f"{part}: expected two dimensions or more, got shape {tuple(tensor.shape)}")
@@ -214,17 +220,23 @@ def _module(
 
 
 def _add_magnitudes(made: _Module, part: str, scale: Tensor, weight: torch.Size, container: str) -> None:
-    # A square weight has as many inputs as outputs: there the axis decides.
+    # A square weight has as many inputs as outputs: there the axis decides, which PEFT's names leave open.
     first = 0 if part == "dora_scale" else next((i for i, size in enumerate(scale.shape) if size > 1), 0)
-    if scale.dim() == 0 or scale.shape[first] != weight[0] or scale.numel() != weight[0]:
+    of_outputs = scale.dim() > 0 and scale.shape[first] == scale.numel() == weight[0]
+    of_inputs = part == "dora_scale" and scale.dim() > 1 and scale.shape[1] == scale.numel() == weight[1]
+    if not (of_outputs or of_inputs):
         raise ValueError(
-            f"{part}: expected one number for each of the {weight[0]} outputs, got shape {tuple(scale.shape)}; "
-            "peftk cannot load magnitudes of inputs"
+            f"{part}: expected one number for each of the {weight[0]} outputs, (out, 1, ...), or of the {weight[1]} "
+            f"inputs, (1, in, ...), got shape {tuple(scale.shape)}"
         )
     places = [1] * (len(weight) - 2)
     # LoRA's are a module with the shape of a convolution's output.
     as_output = places and container == _READERS["LoRA"].magnitudes
-    made.tensors[container] = scale.reshape(1, -1, *places) if as_output else scale.reshape(-1)
+    if not of_outputs:
+        made.tensors[container] = scale.reshape(1, -1)
+        made.flags["dora_inputs"] = True
+    else:
+        made.tensors[container] = scale.reshape(1, -1, *places) if as_output else scale.reshape(-1)
     made.dora = True
 
 

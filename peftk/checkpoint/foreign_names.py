@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from .container import CheckpointError, capped, shown
+from .original_names import original_names
 from .reader import TensorFile
 from .recognise import PREFIXES, Description
 
@@ -16,8 +17,11 @@ __all__ = ["prefix_of", "resolved"]
 
 def resolved(
     found: Description, weights: Mapping[str, torch.Size], file: TensorFile
-) -> tuple[dict[str, str], dict[str, int]]:
-    """Map the names of a file to paths of the model; a prefix of which no module is in the model is another model's."""
+) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
+    """Map the names of a file to paths of the model; a prefix of which no module is in the model is another model's.
+
+    A module that the model has as several, whose outputs together are its own, has their paths in this order.
+    """
     by_prefix: dict[str, dict[str, str | None]] = {}
     for name in found.modules:
         prefix, rest = prefix_of(name)
@@ -25,17 +29,21 @@ def resolved(
     flat: dict[str, list[str]] = {}
     for path in weights:
         flat.setdefault(path.replace(".", "_"), []).append(path)
-    paths: dict[str, str] = {}
+    original = original_names(weights)
+    original |= {name.replace(".", "_"): places for name, places in original.items()}
+    paths: dict[str, tuple[str, ...]] = {}
     problems, left_out = [], {}
     for prefix, names in by_prefix.items():
-        here: dict[str, str] = {}
+        here: dict[str, tuple[str, ...]] = {}
         lost = []
         for name, rest in names.items():
             fitting = _paths(name, rest or name, weights, flat)
             if len(fitting) > 1:
                 problems.append(f"module {shown(name)}: expected one module, and it fits {' and '.join(fitting)}")
             elif fitting:
-                here[name] = fitting[0]
+                here[name] = (fitting[0],)
+            elif places := original.get(rest or name):
+                here[name] = places
             else:
                 lost.append(name)
         if prefix and not here and len(by_prefix) > 1:
@@ -43,7 +51,7 @@ def resolved(
             continue
         problems += [f"module {shown(name)}: the model has no module of this name with a weight" for name in lost]
         paths |= here
-    twice = [path for path, count in Counter(paths.values()).items() if count > 1]
+    twice = [path for path, count in Counter(p for places in paths.values() for p in places).items() if count > 1]
     problems += [f"module {shown(path)}: has two adapters in the file" for path in twice]
     if not paths and not problems:
         problems.append("no module of the file is in the model")

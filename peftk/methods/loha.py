@@ -31,7 +31,7 @@ class Hadamard(NamedTuple):
         t2: That of the second one.
         rows: (out,), a factor for every row of the update, which dropout makes; or None.
         gain: (out,), a factor for every output but its bias, which DoRA's magnitudes make; or None.
-        input_gain: (in,), a factor for every input, which magnitudes of inputs make; or None. Such an adapter acts alone.
+        input_gain: (in,), a factor for every input, which magnitudes of inputs make, or None; such an adapter is alone.
     """
 
     w1_a: Tensor

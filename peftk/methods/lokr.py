@@ -27,7 +27,7 @@ class Kronecker(NamedTuple):
         scale: A number, or a tensor of one number.
         kept: (out,), which rows of the update stay in this pass; None for all of them.
         gain: (out,), a factor for every output but its bias, which DoRA's magnitudes make; or None.
-        input_gain: (in,), a factor for every input, which magnitudes of inputs make; or None. Such an adapter acts alone.
+        input_gain: (in,), a factor for every input, which magnitudes of inputs make, or None; such an adapter is alone.
 
     A w2 of three dimensions, (k, n, taps), stands for Hugging Face PEFT's update of an nn.Conv1d, whose numbers lie
     elsewhere than in a Kronecker product: those of ``kron(w1, w2[i])``, (l * n, m * taps), for one i after the other,

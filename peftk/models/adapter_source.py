@@ -182,7 +182,7 @@ def _module(name: str, found: Found, file: TensorFile, number: Number) -> Adapte
         parts["lokr_w1"] = (parts["lokr_w1"].double() * value).to(parts["lokr_w1"].dtype)
         module.notes.append(f"lokr_w1: multiplied by {value:g}, since others scale whole factors by 1")
     if MAGNITUDES in parts:
-        _check_magnitudes(parts, shape)
+        _check_magnitudes(parts, shape, keys[MAGNITUDES].endswith(f".{MAGNITUDES}"))
     return module
 
 
@@ -202,15 +202,20 @@ def _common(part: str) -> str | None:
     return part if part in known or part.startswith(("hada_", "lokr_")) else None
 
 
-def _check_magnitudes(parts: dict[str, Tensor], shape: torch.Size) -> None:
-    """Give magnitudes of outputs the shape that all but PEFT write: (out, 1, ...)."""
+def _check_magnitudes(parts: dict[str, Tensor], shape: torch.Size, has_axis: bool) -> None:
+    """Give magnitudes the shape that all but PEFT write: (out, 1, ...) for outputs, (1, in, 1, ...) for inputs."""
     scale = parts[MAGNITUDES]
-    if scale.numel() != shape[0] or max(scale.shape, default=1) != shape[0]:
+    longest, places = max(scale.shape, default=1), [1] * (max(scale.dim(), len(shape)) - 2)
+    # Names of PEFT are those of outputs, but for two dimensions, which this package alone writes.
+    of_inputs = scale.dim() > 1 and scale.shape[0] != shape[0] if has_axis else scale.dim() == 2 and len(scale) == 1
+    # What reads one channel may be a kernel, of which the factors of some methods do not say how large it is.
+    fits = shape[1] % longest == 0 if of_inputs else shape[0] == longest
+    if scale.numel() != longest or not fits:
         raise ValueError(
-            f"{MAGNITUDES}: expected one number for each of the {shape[0]} outputs, got shape {tuple(scale.shape)}; "
-            "PEFT and diffusers have no magnitudes of inputs"
+            f"{MAGNITUDES}: expected one number for each of the {shape[0]} outputs or the {shape[1]} inputs, got shape "
+            f"{tuple(scale.shape)}"
         )
-    parts[MAGNITUDES] = scale.reshape(-1, *[1] * (len(shape) - 1))
+    parts[MAGNITUDES] = scale.reshape(1, -1, *places) if of_inputs else scale.reshape(-1, 1, *places)
 
 
 def model_weights(path: str | os.PathLike[str]) -> dict[str, torch.Size]:

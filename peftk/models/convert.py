@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import foreign
-from ..checkpoint.adapted import COMPONENTS, MAGNITUDES, OUTPUT, Adapted, as_lycoris, difference, weight_shape
+from ..checkpoint.adapted import (
+    COMPONENTS,
+    MAGNITUDES,
+    OUTPUT,
+    Adapted,
+    as_lycoris,
+    difference,
+    magnitudes_of_inputs,
+    weight_shape,
+)
 from ..checkpoint.container import CheckpointError, capped, shown
 from ..checkpoint.peft import WEIGHTS_NAME, write_adapter
 from ..checkpoint.reader import TensorFile
@@ -112,6 +121,8 @@ def plan_for(
         problems += _as_lycoris(modules)
     if not problems:
         problems += _settle_names(modules, source, dialect, weights, origin)
+    if not problems and source.dialect == "PEFT" and dialect not in ("peft", "diffusers"):
+        problems += _settle_magnitudes(modules, weights)
     if problems:
         raise CheckpointError(source.path, f"cannot be written as {DIALECTS[dialect]}", *capped(problems, "problems"))
     if dialect in ("peft", "diffusers"):
@@ -158,6 +169,11 @@ def _wanted(
             f"module {shown(module.source)}: diffusers has no magnitudes for {module.method}"
             for module in modules
             if module.method != "LoRA" and MAGNITUDES in module.parts
+        ]
+        problems += [
+            f"module {shown(module.source)}: diffusers has no magnitudes of inputs; write the file as lycoris"
+            for module in modules
+            if magnitudes_of_inputs(module)
         ]
         methods = {module.method for module in modules}
         if len(methods) > 1:
@@ -227,6 +243,24 @@ def _settle_names(
             problems.append(f"module {shown(module.source)}: is written with underscores for dots; pass --model")
         else:
             problems.append(f"module {shown(module.source)}: the model has no module of this name")
+    return problems
+
+
+def _settle_magnitudes(modules: list[Adapted], weights: Mapping[str, torch.Size] | None) -> list[str]:
+    """Give magnitudes the dimensions of the weight, which factors of flattened filters do not tell."""
+    problems = []
+    for module in modules:
+        scale = module.parts.get(MAGNITUDES)
+        if scale is None or len(weight_shape(module)) > 2 or module.method == "LoRA":
+            continue
+        shape = (weights or {}).get(module.path)
+        if shape is None:
+            problems.append(
+                f"module {shown(module.source)}: its magnitudes have the dimensions of the weight, which "
+                f"{module.method} does not tell; pass --model"
+            )
+        else:
+            module.parts = module.parts | {MAGNITUDES: scale.reshape(*scale.shape[:2], *[1] * (len(shape) - 2))}
     return problems
 
 

@@ -61,19 +61,35 @@ def _check_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tens
     check_shape("weight", weight, (*b.shape[:2], x.shape[1]), "(groups, out_features, in_features)")
 
 
-def _fits_groups(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> bool:
-    """Say cheaply whether the arguments of both operators are right; `_check_groups` finds out what is wrong."""
+def _fit(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> bool:
+    (groups, rank, features), (of_b, _, columns), (_, width) = a.shape, b.shape, x.shape
+    return (
+        groups == of_b > 0
+        and rank == columns > 0
+        and features == width
+        and offsets.shape == (groups,)
+        and offsets.dtype in (torch.int64, torch.int32)
+        and offsets.layout is torch.strided
+        and offsets.device == x.device
+    )
+
+
+def _fits_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_add` finds out what is wrong."""
     try:
-        (groups, rank, features), (of_b, _, columns), (_, width) = a.shape, b.shape, x.shape
+        return _fit(x, a, b, offsets) and base.shape == (x.shape[0], b.shape[1]) and ordinary(x, a, b, base)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _fits_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> bool:
+    """Say cheaply whether the arguments are right; `_check_linear` finds out what is wrong."""
+    try:
         return (
-            groups == of_b > 0
-            and rank == columns > 0
-            and features == width
-            and offsets.shape == (groups,)
-            and offsets.dtype in (torch.int64, torch.int32)
-            and offsets.layout is torch.strided
-            and offsets.device == x.device
-            and ordinary(x, a, b)
+            _fit(x, a, b, offsets)
+            and weight.shape == (*b.shape[:2], x.shape[1])
+            and not weight.requires_grad
+            and ordinary(x, a, b, weight)
         )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
@@ -106,7 +122,7 @@ def _prepare_add(
     *,
     gate: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    if not (_fits_groups(x, a, b, offsets) and ordinary(x, base) and base.shape == (x.shape[0], b.shape[1])):
+    if not _fits_add(base, x, a, b, offsets):
         _check_add(base, x, a, b, offsets)
     return base, *_prepare_adapter(x, a, b, offsets, scale, gate)
 
@@ -121,12 +137,7 @@ def _prepare_linear(
     *,
     gate: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    if not (
-        _fits_groups(x, a, b, offsets)
-        and ordinary(x, weight)
-        and not weight.requires_grad
-        and weight.shape == (*b.shape[:2], x.shape[1])
-    ):
+    if not _fits_linear(x, weight, a, b, offsets):
         _check_linear(x, weight, a, b, offsets)
     x, *adapter = _prepare_adapter(x, a, b, offsets, scale, gate)
     return x, weight, *adapter

@@ -150,7 +150,11 @@ DAMAGE: dict[str, tuple[str, Any]] = {
         "lora_mid",
         lambda t: t | {"lora_unet_block_conv_in.lora_mid.weight": torch.ones(2, 2, 3, 3)},
     ),
-    "magnitudes of inputs": ("magnitudes of inputs", lambda t: t | {"lora_unet_first.dora_scale": torch.ones(1, 12)}),
+    "magnitudes of neither": ("of the 12 inputs", lambda t: t | {"lora_unet_first.dora_scale": torch.ones(1, 11)}),
+    "magnitudes of outputs and of inputs": (
+        "numbers of outputs on all modules, or of inputs on all",
+        lambda t: t | {"lora_unet_first.dora_scale": torch.ones(16, 1)} | _of_inputs("lora_unet_block_conv_in", t),
+    ),
     "magnitudes of one": ("on all modules or on none", lambda t: t | {"lora_unet_first.dora_scale": torch.ones(16, 1)}),
     "blocks that are no outputs": (
         r"blocks \* b = 16, the outputs of the layer",
@@ -170,6 +174,11 @@ DAMAGE: dict[str, tuple[str, Any]] = {
 
 def _renamed(tensors: Keys, old: str, new: str) -> Keys:
     return {key.replace(f"unet_{old}", f"unet_{new}"): value for key, value in tensors.items()}
+
+
+def _of_inputs(module: str, tensors: Keys) -> Keys:
+    down = tensors[f"{module}.lora_down.weight"]
+    return {f"{module}.dora_scale": torch.ones(1, down.shape[1], 1, 1)}
 
 
 def _without(tensors: Keys, name: str) -> Keys:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..shared.grouped_low_rank import by_group, grouped_product, shrunk, sizes_of
+from ..shared.grouped_low_rank import by_group, shrunk, sizes_of
 from ..shared.wide import wide, wide_product, widened
 
 
@@ -64,7 +64,12 @@ def grouped_low_rank_linear(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the rank-sized product; see `peftk.functional.grouped_low_rank_linear`."""
-    return grouped_low_rank_add(grouped_product(x, weight.mT, offsets), x, a, b, offsets, gate, scale)
+    base = by_group(_cast_product, x, weight.mT, sizes_of(offsets, x.shape[0]))
+    return grouped_low_rank_add(base, x, a, b, offsets, gate, scale)
+
+
+def _cast_product(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows @ weight.to(rows.dtype)
 
 
 def grouped_low_rank_linear_backward(
@@ -83,5 +88,5 @@ def grouped_low_rank_linear_backward(
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
     dx, *others = grouped_low_rank_add_backward(grad, x, hidden, a, b, offsets, gate, scale, need_x, *needs)
     if need_x:
-        dx += grouped_product(grad, weight, offsets)
+        dx = dx + by_group(_cast_product, grad, weight, sizes_of(offsets, x.shape[0]))
     return dx, *others

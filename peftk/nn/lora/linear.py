@@ -31,7 +31,7 @@ class LoRALinear(LoRALayer):
     column.
 
     Parameters per adapter: `lora_A.<name>.weight` (r, in), `lora_B.<name>.weight` (out, r), with `lora_bias`
-    `lora_B.<name>.bias` (out,), and with `use_dora` `lora_magnitude_vector.<name>.weight` (out,), or (1, in) for inputs.
+    `lora_B.<name>.bias` (out,), and with `use_dora` `lora_magnitude_vector.<name>.weight` (out,), of inputs (1, in).
 
     With `init_lora_weights` "pissa" or "olora" the factors start as a part ``s * B0 A0`` of the weight, and the layer
     is ``y = x (W - s B0 A0)^T + bias + s * (dropout(x) A^T) B^T``: `lora_start.<name>` holds `a` and `b`, which are

@@ -15,8 +15,13 @@ def norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> T
     return (weight + scale * (b @ a)).square().sum(1).sqrt()
 
 
-def decomposed(weight: Tensor, magnitude: Tensor, detached: bool = True) -> Tensor:
-    """Give the rows of an adapted weight, (out, ...), these norms; `detached`: no gradient goes through its own."""
+def decomposed(weight: Tensor, magnitude: Tensor, detached: bool = True, of_inputs: bool = False) -> Tensor:
+    """Give the rows of an adapted weight, (out, ...), these norms, or what reads one input: (..., in, ...).
+
+    With `detached` no gradient goes through its own norms.
+    """
+    if of_inputs:
+        return decomposed(weight.transpose(0, 1), magnitude, detached).transpose(0, 1)
     rows = weight.flatten(1)
     norms = (rows.detach() if detached else rows).square().sum(1).sqrt()
     return ((magnitude.flatten() / norms)[:, None] * rows).view(weight.shape)

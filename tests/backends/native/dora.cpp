@@ -8,11 +8,11 @@ template <typename T>
 void check_dora_norm(Level level, int64_t rows, int64_t cols, int64_t rank, bool columns) {
   const int64_t left_row = columns ? 1 : rank, left_col = columns ? rows : 1, count = columns ? cols : rows;
   Heap<T> weight(rows * cols);
-  Heap<float> left(rows * rank), right(rank * cols), strips(strips_size(rank, cols)), out(count);
+  Heap<float> left(rows * rank), right(rank * cols), strips(strips_size(rank, cols, kDoraStrip)), out(count);
   fill(weight);
   fill(left);
   fill(right);
-  pack_strips_cpu(right.get(), cols, 1, rank, cols, 1.0f, strips.get());
+  pack_strips_cpu(right.get(), cols, 1, rank, cols, 1.0f, strips.get(), kDoraStrip);
   const DoraNormParams p{weight.get(), left.get(), strips.get(), out.get(), rows,         cols,
                          rank,         left_row,   left_col,     columns,   dtype_of<T>()};
   if (columns)
@@ -43,13 +43,13 @@ void check_dora_norm(Level level, int64_t rows, int64_t cols, int64_t rank, bool
 template <typename T>
 void check_dora_compose(Level level, int64_t rows, int64_t cols, int64_t rank, bool with_shift) {
   Heap<T> base(rows * cols), hidden(rows * rank), out(rows * cols);
-  Heap<float> factor(rank * cols), strips(strips_size(rank, cols)), gain(cols), shift(cols);
+  Heap<float> factor(rank * cols), strips(strips_size(rank, cols, kDoraStrip)), gain(cols), shift(cols);
   fill(base);
   fill(hidden);
   fill(factor);
   fill(gain, 2.0);
   fill(shift);
-  pack_strips_cpu(factor.get(), cols, 1, rank, cols, 1.0f, strips.get());
+  pack_strips_cpu(factor.get(), cols, 1, rank, cols, 1.0f, strips.get(), kDoraStrip);
   const DoraComposeParams p{base.get(), hidden.get(), strips.get(), gain.get(), with_shift ? shift.get() : nullptr,
                             out.get(),  rows,         cols,         rank,       dtype_of<T>()};
   in_pieces(rows, 13, [&](int64_t begin, int64_t end) { VARIANT(level, dora_compose_cpu)(p, begin, end); });

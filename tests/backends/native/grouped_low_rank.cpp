@@ -2,6 +2,7 @@
 #include "../../../csrc/cpu/grouped_low_rank.cpp"
 #include "harness.h"
 
+#include <memory>
 #include <vector>
 
 namespace {
@@ -86,8 +87,7 @@ void check_grouped(Level level, const std::vector<int64_t>& sizes, int64_t other
     expect(to_float(both[i]), to_float(out[i]), 0, 0, 0, what + " onto the base");
 
   const std::vector<double> h0 = doubles(hidden);
-  Heap<float> dhidden(rows * rank), da(groups * rank * depth), db(groups * columns * rank),
-      dgate(gates ? rows * rank : 0);
+  Heap<float> da(groups * rank * depth), db(groups * columns * rank), dgate(gates ? rows * rank : 0);
   Heap<T> dx(rows * depth);
   const GroupedLowRankBackwardParams q{grad.get(),
                                        x.get(),
@@ -96,7 +96,6 @@ void check_grouped(Level level, const std::vector<int64_t>& sizes, int64_t other
                                        b.get(),
                                        ends.data(),
                                        gates ? gate.get() : nullptr,
-                                       dhidden.get(),
                                        dx.get(),
                                        da.get(),
                                        db.get(),
@@ -109,18 +108,30 @@ void check_grouped(Level level, const std::vector<int64_t>& sizes, int64_t other
                                        scale,
                                        dtype_of<T>(),
                                        false};
-  in_pieces(rows, piece,
-            [&](int64_t begin, int64_t end) { VARIANT(level, grouped_low_rank_backward_cpu)(q, begin, end); });
+  const auto run = [&](const GroupedLowRankBackwardParams& params) {
+    std::vector<GroupedPart> parts = grouped_parts(ends.data(), groups, rows);
+    std::vector<std::unique_ptr<Heap<float>>> partials;
+    const auto same = [&](size_t i, size_t j) { return j < parts.size() && parts[i].group == parts[j].group; };
+    for (size_t i = 0; i < parts.size(); ++i)
+      if (parts[i].group < groups && (same(i, i + 1) || (i > 0 && same(i, i - 1)))) {
+        partials.push_back(std::make_unique<Heap<float>>(rank * (depth + columns)));
+        parts[i].partial = partials.back()->get();
+      }
+    const int64_t count = static_cast<int64_t>(parts.size());
+    std::atomic<int64_t> next{0};
+    VARIANT(level, grouped_low_rank_backward_cpu)(params, parts.data(), count, next);
+    for (int64_t i = 0, several = 0; i < count; i += several) {
+      for (several = 1; same(i, i + several);) ++several;
+      if (parts[i].partial) VARIANT(level, grouped_low_rank_sums_cpu)(params, parts.data() + i, several);
+    }
+  };
+  run(q);
   Heap<T> added(rows * depth);
-  Heap<float> scratch(rows * rank);
   fill(added);
   const std::vector<double> before = doubles(added);
   GroupedLowRankBackwardParams onto = q;
-  onto.dx = added.get(), onto.dhidden = scratch.get(), onto.add_dx = true;
-  in_pieces(rows, piece,
-            [&](int64_t begin, int64_t end) { VARIANT(level, grouped_low_rank_backward_cpu)(onto, begin, end); });
-  in_pieces((grouped_tiles(depth) + grouped_tiles(columns)) * groups, 3,
-            [&](int64_t begin, int64_t end) { VARIANT(level, grouped_low_rank_factors_cpu)(q, begin, end); });
+  onto.dx = added.get(), onto.add_dx = true;
+  run(onto);
   // The gradient in the gated product.
   std::vector<GroupedBound> dh(rows * rank);
   for (int64_t t = 0; t < rows; ++t) {

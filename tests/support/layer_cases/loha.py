@@ -22,6 +22,9 @@ CASES = {
     "loha_dora_conv": Case(_config(1, use_dora=True), "conv"),
     "loha_dora_tucker_groups": Case(_config(use_effective_conv2d=True, use_dora=True), "conv_groups"),
     "loha_dora_sequence": Case(_config(3, use_dora=True), "sequence_uneven"),
+    "loha_dora_inputs": Case(_config(alpha=3, use_dora=True, dora_inputs=True)),
+    "loha_dora_inputs_conv": Case(_config(1, use_dora=True, dora_inputs=True), "conv"),
+    "loha_dora_inputs_groups": Case(_config(5, use_dora=True, dora_inputs=True), "conv_groups"),
     "loha_conv": Case(_config(1, alpha=2), "conv", together="loha_tucker"),
     "loha_conv_written": Case(_config(5), "conv_uneven"),
     "loha_tucker": Case(_config(3, use_effective_conv2d=True), "conv", together="loha_conv"),
@@ -84,4 +87,6 @@ def dense(layer, name, weight, bias):
         first, second = w1_a @ w1_b, w2_a @ w2_b
     weight = weight + layer.scaling[name] * (first * second).reshape(weight.shape)
     magnitude = layer.hada_magnitude_vector
-    return dora.decomposed(weight, magnitude[name].double()) if name in magnitude else weight, bias
+    if name in magnitude:
+        weight = dora.decomposed(weight, magnitude[name].double(), of_inputs=layer.dora_inputs[name])
+    return weight, bias

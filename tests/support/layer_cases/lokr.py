@@ -23,6 +23,9 @@ CASES = {
     "lokr_dora_full": Case(_config(r=8, decompose_factor=2, use_dora=True)),
     "lokr_dora_conv": Case(_config(r=1, alpha=2, use_dora=True), "conv"),
     "lokr_dora_conv_groups": Case(_config(r=1, decompose_factor=2, use_dora=True), "conv_groups"),
+    "lokr_dora_inputs": Case(_config(r=1, alpha=3, use_dora=True, dora_inputs=True)),
+    "lokr_dora_inputs_conv": Case(_config(r=1, alpha=2, use_dora=True, dora_inputs=True), "conv"),
+    "lokr_dora_inputs_groups": Case(_config(r=1, decompose_factor=2, use_dora=True, dora_inputs=True), "conv_groups"),
     "lokr_dora_sequence": Case(_config(r=8, decompose_factor=2, use_dora=True), "sequence"),
     "lokr_conv": Case(_config(r=1, alpha=2), "conv", together="lokr_conv_full"),
     "lokr_conv_full": Case(_config(r=8, decompose_factor=2), "conv"),
@@ -95,4 +98,6 @@ def dense(layer, name, weight, bias):
         update = torch.cat([torch.cat([entry * w2 for entry in row], dim=1) for row in w1], dim=0)
     weight = weight + layer.alpha[name] / layer.r[name] * update
     magnitude = held.get("lokr_magnitude_vector")
-    return weight if magnitude is None else dora.decomposed(weight, magnitude), bias
+    if magnitude is not None:
+        weight = dora.decomposed(weight, magnitude, of_inputs=layer.dora_inputs[name])
+    return weight, bias

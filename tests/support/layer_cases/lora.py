@@ -36,6 +36,12 @@ CASES = {
     "dora_sequence": Case(_random(r=2, use_dora=True), base="sequence"),
     "dora_volume": Case(_random(r=3, use_dora=True), base="volume_same"),
     "dora_embedding": Case(_random(r=3, use_dora=True), base="embedding"),
+    "dora_inputs": Case(_random(r=3, lora_alpha=5, use_dora=True, dora_inputs=True)),
+    "dora_inputs_conv1d": Case(_random(r=3, use_dora=True, dora_inputs=True, fan_in_fan_out=True), base="conv1d"),
+    "dora_inputs_conv": Case(_random(r=3, use_dora=True, dora_inputs=True), base="conv"),
+    "dora_inputs_uneven": Case(_random(r=3, use_dora=True, dora_inputs=True), base="conv_uneven"),
+    "dora_inputs_sequence": Case(_random(r=2, use_dora=True, dora_inputs=True), base="sequence"),
+    "dora_inputs_volume": Case(_random(r=3, use_dora=True, dora_inputs=True), base="volume_same"),
 }
 
 IDENTITIES = {
@@ -55,12 +61,15 @@ IDENTITIES = {
     "dora_conv": Case(LoraConfig(r=3, use_dora=True), base="conv"),
     "dora_volume": Case(LoraConfig(r=3, use_dora=True), base="volume"),
     "dora_embedding": Case(LoraConfig(r=3, use_dora=True), base="embedding"),
+    "dora_inputs": Case(LoraConfig(r=3, use_dora=True, dora_inputs=True)),
+    "dora_inputs_conv": Case(LoraConfig(r=3, use_dora=True, dora_inputs=True), base="conv"),
 }
 
 
 TOYS = {
     "lora": Toy(_random(r=2, target_modules=["query"]), {"lora_dropout": 0.5}),
     "dora": Toy(_random(r=2, target_modules=["query"], use_dora=True), {"lora_dropout": 0.5}),
+    "dora_inputs": Toy(_random(r=2, target_modules=["query"], use_dora=True, dora_inputs=True), {"lora_dropout": 0.5}),
 }
 
 LARGE = {
@@ -112,4 +121,5 @@ def _decomposed(layer, name, weight):
     """The weight with DoRA's magnitudes as the norms of its rows; no gradient goes through the norms of before."""
     if not layer.use_dora[name]:
         return weight
-    return dora.decomposed(weight, layer.lora_magnitude_vector[name].weight.double())
+    magnitude = layer.lora_magnitude_vector[name].weight.double()
+    return dora.decomposed(weight, magnitude, of_inputs=layer.dora_inputs[name])

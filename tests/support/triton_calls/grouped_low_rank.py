@@ -18,6 +18,7 @@ def calls() -> Iterator[Call]:
         dtype: torch.dtype,
         gated: bool = False,
         indices: torch.dtype = torch.int64,
+        fused: bool = False,
     ):
         x, y, hidden = (meta(rows, columns, dtype=dtype) for columns in (features, WIDTH, rank))
         a, b = meta(groups, rank, features, dtype=dtype), meta(groups, WIDTH, rank, dtype=dtype)
@@ -25,6 +26,8 @@ def calls() -> Iterator[Call]:
         parameters = a, b, meta(groups, dtype=indices), gate, 2.0
         yield "grouped_low_rank_add", (y, x, *parameters)
         yield "grouped_low_rank_add_backward", (y, x, hidden, *parameters, True, True, True, gated)
+        if not fused:
+            return
         weight = meta(groups, WIDTH, features, dtype=dtype)
         yield "grouped_low_rank_linear", (x, weight, *parameters)
         yield "grouped_low_rank_linear_backward", (y, x, hidden, weight, *parameters, True, True, True, gated)
@@ -34,8 +37,9 @@ def calls() -> Iterator[Call]:
     yield from sized(TOKENS, WIDTH, 16, 4, BF16, indices=torch.int32)
     yield from sized(TOKENS, WIDTH, 16, 1000, BF16)
     yield from sized(TOKENS, WIDTH, 16, 128, BF16, gated=True)
-    yield from sized(TOKENS, WIDTH, 16, 128, FP16)
-    yield from sized(TOKENS, WIDTH, 16, 128, FP32)
+    # Beside frozen weights the kernels are the same.
+    yield from sized(TOKENS, WIDTH, 16, 128, FP16, fused=True)
+    yield from sized(TOKENS, WIDTH, 16, 128, FP32, fused=True)
     yield from sized(TOKENS, WIDTH, 64, 128, FP32, gated=True)
     yield from sized(TOKENS - 1, 4095, 7, 60, BF16, gated=True)
     yield from sized(1, WIDTH, 16, 8, BF16)

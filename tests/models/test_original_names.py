@@ -1,0 +1,193 @@
+"""Files that name modules as the authors of SDXL, Flux and SD3 did, on diffusers' models, some of them split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+import diffusers
+import torch
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+from safetensors.torch import save_file
+from support.diffusion_models import MODELS, made
+from torch import Tensor, nn
+
+import peftk
+from peftk.checkpoint.container import CheckpointError
+from peftk.checkpoint.original_names import original_names
+from peftk.models.foreign_files import peft_folder
+from peftk.testing.compare import assert_close
+
+LAYERS = (nn.Linear, nn.Conv2d)
+Names = dict[str, tuple[str, ...]]
+
+
+def names_of(model: nn.Module) -> Names:
+    return original_names(path for path, module in model.named_modules() if isinstance(module, LAYERS))
+
+
+def kohya(model: nn.Module, names: Names, rank: int = 2, alpha: float = 3.0) -> dict[str, Tensor]:
+    """Return LoRA on all modules of the authors, with kohya's keys."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, paths in names.items():
+        weights = [model.get_submodule(path).weight for path in paths]
+        taps = weights[0].shape[2:]
+        key = "lora_unet_" + name.replace(".", "_")
+        out = sum(weight.shape[0] for weight in weights)
+        tensors[f"{key}.lora_down.weight"] = torch.randn(rank, weights[0].shape[1], *taps, generator=generator)
+        tensors[f"{key}.lora_up.weight"] = torch.randn(out, rank, *[1] * len(taps), generator=generator) / 8
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def factors(model: nn.Module, path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Return A, B and the scale of each module that a file is loaded into."""
+    from peftk.checkpoint.peft import read_config
+    from peftk.checkpoint.reader import read_safetensors
+
+    with peft_folder(model, path) as folder:
+        tensors = dict(read_safetensors(Path(folder) / "adapter_model.safetensors").tensors)
+        config = read_config(Path(folder))
+    found = {}
+    for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+        name = key.removesuffix(".lora_A.weight")
+        a, b = tensors[key], tensors[f"{name}.lora_B.weight"]
+        found[name.removeprefix("base_model.model.")] = a, b, config["lora_alpha"] / config["r"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["SDXL", "SD 1.5", "Flux", "SD3"])
+def test_the_update_is_the_one_of_the_module_that_was_split(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    names = names_of(model)
+    tensors = kohya(model, names)
+    save_file(tensors, tmp_path / "file.safetensors")
+    found = factors(model, tmp_path / "file.safetensors")
+    assert sorted(found) == sorted(path for paths in names.values() for path in paths)
+    for original, paths in names.items():
+        key = "lora_unet_" + original.replace(".", "_")
+        expected = 1.5 * (tensors[f"{key}.lora_up.weight"].flatten(1) @ tensors[f"{key}.lora_down.weight"].flatten(1))
+        updates = [scale * (b.flatten(1) @ a.flatten(1)) for a, b, scale in (found[path] for path in paths)]
+        assert_close(torch.cat(updates), expected.double(), torch.float32)
+    # Adapters of the file act.
+    adapted = peftk.PeftModel.from_pretrained(model, tmp_path / "file.safetensors")
+    assert len([key for key in adapted.state_dict() if "lora_A" in key]) == len(found)
+
+
+def test_flux_as_diffusers_reads_it(tmp_path: Path) -> None:
+    """At full width, for which its reader has the sizes written down."""
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    names = {n: paths for n, paths in names_of(model).items() if n.startswith(("double", "single"))}
+    tensors = kohya(model, names, rank=1)
+    save_file(tensors, tmp_path / "file.safetensors")
+    found = factors(model, tmp_path / "file.safetensors")
+    theirs = FluxLoraLoaderMixin.lora_state_dict(dict(tensors))
+    assert len(theirs) == 2 * len(found)
+    for path, (a, b, scale) in found.items():
+        down, up = (theirs[f"transformer.{path}.lora_{which}.weight"] for which in "AB")
+        # Some rows and columns of the product tell.
+        assert_close(scale * b[-64:] @ a[:, -64:], (up[-64:].double() @ down[:, -64:].double()), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["SDXL", "SD 1.5"])
+def test_unets_as_diffusers_reads_them(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    # Diffusers takes these alone from such files.
+    blocks = ("input_blocks", "middle_block", "output_blocks")
+    names = {n: paths for n, paths in names_of(model).items() if n.startswith(blocks)}
+    names.pop("input_blocks.0.0")
+    tensors = kohya(model, names)
+    save_file(tensors, tmp_path / "file.safetensors")
+    found = factors(model, tmp_path / "file.safetensors")
+    theirs, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=model.config)
+    assert set(alphas.values()) == {3.0}
+    assert len(theirs) == 2 * len(found)
+    # It has names of an older form for the layers of attention, which it turns later on.
+    plain = {
+        re.sub(r"processor\.(to_[a-z]+)_lora", r"\1.lora", key).replace("to_out.lora", "to_out.0.lora"): key
+        for key in theirs
+    }
+    for path, (a, b, _) in found.items():
+        for which, factor in (("down", a), ("up", b)):
+            assert torch.equal(theirs[plain[f"unet.{path}.lora.{which}.weight"]], factor)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = {
+    "LoKr": (
+        "is 3 modules here, and LoKr has no factor",
+        lambda t: (
+            {"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(6, 4)}
+            | {"lora_unet_double_blocks_0_img_attn_qkv.lokr_w2": torch.ones(16, 8)}
+        ),
+    ),
+    "rows that are missing": (
+        "expected 96 rows, the outputs of 3 modules together",
+        lambda t: t | {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(95, 2)},
+    ),
+    "magnitudes of inputs": (
+        "magnitudes of inputs are those of all outputs",
+        lambda t: (
+            {k: v for k, v in t.items() if "img_attn_qkv" in k}
+            | {"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(1, 32)}
+        ),
+    ),
+    "the same module twice": (
+        "has two adapters in the file",
+        lambda t: (
+            t
+            | {"lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight": torch.ones(2, 32)}
+            | {"lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight": torch.ones(32, 2)}
+        ),
+    ),
+    "outputs in another order": (
+        "the model has no module of this name",
+        lambda t: (
+            t
+            | {"lora_unet_final_layer_adaLN_modulation_1.lora_down.weight": torch.ones(2, 32)}
+            | {"lora_unet_final_layer_adaLN_modulation_1.lora_up.weight": torch.ones(64, 2)}
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_cannot_be_split_is_named(damage: str, tmp_path: Path) -> None:
+    message, change = DAMAGE[damage]
+    model = made("Flux")
+    save_file(change(kohya(model, names_of(model))), tmp_path / "file.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        peftk.PeftModel.from_pretrained(model, tmp_path / "file.safetensors")
+
+
+def test_loha_with_magnitudes_is_split_by_rows(tmp_path: Path) -> None:
+    model = made("Flux").eval()
+    generator = torch.Generator().manual_seed(0)
+    key, names = "diffusion_model.double_blocks.0.txt_attn.qkv", names_of(model)
+    four = {
+        f"{key}.hada_w{n}_{ab}": torch.randn(*((96, 2) if ab == "a" else (2, 32)), generator=generator)
+        for n in "12"
+        for ab in "ab"
+    }
+    scale = torch.rand(96, 1, generator=generator)
+    save_file(four | {f"{key}.dora_scale": scale, f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "file.safetensors")
+    paths = names["double_blocks.0.txt_attn.qkv"]
+    weight = torch.cat([model.get_submodule(path).weight for path in paths]).detach()
+    a1, b1, a2, b2 = (four[f"{key}.hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    changed = (weight + 0.5 * (a1 @ b1) * (a2 @ b2)).double()
+    changed = changed / changed.norm(dim=1, keepdim=True) * scale
+    adapted = peftk.PeftModel.from_pretrained(model, tmp_path / "file.safetensors").merge_and_unload()
+    found = torch.cat([adapted.get_submodule(path).weight for path in paths])
+    assert_close(found, changed, torch.float32)
+
+
+def test_models_of_others_have_no_such_names() -> None:
+    for name in ("Wan", "Qwen-Image"):
+        assert names_of(made(name)) == {}
+    assert names_of(nn.Sequential(nn.Linear(2, 2))) == {}
+    assert set(MODELS) > {"Wan", "Qwen-Image"}
