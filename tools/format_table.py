@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import peftk
 from peftk.checkpoint.container import CheckpointError
 from peftk.models.adapter_source import read_source
-from peftk.models.convert import convert, plan_for
+from peftk.models.convert import convert
+from peftk.models.convert_plan import plan_for
 from peftk.testing.compare import assert_close
 
 from .support_table import run

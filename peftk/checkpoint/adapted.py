@@ -81,6 +81,7 @@ class Adapted:
             of a rotation is its constraint.
         keys: LyCORIS' name of a tensor, alpha included, to its key in the file.
         notes: What of it could not be taken over bit by bit.
+        joined: The keys, as in `keys`, of further modules that are in this one.
     """
 
     source: str
@@ -91,6 +92,7 @@ class Adapted:
     alpha: float | None
     keys: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    joined: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def flat(self) -> str:
@@ -268,12 +270,20 @@ def as_lycoris(module: Adapted) -> dict[str, Tensor]:
     return module.parts | {"oft_blocks": padded}
 
 
-def difference(one: Adapted, other: Adapted) -> float:
+def difference(one: Adapted, *others: Adapted, rows: slice | None = None) -> float:
     """Return how far the updates of two modules are apart, relative to the first: 0 for the same numbers.
+
+    Args:
+        one: A module.
+        others: The other one, or several that have its outputs, one after the other.
+        rows: Which outputs of the other one it has; None for all.
 
     Raises:
         ValueError: They are of other shapes, or their magnitudes differ.
     """
+    other = others[0]
+    if len(others) > 1 or rows is not None:
+        return _apart(one, [*others], slice(None) if rows is None else rows)
     left, right = one.parts.get(MAGNITUDES), other.parts.get(MAGNITUDES)
     if (left is None) is not (right is None) or (left is not None and not _same_magnitudes(left, right)):
         raise ValueError(f"module {one.source!r}: the magnitudes became others")
@@ -281,7 +291,22 @@ def difference(one: Adapted, other: Adapted) -> float:
     same = same and (one.method != OUTPUT or one.alpha == other.alpha)
     if same and all(_same(tensor, other.parts[name]) for name, tensor in _factors(one).items()):
         return 0.0
-    first, second = update(one), update(other)
+    return _of_updates(one, update(other))
+
+
+def _apart(one: Adapted, others: list[Adapted], rows: slice) -> float:
+    mine, theirs = one.parts.get(MAGNITUDES), [other.parts.get(MAGNITUDES) for other in others]
+    found = [scale.flatten() for scale in theirs if scale is not None]
+    same = (
+        not found if mine is None else len(found) == len(others) and torch.equal(mine.flatten(), torch.cat(found)[rows])
+    )
+    if not same:
+        raise ValueError(f"module {one.source!r}: the magnitudes became others")
+    return _of_updates(one, torch.cat([update(other) for other in others])[rows])
+
+
+def _of_updates(one: Adapted, second: Tensor) -> float:
+    first = update(one)
     if first.shape != second.shape:
         raise ValueError(f"module {one.source!r}: its update became one of shape {tuple(second.shape)}")
     apart, size = (first - second).norm().item(), first.norm().item()

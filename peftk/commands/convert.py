@@ -10,8 +10,8 @@ import typer
 
 from ..checkpoint.adapted import COMPONENTS
 from ..models.adapter_source import Source, model_weights, read_source
-from ..models.convert import DIALECTS, Plan, plan_for
 from ..models.convert import convert as written
+from ..models.convert_plan import DIALECTS, Plan, plan_for
 
 
 def show(source: Source, plan: Plan, console: Any) -> None:
@@ -42,6 +42,13 @@ def convert(
     component: Annotated[
         str | None, typer.Option(help=f"What modules belong to that do not say: {', '.join(COMPONENTS)}.")
     ] = None,
+    original_names: Annotated[
+        bool,
+        typer.Option(
+            "--original-names",
+            help="With --model: name modules as the authors of SDXL, Flux and SD3 did, and join what they had as one.",
+        ),
+    ] = False,
     drop: Annotated[list[str] | None, typer.Option(help="Leave out keys of this pattern; may be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan alone.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")] = False,
@@ -53,7 +60,12 @@ def convert(
     try:
         read = read_source(source)
         plan = plan_for(
-            read, to, weights=None if model is None else model_weights(model), component=component, drop=drop or ()
+            read,
+            to,
+            weights=None if model is None else model_weights(model),
+            component=component,
+            drop=drop or (),
+            original=original_names,
         )
         console = Console()
         if not as_json:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import peftk
 from peftk.checkpoint.container import CheckpointError
 from peftk.models.adapter_source import read_source
-from peftk.models.convert import DIALECTS, convert, plan_for
+from peftk.models.convert import convert
+from peftk.models.convert_plan import DIALECTS, plan_for
 from peftk.testing.compare import assert_close
 
 WEIGHTS = {name: module.weight.shape for name, module in net().named_modules() if hasattr(module, "weight")}

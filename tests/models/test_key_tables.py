@@ -17,7 +17,8 @@ from torch import nn
 
 import peftk
 from peftk.models.adapter_source import model_weights, read_source
-from peftk.models.convert import convert, plan_for
+from peftk.models.convert import convert
+from peftk.models.convert_plan import plan_for
 
 
 def factors(model: nn.Module) -> dict[str, torch.Tensor]:

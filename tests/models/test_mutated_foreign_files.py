@@ -19,7 +19,8 @@ from support.mutations import damage, edit_header, edit_tensors, same, state
 
 import peftk
 from peftk.models.adapter_source import read_source
-from peftk.models.convert import convert, plan_for
+from peftk.models.convert import convert
+from peftk.models.convert_plan import plan_for
 from peftk.testing.compare import assert_close
 
 WEIGHTS = {name: module.weight.shape for name, module in net().named_modules() if hasattr(module, "weight")}

@@ -13,13 +13,16 @@ pytest.importorskip("diffusers")
 import diffusers
 import torch
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.diffusion_models import MODELS, made
 from torch import Tensor, nn
 
 import peftk
 from peftk.checkpoint.container import CheckpointError
 from peftk.checkpoint.original_names import original_names
+from peftk.models.adapter_source import read_source
+from peftk.models.convert import convert
+from peftk.models.convert_plan import plan_for
 from peftk.models.foreign_files import peft_folder
 from peftk.testing.compare import assert_close
 
@@ -191,3 +194,81 @@ def test_models_of_others_have_no_such_names() -> None:
         assert names_of(made(name)) == {}
     assert names_of(nn.Sequential(nn.Linear(2, 2))) == {}
     assert set(MODELS) > {"Wan", "Qwen-Image"}
+
+
+def turned(source: Path, out: Path, dialect: str, model: nn.Module, **options: bool) -> list[float]:
+    weights = {path: module.weight.shape for path, module in model.named_modules() if isinstance(module, LAYERS)}
+    read = read_source(source)
+    return [apart for _, apart in convert(read, plan_for(read, dialect, weights=weights, **options), out)]
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "peft"])
+@pytest.mark.parametrize("name", ["SDXL", "Flux", "SD3"])
+def test_converted_to_names_of_diffusers_and_back(name: str, dialect: str, tmp_path: Path) -> None:
+    model = made(name).eval()
+    tensors = kohya(model, names_of(model))
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    out = tmp_path / ("out.safetensors" if dialect == "diffusers" else "out")
+    assert max(turned(tmp_path / "kohya.safetensors", out, dialect, model)) == 0
+    found = factors(model, tmp_path / "kohya.safetensors")
+    expected = {path: scale * (b.flatten(1) @ a.flatten(1)) for path, (a, b, scale) in found.items()}
+    adapted = peftk.PeftModel.from_pretrained(made(name), out)
+    layers = {path: adapted.get_submodule(f"base_model.model.{path}") for path in expected}
+    for path, layer in layers.items():
+        assert_close(layer.get_delta_weight("default").flatten(1), expected[path].double(), torch.float32)
+    turned(out, tmp_path / "back.safetensors", "kohya", model, original=True)
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key].flatten(), tensors[key].flatten()) for key in tensors)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dialect", ["kohya", "comfyui"])
+def test_layers_with_factors_of_their_own_are_joined(dialect: str, dora: bool, tmp_path: Path) -> None:
+    model = made("Flux")
+    targets = ["to_q", "to_v", *(["to_k", "proj_mlp"] if dora else [])]
+    # Ranks and scales that differ, and parts without an adapter.
+    patterns = {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 5}}
+    adapted = peftk.get_peft_model(
+        model,
+        peftk.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False, use_dora=dora, **patterns),
+    )
+    for key, value in adapted.named_parameters():
+        if "magnitude" in key:
+            value.data *= torch.rand_like(value) + 0.5
+    adapted.save_pretrained(tmp_path / "peft")
+    assert max(turned(tmp_path / "peft", tmp_path / "out.safetensors", dialect, made("Flux"), original=True)) < 1e-6
+    keys = load_file(tmp_path / "out.safetensors").keys()
+    assert {key.rpartition(".lora")[0].replace("_", ".").rpartition(".")[2] for key in keys if ".lora" in key} == {
+        "qkv",
+        "linear1",
+    }
+    other = peftk.PeftModel.from_pretrained(made("Flux"), tmp_path / "out.safetensors").merge_and_unload()
+    merged = adapted.merge_and_unload()
+    for key, value in merged.state_dict().items():
+        assert_close(other.state_dict()[key], value.double(), torch.float32, what=key)
+
+
+def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
+    model = made("Flux")
+    for config, message in (
+        (peftk.LoHaConfig(r=2, target_modules=["to_q"]), "LoHa of several layers is none of one layer"),
+        (
+            peftk.LoraConfig(r=2, use_dora=True, target_modules=["to_q"]),
+            "some of its parts have magnitudes and others have none",
+        ),
+        (
+            peftk.LoraConfig(r=2, use_dora=True, dora_inputs=True, target_modules=["to_q"]),
+            "magnitudes of its inputs are none of those of the whole",
+        ),
+    ):
+        adapted = peftk.get_peft_model(model, config)
+        adapted.save_pretrained(tmp_path / "peft")
+        model = adapted.unload()
+        with pytest.raises(CheckpointError, match=f"is a part of '.*', and {message}"):
+            turned(tmp_path / "peft", tmp_path / "out.safetensors", "comfyui", model, original=True)
+    source = read_source(tmp_path / "peft")
+    with pytest.raises(ValueError, match=r"original: .* --model tells them; got kohya without it"):
+        plan_for(source, "kohya", original=True)
+    with pytest.raises(ValueError, match=r"original: .* got diffusers"):
+        plan_for(source, "diffusers", weights={}, original=True)

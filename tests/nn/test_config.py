@@ -39,8 +39,9 @@ def test_fields_and_defaults_are_those_of_peft(ours, theirs):
     # A field that PEFT lacks stands behind PEFT's, and leaves the adapter alone unless it is set.
     more = [name for name in mine if name not in reference]
     # AdaLoRA's is True, for PEFT has no choice there.
-    more_of = {C3AConfig: {"exclude_modules": None}, AdaLoraConfig: {"orth_reg_in_loss": True}}
-    more_of |= {kind: {"use_dora": False} for kind in (LoHaConfig, LoKrConfig)}
+    more_of = {C3AConfig: {"exclude_modules": None}, LoraConfig: {"dora_inputs": False}}
+    more_of |= {AdaLoraConfig: {"dora_inputs": False, "orth_reg_in_loss": True}}
+    more_of |= {kind: {"use_dora": False, "dora_inputs": False} for kind in (LoHaConfig, LoKrConfig)}
     assert {name: mine.pop(name) for name in more} == more_of.get(ours, {})
     assert list(mine) == list(reference)
     mine.pop("runtime_config", None), reference.pop("runtime_config", None)
@@ -154,6 +155,8 @@ BAD = [
     *((LoraConfig, "bias", v) for v in ["oft_only", "", None, True, 1]),
     *((LoraConfig, "use_rslora", v) for v in [1, "yes", None]),
     *((LoraConfig, "use_dora", v) for v in [1, "yes", None]),
+    # True needs use_dora.
+    *((cls, "dora_inputs", v) for cls in (LoraConfig, LoHaConfig, LoKrConfig) for v in [1, "yes", None, True]),
     *((LoraConfig, "ensure_weight_tying", v) for v in [1, "yes", None]),
     *((LoraConfig, "init_lora_weights", v) for v in [1, None, 0.5]),
     *((LoraConfig, "target_modules", v) for v in [[], [1], [""], 3, "(", ""]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from support.quantised import QUANTISE
 from torch import Tensor, nn
 
 import peftk
-from peftk.nn import LoHaConfig, LoKrConfig
+from peftk.nn import LoHaConfig, LoKrConfig, LoraConfig
 from peftk.testing.compare import assert_close
 
 CONFIGS = {
@@ -28,17 +29,18 @@ def magnitudes(layer: Any) -> nn.ParameterDict:
     return getattr(layer, layer.magnitudes)
 
 
+@pytest.mark.parametrize("inputs", [False, True])
 @pytest.mark.parametrize("base", ["linear", "conv"])
 @pytest.mark.parametrize("method", CONFIGS)
-def test_the_output_is_that_of_lycoris(method: str, base: str) -> None:
-    ours = make(Case(CONFIGS[method], base))
+def test_the_output_is_that_of_lycoris(method: str, base: str, inputs: bool) -> None:
+    ours = make(Case(dataclasses.replace(CONFIGS[method], dora_inputs=inputs), base))
     magnitudes(ours)["default"].data.mul_(torch.rand_like(magnitudes(ours)["default"]) + 0.5)
     inner = BASES[base]()
     inner.load_state_dict(ours.base_layer.state_dict())
     factor = {"factor": 2} if method == "lokr" else {}
     modules = pytest.importorskip("lycoris.modules")
     theirs = {"loha": modules.LohaModule, "lokr": modules.LokrModule}[method](
-        "layer", inner, 1.0, 2, 3, weight_decompose=True, wd_on_out=True, bypass_mode=False, **factor
+        "layer", inner, 1.0, 2, 3, weight_decompose=True, wd_on_out=not inputs, bypass_mode=False, **factor
     )
     theirs.scale = ours.scaling["default"]
     names = {name for name, _ in theirs.named_parameters()} - {"dora_scale"}
@@ -48,6 +50,40 @@ def test_the_output_is_that_of_lycoris(method: str, base: str) -> None:
     x = example(Case(CONFIGS[method], base))
     assert len(names) >= 2
     assert_close(ours(x), theirs(x).detach().double(), torch.float32)
+
+
+@pytest.mark.parametrize("base", ["linear", "conv"])
+@pytest.mark.parametrize("config", [*CONFIGS.values(), LoraConfig(r=2, use_dora=True)], ids=lambda c: type(c).__name__)
+def test_magnitudes_of_inputs_act_and_merge_alone(config: Any, base: str) -> None:
+    layer = make(Case(dataclasses.replace(config, dora_inputs=True), base))
+    layer.add_adapter("plain", dataclasses.replace(config, use_dora=False))
+    x = example(Case(config, base))
+    before = layer(x)
+    layer.set_adapter(["default", "plain"])
+    said = pytest.raises(ValueError, match="dora_inputs: .* expected it alone, got 2 adapters on one layer")
+    with said:
+        layer(x)
+    with said:
+        layer.merge()
+    assert not layer.merged_adapters
+    layer.set_adapter("plain")
+    layer.merge()
+    with said:
+        layer.merge(adapter_names=["default"])
+    layer.unmerge()
+    layer.set_adapter("default")
+    assert torch.equal(layer(x), before)
+    layer.merge()
+    assert_close(layer(x), before.double(), torch.float32)
+    # Others are untouched by the rule.
+    layer.unmerge()
+    layer.set_adapter("plain")
+    assert_close(layer(x), (layer.merge() or layer(x)).double(), torch.float32)
+
+
+def test_magnitudes_of_inputs_are_for_layers_with_channels() -> None:
+    with pytest.raises(ValueError, match="dora_inputs: module '' is an embedding, whose inputs are indices"):
+        peftk.nn.LoRAEmbedding(nn.Embedding(4, 3), LoraConfig(r=2, use_dora=True, dora_inputs=True))
 
 
 @pytest.mark.parametrize("base", ["linear", "conv"])

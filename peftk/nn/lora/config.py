@@ -65,9 +65,6 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         alpha_pattern: Name ending or expression to the alpha of the modules it matches.
         lora_bias: Give B a bias.
         use_dora: Give every output a magnitude of its own (DoRA).
-        dora_inputs: Give every input a magnitude instead, or every input channel of a convolution, as LyCORIS can
-            (`wd_on_output=False`). Hugging Face PEFT does not have this: such an adapter cannot be read by it. It acts
-            alone on its layers.
         trainable_token_indices: Rows of the input embeddings that are trained, such as those of new tokens; or names of
             embeddings to their rows. Layers that share the weight of such an embedding follow it, unless they are named
             with other rows.
@@ -76,6 +73,9 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         ensure_weight_tying: Let the trained copies of tied modules in `modules_to_save` be tied, whichever of them is
             named; raise an error where tied layers are named with other rows; warn where nothing is tied. For
             `target_modules` it is not implemented.
+        dora_inputs: Give every input a magnitude instead, or every input channel of a convolution, as LyCORIS can
+            (`wd_on_output=False`). Hugging Face PEFT does not have this: such an adapter cannot be read by it. It acts
+            alone on its layers.
 
     The remaining fields belong to variants that are not implemented; a value other than the default raises
     NotImplementedError.
@@ -111,7 +111,6 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     corda_config: Any = None
     lora_ga_config: Any = None
     use_dora: bool = False
-    dora_inputs: bool = False
     velora_config: Any = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
@@ -125,6 +124,8 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     arrow_config: Any = None
     kasa_config: Any = None
     ensure_weight_tying: bool = False
+    # By name alone: the fields of AdaLoRA follow.
+    dora_inputs: bool = field(default=False, kw_only=True)
 
     _forms: ClassVar[tuple[Form, ...]] = (
         Form("LoRA", {"r": 4}),
