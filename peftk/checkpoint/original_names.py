@@ -114,7 +114,7 @@ def _of_blocks(known: set[str]) -> dict[str, tuple[str, ...]]:
     parts = [(path, match) for path in known if (match := pattern.fullmatch(path))]
     layers = 1 + max(int(m[4]) for _, m in parts if m[1] == "down" and m[3] == "resnets")
     attending = {m[2] for _, m in parts if m[1] == "up" and m[3] == "attentions"}
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for path, match in parts:
         where, block, kind, number, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
         if kind == "resnets" and rest not in _OF_RESNETS:

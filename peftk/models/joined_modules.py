@@ -81,14 +81,15 @@ def _joined(name: str, members: list[Adapted], sizes: Mapping[str, int]) -> Adap
         rank, alpha = sum(ranks), first.scale * sum(ranks)
         offsets = dict(zip(by_path, itertools.accumulate([0, *ranks]), strict=False))
         down = torch.cat([one.flatten(1) for one in downs])
+    scale = first.scale
     blocks = []
     for path, size in sizes.items():
         block = torch.zeros(size, rank, dtype=first.parts["lora_up.weight"].dtype)
         if path in by_path:
             member = by_path[path]
             up = member.parts["lora_up.weight"].flatten(1)
-            if member.scale != alpha / rank:
-                factor = member.scale * rank / alpha
+            if member.scale != scale:
+                factor = member.scale / scale
                 up = (up.double() * factor).to(up.dtype)
                 notes.append(f"lora_up.weight: that of {member.source} multiplied by {factor:g}: there is one alpha")
             block[:, offsets[path] : offsets[path] + up.shape[1]] = up

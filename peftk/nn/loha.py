@@ -196,7 +196,8 @@ class LoHaLinear(Decomposed):
             gain = dora.gain(self.hada_magnitude_vector[name], loha.norms(self.base_layer, adapter, weight, of_inputs))
             # Where the whole update is dropped the layer is the base layer.
             gain = gain if rows is None else torch.where(rows.any().to(gain.device), gain, torch.ones_like(gain))
-        return adapter._replace(rows=rows, **{"input_gain" if of_inputs else "gain": gain})
+        gain, input_gain = (None, gain) if of_inputs else (gain, None)
+        return adapter._replace(rows=rows, gain=gain, input_gain=input_gain)
 
     def _draw(self, name: str) -> Tensor | None:
         """Draw a factor for every row of the update in this pass: None for no dropout."""

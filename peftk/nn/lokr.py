@@ -301,8 +301,8 @@ class LoKrLinear(Decomposed):
             gain = dora.gain(self.lokr_magnitude_vector[name], lokr.norms(self.base_layer, adapter, weight, of_inputs))
             # Where the whole update is dropped the layer is the base layer.
             gain = gain if kept is None else torch.where(kept.any(), gain, torch.ones_like(gain))
-        made = {"input_gain" if of_inputs else "gain": gain}
-        return adapter._replace(scale=self._scale(name, kept), kept=kept, **made)
+        gain, input_gain = (None, gain) if of_inputs else (gain, None)
+        return adapter._replace(scale=self._scale(name, kept), kept=kept, gain=gain, input_gain=input_gain)
 
     def _draw(self, name: str) -> Tensor | None:
         """Draw which rows of the update stay in this pass: None for all of them."""

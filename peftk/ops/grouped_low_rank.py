@@ -170,12 +170,12 @@ def _backward_flops(
     return 4 * x[0] * a[1] * (a[2] + b[1])
 
 
-def _linear_flops(x: torch.Size, weight: torch.Size, *adapter: Any, **keywords: object) -> int:
+def _linear_flops(x: torch.Size, weight: torch.Size, *adapter: Any, **keywords: Any) -> int:
     return 2 * x[0] * weight[1] * weight[2] + _flops(None, x, *adapter, **keywords)
 
 
 def _linear_backward_flops(
-    grad: torch.Size, x: torch.Size, hidden: object, weight: torch.Size, *adapter: Any, **keywords: object
+    grad: torch.Size, x: torch.Size, hidden: object, weight: torch.Size, *adapter: Any, **keywords: Any
 ) -> int:
     needs_x = bool(adapter[5]) if len(adapter) > 5 else True
     base = 2 * x[0] * weight[1] * weight[2] if needs_x else 0

@@ -60,7 +60,7 @@ def test_magnitudes_of_inputs_act_and_merge_alone(config: Any, base: str) -> Non
     x = example(Case(config, base))
     before = layer(x)
     layer.set_adapter(["default", "plain"])
-    said = pytest.raises(ValueError, match="dora_inputs: .* expected it alone, got 2 adapters on one layer")
+    said = pytest.raises(ValueError, match=r"dora_inputs: .* expected it alone, got 2 adapters on one layer")
     with said:
         layer(x)
     with said:

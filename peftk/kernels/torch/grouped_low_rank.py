@@ -86,7 +86,7 @@ def grouped_low_rank_linear_backward(
     *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    dx, *others = grouped_low_rank_add_backward(grad, x, hidden, a, b, offsets, gate, scale, need_x, *needs)
+    dx, da, db, dgate = grouped_low_rank_add_backward(grad, x, hidden, a, b, offsets, gate, scale, need_x, *needs)
     if need_x:
         dx = dx + by_group(_cast_product, grad, weight, sizes_of(offsets, x.shape[0]))
-    return dx, *others
+    return dx, da, db, dgate
