@@ -15,8 +15,8 @@ from benchmarks.peers import Bench
 
 F32, BF16 = torch.float32, torch.bfloat16
 TOKENS, HIDDEN = 512, 1024
-# A step takes a second and more.
-FEW = Budget(seconds=30.0, least=15, most=30, slow=2.0, least_slow=5, longest=80.0)
+# A step takes a second and more, and differs from PEFT's by a few percent where most of it is the model's own.
+FEW = Budget(seconds=90.0, least=35, most=50, slow=2.0, least_slow=7, longest=150.0)
 
 
 @pytest.fixture(autouse=True)

@@ -113,17 +113,28 @@ class GroupedProduct(torch.autograd.Function):
         return GroupedProduct.apply(grad, weight.mT, offsets), None, None
 
 
+def _traceable(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch has the product of sorted rows for a graph: in bfloat16, and for rows of whole 16 bytes."""
+    return x.dtype is weight.dtype is torch.bfloat16 and not (x.shape[1] % 8 or weight.shape[2] % 8)
+
+
 def _linear(
     x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool, adapters: Sequence[Stacked], bias: Tensor | None
 ) -> Tensor:
     """Return one projection of all experts, bias and adapters included, of rows sorted by expert."""
     weight = weight if transposed else weight.mT
-    if weight.requires_grad:
+    fused = bool(adapters) and not adapters[0].dropout_p > 0 and not weight.requires_grad
+    if not fused and torch.compiler.is_compiling() and _traceable(x, weight):
+        # Reading the offsets would break the graph. What the product leaves in the rows of no group, of the result and
+        # of the gradient, is anything.
+        covered = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
+        y = torch.where(covered, tf.grouped_mm(torch.where(covered, x, 0.0), weight, offs=offsets.int()), 0.0)
+    elif weight.requires_grad:
         *groups, others = x.split(sizes_of(offsets, len(x)))
         y = torch.cat(
             [*(rows @ w for rows, w in zip(groups, weight, strict=True)), others @ torch.zeros_like(weight[0])]
         )
-    elif adapters and not adapters[0].dropout_p > 0:
+    elif fused:
         (a, b, scale, _), *adapters = adapters
         y = F.grouped_low_rank_linear(x, weight.mT, a, b, offsets, scale)
     else:

@@ -10,10 +10,12 @@ import peft
 import pytest
 import torch
 from support.experts import EXPERTS, IDS, KINDS, filled, loss_and_gradients, made
-from torch import nn
+from torch import Tensor, nn
 
 import peftk
 from peftk.integrations import hf_experts
+from peftk.methods import lora_parameter
+from peftk.methods.lora_parameter import Stacked
 from peftk.testing.compare import assert_close
 
 
@@ -95,6 +97,46 @@ def test_half_precision_and_compiling() -> None:
         wide = switched(made("mixtral")).float()
         compiled = torch.compile(wide, backend="aot_eager")
         assert_close(compiled(input_ids=IDS).logits, exact, torch.float32)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_one_graph_whatever_the_routing(kind: str, adapted: bool, trained: bool) -> None:
+    base: Any = made(kind)
+    module = copy.deepcopy(base.model.layers[0].mlp.experts)
+    # Rows of whole 16 bytes, which torch's product wants.
+    for name, parameter in list(module.named_parameters()):
+        sizes = [16 if size == 12 else 32 if size == 24 else size for size in parameter.shape]
+        setattr(module, name, nn.Parameter(torch.randn(sizes).mul(0.3).bfloat16(), requires_grad=trained))
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16() / 2
+
+    adapters = {}
+    if adapted:
+        shapes = {"gate_up_proj": (16, 32), "down_proj": (16, 16)}
+        adapters = {n: [Stacked(normal(4, 3, i), normal(4, o, 3), 0.5)] for n, (i, o) in shapes.items()}
+
+    def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return lora_parameter.experts(module, x, index, weights, adapters)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 9):
+        x = normal(tokens, 16).requires_grad_()
+        # One number is no expert.
+        index = torch.randint(0, 5, (tokens, 2), generator=generator)
+        weights = torch.rand(tokens, 2, generator=generator).bfloat16()
+        found = []
+        for call in (run, compiled):
+            x.grad = None
+            module.zero_grad()
+            y = call(x, index, weights)
+            y.square().sum().backward()
+            found.append([y.detach(), x.grad, *(p.grad for p in module.parameters() if trained)])
+        for eager, traced in zip(*found, strict=True):
+            assert_close(traced, eager.double(), torch.bfloat16)
 
 
 def test_registering_twice_and_a_name_that_is_none() -> None:

@@ -23,6 +23,7 @@ TARGETS = ["q_proj", "down_proj"]
 CONFIGS: dict[str, Any] = {
     "lora": peftk.LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS),
     "dora": peftk.LoraConfig(r=2, use_dora=True, target_modules=TARGETS),
+    "dora inputs": peftk.LoraConfig(r=2, use_dora=True, dora_inputs=True, target_modules=TARGETS),
     "embedding": peftk.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
     "classifier": peftk.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["lm_head"]),
     "adalora": peftk.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=TARGETS),
@@ -177,8 +178,13 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(base: Path, tmp_pat
     other.save_pretrained(tmp_path / "other")
     prompt = peftk.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
     adapted(prompt, tmp_path / "prompt")
+    chosen = peftk.XLoraConfig(hidden_size=16, adapters={"0": str(tmp_path / "lora")}, task_type="CAUSAL_LM")
+    model = llama()
+    model.config.use_cache = False
+    peftk.get_peft_model(model, chosen).save_pretrained(tmp_path / "xlora")
     before = sorted(path.name for path in tmp_path.iterdir())
     for folder, adapter, message in [
+        ("base", "xlora", "X-LoRA"),
         ("tied", "embedding", "is shared .*; merge it on the model in memory"),
         ("base", "other", "target_modules|no module"),
         ("base", "prompt", "is an adaption prompt, .* which no weight can hold"),

@@ -33,10 +33,10 @@ class Triplets(TunerWay):
                 continue
             parameters += (a, b, e)
             rank, gate = ranks[name], e.view(-1)
-            if rank.is_cpu and rank.numel() == 1 and type(scale) is float and not torch.is_grad_enabled():
+            if rank.is_cpu and rank.numel() == 1 and type(scale) is float and not torch.compiler.is_compiling():
                 found.append(Active(LowRank(a, b, scale / (rank.item() + 1e-5), gate), p))
             else:
-                # The rank is on the device: nobody waits for its value.
+                # Nobody waits for a value that is on a device, and no graph has one.
                 gate = gate * (scale / (rank + 1e-5)).to(e.device, e.dtype)
                 found.append(Active(LowRank(a, b, 1.0, gate), p))
         if not found:

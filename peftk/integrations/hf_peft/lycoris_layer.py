@@ -32,8 +32,13 @@ def draws(layer: Any, names: list[str], rows: int) -> list[Draw]:
             found.append(Draw(True))
             continue
         # A compiler has a random stream of its own, and cannot branch on a tensor.
-        skips = torch.compiler.is_compiling() and layer.module_dropout[name] == 0
-        if not skips and not bool(torch.rand(1) > layer.module_dropout[name]):
+        module_p = layer.module_dropout[name]
+        if module_p == 0:
+            # Drawn all the same, and 0 itself drops too.
+            on = torch.compiler.is_compiling() or torch.rand(1).item() > 0
+        else:
+            on = bool(torch.rand(1) > module_p)
+        if not on:
             found.append(Draw(False))
             continue
         p = layer.rank_dropout[name]

@@ -56,7 +56,7 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         weight: (groups, in, out), of any strides; each is cast to the dtype of x when it is its turn.
         offsets: (groups,), where the rows of each group end.
     """
-    if x.is_cuda and x.dtype is torch.bfloat16 and not (x.shape[1] % 8 or weight.shape[2] % 8):
+    if not x.is_cpu and x.dtype is torch.bfloat16 and not (x.shape[1] % 8 or weight.shape[2] % 8):
         # Nothing waits for the offsets, and wrong ones must not lead out of the tensors.
         ends = offsets.clamp(0, len(x)).cummax(0).values
         covered = torch.arange(len(x), device=x.device) < ends[-1]
