@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,7 +32,7 @@ def join_originals(modules: list[Adapted], weights: Mapping[str, torch.Size]) ->
     """
     names = original_names(weights)
     places = {path.replace(".", "_"): name for name, paths in names.items() for path in paths}
-    groups: dict[str, list[Adapted]] = {}
+    groups: dict[tuple[str, str], list[Adapted]] = {}
     found: list[Adapted] = []
     for module in modules:
         name = places.get(module.flat)
@@ -40,10 +41,10 @@ def join_originals(modules: list[Adapted], weights: Mapping[str, torch.Size]) ->
         elif len(names[name]) == 1:
             found.append(replace(module, path=name))
         else:
-            groups.setdefault(name, []).append(module)
+            groups.setdefault((module.component, name), []).append(module)
     rows: dict[str, slice] = {}
     problems = []
-    for name, members in groups.items():
+    for (_, name), members in groups.items():
         sizes = {path.replace(".", "_"): weights[path][0] for path in names[name]}
         try:
             found.append(_joined(name, members, sizes))
@@ -61,8 +62,8 @@ def join_originals(modules: list[Adapted], weights: Mapping[str, torch.Size]) ->
 def _joined(name: str, members: list[Adapted], sizes: Mapping[str, int]) -> Adapted:
     """Return one module for several; `sizes` has the outputs of all parts, in their order, by their flat paths."""
     first = members[0]
-    if any(member.method != "LoRA" for member in members):
-        raise ValueError(f"{first.method} of several layers is none of one layer")
+    if others := {member.method for member in members} - {"LoRA"}:
+        raise ValueError(f"{' and '.join(sorted(others))} of several layers is none of one layer")
     if any("lora_mid.weight" in member.parts for member in members):
         raise ValueError("lora_mid.weight has no place there")
     if any(magnitudes_of_inputs(member) for member in members):
@@ -71,7 +72,8 @@ def _joined(name: str, members: list[Adapted], sizes: Mapping[str, int]) -> Adap
     with_magnitudes = [member for member in members if MAGNITUDES in member.parts]
     if with_magnitudes and len(with_magnitudes) < len(sizes):
         raise ValueError("some of its parts have magnitudes and others have none")
-    downs = [member.parts["lora_down.weight"] for member in members]
+    dtype = functools.reduce(torch.promote_types, (part.dtype for member in members for part in member.parts.values()))
+    downs = [member.parts["lora_down.weight"].to(dtype) for member in members]
     notes: list[str] = []
     if all(torch.equal(down, downs[0]) for down in downs) and len({member.alpha for member in members}) == 1:
         rank, alpha, down = downs[0].shape[0], first.alpha, downs[0]
@@ -84,18 +86,18 @@ def _joined(name: str, members: list[Adapted], sizes: Mapping[str, int]) -> Adap
     scale = first.scale
     blocks = []
     for path, size in sizes.items():
-        block = torch.zeros(size, rank, dtype=first.parts["lora_up.weight"].dtype)
+        block = torch.zeros(size, rank, dtype=dtype)
         if path in by_path:
             member = by_path[path]
             up = member.parts["lora_up.weight"].flatten(1)
             if member.scale != scale:
                 factor = member.scale / scale
-                up = (up.double() * factor).to(up.dtype)
+                up = (up.double() * factor).to(dtype)
                 notes.append(f"lora_up.weight: that of {member.source} multiplied by {factor:g}: there is one alpha")
             block[:, offsets[path] : offsets[path] + up.shape[1]] = up
         blocks.append(block)
     parts: dict[str, Tensor] = {"lora_down.weight": down, "lora_up.weight": torch.cat(blocks)}
     if with_magnitudes:
         parts[MAGNITUDES] = torch.cat([by_path[path].parts[MAGNITUDES] for path in sizes])
-    others = [member.keys for member in members[1:]]
-    return replace(first, path=name, parts=parts, alpha=alpha, notes=[*first.notes, *notes], joined=others)
+    keys = [member.keys for member in members[1:]]
+    return replace(first, path=name, parts=parts, alpha=alpha, notes=[*first.notes, *notes], joined=keys)

@@ -272,3 +272,16 @@ def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
         plan_for(source, "kohya", original=True)
     with pytest.raises(ValueError, match=r"original: .* got diffusers"):
         plan_for(source, "diffusers", weights={}, original=True)
+
+
+def test_what_is_joined_has_the_widest_dtype(tmp_path: Path) -> None:
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, dtype in (("to_q", torch.float16), ("to_k", torch.float32), ("to_v", torch.bfloat16)):
+        key = f"transformer.transformer_blocks.0.attn.{name}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(2, 32, generator=generator).to(dtype)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(32, 2, generator=generator).to(dtype)
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert max(turned(tmp_path / "in.safetensors", tmp_path / "out", "comfyui", made("Flux"), original=True)) == 0
+    found = load_file(tmp_path / "out")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert found["diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight"].shape == (96, 6)

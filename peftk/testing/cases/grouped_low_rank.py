@@ -139,4 +139,8 @@ CASES: list[Case] = [
     _case("eights", [17, 0, 3], 64, 72, 8, fused=True),
 ]
 
-DOCTOR = {"grouped_low_rank_add-uneven-r16", "grouped_low_rank_add-gate-others"}
+DOCTOR = {
+    "grouped_low_rank_add-uneven-r16",
+    "grouped_low_rank_add-gate-others",
+    "grouped_low_rank_linear-gate-others",
+}
