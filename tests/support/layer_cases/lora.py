@@ -69,7 +69,6 @@ IDENTITIES = {
 TOYS = {
     "lora": Toy(_random(r=2, target_modules=["query"]), {"lora_dropout": 0.5}),
     "dora": Toy(_random(r=2, target_modules=["query"], use_dora=True), {"lora_dropout": 0.5}),
-    "dora_inputs": Toy(_random(r=2, target_modules=["query"], use_dora=True, dora_inputs=True), {"lora_dropout": 0.5}),
 }
 
 LARGE = {
