@@ -33,10 +33,11 @@ class Triplets(TunerWay):
                 continue
             parameters += (a, b, e)
             rank, gate = ranks[name], e.view(-1)
-            if rank.is_cpu and rank.numel() == 1 and type(scale) is float and not torch.compiler.is_compiling():
+            known = rank.is_cpu and rank.numel() == 1 and not (rank.requires_grad and torch.is_grad_enabled())
+            if known and type(scale) is float and not torch.compiler.is_compiling():
                 found.append(Active(LowRank(a, b, scale / (rank.item() + 1e-5), gate), p))
             else:
-                # Nobody waits for a value that is on a device, and no graph has one.
+                # Nobody waits for a value that is on a device, no graph has one, and somebody may train it.
                 gate = gate * (scale / (rank + 1e-5)).to(e.device, e.dtype)
                 found.append(Active(LowRank(a, b, 1.0, gate), p))
         if not found:
