@@ -85,18 +85,10 @@ def grouped_low_rank_add_backward_supports(
 
 
 def grouped_low_rank_add_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    *needs: Any,
+    grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    return _gradients(grad, x, hidden, None, a, b, offsets, gate, scale, *needs)
+    return _gradients(grad, x, hidden, None, *arguments)
 
 
 def grouped_low_rank_linear_backward_supports(
@@ -107,19 +99,10 @@ def grouped_low_rank_linear_backward_supports(
 
 
 def grouped_low_rank_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    *needs: Any,
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    return _gradients(grad, x, hidden, weight, a, b, offsets, gate, scale, *needs)
+    return _gradients(grad, x, hidden, weight, *arguments)
 
 
 def _gradients(

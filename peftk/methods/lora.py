@@ -308,16 +308,12 @@ def merged(
     """
     delta = update(adapter, weight.dtype)
     result = weight + delta
-    if adapter.magnitude is not None and adapter.of_inputs:
+    if adapter.magnitude is not None:
         adapted = (weight if own is None else own.to(weight)) + delta
-        dims = [d for d in range(weight.dim()) if d != 1]
-        g = dora.gain(adapter.magnitude.to(weight.dtype), torch.linalg.vector_norm(adapted, dim=dims))
-        result = dora.rescaled_weight(result, g, 1)
-    elif adapter.magnitude is not None:
-        adapted = (weight if own is None else own.to(weight)) + delta
-        g = dora.gain(adapter.magnitude.to(weight.dtype), adapted.flatten(1).norm(dim=1))
-        result = result * g.view(-1, *[1] * (weight.dim() - 1))
-        if bias is not None:
+        rows, places = (adapted.transpose(0, 1), [1, -1]) if adapter.of_inputs else (adapted, [-1, 1])
+        g = dora.gain(adapter.magnitude.to(weight.dtype), rows.flatten(1).norm(dim=1))
+        result = result * g.view(*places, *[1] * (weight.dim() - 2))
+        if bias is not None and not adapter.of_inputs:
             # As in the forward pass, the bias of the layer is not scaled, but what adapters have added to it is.
             kept = bias if own_bias is None else own_bias.to(bias)
             added = bias - kept

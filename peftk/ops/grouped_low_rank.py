@@ -155,11 +155,6 @@ def _prepare_adapter(
     return x, a, b, offsets, gate, number
 
 
-def _rounded(first: Tensor, second: Tensor, a: Tensor, b: Tensor, *others: Any, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return the arguments of an operator, the factors in the dtype of x."""
-    return first, second, cast(a, dtype), cast(b, dtype), *others
-
-
 def _flops(_base: object, x: torch.Size, a: torch.Size, b: torch.Size, *_args: object, **_kw: object) -> int:
     return 2 * x[0] * a[1] * (a[2] + b[1])
 
@@ -202,12 +197,14 @@ def _gradients(
     )
 
 
-def _rounded_add(base: Tensor, x: Tensor, *adapter: Any) -> tuple[Any, ...]:
-    return _rounded(base, x, *adapter, dtype=x.dtype)
+def _rounded_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Return the arguments of the operator, the factors in the dtype of x."""
+    return base, x, cast(a, x.dtype), cast(b, x.dtype), *others
 
 
-def _rounded_linear(x: Tensor, weight: Tensor, *adapter: Any) -> tuple[Any, ...]:
-    return _rounded(x, weight, *adapter, dtype=x.dtype)
+def _rounded_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Return the arguments of the operator, the factors in the dtype of x."""
+    return x, weight, cast(a, x.dtype), cast(b, x.dtype), *others
 
 
 _ADAPTER = "Tensor a, Tensor b, Tensor offsets, Tensor? gate, float scale"
@@ -219,7 +216,7 @@ _add = registry.define(
     fake=lambda base, x, a, *_: (base.new_empty(base.shape), x.new_empty(x.shape[0], a.shape[1])),
     flops=_flops,
     bucket=lambda base, x, a, b, *_: power_bucket(x.shape[0], b.shape[1], a.shape[2], a.shape[1], a.shape[0]),
-    prepare=lambda base, x, *args, **kwargs: _rounded_add(*_prepare_add(base, x, *args, **kwargs)),
+    prepare=lambda *args, **kwargs: _rounded_add(*_prepare_add(*args, **kwargs)),
 )
 
 _add_backward = registry.define(

@@ -337,46 +337,6 @@ def test_dora_that_is_not_known_leaves_lora_accelerated(monkeypatch: pytest.Monk
         assert peftk.accelerate(peft.get_peft_model(Kinds(), config)).accelerated == (not dora)
 
 
-def test_the_process_and_layers_made_later() -> None:
-    before = {cls: dict(cls.__dict__) for _, cls in library.classes()}
-    report = peftk.accelerate("peft")
-    try:
-        assert report.accelerated == len(report) >= 12
-        again = peftk.accelerate("peft")
-        for method in METHODS:
-            model = adapted(method, 1)
-            assert all(type(m) is exchange.original_class(m) for m in model.modules())
-            args = inputs()
-            got = step(model, args)
-            # Per model on top of it, and undone: the process stays accelerated.
-            peftk.accelerate(model).restore()
-            report.restore()
-            expected = step(model, args)
-            assert error(got[0], expected[0]) < LIMIT and got[2] == expected[2]
-            report = peftk.accelerate("peft")
-    finally:
-        assert report.restore() == len(report)
-    assert again.restore() == 0
-    assert {cls: dict(cls.__dict__) for cls in before} == before
-
-
-def test_the_process_runs_this_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftk.integrations.hf_peft import loha
-
-    ran = []
-    run = loha.Linear.run
-    monkeypatch.setattr(loha.Linear, "run", lambda self, *args: ran.append(1) or run(self, *args))
-    report = peftk.accelerate("peft")
-    try:
-        model = adapted("loha", 0, target_modules=LINEAR)
-        model(*inputs())
-    finally:
-        report.restore()
-    assert ran == [1, 1]
-    model(*inputs())
-    assert ran == [1, 1]
-
-
 def test_subclasses_of_users_are_left_alone() -> None:
     class Mine(lora_layer.Linear):
         def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -440,16 +400,3 @@ def test_an_interruption_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyP
         with pytest.raises(KeyboardInterrupt):
             peftk.accelerate("peft")
     assert len(calls) == 3 and {cls: dict(cls.__dict__) for cls in before} == before
-
-
-def test_what_was_kept_of_the_process_goes_peft_s_way_afterwards() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model, args = adapted("loha", 0, target_modules=LINEAR, rank_dropout=0.0, module_dropout=0.0).eval(), inputs()
-    expected = model(*args)
-    report = peftk.accelerate("peft")
-    # It keeps the method that it finds.
-    accelerate.hooks.add_hook_to_module(model.base_model.model.first, accelerate.hooks.ModelHook())
-    got = model(*args)
-    report.restore()
-    assert error(got, expected) < LIMIT and not torch.equal(got, expected)
-    assert torch.equal(model(*args), expected)

@@ -15,9 +15,8 @@ _forward = torch.ops.peftk_native.grouped_low_rank.default
 _backward = torch.ops.peftk_native.grouped_low_rank_backward.default
 
 
-def _operands(a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, rows: int) -> tuple[Any, ...]:
-    """Return factors, offsets and gate as C++ reads them, the offsets checked."""
-    sizes_of(offsets, rows)
+def _operands(a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None) -> tuple[Any, ...]:
+    """Return factors, offsets and gate as C++ reads them."""
     gate = None if gate is None else gate.contiguous()
     return a.float().contiguous(), b.float().contiguous(), offsets.long().contiguous(), gate
 
@@ -33,9 +32,9 @@ def grouped_low_rank_add(
     base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the sum and the rank-sized product; see `peftk.functional.grouped_low_rank_add`."""
-    rows, rank = x.shape[0], a.shape[1]
-    out, hidden = base.new_empty(base.shape), x.new_empty(rows, rank)
-    operands = _operands(a, b, offsets, gate, rows)
+    sizes_of(offsets, x.shape[0])
+    out, hidden = base.new_empty(base.shape), x.new_empty(x.shape[0], a.shape[1])
+    operands = _operands(a, b, offsets, gate)
     _forward(base.contiguous(), x.contiguous(), *operands, scale, out, hidden)
     return out, hidden
 
@@ -46,45 +45,35 @@ def grouped_low_rank_add_backward_supports(grad: Tensor, x: Tensor, *args: Any) 
 
 
 def grouped_low_rank_add_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_gate: bool,
+    grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    dx = x.new_empty(x.shape if need_x else 0)
-    adapter = a, b, offsets, gate, scale
-    return _gradients(grad, x, hidden, *adapter, dx, need_a, need_b, need_gate, add=False)
+    _, _, offsets, _, _, need_x, *_ = arguments
+    sizes_of(offsets, x.shape[0])
+    return _gradients(grad, x, hidden, x.new_empty(x.shape if need_x else 0), False, *arguments)
 
 
 def _gradients(
     grad: Tensor,
     x: Tensor,
     hidden: Tensor,
+    dx: Tensor,
+    add: bool,
     a: Tensor,
     b: Tensor,
     offsets: Tensor,
     gate: Tensor | None,
     scale: float,
-    dx: Tensor,
+    _need_x: bool,
     need_a: bool,
     need_b: bool,
     need_gate: bool,
-    *,
-    add: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill `dx`, or add to it where `add`, and return it with the others."""
     da = x.new_empty(a.shape if need_a else 0, dtype=torch.float32)
     db = x.new_empty(b.shape if need_b else 0, dtype=torch.float32)
     dgate = x.new_empty(0) if gate is None or not need_gate else gate.new_empty(gate.shape)
-    operands = _operands(a, b, offsets, gate, x.shape[0])
+    operands = _operands(a, b, offsets, gate)
     rows = grad.contiguous(), x.contiguous(), hidden.contiguous()
     _backward(*rows, *operands, scale, add, dx, da, db, dgate)
     return dx, da, db, dgate
@@ -100,7 +89,7 @@ def grouped_low_rank_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the rank-sized product; see `peftk.functional.grouped_low_rank_linear`."""
     out, hidden = grouped_product(x, weight.mT, offsets), x.new_empty(x.shape[0], a.shape[1])
-    _forward(out, x.contiguous(), *_operands(a, b, offsets, gate, x.shape[0]), scale, out, hidden)
+    _forward(out, x.contiguous(), *_operands(a, b, offsets, gate), scale, out, hidden)
     return out, hidden
 
 
@@ -110,18 +99,10 @@ def grouped_low_rank_linear_backward_supports(grad: Tensor, x: Tensor, *args: An
 
 
 def grouped_low_rank_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    need_x: bool,
-    *needs: bool,
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    dx = grouped_product(grad, weight, offsets) if need_x else x.new_empty(0)
-    return _gradients(grad, x, hidden, a, b, offsets, gate, scale, dx, *needs, add=need_x)
+    _, _, offsets, _, _, need_x, *_ = arguments
+    if need_x:
+        return _gradients(grad, x, hidden, grouped_product(grad, weight, offsets), True, *arguments)
+    return grouped_low_rank_add_backward(grad, x, hidden, *arguments)

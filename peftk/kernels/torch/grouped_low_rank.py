@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -73,20 +75,11 @@ def _cast_product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def grouped_low_rank_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    need_x: bool,
-    *needs: bool,
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in x, a, b and the gate; an empty tensor for one not needed."""
-    dx, da, db, dgate = grouped_low_rank_add_backward(grad, x, hidden, a, b, offsets, gate, scale, need_x, *needs)
+    dx, da, db, dgate = grouped_low_rank_add_backward(grad, x, hidden, *arguments)
+    _, _, offsets, _, _, need_x, *_ = arguments
     if need_x:
         dx = dx + by_group(_cast_product, grad, weight, sizes_of(offsets, x.shape[0]))
     return dx, da, db, dgate
