@@ -296,10 +296,12 @@ def difference(one: Adapted, *others: Adapted, rows: slice | None = None) -> flo
 
 def _apart(one: Adapted, others: list[Adapted], rows: slice) -> float:
     mine, theirs = one.parts.get(MAGNITUDES), [other.parts.get(MAGNITUDES) for other in others]
-    found = [scale.flatten() for scale in theirs if scale is not None]
-    same = (
-        not found if mine is None else len(found) == len(others) and torch.equal(mine.flatten(), torch.cat(found)[rows])
-    )
+    # In one dtype: what was joined has the widest of all.
+    found = [scale.flatten().double() for scale in theirs if scale is not None]
+    if mine is None:
+        same = not found
+    else:
+        same = len(found) == len(others) and torch.equal(mine.flatten().double(), torch.cat(found)[rows])
     if not same:
         raise ValueError(f"module {one.source!r}: the magnitudes became others")
     return _of_updates(one, torch.cat([update(other) for other in others])[rows])

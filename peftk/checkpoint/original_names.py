@@ -165,9 +165,9 @@ def split(method: str, parts: Mapping[str, Tensor], sizes: list[int]) -> list[di
     found: list[dict[str, Tensor]] = [{} for _ in sizes]
     for part, tensor in parts.items():
         if part in rows:
-            if part == "dora_scale" and len(tensor) == 1 and tensor.numel() > 1:
+            if tensor.shape[:1] == (1,) and tensor.numel() > 1 and part == "dora_scale":
                 raise ValueError(f"{into}, and magnitudes of inputs are those of all outputs together")
-            if tensor.dim() == 0 or len(tensor) != sum(sizes):
+            if tensor.shape[:1] != (sum(sizes),):
                 raise ValueError(
                     f"{part}: expected {sum(sizes)} rows, the outputs of {len(sizes)} modules together, got shape "
                     f"{tuple(tensor.shape)}"

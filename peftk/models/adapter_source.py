@@ -207,7 +207,10 @@ def _check_magnitudes(parts: dict[str, Tensor], shape: torch.Size, has_axis: boo
     scale = parts[MAGNITUDES]
     longest, places = max(scale.shape, default=1), [1] * (max(scale.dim(), len(shape)) - 2)
     # Names of PEFT are those of outputs, but for two dimensions, which this package alone writes.
-    of_inputs = scale.dim() > 1 and scale.shape[0] != shape[0] if has_axis else scale.dim() == 2 and len(scale) == 1
+    if has_axis:
+        of_inputs = scale.dim() > 1 and not scale.shape[0] == scale.numel() == shape[0]
+    else:
+        of_inputs = scale.dim() == 2 and len(scale) == 1
     # What reads one channel may be a kernel, of which the factors of some methods do not say how large it is.
     fits = shape[1] % longest == 0 if of_inputs else shape[0] == longest
     if scale.numel() != longest or not fits:

@@ -87,8 +87,8 @@ def plan_for(
         drop: Patterns, such as ``"*.classifier.*"``, of keys that are left out on purpose.
 
     Raises:
-        ValueError: `dialect` or `component` is none of them, or `original` is for a dialect with names of diffusers, or
-            without `weights`.
+        ValueError: `dialect` or `component` is none of them, or `original` is for a dialect with names of diffusers,
+            without `weights`, or for those of a model with no other names.
         CheckpointError: Something of the adapter cannot be said in that dialect; every reason is named.
     """
     if dialect not in DIALECTS:
@@ -100,6 +100,8 @@ def plan_for(
             "original: names of the authors are those of kohya, LyCORIS and ComfyUI, and --model tells them; got "
             f"{DIALECTS[dialect]}{' without it' if weights is None else ''}"
         )
+    if original and not original_names(weights or ()):
+        raise ValueError("original: expected diffusers' model of SDXL, Flux or SD3, whose authors' names are known")
     origin = source.origin
     patterns = list(drop)
     if origin is not None and origin.get("dialect") == DIALECTS[dialect] and origin.get("exact") and not patterns:

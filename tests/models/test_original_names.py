@@ -133,6 +133,10 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]]] 
         "expected 96 rows, the outputs of 3 modules together",
         lambda t: t | {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(95, 2)},
     ),
+    "one magnitude": (
+        "dora_scale: expected 96 rows",
+        lambda t: t | {"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(())},
+    ),
     "magnitudes of inputs": (
         "magnitudes of inputs are those of all outputs",
         lambda t: (
@@ -270,16 +274,21 @@ def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
     source = read_source(tmp_path / "peft")
     with pytest.raises(ValueError, match=r"original: .* --model tells them; got kohya without it"):
         plan_for(source, "kohya", original=True)
+    with pytest.raises(ValueError, match="original: expected diffusers' model of SDXL, Flux or SD3"):
+        plan_for(source, "kohya", weights={"0": torch.Size((2, 2))}, original=True)
     with pytest.raises(ValueError, match=r"original: .* got diffusers"):
         plan_for(source, "diffusers", weights={}, original=True)
 
 
-def test_what_is_joined_has_the_widest_dtype(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_is_joined_has_the_widest_dtype(dora: bool, tmp_path: Path) -> None:
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, dtype in (("to_q", torch.float16), ("to_k", torch.float32), ("to_v", torch.bfloat16)):
         key = f"transformer.transformer_blocks.0.attn.{name}"
         tensors[f"{key}.lora_A.weight"] = torch.randn(2, 32, generator=generator).to(dtype)
         tensors[f"{key}.lora_B.weight"] = torch.randn(32, 2, generator=generator).to(dtype)
+        if dora:
+            tensors[f"{key}.lora_magnitude_vector"] = torch.rand(32, generator=generator).to(dtype)
     save_file(tensors, tmp_path / "in.safetensors")
     assert max(turned(tmp_path / "in.safetensors", tmp_path / "out", "comfyui", made("Flux"), original=True)) == 0
     found = load_file(tmp_path / "out")
