@@ -131,12 +131,18 @@ def _by_peft(subject: Subject, path: Path) -> Tensor:
     return subject.output(peft.PeftModel.from_pretrained(subject.model(), path))
 
 
-def _of_lycoris(subject: Subject, method: str, out: Path) -> Tensor:
+def _lycoris(model: Any) -> Any:
+    """Return LyCORIS, whose settings belong to its class, with those for a model."""
     import lycoris
 
+    kind = type(model.layer).__name__
+    lycoris.LycorisNetwork.apply_preset({"target_module": [kind], "target_name": [], "lora_prefix": "lycoris"})
+    return lycoris
+
+
+def _of_lycoris(subject: Subject, method: str, out: Path) -> Tensor:
     model = subject.model()
-    lycoris.LycorisNetwork.apply_preset({"target_module": [type(model.layer).__name__], "target_name": []})
-    lycoris.LycorisNetwork.LORA_PREFIX = "lycoris"
+    lycoris = _lycoris(model)
     try:
         network = lycoris.create_lycoris(model, 1.0, **LYCORIS[method])
         if not network.loras:
@@ -151,10 +157,8 @@ def _of_lycoris(subject: Subject, method: str, out: Path) -> Tensor:
 
 
 def _by_lycoris(subject: Subject, path: Path) -> Tensor:
-    import lycoris
-
     model = subject.model()
-    network, _ = lycoris.create_lycoris_from_weights(1.0, str(path), model)
+    network, _ = _lycoris(model).create_lycoris_from_weights(1.0, str(path), model)
     if not network.loras:
         raise No("it has no such layer")
     network.apply_to()

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +265,13 @@ def run(
     before = options.page.read_text()
     after = updated(before, table(), begin, end)
     if options.check:
-        found = "up to date" if after == before else f"{options.page.name} is out of date: run this without --check"
-        sys.stdout.write(f"{found}\n")
-        return int(after != before)
+        if after == before:
+            sys.stdout.write("up to date\n")
+            return 0
+        lines = [text.splitlines(keepends=True) for text in (before, after)]
+        sys.stdout.writelines(unified_diff(*lines, "the page", "this run", n=0))
+        sys.stdout.write(f"{options.page.name} is out of date: run this without --check\n")
+        return 1
     options.page.write_text(after)
     return 0
 

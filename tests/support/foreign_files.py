@@ -44,8 +44,7 @@ def trained(network: nn.Module) -> None:
 def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **options: Any) -> Tensor:
     """Save a file of LyCORIS, and return the output of its model."""
     lycoris = pytest.importorskip("lycoris")
-    lycoris.LycorisNetwork.apply_preset({"target_module": list(layers), "target_name": []})
-    lycoris.LycorisNetwork.LORA_PREFIX = prefix
+    lycoris.LycorisNetwork.apply_preset({"target_module": list(layers), "target_name": [], "lora_prefix": prefix})
     model = net()
     if "rs_lora" in options:
         # `create_lycoris` does not hand it on.
@@ -58,6 +57,8 @@ def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **o
     trained(network)
     y = model(X)
     network.save_weights(str(path), torch.float32, {})
+    # The settings belong to the class, and so to whoever runs next in this process.
+    lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
     return y.detach()
 
 

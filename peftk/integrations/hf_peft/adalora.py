@@ -33,8 +33,10 @@ class Triplets(TunerWay):
                 continue
             parameters += (a, b, e)
             rank, gate = ranks[name], e.view(-1)
-            known = rank.is_cpu and rank.numel() == 1 and not (rank.requires_grad and torch.is_grad_enabled())
-            if known and type(scale) is float and not torch.compiler.is_compiling():
+            # A tensor of another class may be spread over processes, and this one without an element.
+            known = type(rank) in (Tensor, nn.Parameter) and rank.is_cpu and rank.numel() == 1
+            trained = rank.requires_grad and torch.is_grad_enabled()
+            if known and not trained and type(scale) is float and not torch.compiler.is_compiling():
                 found.append(Active(LowRank(a, b, scale / (rank.item() + 1e-5), gate), p))
             else:
                 # Nobody waits for a value that is on a device, no graph has one, and somebody may train it.

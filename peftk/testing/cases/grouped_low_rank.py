@@ -136,6 +136,8 @@ CASES: list[Case] = [
     _case("one-row-r1", [1], 3, 5, 1, positive=True, fused=True),
     _case("no-group-has-rows", [0, 0, 0], 6, 5, 2, others=3, fused=True),
     _case("gate-others", [9, 34], 33, 18, 5, gate=True, others=2, scale=1.5, dtype=torch.int32, fused=True),
+    _case("gate-scales", [4, 0, 3, 1], 16, 9, 6, gate=True, scale=[0.5, 3.0, 1.25, -2.0], positive=True, fused=True),
+    _case("zero-scale", [4, 6], 6, 4, 2, scale=0.0, fused=True),
     _case("eights", [17, 0, 3], 64, 72, 8, fused=True),
 ]
 
