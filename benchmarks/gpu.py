@@ -18,7 +18,7 @@ from typing import Any
 
 from . import parts
 from .parts import Part
-from .results import OUT_OF_TIME, joined, read, read_written
+from .results import OUT_OF_TIME, read, read_written
 
 SECONDS = 520.0
 WORK = parts.ROOT / "build" / "bench-gpu"
@@ -120,7 +120,7 @@ def read_cells(log: str, status: int) -> tuple[dict[str, int], str | None]:
 def report(work: Path, folder: Path, device: dict[str, Any], outcomes: list[parts.Outcome]) -> None:
     """Write what there is so far: JSON, CSV, Markdown, HTML and plots; what an earlier run measured stays."""
     parts.write_record(folder / "bench.json", device, outcomes)
-    from .report import write
+    from .report import update
 
     files = sorted(work.glob("cells/*/*.json"), key=lambda path: (path.name == "missing.json", path.stat().st_mtime))
     try:
@@ -128,8 +128,7 @@ def report(work: Path, folder: Path, device: dict[str, Any], outcomes: list[part
     except ValueError as error:
         print(f"no report yet: {error}", flush=True)
         return
-    earlier = folder / "results.json"
-    write(joined(read_written(earlier), results) if earlier.is_file() else results, folder)
+    update(results, folder)
 
 
 def all_parts(chosen: list[str] | None) -> list[Part]:

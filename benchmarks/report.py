@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from .plots import PLOTS, draw
-from .results import Results, read, write_csv, write_json
+from .results import Results, joined, read, read_written, write_csv, write_json
 from .tables import Table, everything
 
 RESULTS = Path(__file__).parent / "results"
@@ -130,6 +130,12 @@ def write(results: Results, folder: Path) -> list[Path]:
     (folder / "report.html").write_text(page(results, plots))
     names = ("results.json", "results.csv", *(f"{name}.png" for name, _, _ in plots), "report.md", "report.html")
     return [folder / name for name in names]
+
+
+def update(results: Results, folder: Path) -> list[Path]:
+    """Write the report with these comparisons in place of older ones; what only an earlier run measured stays."""
+    earlier = folder / "results.json"
+    return write(joined(read_written(earlier), results) if earlier.is_file() else results, folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,7 +2,8 @@
 
 Every suite runs in a process of its own, and every comparison is written as soon as it is done, so neither a crash nor
 an interruption loses another one; a cell that fails is listed in the report with its reason. ``--resume`` keeps what an
-interrupted run has written and measures the rest.
+interrupted run has written and measures the rest. What the report of this machine class holds beside that stays in it,
+each figure with its date and versions: ``--only`` and ``-k`` measure a part of it again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from .report import RESULTS, write
+from .report import RESULTS, update, write
 from .results import read
 
 HERE = Path(__file__).parent
@@ -39,9 +40,12 @@ SUITES = {
 MINUTES = 120.0
 
 
-def command(suite: str, folder: Path, target: Path, quick: bool, resume: bool, until: float) -> list[str]:
+def command(
+    suite: str, folder: Path, target: Path, quick: bool, resume: bool, until: float, chosen: str = ""
+) -> list[str]:
     """Return the pytest call of one suite."""
     file, expression = SUITES[suite]
+    expression = " and ".join(f"({part})" for part in (expression, chosen) if part)
     call = [sys.executable, "-m", "pytest", str(HERE / file), "-q", "-p", "no:cacheprovider"]
     call += ["--benchmark-enable", "--benchmark-only", "--benchmark-disable-gc", f"--benchmark-json={target}"]
     call += ["--benchmark-columns=median,rounds", "--benchmark-warmup=off", "--no-header", "--tb=short", "-v"]
@@ -60,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run has measured")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no comparison after so many minutes")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES), help="these suites only")
+    parser.add_argument("-k", default="", metavar="EXPRESSION", help="these comparisons only, as pytest's -k says")
     parser.add_argument("--work", type=Path, default=Path("bench-out"), help="folder of the JSON files")
     parser.add_argument("--output", type=Path, help="folder of the report; default benchmarks/results/<device class>")
     options = parser.parse_args(arguments)
@@ -77,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             old = []
         target = options.work / f"{suite}.{len(old):03d}.json"
         start = time.monotonic()
-        call = command(suite, options.work, target, options.quick, options.resume, until)
+        call = command(suite, options.work, target, options.quick, options.resume, until, options.k)
         try:
             status = subprocess.run(call, cwd=HERE.parent, check=False).returncode
         except KeyboardInterrupt:
@@ -89,8 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     # The newest counts where a comparison was made twice; an interrupted pytest leaves an empty file.
     files = sorted((p for p in options.work.rglob("*.json") if p.stat().st_size), key=lambda p: p.stat().st_mtime)
     results = read(path for path in files if path.name != "results.json")
-    output = options.output or (options.work if options.quick else RESULTS / results.info["device_class"])
-    written = write(results, output)
+    if options.quick:
+        # Few samples of small shapes belong to no report of a machine class.
+        written = write(results, options.output or options.work)
+    else:
+        written = update(results, options.output or RESULTS / results.info["device_class"])
     print("report:", *(str(path) for path in written if path.suffix in (".md", ".html")))
     return worst
 

@@ -7,31 +7,41 @@ import hashlib
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 
+@functools.cache
+def _place(name: str) -> tuple[str, tuple[str, ...]]:
+    """Return the module of a dotted name, which is imported, and the attributes below it."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        module = ".".join(parts[:count])
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name):
+                raise
+            continue
+        return module, tuple(parts[count:])
+    raise ModuleNotFoundError(f"no module named {parts[0]!r}", name=parts[0])
+
+
 def resolve(name: str) -> Any:
-    """Return what a dotted name stands for, as ``peft.tuners.lora.layer.Linear.forward``.
+    """Return what a dotted name stands for now, as ``peft.tuners.lora.layer.Linear.forward``.
 
     Raises:
         AttributeError: There is no such name.
         ImportError: Its package is not installed.
     """
-    parts = name.split(".")
-    for count in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:count]))
-        except ModuleNotFoundError as error:
-            if error.name is None or not ".".join(parts[:count]).startswith(error.name):
-                raise
-            continue
-        for part in parts[count:]:
-            found = getattr(found, part)
-        return found
-    raise ModuleNotFoundError(f"no module named {parts[0]!r}", name=parts[0])
+    module, parts = _place(name)
+    found: Any = sys.modules.get(module) or importlib.import_module(module)
+    for part in parts:
+        found = getattr(found, part)
+    return found
 
 
 def name_of(cls: type) -> str:
@@ -57,7 +67,7 @@ class Fingerprints:
     def __init__(self, file: Path, distribution: str) -> None:
         self.file, self.distribution = file, distribution
         self.known: dict[str, dict[str, list[str]]] = json.loads(file.read_text())
-        self._seen: dict[tuple[str, int], str | None] = {}
+        self._seen: dict[str, tuple[Any, str | None]] = {}
 
     def unknown(self, names: Sequence[str]) -> str | None:
         """Name the first of these functions whose source is not known, and the version of the library, or None."""
@@ -72,11 +82,12 @@ class Fingerprints:
             function = resolve(name)
         except (AttributeError, ImportError):
             return f"{self.distribution} {self.version} has no {name}"
-        # By the function too: somebody may replace it later.
-        key = name, id(function)
-        if key not in self._seen:
-            self._seen[key] = self._compare(name, function)
-        return self._seen[key]
+        # A layer asks in every call: somebody may replace the function later.
+        known, found = self._seen.get(name, (None, None))
+        if known is not function:
+            found = self._compare(name, function)
+            self._seen[name] = function, found
+        return found
 
     def _compare(self, name: str, function: Any) -> str | None:
         hashes = self.known.get(name, {})

@@ -292,3 +292,22 @@ def test_report_is_written_whole(run_file: Path, tmp_path: Path) -> None:
     run_file.write_text(json.dumps(content))
     report.main([str(run_file), "--output", str(folder)])
     assert not (folder / "kernels.png").exists(), "no data: the plot of the earlier run must go"
+
+
+def test_a_part_that_is_measured_again_leaves_the_rest_of_the_report(run_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+    from benchmarks import report
+
+    folder = tmp_path / "report"
+    report.update(results.read([run_file]), folder)
+    before = results.read_written(folder / "results.json")
+    content = synthetic()
+    content["benchmarks"] = content["benchmarks"][:1]
+    content["benchmarks"][0]["extra_info"]["date"] = "2031-02-03"
+    run_file.write_text(json.dumps(content))
+    report.update(results.read([run_file]), folder)
+    after = results.read_written(folder / "results.json")
+    assert [c.key for c in after.comparisons] == [c.key for c in before.comparisons]
+    dates = [c.info["date"] for c in after.comparisons]
+    assert dates[0] == "2031-02-03"
+    assert dates[1:] == [c.info["date"] for c in before.comparisons[1:]]

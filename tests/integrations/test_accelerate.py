@@ -17,6 +17,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import dora
 from peft.tuners.lora import layer as lora_layer
 from support.peft_layers import ADALORA_CONV, CONV, LINEAR, METHODS, Kinds, adapted, error, fill, inputs, step
 from torch import nn
@@ -332,9 +333,34 @@ def test_what_somebody_replaces_later_stays_his(monkeypatch: pytest.MonkeyPatch)
 def test_dora_that_is_not_known_leaves_lora_accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(tuner_layer.FINGERPRINTS.known, "peft.tuners.lora.dora.DoraLinearLayer.forward")
     monkeypatch.setattr(tuner_layer.FINGERPRINTS, "_seen", {})
-    for dora in (True, False):
-        config = peft.LoraConfig(r=2, target_modules=["first"], use_dora=dora)
-        assert peftk.accelerate(peft.get_peft_model(Kinds(), config)).accelerated == (not dora)
+    for use_dora in (True, False):
+        config = peft.LoraConfig(r=2, target_modules=["first"], use_dora=use_dora)
+        assert peftk.accelerate(peft.get_peft_model(Kinds(), config)).accelerated == (not use_dora)
+
+
+def test_what_a_call_asks_of_the_library_is_looked_up_without_importing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft.get_peft_model(Kinds(), peft.LoraConfig(r=2, target_modules=["first"], use_dora=True))
+    peftk.accelerate(model, strict=True)
+    model(*inputs())
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"imports {name}"))
+    model(*inputs())
+
+
+def test_a_function_of_dora_that_is_replaced_later_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft.get_peft_model(Kinds(), peft.LoraConfig(r=2, target_modules=["first"], use_dora=True))
+    peftk.accelerate(model, strict=True)
+    calls = []
+    theirs = dora.DoraLinearLayer.get_weight_norm
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return theirs(*args, **kwargs)
+
+    model(*inputs())
+    assert not calls
+    monkeypatch.setattr(dora.DoraLinearLayer, "get_weight_norm", replaced)
+    model(*inputs())
+    assert calls
 
 
 def test_subclasses_of_users_are_left_alone() -> None:
