@@ -16,7 +16,18 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from .container import CODES, DIGESTS_KEY, METADATA_KEY, capped, digest, metadata_digest, name_problem, nonfinite, shown
+from .container import (
+    CODES,
+    DIGESTS_KEY,
+    METADATA_KEY,
+    capped,
+    digest,
+    memory,
+    metadata_digest,
+    name_problem,
+    nonfinite,
+    shown,
+)
 
 LOCK_SECONDS = 60.0
 
@@ -110,6 +121,44 @@ def write_safetensors(stream: IO[bytes], tensors: Mapping[str, Tensor], metadata
     digests[METADATA_KEY] = metadata_digest(dict(metadata))
     full = {**metadata, DIGESTS_KEY: json.dumps(digests, sort_keys=True, separators=(",", ":"))}
     stream.write(save(dict(tensors), metadata=full))
+
+
+def write_in_turn(
+    stream: IO[bytes],
+    layout: Mapping[str, tuple[torch.dtype, torch.Size]],
+    metadata: Mapping[str, str] | None,
+    tensor_of: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file of which one tensor at a time is in memory, without digests.
+
+    Its library writes tensors that are all there.
+
+    Args:
+        stream: Where to.
+        layout: Name to dtype and shape.
+        metadata: The strings of the header.
+        tensor_of: Returns the tensor of a name; called once for each, in the order of the file.
+
+    Raises:
+        ValueError: A tensor has another dtype or shape than `layout` says.
+    """
+    # The widest first, so that all are aligned.
+    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        dtype, shape = layout[name]
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        tensor = tensor_of(name).detach().cpu().contiguous()
+        if (tensor.dtype, tensor.shape) != layout[name]:
+            raise ValueError(f"key {shown(name)}: expected {layout[name]}, got {(tensor.dtype, tensor.shape)}")
+        if tensor.numel():
+            stream.write(memory(tensor))
 
 
 @contextlib.contextmanager

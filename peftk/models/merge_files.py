@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.container import DTYPES, CheckpointError, capped, parse_json, shown
 from ..checkpoint.reader import header
+from ..checkpoint.writer import write_in_turn
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.merging import check_finite
 from ..nn.base.saved import ModulesToSaveWrapper
@@ -345,32 +346,39 @@ def _write_shards(
     done: Merge,
 ) -> None:
     from safetensors import safe_open
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
-    size, where = 0, {}
+    size = 0
+    where: dict[str, str] = {}
     with tqdm(total=len(base.shapes), desc="Merging", disable=not progressbar) as bar:
         for name, keys in base.shards.items():
-            tensors: dict[str, Tensor] = {}
-            with safe_open(base.folder / name, framework="pt") as file:
-                metadata = file.metadata()
-                for key in keys:
+            layout = {key: (_dtype_of(key, base, replaced, dtype), base.shapes[key]) for key in keys}
+            with safe_open(base.folder / name, framework="pt") as file, open(trial / name, "wb") as stream:
+
+                def tensor_of(key: str, file: Any = file) -> Tensor:
                     tensor = replaced[key] if key in replaced else file.get_tensor(key)
                     if key in layers:
                         path, layer = layers[key]
                         tensor, done.lost[path] = _merged(layer, path, tensor, dtype, safe_merge)
                     elif dtype is not None and tensor.is_floating_point():
                         tensor = tensor.to(dtype)
-                    tensors[key] = tensor.contiguous()
-                    where[key] = name
-                    size += tensor.numel() * tensor.element_size()
                     bar.update()
-            save_file(tensors, trial / name, metadata)
+                    return tensor
+
+                write_in_turn(stream, layout, file.metadata(), tensor_of)
+            where |= dict.fromkeys(keys, name)
+            size += sum(kind.itemsize * shape.numel() for kind, shape in layout.values())
             done.files.append(name)
     if base.index is not None:
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2, sort_keys=True)
         (trial / base.index).write_text(text + "\n")
         done.files.append(base.index)
+
+
+def _dtype_of(key: str, base: Base, replaced: Mapping[str, Tensor], dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that a tensor is written in."""
+    found = replaced[key].dtype if key in replaced else base.dtypes[key]
+    return found if dtype is None or not found.is_floating_point else dtype
 
 
 def _merged(
