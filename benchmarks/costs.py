@@ -42,6 +42,15 @@ PEAK = 790e12
 
 BACKENDS = ("triton", "torch")
 
+
+def _grouped_flops(x: Tensor, weight: Tensor, *_: object, out_val: object = None, **__: object) -> int:
+    """Count those of a product of sorted rows and a weight for each group: every row has one of the weights."""
+    return 2 * x.numel() * weight.shape[-1]
+
+
+# What torch counts none of.
+_FORMULAS = {torch.ops.aten._grouped_mm: _grouped_flops}
+
 _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "_unsafe_view")
 _OVERWRITES = ("copy_", "zero_", "fill_")
 
@@ -187,7 +196,7 @@ class _Calls(TorchDispatchMode):
                 moved += sum(map(_size, _tensors([value]).values()))
         # torch has formulas of the products that make a result, not of those that update one in place.
         packet = getattr(torch.ops.aten, name.removesuffix("_"), func._overloadpacket)
-        formula = flop_registry.get(packet)
+        formula = _FORMULAS.get(packet) or flop_registry.get(packet)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=results))
         self.steps.append(Step(name, False, moved, flops))
         return results

@@ -153,7 +153,8 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
                         rank,
                         dtype};
   std::atomic<bool> changed{false};
-  parallel_for(0, columns, 1 + kTaskOperations / (1 + depth * rows),
+  // Reading a weight takes longer than multiplying it by few rows, so that less of it is enough for a task.
+  parallel_for(0, columns, 1 + kTaskOperations / 4 / (1 + depth * rows),
                [&](int64_t begin, int64_t end) { few_rows_cpu(p, begin, end, changed); });
   if (changed.load(std::memory_order_relaxed)) return std::nullopt;
   return out;

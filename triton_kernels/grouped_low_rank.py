@@ -51,13 +51,23 @@ def grouped_low_rank_add(
 
 
 def _added(
-    out: Tensor, base: Tensor, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
+    out: Tensor,
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    *,
+    zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Write the sum, whose buffer may be the base's: every program reads the tile that it writes."""
     x, offsets = _by_rows(x), offsets.contiguous()
     hidden = torch.empty(x.shape[0], a.shape[1], dtype=x.dtype, device=x.device)
     shrink(hidden, x, a, (a.stride(0), a.stride(1), a.stride(2)), offsets)
-    return expand(out, base, hidden, b, (b.stride(0), b.stride(2), b.stride(1)), offsets, gate, scale), hidden
+    strides = b.stride(0), b.stride(2), b.stride(1)
+    return expand(out, base, hidden, b, strides, offsets, gate, scale, zeros=zeros), hidden
 
 
 def grouped_low_rank_linear_supports(
@@ -71,8 +81,8 @@ def grouped_low_rank_linear(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, gate: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the rank-sized product; see `peftk.functional.grouped_low_rank_linear`."""
-    out = grouped_product(x, weight.mT, offsets)
-    return _added(out, out, x, a, b, offsets, gate, scale)
+    out = grouped_product(x, weight.mT, offsets, zeros=False)
+    return _added(out, out, x, a, b, offsets, gate, scale, zeros=True)
 
 
 def grouped_low_rank_add_backward_supports(
@@ -132,10 +142,10 @@ def _gradients(
     dhidden, found = hidden_gradient(sums, hidden, gate, scale, need_gate)
     dgate = dgate if found is None else found
     if need_x:
-        onto = None if weight is None else grouped_product(grad, weight, offsets)
+        onto = None if weight is None else grouped_product(grad, weight, offsets, zeros=False)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if onto is None else onto
         rounded = dhidden.to(a.dtype)
-        expand(dx, onto, rounded, a, (a.stride(0), a.stride(1), a.stride(2)), offsets, None, 1.0)
+        expand(dx, onto, rounded, a, (a.stride(0), a.stride(1), a.stride(2)), offsets, None, 1.0, zeros=True)
     if need_a:
         da = factor_gradient(dhidden, x, offsets, None, 1.0, rank_first=True)
     return dx, da, db, dgate

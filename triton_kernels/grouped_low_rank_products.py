@@ -115,6 +115,7 @@ def _grouped_expand_kernel(
     stride_factor_feature,
     stride_factor_rank,
     stride_gate_row,
+    ZEROS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
@@ -122,7 +123,7 @@ def _grouped_expand_kernel(
 ):
     """Compute out (rows, features) = base + scale * (hidden * gate) @ factor[g].T, with factors of (features, rank).
 
-    base and gate may be None. Rows of no group are those of the base.
+    base and gate may be None. Rows of no group are those of the base, or zeros whatever the base has there.
     """
     column_tiles = tl.cdiv(features, BLOCK_FEATURES)
     index = (tl.program_id(0) // column_tiles).to(tl.int64)
@@ -152,6 +153,8 @@ def _grouped_expand_kernel(
         # [BLOCK_ROWS, BLOCK_FEATURES]
         base = tl.load(base_ptr + row[:, None] * stride_base_row + columns[None, :], mask=inside, other=0.0)
         base = base.to(tl.float32)
+        if ZEROS:
+            base = tl.where(group < groups, base, 0.0)
         # -0.0 + 0.0 is +0.0: where the product is zero, every bit of the base stays.
         y = tl.where(y == 0.0, base, base + y)
     tl.store(out_ptr + row[:, None] * stride_out_row + columns[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -320,8 +323,13 @@ def expand(
     offsets: Tensor,
     gate: Tensor | None,
     scale: float,
+    *,
+    zeros: bool = False,
 ) -> Tensor:
-    """Write ``base + scale * (hidden * gate) @ factor.T`` for each group; strides as in `shrink`."""
+    """Write ``base + scale * (hidden * gate) @ factor.T`` for each group; strides as in `shrink`.
+
+    With `zeros` the rows of no group get zeros, else those of the base.
+    """
     (rows, features), rank, groups = out.shape, hidden.shape[1], offsets.shape[0]
     config = _expand_config(rank_tile_of(rank), hidden.dtype)
     _launch.launch(
@@ -343,6 +351,7 @@ def expand(
         stride_factor_group=strides[0],
         stride_factor_rank=strides[1],
         stride_factor_feature=strides[2],
+        ZEROS=zeros,
         BLOCK_GROUPS=_groups_block(groups),
         **gate_arguments(gate),
         **config,

@@ -113,19 +113,24 @@ PEFTK_INLINE bool few_tile(const FewRowsParams& p, int64_t column, int64_t row) 
   return same;
 }
 
-// kColumns rows of the weight times all rows of x; the first tile finds the checksums.
+// The first tile of rows of x, which finds the checksums too where there are any.
+template <CpuLevel kLevel, typename T, int kColumns, int kRows>
+PEFTK_INLINE bool first_tile(const FewRowsParams& p, int64_t column) {
+  return p.sums ? few_tile<kLevel, T, kColumns, kRows, true>(p, column, 0)
+                : few_tile<kLevel, T, kColumns, kRows, false>(p, column, 0);
+}
+
+// kColumns rows of the weight times all rows of x, in tiles of as many rows as there are registers for, of half of them
+// and of one.
 template <CpuLevel kLevel, typename T, int kColumns>
 PEFTK_INLINE bool few_columns(const FewRowsParams& p, int64_t column) {
-  constexpr int kRows = Tile<kLevel>::kRows;
-  int64_t row = p.rows >= kRows ? kRows : 1;
-  bool same;
-  if (p.sums)
-    same = row > 1 ? few_tile<kLevel, T, kColumns, kRows, true>(p, column, 0)
-                   : few_tile<kLevel, T, kColumns, 1, true>(p, column, 0);
-  else
-    same = row > 1 ? few_tile<kLevel, T, kColumns, kRows, false>(p, column, 0)
-                   : few_tile<kLevel, T, kColumns, 1, false>(p, column, 0);
+  constexpr int kRows = Tile<kLevel>::kRows, kHalf = kRows / 2;
+  int64_t row = p.rows >= kRows ? kRows : p.rows >= kHalf ? kHalf : 1;
+  const bool same = row == kRows   ? first_tile<kLevel, T, kColumns, kRows>(p, column)
+                    : row == kHalf ? first_tile<kLevel, T, kColumns, kHalf>(p, column)
+                                   : first_tile<kLevel, T, kColumns, 1>(p, column);
   for (; row + kRows <= p.rows; row += kRows) few_tile<kLevel, T, kColumns, kRows, false>(p, column, row);
+  for (; row + kHalf <= p.rows; row += kHalf) few_tile<kLevel, T, kColumns, kHalf, false>(p, column, row);
   for (; row < p.rows; ++row) few_tile<kLevel, T, kColumns, 1, false>(p, column, row);
   return same;
 }

@@ -68,8 +68,9 @@ def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -
     """
     module = registry.backend_module("native", "few_rows")
     assert not isinstance(module, str)
-    most = module.ONE_PASS_ROWS[x.dtype]
-    y: Tensor | None = module.few_rows(x, weight, bias, None, None, None, None, 1.0, added, None, None, (), (), most)
+    y: Tensor | None = None
+    if module.pays_in_one_pass(x, weight):
+        y = module.few_rows(x, weight, bias, None, None, None, None, 1.0, added, None, None, (), (), FEW)
     return linear(x, weight, bias).add_(added) if y is None else y
 
 
@@ -95,10 +96,10 @@ def low_rank_few(
     module = module_of("few_rows")
     if module is None:
         return None
-    most = module.ONE_PASS_ROWS.get(x.dtype, 0)
-    y: Tensor | None = module.few_rows(x, weight, bias, None, a, b, gate, scale, None, None, None, (), (), most)
-    if y is not None:
-        return y
+    if module.pays_in_one_pass(x, weight):
+        y: Tensor | None = module.few_rows(x, weight, bias, None, a, b, gate, scale, None, None, None, (), (), FEW)
+        if y is not None:
+            return y
     if (
         not few(x, features)
         or not (a.dtype is b.dtype is torch.float32)

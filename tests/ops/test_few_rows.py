@@ -39,13 +39,28 @@ def formula(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scale
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 8, 19])
-@pytest.mark.parametrize("rows", [1, 4, 5, 16, FEW])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 16, 24, FEW])
 def test_matches_float64(rows: int, rank: int, dtype: torch.dtype, gated: bool) -> None:
     args = arguments(rows, rank, dtype, gated)
     with torch.no_grad():
         found = low_rank_few(*args)
     assert found is not None and found.dtype is dtype
     assert_close(found, formula(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", range(1, 12))
+def test_one_pass_takes_rows_in_tiles_of_any_number(rows: int, dtype: torch.dtype) -> None:
+    few_rows = pytest.importorskip("peftk.kernels.native.few_rows")
+    args = arguments(rows, 5, dtype, gated=True)
+    x, weight, bias, a, b, scale, gate = args
+    found = few_rows.few_rows(x, weight, bias, None, a, b, gate, scale, None, None, None, (), (), rows)
+    assert_close(found, formula(*args), dtype)
+    sums = few_rows.row_sums(weight)
+    again = few_rows.few_rows(x, weight, bias, None, a, b, gate, scale, None, None, sums, (), (), rows)
+    assert_same_bits(again, found)
+    weight[OUT - 2, 3] += 1
+    assert few_rows.few_rows(x, weight, bias, None, a, b, gate, scale, None, None, sums, (), (), rows) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

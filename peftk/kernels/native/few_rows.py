@@ -10,10 +10,36 @@ from torch import Tensor
 from ... import _C
 from .low_rank import _as_rows
 
-ONE_PASS_ROWS = {torch.float32: 4, torch.bfloat16: 4 if _C.multiplies_bfloat16() else 32}
+_MULTIPLIES_BFLOAT16 = _C.multiplies_bfloat16()
+
+ONE_PASS_ROWS = {torch.float32: 4, torch.bfloat16: 4 if _MULTIPLIES_BFLOAT16 else 32}
 """Rows of x up to which one pass over a weight of a dtype takes no longer than the product of torch's library, which
 has no good one in bfloat16 where the CPU has no instructions for it. Measured on AVX-512 without these.
 """
+
+_LARGE_WEIGHT = 1 << 20
+"""Numbers of a float32 weight that does not stay in the cache of a core."""
+
+
+def pays_in_one_pass(x: Tensor, weight: Tensor) -> bool:
+    """Whether one pass over a weight takes no longer than the product of torch's library and one that adds onto it.
+
+    On CPUs that multiply bfloat16 the library is the faster one on small float32 weights, but from 16 rows on, where it
+    takes another kernel. Measured with AVX-512 and AMX.
+    """
+    numbers, width = x.numel(), x.shape[-1]
+    if numbers <= ONE_PASS_ROWS.get(x.dtype, 0) * width:
+        return True
+    if not _MULTIPLIES_BFLOAT16:
+        return False
+    if x.dtype is torch.bfloat16:
+        return numbers <= 8 * width
+    return (
+        x.dtype is torch.float32
+        and numbers <= 24 * width
+        and (numbers >= 16 * width or weight.numel() >= _LARGE_WEIGHT)
+    )
+
 
 SUM_WORDS = 16
 """Words of the checksum of one row of a weight."""
@@ -61,8 +87,12 @@ def add_low_rank_(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | N
         gate: (rank,) or None.
         scale: The factor.
     """
-    if x.dtype is torch.float32 and x.numel() > _FACTORS_ROWS * x.shape[-1]:
-        hidden = torch.mm(_as_rows(x), a.mT)
-        _as_rows(out).addmm_(hidden if gate is None else hidden.mul_(gate), b.mT, alpha=scale)
-    else:
+    if x.numel() <= _FACTORS_ROWS * x.shape[-1]:
         _low_rank(x, a, b, gate, scale, out)
+        return
+    hidden, rows = torch.mm(_as_rows(x).float(), a.mT), _as_rows(out)
+    hidden = hidden if gate is None else hidden.mul_(gate)
+    if out.dtype is torch.float32:
+        rows.addmm_(hidden, b.mT, alpha=scale)
+    else:
+        rows.add_(torch.mm(hidden, b.mT), alpha=scale)

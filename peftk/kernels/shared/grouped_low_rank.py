@@ -10,13 +10,14 @@ from torch.nn.functional import grouped_mm, linear
 
 
 def sizes_of(offsets: Tensor, rows: int) -> list[int]:
-    """Return how many rows each group has, and last how many belong to none; nobody's are all of them on "meta".
+    """Return how many rows each group has, and last how many belong to none; on "meta" all groups have the same number.
 
     Raises:
         ValueError: if the ends of the groups do not ascend from 0 to at most the number of rows.
     """
     if offsets.is_meta:
-        return [0] * offsets.shape[0] + [rows]
+        groups = offsets.shape[0]
+        return [rows // groups] * groups + [rows % groups]
     sizes, start = [], 0
     for group, end in enumerate(offsets.tolist()):
         if not start <= end <= rows:
@@ -48,19 +49,23 @@ def shrunk(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     return by_group(linear, x, a, sizes_of(offsets, x.shape[0]))
 
 
-def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, *, zeros: bool = True) -> Tensor:
     """Return the product of rows sorted by group with the weight of each group, and zeros for the rows of no group.
 
     Args:
         x: (rows, in).
         weight: (groups, in, out), of any strides; each is cast to the dtype of x when it is its turn.
         offsets: (groups,), where the rows of each group end.
+        zeros: Without, anything may stand in the rows of no group, which a caller overwrites.
     """
     if not x.is_cpu and x.dtype is torch.bfloat16 and not (x.shape[1] % 8 or weight.shape[2] % 8):
         # Nothing waits for the offsets, and wrong ones must not lead out of the tensors.
         ends = offsets.clamp(0, len(x)).cummax(0).values
+        y = grouped_mm(x, weight.to(x.dtype), offs=ends.int())
+        if not zeros:
+            return y
         covered = torch.arange(len(x), device=x.device) < ends[-1]
-        return torch.where(covered[:, None], grouped_mm(x, weight.to(x.dtype), offs=ends.int()), 0.0)
+        return torch.where(covered[:, None], y, 0.0)
     y = x.new_empty(len(x), weight.shape[2])
     start = 0
     *sizes, others = sizes_of(offsets, len(x))

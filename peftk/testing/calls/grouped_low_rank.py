@@ -60,7 +60,7 @@ KINDS = {
         threads="torch's products",
         sums="activations",
         timed=Timed.at(16),
-        gpu_sizes=(),
+        gpu_sizes=(16,),
         variants=("even", "uneven"),
     ),
 }
