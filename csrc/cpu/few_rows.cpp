@@ -47,9 +47,9 @@ PEFTK_INLINE void add_product(typename V::Numbers& sum, typename V::Words words,
   add_product<V>(sum, second, x + kStepWords, 0.0f);
 }
 
-// The sum of eight lanes.
+// The sum of eight lanes, in the order of `sums_of`.
 PEFTK_INLINE float total(Floats lanes) {
-  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  return ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3])) + ((lanes[4] + lanes[6]) + (lanes[5] + lanes[7]));
 }
 
 // The numbers of a row that fill no step, with zeros behind them.
@@ -79,6 +79,27 @@ PEFTK_INLINE bool few_tile(const FewRowsParams& p, int64_t column, int64_t row) 
         for (int r = 0; r < kRows; ++r) add_product<V>(lanes[c][r][v], words, x + r * p.depth + k + first, T());
         if (kSums) sums[c][v] = summed(sums[c][v], words);
       }
+  constexpr int kOutputs = kColumns * kRows, kGroups = (kOutputs + kLanes - 1) / kLanes;
+  Floats all[kGroups * kLanes] = {};
+  for (int c = 0; c < kColumns; ++c)
+    for (int r = 0; r < kRows; ++r) {
+      const float *b = p.b + (column + c) * p.rank, *h = p.hidden + (row + r) * p.rank;
+      Floats halves[2];
+      std::memcpy(halves, lanes[c][r], sizeof halves);
+      Floats sum = halves[0] + halves[1];
+      for (int64_t j = 0; j + kLanes <= p.rank; j += kLanes) sum += eight(b + j) * eight(h + j);
+      all[r * kColumns + c] = sum;
+    }
+  float totals[kGroups * kLanes];
+  for (int i = 0; i < kOutputs; i += kOutputs < kLanes / 2 ? 1 : kLanes) {
+    // Eight at once take as long as two.
+    if (kOutputs < kLanes / 2) {
+      totals[i] = total(all[i]);
+    } else {
+      const Floats found = sums_of(all + i);
+      std::memcpy(totals + i, &found, sizeof found);
+    }
+  }
   bool same = true;
   for (int c = 0; c < kColumns; ++c) {
     const int64_t n = column + c;
@@ -86,14 +107,8 @@ PEFTK_INLINE bool few_tile(const FewRowsParams& p, int64_t column, int64_t row) 
     const float* b = p.b + n * p.rank;
     for (int r = 0; r < kRows; ++r) {
       const float *h = p.hidden + (row + r) * p.rank, *rest = x + r * p.depth + k;
-      Floats halves[2];
-      std::memcpy(halves, lanes[c][r], sizeof halves);
-      Floats all = halves[0] + halves[1];
-      int64_t j = 0;
-      for (; j + kLanes <= p.rank; j += kLanes)
-        all += *reinterpret_cast<const Floats*>(b + j) * *reinterpret_cast<const Floats*>(h + j);
-      float sum = total(all);
-      for (; j < p.rank; ++j) sum += b[j] * h[j];
+      float sum = totals[r * kColumns + c];
+      for (int64_t j = p.rank / kLanes * kLanes; j < p.rank; ++j) sum += b[j] * h[j];
       for (int64_t i = 0; i < p.depth - k; ++i) sum += to_float(tail[i]) * rest[i];
       if (p.added) sum += p.added[(row + r) * p.columns + n];
       if (p.gain) sum *= p.gain[n];

@@ -159,33 +159,66 @@ PEFTK_INLINE void low_rank_few_hidden_cpu_body(const LowRankFewParams& p, int64_
     few_hiddens<BFloat16>(p, begin, end);
 }
 
+// Eight columns, or as many as there are, of one row of `out`, from the factor as it lies.
+template <typename T>
+PEFTK_INLINE void few_columns(const LowRankFewParams& p, int64_t row, int64_t column, int64_t some) {
+  const int64_t whole = p.rank / kLanes * kLanes;
+  const float *h = p.hidden + row * p.rank, *b = p.b + column * p.rank;
+  Floats lanes[kLanes] = {};
+  if (some == kLanes) {
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const Floats values = eight(h + j);
+      for (int i = 0; i < kLanes; ++i) lanes[i] += values * eight(b + i * p.rank + j);
+    }
+  } else {
+    for (int64_t j = 0; j < whole; j += kLanes)
+      for (int64_t i = 0; i < some; ++i) lanes[i] += eight(h + j) * eight(b + i * p.rank + j);
+  }
+  const Floats total = sums_of(lanes);
+  T* to = static_cast<T*>(p.out) + row * p.columns + column;
+  for (int64_t i = 0; i < some; ++i) {
+    float sum = total[i];
+    for (int64_t j = whole; j < p.rank; ++j) sum += h[j] * b[i * p.rank + j];
+    from_float(to_float(to[i]) + sum, to[i]);
+  }
+}
+
+// Ranks of a factor that are turned around for several rows.
+constexpr int64_t kTurnedRanks = 128;
+// Rows of `out` from which that pays.
+constexpr int64_t kTurnedRows = 4;
+
+// Eight columns of kRows rows of `out`, from a factor that was turned around: (rank, 8).
+template <typename T, int kRows>
+PEFTK_INLINE void turned_rows(const LowRankFewParams& p, const float* turned, int64_t row, int64_t column) {
+  const float* h = p.hidden + row * p.rank;
+  Floats sums[kRows] = {};
+  for (int64_t j = 0; j < p.rank; ++j)
+    for (int r = 0; r < kRows; ++r) sums[r] += h[r * p.rank + j] * eight(turned + j * kLanes);
+  T* to = static_cast<T*>(p.out) + row * p.columns + column;
+  for (int r = 0; r < kRows; ++r) put_eight(eight(to + r * p.columns) + sums[r], to + r * p.columns);
+}
+
+template <typename T>
+PEFTK_INLINE void turned_columns(const LowRankFewParams& p, int64_t column) {
+  float turned[kTurnedRanks * kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    for (int64_t j = 0; j < p.rank; ++j) turned[j * kLanes + i] = p.b[(column + i) * p.rank + j];
+  int64_t row = 0;
+  for (; row + 8 <= p.rows; row += 8) turned_rows<T, 8>(p, turned, row, column);
+  for (; row + 2 <= p.rows; row += 2) turned_rows<T, 2>(p, turned, row, column);
+  for (; row < p.rows; ++row) turned_rows<T, 1>(p, turned, row, column);
+}
+
 template <typename T>
 PEFTK_INLINE void few(const LowRankFewParams& p, int64_t begin, int64_t end) {
-  T* out = static_cast<T*>(p.out);
-  const int64_t whole = p.rank / kLanes * kLanes;
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const float* h = p.hidden + row * p.rank;
-    for (int64_t column = begin; column < end; column += kLanes) {
-      const int64_t some = end - column < kLanes ? end - column : kLanes;
-      const float* b = p.b + column * p.rank;
-      Floats lanes[kLanes] = {};
-      if (some == kLanes) {
-        for (int64_t j = 0; j < whole; j += kLanes) {
-          const Floats values = eight(h + j);
-          for (int i = 0; i < kLanes; ++i) lanes[i] += values * eight(b + i * p.rank + j);
-        }
-      } else {
-        for (int64_t j = 0; j < whole; j += kLanes)
-          for (int64_t i = 0; i < some; ++i) lanes[i] += eight(h + j) * eight(b + i * p.rank + j);
-      }
-      const Floats total = sums_of(lanes);
-      for (int64_t i = 0; i < some; ++i) {
-        float sum = total[i];
-        for (int64_t j = whole; j < p.rank; ++j) sum += h[j] * b[i * p.rank + j];
-        T& to = out[row * p.columns + column + i];
-        from_float(to_float(to) + sum, to);
-      }
-    }
+  const bool turns = p.rows >= kTurnedRows && p.rank <= kTurnedRanks;
+  for (int64_t column = begin; column < end; column += kLanes) {
+    const int64_t some = end - column < kLanes ? end - column : kLanes;
+    if (turns && some == kLanes)
+      turned_columns<T>(p, column);
+    else
+      for (int64_t row = 0; row < p.rows; ++row) few_columns<T>(p, row, column, some);
   }
 }
 

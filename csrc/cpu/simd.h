@@ -142,6 +142,18 @@ PEFTK_INLINE Floats eight(const BFloat16* from) {
   return reinterpret_cast<const Floats&>(bits);
 }
 
+// Write eight floats as the numbers of a dtype, rounded as `from_float` rounds.
+PEFTK_INLINE void put_eight(Floats values, float* to) { *reinterpret_cast<Floats*>(to) = values; }
+
+PEFTK_INLINE void put_eight(Floats values, BFloat16* to) {
+  typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(32)));
+  const Words bits = bits_at<Words>(&values);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  *reinterpret_cast<Halves*>(to) = __builtin_convertvector(is_nan ? quiet : rounded, Halves);
+}
+
 // Copy a (rows, cols) tile into floats with row stride `ld`, zero from column `cols` on.
 template <typename T>
 PEFTK_INLINE void load_tile(const T* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t ld) {

@@ -23,6 +23,7 @@ from ..checkpoint.container import DTYPES, CheckpointError, capped, parse_json, 
 from ..checkpoint.reader import header
 from ..checkpoint.writer import write_in_turn
 from ..nn.base.adapter_layer import AdapterLayer
+from ..nn.base.kinds import HALF
 from ..nn.base.merging import check_finite
 from ..nn.base.saved import ModulesToSaveWrapper
 from .peft_model import PeftModel
@@ -385,7 +386,8 @@ def _merged(
     layer: AdapterLayer, path: str, weight: Tensor, dtype: torch.dtype | None, safe_merge: bool
 ) -> tuple[Tensor, float]:
     """Return the merged weight, and the part of the update that its rounding takes."""
-    wide = weight.double()
+    # What the rounding of half precision takes is known well enough from float32, which takes half of the memory.
+    wide = weight.to(torch.float32 if dtype is None and weight.dtype in HALF else torch.float64)
     found = _with_weight(layer, wide)
     if set(found) - {layer.weight_name}:
         raise CheckpointError(path, "its bias changes too; merge it on the model in memory")
@@ -396,7 +398,7 @@ def _merged(
     exact = found.pop(layer.weight_name)
     size = torch.dist(exact, wide).item()
     merged = exact.to(dtype) if dtype is not None else _with_weight(layer, weight)[layer.weight_name]
-    # No third matrix of float64: this is the most that a merge holds beside the tensors of a file.
+    # No third wide matrix: this is the most that a merge holds.
     return merged, torch.dist(exact, wide.copy_(merged)).item() / size if size else 0.0
 
 

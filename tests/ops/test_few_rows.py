@@ -64,6 +64,24 @@ def test_one_pass_takes_rows_in_tiles_of_any_number(rows: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 11, 16])
+def test_what_is_added_is_rounded_once_in_every_lane(rows: int, dtype: torch.dtype) -> None:
+    few_rows = pytest.importorskip("peftk.kernels.native.few_rows")
+    generator = torch.Generator().manual_seed(rows)
+    x, out = (torch.randn(rows, width, generator=generator).to(dtype) for width in (9, 21))
+    a, b = torch.eye(1, 9), torch.randn(21, 1, generator=generator)
+    limits = torch.finfo(dtype)
+    out[-1, :5] = torch.tensor([torch.inf, -torch.inf, torch.nan, limits.max, limits.tiny])
+    # One product and one sum: the order of nothing is open. Halves of the last place are ties.
+    b[5:9], x[:, 0] = 2.0**-9, 1.0
+    out[:, 5:9] = torch.tensor([1.0, 1.0 + limits.eps, -1.0, 3.0])
+    expected = (out.float() + x[:, :1].float() * b.mT).to(dtype)
+    few_rows._low_rank(x, a, b, None, 1.0, out)
+    assert out.isnan().equal(expected.isnan())
+    assert_same_bits(out.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_that_is_not_finite_changes_no_other(dtype: torch.dtype) -> None:
     x, *others = arguments(4, 5, dtype)
     marred = x.clone()

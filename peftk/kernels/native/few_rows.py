@@ -24,21 +24,17 @@ _LARGE_WEIGHT = 1 << 20
 def pays_in_one_pass(x: Tensor, weight: Tensor) -> bool:
     """Whether one pass over a weight takes no longer than the product of torch's library and one that adds onto it.
 
-    On CPUs that multiply bfloat16 the library is the faster one on small float32 weights, but from 16 rows on, where it
-    takes another kernel. Measured with AVX-512 and AMX.
+    On CPUs that multiply bfloat16 (measured with AVX-512 and AMX) that holds in float32 for more rows, of weights that
+    stay in no cache, and from 16 rows on, where the library takes another kernel.
     """
     numbers, width = x.numel(), x.shape[-1]
     if numbers <= ONE_PASS_ROWS.get(x.dtype, 0) * width:
         return True
-    if not _MULTIPLIES_BFLOAT16:
+    if x.dtype is not torch.float32 or not _MULTIPLIES_BFLOAT16:
         return False
-    if x.dtype is torch.bfloat16:
-        return numbers <= 8 * width
-    return (
-        x.dtype is torch.float32
-        and numbers <= 24 * width
-        and (numbers >= 16 * width or weight.numel() >= _LARGE_WEIGHT)
-    )
+    if weight.numel() >= _LARGE_WEIGHT:
+        return numbers <= 32 * width
+    return 16 * width <= numbers <= 24 * width
 
 
 SUM_WORDS = 16
@@ -87,12 +83,8 @@ def add_low_rank_(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | N
         gate: (rank,) or None.
         scale: The factor.
     """
-    if x.numel() <= _FACTORS_ROWS * x.shape[-1]:
-        _low_rank(x, a, b, gate, scale, out)
-        return
-    hidden, rows = torch.mm(_as_rows(x).float(), a.mT), _as_rows(out)
-    hidden = hidden if gate is None else hidden.mul_(gate)
-    if out.dtype is torch.float32:
-        rows.addmm_(hidden, b.mT, alpha=scale)
+    if x.dtype is torch.float32 and x.numel() > _FACTORS_ROWS * x.shape[-1]:
+        hidden = torch.mm(_as_rows(x), a.mT)
+        _as_rows(out).addmm_(hidden if gate is None else hidden.mul_(gate), b.mT, alpha=scale)
     else:
-        rows.add_(torch.mm(hidden, b.mT), alpha=scale)
+        _low_rank(x, a, b, gate, scale, out)
