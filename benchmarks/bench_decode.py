@@ -128,9 +128,7 @@ def _generating(name: str, model: nn.Module, exact: torch.Tensor, note: str) -> 
 @pytest.mark.full_run
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("hidden", [512, 1024])
-@pytest.mark.parametrize(
-    "method", [name for name in available() if name in ("lora", "oft-neumann", "boft", "loha", "lokr")]
-)
+@pytest.mark.parametrize("method", [name for name in available() if name in GENERATING])
 def test_generate(method: str, hidden: int, dtype: torch.dtype, benchmark, budget: Budget) -> None:
     peft = pytest.importorskip("peft")
     pytest.importorskip("transformers")

@@ -93,7 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{suite}: {time.monotonic() - start:.0f} s, status {status}", flush=True)
     # The newest counts where a comparison was made twice; an interrupted pytest leaves an empty file.
     files = sorted((p for p in options.work.rglob("*.json") if p.stat().st_size), key=lambda p: p.stat().st_mtime)
-    results = read(path for path in files if path.name != "results.json")
+    try:
+        results = read(path for path in files if path.name != "results.json")
+    except ValueError as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return worst or 1
     if options.quick:
         # Few samples of small shapes belong to no report of a machine class.
         written = write(results, options.output or options.work)
