@@ -195,7 +195,7 @@ def joined(older: Results, newer: Results) -> Results:
     before, now = ({c.info["test"] for c in run.comparisons} for run in (older, newer))
     missing = {test: reason for test, reason in older.not_measured.items() if test not in now}
     for test, reason in newer.not_measured.items():
-        if reason != OUT_OF_TIME or test not in before:
+        if not reason.startswith(OUT_OF_TIME) or test not in before:
             missing[test] = reason
     return Results(list(found.values()), missing)
 
