@@ -50,7 +50,7 @@ def module_of(family: str) -> Any:
 
 
 def in_one_pass(x: Tensor) -> bool:
-    """Whether `linear_with` reads the weight once for so many rows of x; the caller has found native kernels."""
+    """Whether x has so few rows that `linear_with` reads a weight of any size once; native kernels are there."""
     module = registry.backend_module("native", "few_rows")
     assert not isinstance(module, str)
     rows: int = module.ONE_PASS_ROWS.get(x.dtype, 0)

@@ -44,7 +44,15 @@ def trained(network: nn.Module) -> None:
 def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **options: Any) -> Tensor:
     """Save a file of LyCORIS, and return the output of its model."""
     lycoris = pytest.importorskip("lycoris")
-    lycoris.LycorisNetwork.apply_preset({"target_module": list(layers), "target_name": [], "lora_prefix": prefix})
+    settings = {"TARGET_REPLACE_MODULE": list(layers), "TARGET_REPLACE_NAME": [], "LORA_PREFIX": prefix}
+    with pytest.MonkeyPatch.context() as patch:
+        # They belong to the class, and so to whoever runs next in this process.
+        for name, value in settings.items():
+            patch.setattr(lycoris.LycorisNetwork, name, value)
+        return _made_by_lycoris(lycoris, path, options)
+
+
+def _made_by_lycoris(lycoris: Any, path: Path, options: dict[str, Any]) -> Tensor:
     model = net()
     if "rs_lora" in options:
         # `create_lycoris` does not hand it on.
@@ -57,8 +65,6 @@ def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **o
     trained(network)
     y = model(X)
     network.save_weights(str(path), torch.float32, {})
-    # The settings belong to the class, and so to whoever runs next in this process.
-    lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
     return y.detach()
 
 
