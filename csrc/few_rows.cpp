@@ -34,6 +34,19 @@ uint32_t* check_sums(const Tensor& sums, int64_t rows) {
   return static_cast<uint32_t*>(sums.mutable_data_ptr());
 }
 
+// As torch's `new_empty`, which finds its operator by name in every call and goes through all that listens to one.
+Tensor empty_on_cpu(const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= shape[i]) strides[i] = stride;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
 bool all_zero(const float* numbers, int64_t count) {
   return std::all_of(numbers, numbers + count, [](float number) { return number == 0.0f; });
 }
@@ -42,8 +55,9 @@ bool is_dense(const Tensor& t, ScalarType dtype, int64_t dimensions) {
   return t.is_cpu() && t.scalar_type() == dtype && t.dim() == dimensions && t.is_contiguous();
 }
 
-bool is_vector(const std::optional<Tensor>& t, ScalarType dtype, int64_t size) {
-  return !t || (is_dense(*t, dtype, 1) && t->size(0) == size);
+// Numbers of any shape that lie one behind the other, or none.
+bool are_numbers(const std::optional<Tensor>& t, ScalarType dtype, int64_t count) {
+  return !t || (is_dense(*t, dtype, t->dim()) && t->numel() == count);
 }
 
 bool same_bits(const Tensor& a, const Tensor& b) {
@@ -78,32 +92,35 @@ Buffer rotated(const Tensor& x, Dtype dtype, int64_t rows, int64_t depth, const 
   return same ? nullptr : std::move(turned);
 }
 
+// What a call adds to the base product, how it scales the sum, and how it knows that the weight is still the same.
+struct Parts {
+  std::optional<Tensor> blocks, a, b, gate, added, gain, sums;
+  double scale = 1.0;
+};
+
 // Return the output, or nothing where this is not the way: for more rows than `most`, for what is of another dtype,
-// shape or layout than the kernels take, for a weight that has other checksums or a source of the gain that is not its
-// copy, and where the output is that of the frozen layer alone, whose bits only the library's own product has. All of
-// these are decided here, and not in Python, where they would take longer than the arithmetic.
-std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                               std::optional<Tensor> blocks, std::optional<Tensor> a, std::optional<Tensor> b,
-                               std::optional<Tensor> gate, double scale, std::optional<Tensor> added,
-                               std::optional<Tensor> gain, std::optional<Tensor> sums,
-                               const std::vector<Tensor>& sources, const std::vector<Tensor>& copies, int64_t most) {
+// shape or layout than the kernels take, for a weight that has other checksums, and where the output is that of the
+// frozen layer alone, whose bits only the library's own product has. All of these are decided here, and not in Python,
+// where they would take longer than the arithmetic.
+std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                               const Parts& parts, int64_t most) {
+  const auto& [blocks, a, b, gate, added, gain, sums, scale] = parts;
   constexpr ScalarType kFloat = ScalarType::Float;
   const ScalarType type = weight.scalar_type();
   if ((type != kFloat && type != ScalarType::BFloat16) || x.dim() == 0 || !is_dense(x, type, x.dim()) ||
-      !is_dense(weight, type, 2) || a.has_value() != b.has_value() ||
-      a.has_value() + added.has_value() + blocks.has_value() != 1)
+      !is_dense(weight, type, 2))
     return std::nullopt;
   const int64_t columns = weight.size(0), depth = weight.size(1);
   if (columns == 0 || depth == 0 || x.size(-1) != depth) return std::nullopt;
   const int64_t rows = x.numel() / depth;
-  if (rows == 0 || rows > most || !is_vector(bias, type, columns) || !is_vector(gain, kFloat, columns))
+  if (rows == 0 || rows > most || !are_numbers(bias, type, columns) || !are_numbers(gain, kFloat, columns))
     return std::nullopt;
   int64_t rank = 0;
   if (a) {
     if (!is_dense(*a, kFloat, 2) || !is_dense(*b, kFloat, 2)) return std::nullopt;
     rank = a->size(0);
     if (rank == 0 || a->size(1) != depth || b->size(0) != columns || b->size(1) != rank ||
-        !is_vector(gate, kFloat, rank) || scale == 0.0 || all_zero(floats(*b), columns * rank))
+        !are_numbers(gate, kFloat, rank) || scale == 0.0 || all_zero(floats(*b), columns * rank))
       return std::nullopt;
   } else if (blocks) {
     if (!is_rotation(*blocks, depth)) return std::nullopt;
@@ -111,9 +128,6 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
              all_zero(floats(*added), rows * columns)) {
     return std::nullopt;
   }
-  if (sources.size() != copies.size()) return std::nullopt;
-  for (size_t i = 0; i < sources.size(); ++i)
-    if (!same_bits(sources[i], copies[i])) return std::nullopt;
   const uint32_t* expected = sums ? check_sums(*sums, columns) : nullptr;
   const Dtype dtype = type == kFloat ? Dtype::float32 : Dtype::bfloat16;
 
@@ -135,7 +149,7 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = empty_on_cpu(shape, type);
   const FewRowsParams p{weight.const_data_ptr(),
                         laid_out ? laid_out.get()
                         : turned ? turned.get()
@@ -158,6 +172,31 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, std::optio
                [&](int64_t begin, int64_t end) { few_rows_cpu(p, begin, end, changed); });
   if (changed.load(std::memory_order_relaxed)) return std::nullopt;
   return out;
+}
+
+std::optional<Tensor> low_rank(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
+                               const Tensor& b, std::optional<Tensor> gate, double scale, int64_t most) {
+  return few_rows(x, weight, bias, {.a = a, .b = b, .gate = std::move(gate), .scale = scale}, most);
+}
+
+std::optional<Tensor> add(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& added,
+                          int64_t most) {
+  return few_rows(x, weight, bias, {.added = added}, most);
+}
+
+std::optional<Tensor> rotate(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& blocks,
+                             std::optional<Tensor> gain, int64_t most) {
+  return few_rows(x, weight, bias, {.blocks = blocks, .gain = std::move(gain)}, most);
+}
+
+// Nothing also where a source of the gain is not the same as its copy to the bit.
+std::optional<Tensor> rescale(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
+                              const Tensor& b, double scale, const Tensor& gain, const Tensor& sums,
+                              const std::vector<Tensor>& sources, const std::vector<Tensor>& copies, int64_t most) {
+  if (sources.size() != copies.size()) return std::nullopt;
+  for (size_t i = 0; i < sources.size(); ++i)
+    if (!same_bits(sources[i], copies[i])) return std::nullopt;
+  return few_rows(x, weight, bias, {.a = a, .b = b, .gain = gain, .sums = sums, .scale = scale}, most);
 }
 
 // Rows of a weight, of any number of dimensions, and the numbers of each.
@@ -200,15 +239,22 @@ bool same_row_sums(const Tensor& weight, const Tensor& sums) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def(
-      "few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? blocks, Tensor? a, Tensor? b, Tensor? gate, "
-      "float scale, Tensor? added, Tensor? gain, Tensor? sums, Tensor[] sources, Tensor[] copies, int most) -> "
-      "Tensor?");
+      "few_rows_low_rank(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? gate, float scale, "
+      "int most) -> Tensor?");
+  m.def("few_rows_add(Tensor x, Tensor weight, Tensor? bias, Tensor added, int most) -> Tensor?");
+  m.def("few_rows_rotate(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor? gain, int most) -> Tensor?");
+  m.def(
+      "few_rows_rescale(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor gain, "
+      "Tensor sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
   m.def("row_sums(Tensor weight, Tensor(a!) sums) -> ()");
   m.def("same_row_sums(Tensor weight, Tensor sums) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
-  m.impl("few_rows", TORCH_BOX(&peftk::few_rows));
+  m.impl("few_rows_low_rank", TORCH_BOX(&peftk::low_rank));
+  m.impl("few_rows_add", TORCH_BOX(&peftk::add));
+  m.impl("few_rows_rotate", TORCH_BOX(&peftk::rotate));
+  m.impl("few_rows_rescale", TORCH_BOX(&peftk::rescale));
   m.impl("row_sums", TORCH_BOX(&peftk::row_sums));
   m.impl("same_row_sums", TORCH_BOX(&peftk::same_row_sums));
 }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/simd.h"
+#include "unchanged.h"
 #include "wide_product.h"
 
 #define PEFTK_STRING(x) #x
@@ -55,4 +56,5 @@ PYBIND11_MODULE(_C, m) {
         "Whether products of bfloat16 matrices run on matrix instructions (AMX) here.");
   m.def("multiplies_bfloat16", &multiplies_bfloat16,
         "Whether the CPU may have instructions that multiply bfloat16 numbers (AMX, AVX-512 BF16).");
+  peftk::define_unchanged(m);
 }

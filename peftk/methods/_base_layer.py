@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.plain import CONVOLUTIONS, DENSE, NONE, listened_to, observed, plain_tensors, stored
+from ..ops.plain import CONVOLUTIONS, DENSE, NONE, listened_to, observed, plain_tensors, stored, unobserved
+
+Few = Callable[[Tensor], Tensor | None]
+"""What a dense nn.Linear with an adapter does with few rows, `unobserved`: the output, or None where operators have to
+run. It holds the tensors of the layer and the adapter, and reads them anew in every call.
+"""
 
 _FEATURES = {
     "Linear": ("in_features", "out_features"),
@@ -93,6 +99,7 @@ __all__ = [
     "CONVOLUTIONS",
     "DENSE",
     "NONE",
+    "Few",
     "call",
     "features_of",
     "foreign_forward",
@@ -103,4 +110,5 @@ __all__ = [
     "plain_tensors",
     "rows_of",
     "stored",
+    "unobserved",
 ]

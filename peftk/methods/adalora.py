@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .lora import LowRank, linear, merged, update
+from .lora import LowRank, few, linear, merged, update
 
-__all__ = ["Triplets", "linear", "low_rank", "merged", "update"]
+__all__ = ["Triplets", "few", "linear", "low_rank", "merged", "update"]
 
 
 class Triplets(NamedTuple):

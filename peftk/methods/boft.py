@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..ops._few_rows import rotated_few
 from ..ops.conv import convolve_with
-from ._base_layer import NONE, call, plain_tensors
+from ._base_layer import NONE, Few, call, plain_tensors, unobserved
 
 COMPOSED_GROUP = 256
 """Largest group of features that is rotated by composed blocks; beyond, x passes the factors in turn."""
@@ -44,7 +44,8 @@ def rotations(square: Tensor, kept: Tensor | None = None) -> Tensor:
         kept: (m * blocks,), which blocks rotate in this pass; the others are the identity. None for all of them.
     """
     count, blocks, size, _ = square.shape
-    factors = F.cayley(square.flatten(0, 1), size).view(square.shape)
+    # Under torch.jit.trace sizes are tensors.
+    factors = F.cayley(square.flatten(0, 1), int(size)).view(square.shape)
     if kept is None:
         return factors
     eye = torch.eye(size, device=factors.device, dtype=factors.dtype)
@@ -81,10 +82,8 @@ def linear(
         plain = plain_tensors(base, x, args, kwargs)
     if plain is not None:
         blocks = composed(adapters[0])
-        if not (base.training or torch.is_grad_enabled()):
-            few = rotated_few(x, *plain, blocks, adapters[0].scale.view(-1))
-            if few is not None:
-                return few
+        if not base.training and unobserved() and (y := few(*plain, lambda: adapters[0])(x)) is not None:
+            return y
         y = F.block_rotate_linear(x, *plain, blocks)
     else:
         for adapter in reversed(adapters):
@@ -94,6 +93,22 @@ def linear(
                 x = F.butterfly_multiply(x, adapter.factors)
         y = call(base, x, *args, **kwargs)
     return F.scale_channels(y, _scale(adapters), bias)
+
+
+def few(weight: Tensor, bias: Tensor | None, butterfly: Callable[[], Butterfly]) -> Few:
+    """Return how a plain linear layer with one adapter, of no larger a group than `COMPOSED_GROUP`, runs few rows.
+
+    Args:
+        weight: The weight of the layer, (out, in).
+        bias: Its bias, (out,), or None.
+        butterfly: Returns the adapter as it is at a call.
+    """
+
+    def run(x: Tensor) -> Tensor | None:
+        adapter = butterfly()
+        return rotated_few(x, weight, bias, composed(adapter), adapter.scale)
+
+    return run
 
 
 def conv2d(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..ops.circulant import circulant_few
 from ..ops.conv import convolution_beside, convolve_with
-from ._base_layer import NONE, call, plain_tensors
+from ._base_layer import NONE, Few, call, plain_tensors, unobserved
 
 
 def linear(
@@ -29,10 +29,10 @@ def linear(
     plain = plain_tensors(base, x, args, kwargs)
     scale = 1.0 / x.shape[-1]
     summed = _summed(kernels)
-    if plain is not None and len(summed) == 1 and not (base.training or torch.is_grad_enabled()):
-        few = circulant_few(x, *plain, summed[0], scale)
-        if few is not None:
-            return few
+    if plain is not None and len(summed) == 1 and not base.training and unobserved():
+        y = few(*plain, summed[0])(x)
+        if y is not None:
+            return y
     if plain is not None:
         result = F.circulant_linear(x, *plain, summed[0], scale)
         summed = summed[1:]
@@ -42,6 +42,17 @@ def linear(
     for kernel in summed:
         result = F.circular_conv_add(result, x, kernel, scale)
     return result
+
+
+def few(weight: Tensor, bias: Tensor | None, kernel: Tensor) -> Few:
+    """Return how a plain linear layer with one adapter runs few rows.
+
+    Args:
+        weight: The weight of the layer, (out, in).
+        bias: Its bias, (out,), or None.
+        kernel: The adapter, (out / b, in / b, b).
+    """
+    return lambda x: circulant_few(x, weight, bias, kernel, 1.0 / x.shape[-1])
 
 
 def add(result: Tensor, x: Tensor, kernel: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..kernels.shared.wide import wide
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_few, hadamard_linear, low_rank_pays
 from ..ops.conv import Convolution, convolve_thin, convolve_with, expand
 from . import dora
-from ._base_layer import NONE, call, plain_tensors
+from ._base_layer import NONE, Few, call, plain_tensors, unobserved
 
 
 class Hadamard(NamedTuple):
@@ -91,15 +91,29 @@ def _linear(
     scales = [adapter.scale for adapter in adapters]
     plain = plain_tensors(base, x, args, kwargs)
     if plain is not None:
-        if len(fours) == 1 and not (base.training or torch.is_grad_enabled()):
-            few = hadamard_few(x, *plain, scales[0], fours[0])
-            if few is not None:
-                return few
+        if len(fours) == 1 and not base.training and unobserved():
+            y = hadamard_few(x, *plain, scales[0], fours[0])
+            if y is not None:
+                return y
         return hadamard_linear(x, *plain, scales, fours)
     y = call(base, x, *args, **kwargs)
     for scale, four in zip(scales, fours, strict=True):
         y = add_hadamard(y, x, scale, four)
     return y
+
+
+def few(weight: Tensor, bias: Tensor | None, adapter: Hadamard) -> Few | None:
+    """Return how a plain linear layer with one adapter runs few rows, or None if operators always do.
+
+    Args:
+        weight: The weight of the layer, (out, in).
+        bias: Its bias, (out,), or None.
+        adapter: The adapter.
+    """
+    if any(part is not None for part in adapter[5:]):
+        return None
+    four, scale = factors(adapter), adapter.scale
+    return lambda x: hadamard_few(x, weight, bias, scale, four)
 
 
 def add(result: Tensor, x: Tensor, adapter: Hadamard) -> Tensor:

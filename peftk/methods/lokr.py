@@ -14,7 +14,7 @@ from .. import functional as F
 from ..ops.conv import Convolution, convolve_with
 from ..ops.kronecker import kronecker_few
 from . import dora
-from ._base_layer import NONE, call, plain_tensors
+from ._base_layer import NONE, Few, call, plain_tensors, unobserved
 
 
 class Kronecker(NamedTuple):
@@ -115,15 +115,31 @@ def _linear(
         y = call(base, x, *args, **kwargs)
     else:
         w1, w2 = first(head), second(head)
-        if len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
-            few = kronecker_few(x, *plain, w1, w2, scale)
-            if few is not None:
-                return few
+        if len(adapters) == 1 and not base.training and unobserved():
+            y = kronecker_few(x, *plain, w1, w2, scale)
+            if y is not None:
+                return y
         y = F.kronecker_linear(x, *plain, w1, w2, scale)
         adapters = adapters[1:]
     for adapter in adapters:
         y = add(y, x, adapter)
     return y
+
+
+def few(weight: Tensor, bias: Tensor | None, adapter: Kronecker) -> Few | None:
+    """Return how a plain linear layer with one adapter runs few rows, or None if operators always do.
+
+    Args:
+        weight: The weight of the layer, (out, in).
+        bias: Its bias, (out,), or None.
+        adapter: The adapter.
+    """
+    scale = adapter.scale
+    if adapter.kept is not None or adapter.gain is not None or adapter.input_gain is not None:
+        return None
+    if thin(adapter) or isinstance(scale, Tensor):
+        return None
+    return lambda x: kronecker_few(x, weight, bias, first(adapter), second(adapter), scale)
 
 
 def thin(adapter: Kronecker) -> bool:

@@ -16,7 +16,7 @@ from ..ops._few_rows import low_rank_few
 from ..ops.bias import add_bias
 from ..ops.kept import Kept
 from . import dora
-from ._base_layer import DENSE, NONE, call, plain_tensors
+from ._base_layer import DENSE, NONE, Few, call, plain_tensors, unobserved
 
 MIXED_RANK = 256
 """Adapters of one batch share a product as long as their ranks together stay at or below this."""
@@ -71,9 +71,9 @@ def linear(
         if adapter.magnitude is not None:
             return _with_magnitudes(base, x, adapters, args, kwargs)
     plain = plain_tensors(base, x, args, kwargs)
-    if plain is not None and len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
-        a, b, scale, gate, bias, p = adapters[0][:6]
-        if p == 0 and bias is None and (y := low_rank_few(x, *plain, a, b, scale, gate)) is not None:
+    if plain is not None and len(adapters) == 1 and not base.training and unobserved():
+        run = few(base, *plain, adapters[0])
+        if run is not None and (y := run(x)) is not None:
             return y
     result = None
     if plain is None:
@@ -93,6 +93,23 @@ def linear(
             result = add_bias(result, bias)
     # No adapter has a rank.
     return base(x) if result is None else result
+
+
+def few(base: nn.Module, weight: Tensor, bias: Tensor | None, adapter: LowRank) -> Few | None:
+    """Return how a plain linear layer with one adapter runs few rows, or None if operators always do.
+
+    Args:
+        base: The layer.
+        weight: Its weight, (out, in).
+        bias: Its bias, (out,), or None.
+        adapter: The adapter.
+    """
+    a, b, scale, gate, extra, p, magnitude, _, of_inputs = adapter
+    if p > 0 or extra is not None or of_inputs:
+        return None
+    if magnitude is not None:
+        return lambda x: dora.linear_few(x, weight, bias, base, adapter)
+    return lambda x: low_rank_few(x, weight, bias, a, b, scale, gate)
 
 
 def add(result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
@@ -137,9 +154,10 @@ def _with_magnitudes(
 ) -> Tensor:
     if any(adapter.of_inputs for adapter in adapters):
         return linear(base, *inputs_scaled(base, x, adapters), args, kwargs)
-    if len(adapters) == 1 and not (base.training or torch.is_grad_enabled()):
+    if len(adapters) == 1 and not base.training and unobserved():
         plain = plain_tensors(base, x, args, kwargs)
-        if plain is not None and (y := dora.linear_few(x, *plain, base, adapters[0])) is not None:
+        run = None if plain is None else few(base, *plain, adapters[0])
+        if run is not None and (y := run(x)) is not None:
             return y
     result = call(base, x, *args, **kwargs)
     x = x.to(result.dtype)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..ops._few_rows import rotated_few
 from ..ops.conv import convolve_with
-from ._base_layer import NONE, call, plain_tensors
+from ._base_layer import NONE, Few, call, plain_tensors, unobserved
 
 
 def rotations(
@@ -76,12 +76,23 @@ def linear(
     if len(blocks) == 1:
         plain = plain_tensors(base, x, args, kwargs)
         if plain is not None:
-            if not (base.training or torch.is_grad_enabled()) and (y := rotated_few(x, *plain, blocks[0])) is not None:
+            if not base.training and unobserved() and (y := rotated_few(x, *plain, blocks[0])) is not None:
                 return y
             return F.block_rotate_linear(x, *plain, blocks[0])
     for one in blocks:
         x = F.block_rotate(x, one)
     return call(base, x, *args, **kwargs)
+
+
+def few(weight: Tensor, bias: Tensor | None, blocks: Callable[[], Tensor]) -> Few:
+    """Return how a plain linear layer with one adapter runs few rows.
+
+    Args:
+        weight: The weight of the layer, (out, in).
+        bias: Its bias, (out,), or None.
+        blocks: Returns the blocks as they are at a call.
+    """
+    return lambda x: rotated_few(x, weight, bias, blocks())
 
 
 def conv2d(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import boft
-from ..methods._base_layer import features_of
+from ..methods._base_layer import Few, features_of
 from ..methods.boft import Butterfly
 from ..ops import _seed
 from ..ops.kept import Kept
@@ -202,9 +202,7 @@ class BOFTLinear(AdapterLayer):
         drawn = self._draw(name, square)
         if drawn is not None:
             return Butterfly(boft.rotations(square, drawn), self.boft_s[name])
-        kept = self._kept.setdefault(name, Kept())
-        factors, blocks = kept.get((square,), lambda: _composed(square))
-        return Butterfly(factors, self.boft_s[name], blocks)
+        return _resting(square, self.boft_s[name], self._kept.setdefault(name, Kept()))
 
     def _draw(self, name: str, square: Tensor) -> Tensor | None:
         """Draw which blocks rotate in this pass: None for all of them."""
@@ -220,6 +218,12 @@ class BOFTLinear(AdapterLayer):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return boft.linear(self.base_layer, x, [self.butterfly(name) for name in names], args, kwargs)
 
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+        if self.butterfly(name).group > boft.COMPOSED_GROUP:
+            return None
+        parts = self.boft_R[name], self.boft_s[name], self._kept[name]
+        return boft.few(weight, bias, lambda: _resting(*parts))
+
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return the dense rotation R (in, in) and the scale s (out, 1) of one adapter, without dropout."""
@@ -233,6 +237,12 @@ class BOFTLinear(AdapterLayer):
         weight = tensors["weight"]
         factors = boft.rotations(self.boft_R[name].to(weight.dtype))
         tensors["weight"] = boft.merged(weight, Butterfly(factors, self.boft_s[name]))
+
+
+def _resting(square: Tensor, scale: Tensor, kept: Kept) -> Butterfly:
+    """Return the tensors of one adapter without dropout; what is made of its parameters is kept."""
+    factors, blocks = kept.get((square,), lambda: _composed(square))
+    return Butterfly(factors, scale, blocks)
 
 
 def _composed(square: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import c3a
-from ..methods._base_layer import features_of
+from ..methods._base_layer import Few, features_of
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import Form, PeftConfig, PeftType, check_choice, check_int
 from .base.merging import Merged
@@ -150,6 +150,9 @@ class C3ALinear(AdapterLayer):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return c3a.linear(self.base_layer, x, [self.c3a_kernel[name] for name in names], args, kwargs)
+
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+        return c3a.few(weight, bias, self.c3a_kernel[name])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense update of one adapter, (out, in), in the adapter's dtype."""

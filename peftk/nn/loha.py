@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import dora, loha
+from ..methods._base_layer import Few
 from ..methods.loha import Hadamard
 from ..ops import _seed
 from .base.adapter_layer import Adapter
@@ -215,6 +216,9 @@ class LoHaLinear(Decomposed):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return loha.linear(self.base_layer, x, [self.hadamard(name) for name in names], args, kwargs)
+
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+        return None if self.use_dora[name] else loha.few(weight, bias, self.hadamard(name))
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

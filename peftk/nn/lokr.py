@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import dora, lokr
+from ..methods._base_layer import Few
 from ..methods.lokr import Kronecker
 from ..ops import _seed
 from .base.adapter_layer import Adapter
@@ -326,6 +327,9 @@ class LoKrLinear(Decomposed):
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return lokr.linear(self.base_layer, x, [self.kronecker(name) for name in names], args, kwargs)
+
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+        return None if self.use_dora[name] else lokr.few(weight, bias, self.kronecker(name))
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

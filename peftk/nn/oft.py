@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..methods import oft
-from ..methods._base_layer import features_of, listened_to, observed
+from ..methods._base_layer import Few, features_of, listened_to, observed
 from ..methods.oft import orthogonality_error
 from ..ops import _seed
 from ..ops.kept import Kept
@@ -342,6 +342,10 @@ class OFTLinear(AdapterLayer):
         base = self._modules["base_layer"]
         assert base is not None
         return oft.linear(base, x, [rotation.blocks() for rotation in rotations], args, kwargs)
+
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+        (rotation,) = self._rotations([name])
+        return None if listened_to(Rotation, rotation) else oft.few(weight, bias, rotation.blocks)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

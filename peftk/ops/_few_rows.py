@@ -3,6 +3,8 @@
 An operator's way through checks, autograd and the choice of a backend takes longer than a row's own arithmetic. Here
 one call reads the weight once, for the base product and what is added to it; or the base product is torch's own, and
 what is added costs a call or two. Sums and factors are in float32 whatever the dtype of the activations.
+
+Callers have asked `unobserved` whether anybody listens.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..runtime import registry
-from .plain import unobserved
 
 FEW = 63
 """Rows up to which this is the faster way; beyond, the operators gain more than they cost."""
@@ -30,30 +31,25 @@ _ORDINARY = (Tensor, nn.Parameter)
 
 def few(x: Tensor, features: int, most: int = FEW) -> bool:
     """Whether x has so few rows of so many features that this way is the faster one, in a dtype that it has."""
-    return x.is_cpu and 0 < x.numel() <= most * features and x.dtype in _DTYPES
+    return type(x) in _ORDINARY and x.is_cpu and 0 < x.numel() <= most * features and x.dtype in _DTYPES
 
 
 def usual(x: Tensor, *factors: Tensor) -> bool:
     """Whether x has few rows and all are what this way takes: contiguous, and factors in float32."""
-    if not few(x, x.shape[-1]) or type(x) not in _ORDINARY or not x.is_contiguous():
+    if not few(x, x.shape[-1]) or not x.is_contiguous():
         return False
     return all(factor.dtype is torch.float32 and factor.is_contiguous() for factor in factors)
 
 
 def module_of(family: str) -> Any:
-    """Return the native kernels of a family, or None where there are none, or where somebody listens to operators."""
-    # First: nothing behind it is traced by a compiler.
-    if not unobserved():
-        return None
+    """Return the native kernels of a family, or None where there are none."""
     module = registry.backend_module("native", family)
     return None if isinstance(module, str) else module
 
 
 def in_one_pass(x: Tensor) -> bool:
     """Whether x has so few rows that `linear_with` reads a weight of any size once; native kernels are there."""
-    module = registry.backend_module("native", "few_rows")
-    assert not isinstance(module, str)
-    rows: int = module.ONE_PASS_ROWS.get(x.dtype, 0)
+    rows: int = module_of("few_rows").ONE_PASS_ROWS.get(x.dtype, 0)
     return x.numel() <= rows * x.shape[-1]
 
 
@@ -61,16 +57,15 @@ def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -
     """Return ``linear(x, weight, bias) + added``; where that is zero, with every bit of the frozen layer's output.
 
     Args:
-        x: (..., in), `usual`; nobody listens.
+        x: (..., in), `usual`.
         weight: (out, in), in its dtype.
         bias: (out,) or None.
         added: (..., out), float32 and contiguous.
     """
-    module = registry.backend_module("native", "few_rows")
-    assert not isinstance(module, str)
+    module = module_of("few_rows")
     y: Tensor | None = None
     if module.pays_in_one_pass(x, weight):
-        y = module.few_rows(x, weight, bias, None, None, None, None, 1.0, added, None, None, (), (), FEW)
+        y = module.add(x, weight, bias, added, FEW)
     return linear(x, weight, bias).add_(added) if y is None else y
 
 
@@ -88,22 +83,22 @@ def low_rank_few(
         a: (rank, in).
         b: (out, rank).
         scale: A number; operators take a tensor.
-        gate: (rank,) or None.
+        gate: Of `rank` numbers, or None.
     """
     features = x.shape[-1]
-    if not x.is_cpu or x.numel() > FEW * features or type(scale) is not float or type(x) not in _ORDINARY:
+    if type(x) not in _ORDINARY or not x.is_cpu or x.numel() > FEW * features or type(scale) is not float:
         return None
     module = module_of("few_rows")
     if module is None:
         return None
     if module.pays_in_one_pass(x, weight):
-        y: Tensor | None = module.few_rows(x, weight, bias, None, a, b, gate, scale, None, None, None, (), (), FEW)
+        y: Tensor | None = module.low_rank(x, weight, bias, a, b, gate, scale, FEW)
         if y is not None:
             return y
     if (
         not few(x, features)
         or not (a.dtype is b.dtype is torch.float32)
-        or (gate is not None and (gate.dtype is not torch.float32 or gate.dim() != 1))
+        or (gate is not None and (gate.dtype is not torch.float32 or gate.numel() != a.shape[0]))
         or a.shape[0] == 0
         or a.shape[1] != features
         or b.shape[0] != weight.shape[0]
@@ -111,7 +106,7 @@ def low_rank_few(
     ):
         return None
     y = linear(x, weight, bias)
-    module.add_low_rank_(y, x, a, b, gate, scale)
+    module.add_low_rank_(y, x, a, b, None if gate is None else gate.view(-1), scale)
     return y
 
 
@@ -143,13 +138,10 @@ def rescaled_few(
         sources: The other tensors that it was computed from.
         copies: What these were at that time.
     """
-    if not x.is_cpu or type(x) not in _ORDINARY:
-        return None
     module = module_of("few_rows")
-    if module is None:
+    if type(x) not in _ORDINARY or not x.is_cpu or module is None:
         return None
-    factors, checked = (None, a, b, None, scale, None), (gain, sums, sources, copies)
-    y: Tensor | None = module.few_rows(x, weight, bias, *factors, *checked, RESCALED)
+    y: Tensor | None = module.rescale(x, weight, bias, a, b, scale, gain, sums, sources, copies, RESCALED)
     return y
 
 
@@ -166,14 +158,10 @@ def rotated_few(
         weight: (out, in).
         bias: (out,) or None.
         blocks: (in / b, b, b), or (1, b, b) if shared.
-        gain: (out,) or None.
+        gain: Of `out` numbers, or None.
     """
-    if not x.is_cpu or type(x) not in _ORDINARY or x.numel() > FEW * x.shape[-1]:
-        return None
     module = module_of("few_rows")
-    if module is None:
+    if type(x) not in _ORDINARY or not x.is_cpu or x.numel() > FEW * x.shape[-1] or module is None:
         return None
-    most = module.ONE_PASS_ROWS.get(x.dtype, 0)
-    nothing = (None, None, None, 1.0, None)
-    y: Tensor | None = module.few_rows(x, weight, bias, blocks, *nothing, gain, None, (), (), most)
+    y: Tensor | None = module.rotate(x, weight, bias, blocks, gain, module.ONE_PASS_ROWS.get(x.dtype, 0))
     return y

@@ -177,7 +177,7 @@ def hadamard_linear(
 
 
 def hadamard_few(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Any, four: Factors) -> Tensor | None:
-    """Return `hadamard_linear` of few rows that record nothing and one adapter, or None where operators have to run.
+    """Return `hadamard_linear` of few rows, `unobserved`, and one adapter, or None where operators have to run.
 
     Neither the factors of rank r1 * r2 nor the changed weight is made.
     """

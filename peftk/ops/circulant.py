@@ -230,7 +230,7 @@ class CirculantWeight(torch.autograd.Function):
 
 
 def circulant_few(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: float) -> Tensor | None:
-    """Return `circulant_linear` of few rows that record nothing, or None where the operator has to run."""
+    """Return `circulant_linear` of few rows, `unobserved`, or None where the operator has to run."""
     module = module_of("circulant")
     if module is None or not in_one_pass(x) or not usual(x, kernel):
         return None

@@ -332,7 +332,7 @@ def kronecker_add(base: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float 
 def kronecker_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, w2: Tensor, scale: float
 ) -> Tensor | None:
-    """Return `kronecker_linear` of few rows that record nothing, or None where the operator has to run."""
+    """Return `kronecker_linear` of few rows, `unobserved`, or None where the operator has to run."""
     module = module_of("kronecker")
     if module is None or not in_one_pass(x) or not usual(x, w1, w2):
         return None

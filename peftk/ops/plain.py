@@ -44,20 +44,26 @@ def ordinary(x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
+OBSERVERS = (
+    torch.is_grad_enabled,
+    torch.compiler.is_compiling,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch._C._is_any_autocast_enabled,
+    torch._C._autograd._profiler_enabled,
+)
+"""Each says of the whole process, by a true answer, that something records, transforms or replaces what runs."""
+
+
 def unobserved() -> bool:
     """Whether nothing records, transforms or replaces what runs here, and no backend without C++ is asked for."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-        or settings.backend() not in ("auto", "native")
-    )
+    # A compiler follows this no further than to its own question, the second.
+    for asks in OBSERVERS:
+        if asks():
+            return False
+    return forward_ad._current_level < 0 and settings.backend() in ("auto", "native")
 
 
 def stored(module: nn.Module) -> Tensor:

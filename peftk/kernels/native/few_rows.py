@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from ._bare import bare
 from .low_rank import _as_rows
 
 _MULTIPLIES_BFLOAT16 = _C.multiplies_bfloat16()
@@ -40,13 +41,25 @@ def pays_in_one_pass(x: Tensor, weight: Tensor) -> bool:
 SUM_WORDS = 16
 """Words of the checksum of one row of a weight."""
 
-few_rows = torch.ops.peftk_native.few_rows.default
-"""``few_rows(x, weight, bias, blocks, a, b, gate, scale, added, gain, sums, sources, copies, most)`` returns
-``gain * (x @ weight.T + update) + bias``, where the update is ``scale * (x @ a.T * gate) @ b.T``, or what is `added`,
-one row for each of x; or there is none, and the blocks rotate x first. It returns None where the caller has to go
-another way: for more rows than `most`, for other dtypes, shapes or layouts than the kernels take, for a weight that has
-other checksums than `sums`, for `sources` that are not the same as their copies to the bit, and where the update is
-zero or the rotation changes nothing, so that the output keeps the bits of the frozen layer's.
+low_rank = bare(torch.ops.peftk_native.few_rows_low_rank.default)
+"""``low_rank(x, weight, bias, a, b, gate, scale, most)`` returns
+``x @ weight.T + scale * (x @ a.T * gate) @ b.T + bias``.
+
+It and the three below return None where the caller has to go another way: for more rows of x than `most`, for other
+dtypes, shapes or layouts than the kernels take, and where the output is that of the frozen layer alone, because what is
+added is zero or a rotation changes nothing, so that it keeps its bits.
+"""
+
+add = bare(torch.ops.peftk_native.few_rows_add.default)
+"""``add(x, weight, bias, added, most)`` returns ``x @ weight.T + added + bias``; `added` has a row for each of x."""
+
+rotate = bare(torch.ops.peftk_native.few_rows_rotate.default)
+"""``rotate(x, weight, bias, blocks, gain, most)`` returns ``gain * (rotated(x) @ weight.T) + bias``."""
+
+rescale = bare(torch.ops.peftk_native.few_rows_rescale.default)
+"""``rescale(x, weight, bias, a, b, scale, gain, sums, sources, copies, most)`` returns
+``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias``; None also where the gain may be another one by now: for a
+weight that has other checksums than `sums`, and for `sources` that are not the same as their copies to the bit.
 """
 
 same_row_sums = torch.ops.peftk_native.same_row_sums.default
@@ -66,7 +79,7 @@ def row_sums(weight: Tensor) -> Tensor:
     return sums
 
 
-_low_rank = torch.ops.peftk_native.low_rank_few.default
+_low_rank = bare(torch.ops.peftk_native.low_rank_few.default)
 
 _FACTORS_ROWS = 4
 """Rows up to which one pass over float32 factors as they lie beats the two products of torch's library."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...methods import adalora
-from ...methods._base_layer import features_of
+from ...methods._base_layer import Few, features_of
 from ...methods.lora import LowRank
 from ..base.adapter_layer import Adapter, AdapterLayer
 from ..base.kinds import settle_fan_in_fan_out
@@ -99,6 +99,11 @@ class AdaLoRALinear(AdapterLayer):
         base = self._modules["base_layer"]
         assert base is not None
         return adalora.linear(base, x, [self.low_rank(name) for name in names], args, kwargs)
+
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+        adapter = self.low_rank(name)
+        # As it lies: a view would stay behind where another value is put into the parameter.
+        return adalora.few(self.base_layer, weight, bias, adapter._replace(gate=self.lora_E[name]))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense update of one adapter, (out, in), in the adapter's dtype."""

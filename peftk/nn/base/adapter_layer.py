@@ -22,6 +22,7 @@ from .merging import Mergeable
 from .offloading import TAKE_OFF, call_onloaded, cast_for_calls, comes_and_goes, hooked, onloaded
 from .readable import Readable
 from .scaling import Scalable
+from .shortened import Shortened
 from .updating import Updatable
 
 
@@ -70,7 +71,7 @@ class Adapter:
                 yield self.layer_class.file_names.get(key, key), parameter
 
 
-class AdapterLayer(Mergeable, Scalable, Filed, Updatable, Readable):
+class AdapterLayer(Mergeable, Scalable, Shortened, Filed, Updatable, Readable):
     """A frozen layer with any number of named adapters, of which some are active.
 
     Subclasses say what they wrap and hold in class attributes, and implement `_create`, `_adapted` and `_merge_into`.
@@ -168,6 +169,7 @@ class AdapterLayer(Mergeable, Scalable, Filed, Updatable, Readable):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self._switched = False
+        self._shortcut = None
         self.updated = {}
         self._start_scaling()
         # The tensors that merging replaced. Plain attributes: they are neither saved nor moved with the model.
@@ -250,6 +252,13 @@ class AdapterLayer(Mergeable, Scalable, Filed, Updatable, Readable):
         """Run the base layer with the active adapters; extra arguments go to the base layer."""
         # Straight from the dictionary: a look-up that goes through nn.Module runs Python of its own.
         own = self.__dict__
+        if eager := not (args or kwargs or torch.compiler.is_dynamo_compiling()):
+            shortcut = own["_shortcut"]
+            if shortcut is not None:
+                if not shortcut.unchanged(own, shortcut.calls, shortcut.empty, shortcut.entries):
+                    own["_shortcut"] = None
+                elif (y := shortcut.run(x)) is not None:
+                    return y
         if own["_switched"] and not torch.compiler.is_compiling():
             note_rerun()
         if own["batch_adapters"] is not None or "adapter_names" in kwargs:
@@ -266,6 +275,8 @@ class AdapterLayer(Mergeable, Scalable, Filed, Updatable, Readable):
             return self.base_layer(x, *args, **kwargs)
         if own["_strengths"] or "forward" in own["_modules"]["base_layer"].__dict__:
             return self._onloaded(self._chosen, x, names, args, kwargs)
+        if eager and own["_shortcut"] is None and len(names) == 1 and not torch.is_grad_enabled():
+            own["_shortcut"] = self._find_shortcut(x, names[0])
         return self._adapted(x, names, *args, **kwargs)
 
     def _with_names(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -430,6 +441,8 @@ class AdapterLayer(Mergeable, Scalable, Filed, Updatable, Readable):
                 del container[adapter_name]
         for values in (self._first_scaling, self._strengths, self._kept, self.updated):
             values.pop(adapter_name, None)
+        # It would keep the parameters in memory until the next call.
+        self._shortcut = None
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     def unwrap(self) -> nn.Module:

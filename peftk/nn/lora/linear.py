@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...methods import lora
-from ...methods._base_layer import features_of, listened_to, observed, opaque_weight, stored
+from ...methods._base_layer import Few, features_of, listened_to, observed, opaque_weight, stored
 from ...methods._quantised import readable
 from ...methods.lora import LowRank
 from ...ops.kept import Kept
@@ -184,6 +184,14 @@ class LoRALinear(LoRALayer):
         base = modules["base_layer"]
         assert base is not None
         return lora.linear(base, x, adapters, args, kwargs)
+
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+        factors = self._factor_modules(name)
+        if name in self.lora_start._modules or listened_to(nn.Linear, *factors):
+            return None
+        if self.use_dora[name] and observed(Magnitude, self.lora_magnitude_vector[name]):
+            return None
+        return lora.few(self.base_layer, weight, bias, self._trained(name))
 
     def _with_mixed(
         self, x: Tensor, adapters: list[LowRank], choice: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,0 +1,84 @@
+"""What a layer's call on few rows rests on, found once, and asked for again in every call in one step of C++.
+
+Between two tokens nothing of a layer changes. To find that out anew by running Python, with a model's weights going
+through the caches in between, takes longer than the arithmetic of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+from ..runtime import registry, settings
+from .plain import OBSERVERS
+
+_COMPILER = vars(torch.compiler)
+_FLAG = "_is_compiling_flag"
+"""Where torch.compiler notes what `is_compiling` says outside of code that is compiled itself."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Shortcut:
+    """How a layer runs few rows as long as everything that says so is what it was.
+
+    ``unchanged(own, calls, empty, entries)`` says whether it is, where `own` is the dictionary of the layer. That is
+    not kept here: the layer holds its shortcut, and would be freed late. A copy or a pickle of a layer has none.
+
+    Args:
+        own: The dictionary of the layer.
+        run: Returns the output for few rows, or None where the layer has to find it in another way.
+    """
+
+    __slots__ = ("_own", "calls", "empty", "entries", "run", "unchanged")
+
+    def __init__(self, own: dict[str, Any], run: Callable[[Tensor], Tensor | None]) -> None:
+        self._own: dict[str, Any] | None = own
+        self.run = run
+        # What one of them says that would run Python is read where it reads it.
+        self.calls = tuple(c for c in OBSERVERS if c is not torch.compiler.is_compiling or _FLAG not in _COMPILER)
+        hooks = [value for name, value in vars(torch_module).items() if name.startswith("_global_")]
+        self.empty: tuple[Any, ...] = (settings.choice.open, *(value for value in hooks if isinstance(value, dict)))
+        self.entries: tuple[Any, ...] = ()
+        self.unchanged: Callable[..., bool] = lambda *_: False
+        self.rest_on(vars(forward_ad), "_current_level")
+        self.rest_on(_COMPILER, _FLAG)
+
+    def rest_on(self, where: dict[str, Any], *keys: str) -> None:
+        """Note what a dictionary has under these keys, or that it has nothing there."""
+        place = None if where is self._own else where
+        for key in keys:
+            self.entries += (place, key, where.get(key, ...))
+
+    def rest_on_items(self, items: list[Any]) -> None:
+        """Note what a list holds."""
+        self.entries += (items, None, tuple(items))
+
+    def rest_on_empty(self, *objects: Any) -> None:
+        """Note that these are empty."""
+        self.empty += objects
+
+    def rest_on_module(self, module: nn.Module) -> None:
+        """Note the parameters of a module whose call the arithmetic replaces, and that nobody observes that call."""
+        own = module.__dict__
+        self.entries += (module, None, type(module))
+        self.rest_on(own, "forward", "weight", "bias", "training", "_parameters")
+        self.rest_on(own["_parameters"], *own["_parameters"])
+        self.rest_on_empty(*(own[hooks] for hooks in _HOOKS))
+
+    def close(self) -> bool:
+        """Return whether all of this can be asked and holds; nothing more is noted."""
+        module = registry.backend_module("native", "unchanged")
+        own, self._own = self._own, None
+        if isinstance(module, str):
+            return False
+        self.unchanged = module.unchanged
+        return self.unchanged(own, self.calls, self.empty, self.entries)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
