@@ -41,7 +41,9 @@ int all_found(PyObject* own, PyObject* entries) {
     PyObject* key = PyTuple_GET_ITEM(entries, i + 1);
     PyObject* value = PyTuple_GET_ITEM(entries, i + 2);
     if (where == Py_None) where = own;
-    if (PyDict_Check(where)) {
+    if (PyDict_Check(where) && key == Py_None && PyLong_Check(value)) {
+      if (PyDict_GET_SIZE(where) != PyLong_AsSsize_t(value)) return 0;
+    } else if (PyDict_Check(where)) {
       PyObject* found = PyDict_GetItemWithError(where, key);
       if (found == nullptr && PyErr_Occurred()) return -1;
       if (found != (value == Py_Ellipsis ? nullptr : value)) return 0;

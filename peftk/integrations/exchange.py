@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .way import Forward, Way, forward_of
+from .way import SHORTCUTS, Forward, Way, forward_of
 
 ORIGINAL = "_peftk_of"
 """The attribute of an exchanged class that holds the library's own."""
@@ -32,6 +32,7 @@ def restore(layer: nn.Module) -> bool:
     if own is type(layer):
         return False
     layer.__class__ = own
+    SHORTCUTS.pop(layer, None)
     return True
 
 
@@ -77,6 +78,8 @@ def wrapped(original: Forward, way: Way, only: list[type] | None = None) -> Any:
 def switch_off(function: Any) -> None:
     """Let a function of `wrapped`, or a method bound to it, go the library's own way from now on."""
     function._peftk_live[0] = False
+    # They would keep parameters in memory that their layers may lose. Others find theirs again.
+    SHORTCUTS.clear()
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -9,10 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..methods._base_layer import Few, plain_tensors, unobserved
+from ..ops._few_rows import few
+from ..ops.shortcut import Shortcut
 from .fingerprints import Fingerprints
 
 Forward = Callable[..., Any]
 """The `forward` of a class of layers."""
+
+SHORTCUTS: weakref.WeakKeyDictionary[Any, Shortcut] = weakref.WeakKeyDictionary()
+"""How layers run few rows, found at their first call of that kind; nothing of it is in the layer itself."""
 
 
 class Way:
@@ -80,6 +87,32 @@ class Way:
         """Return arguments of `operator` as a call of the layer gives, of which no values are read; None if unknown."""
         return None
 
+    def few(self, layer: Any, adapters: list[Any], weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
+        """Return how a layer runs few rows as long as nothing of it changes, or None if as it runs many.
+
+        Args:
+            layer: The layer; what is returned holds no reference to it.
+            adapters: What `adapters` has returned.
+            weight: That of the base layer, a plain dense nn.Linear, (out, in).
+            bias: Its bias, (out,), or None.
+            rests: Takes note of what that rests on beside all attributes of the layer.
+        """
+        return None
+
+    def _find_shortcut(self, layer: Any, x: Tensor, adapters: list[Any]) -> None:
+        """Remember how a layer runs few rows like x, if it does that in a way of its own."""
+        base = layer._modules.get("base_layer")
+        if type(base) is not nn.Linear or len(adapters) != 1 or layer.training or base.training:
+            return
+        if not unobserved() or not few(x, base.in_features) or (plain := plain_tensors(base, x)) is None:
+            return
+        found = Shortcut(layer.__dict__)
+        run = self.few(layer, adapters, *plain, found)
+        if run is not None:
+            found.rest_on_tree(layer)
+            if found.close(run):
+                SHORTCUTS[layer] = found
+
     def around(self, original: Forward, here: Callable[[Any], bool]) -> Forward:
         """Return a `forward` that runs what this way takes, and in the original everything else.
 
@@ -88,14 +121,29 @@ class Way:
             here: Says whether a layer is accelerated still.
         """
         usual, adapters, run = self.usual, self.adapters, self.run
+        # What a dictionary of weak keys holds them in: its own look-up runs more Python.
+        known: Any = SHORTCUTS.data  # type: ignore[attr-defined]  # An attribute that its description leaves out.
+        ref = weakref.ref
 
         def forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             # All is decided before the base layer is called: afterwards the library would call it again.
-            if not args and not kwargs and here(layer) and usual(layer, x):
+            if args or kwargs or not here(layer):
+                return original(layer, x, *args, **kwargs)
+            eager = not torch.compiler.is_dynamo_compiling()
+            shortcut = known.get(ref(layer)) if eager else None
+            if shortcut is not None:
+                if not shortcut.unchanged(layer.__dict__, shortcut.calls, shortcut.empty, shortcut.entries):
+                    SHORTCUTS.pop(layer, None)
+                    shortcut = None
+                elif (y := shortcut.run(x)) is not None:
+                    return y
+            if usual(layer, x):
                 found = adapters(layer, x)
                 if type(found) is list:
+                    if eager and shortcut is None and not torch.is_grad_enabled():
+                        self._find_shortcut(layer, x, found)
                     return run(layer, x, found)
-            return original(layer, x, *args, **kwargs)
+            return original(layer, x)
 
         return forward
 

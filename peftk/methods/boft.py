@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..ops._few_rows import rotated_few
 from ..ops.conv import convolve_with
+from ..ops.kept import Kept
 from ._base_layer import NONE, Few, call, plain_tensors, unobserved
 
 COMPOSED_GROUP = 256
@@ -50,6 +51,23 @@ def rotations(square: Tensor, kept: Tensor | None = None) -> Tensor:
         return factors
     eye = torch.eye(size, device=factors.device, dtype=factors.dtype)
     return torch.where(kept.to(factors.device).view(count, blocks, 1, 1), factors, eye)
+
+
+def resting(square: Tensor, scale: Tensor, kept: Kept) -> Butterfly:
+    """Return an adapter in a pass in which all blocks rotate; what is made of its parameters is kept.
+
+    Args:
+        square: As in `rotations`.
+        scale: The factor of every output, of `out` elements.
+        kept: Where it stays between calls that record nothing.
+    """
+
+    def make() -> tuple[Tensor, Tensor | None]:
+        one = Butterfly(rotations(square), scale)
+        return one.factors, composed(one) if one.group <= COMPOSED_GROUP else None
+
+    factors, blocks = kept.get((square,), make)
+    return Butterfly(factors, scale, blocks)
 
 
 def composed(adapter: Butterfly) -> Tensor:

@@ -116,9 +116,9 @@ def _linear(
     else:
         w1, w2 = first(head), second(head)
         if len(adapters) == 1 and not base.training and unobserved():
-            y = kronecker_few(x, *plain, w1, w2, scale)
-            if y is not None:
-                return y
+            found = kronecker_few(x, *plain, w1, w2, scale)
+            if found is not None:
+                return found
         y = F.kronecker_linear(x, *plain, w1, w2, scale)
         adapters = adapters[1:]
     for adapter in adapters:

@@ -202,7 +202,7 @@ class BOFTLinear(AdapterLayer):
         drawn = self._draw(name, square)
         if drawn is not None:
             return Butterfly(boft.rotations(square, drawn), self.boft_s[name])
-        return _resting(square, self.boft_s[name], self._kept.setdefault(name, Kept()))
+        return boft.resting(square, self.boft_s[name], self._kept.setdefault(name, Kept()))
 
     def _draw(self, name: str, square: Tensor) -> Tensor | None:
         """Draw which blocks rotate in this pass: None for all of them."""
@@ -222,7 +222,7 @@ class BOFTLinear(AdapterLayer):
         if self.butterfly(name).group > boft.COMPOSED_GROUP:
             return None
         parts = self.boft_R[name], self.boft_s[name], self._kept[name]
-        return boft.few(weight, bias, lambda: _resting(*parts))
+        return boft.few(weight, bias, lambda: boft.resting(*parts))
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -237,18 +237,6 @@ class BOFTLinear(AdapterLayer):
         weight = tensors["weight"]
         factors = boft.rotations(self.boft_R[name].to(weight.dtype))
         tensors["weight"] = boft.merged(weight, Butterfly(factors, self.boft_s[name]))
-
-
-def _resting(square: Tensor, scale: Tensor, kept: Kept) -> Butterfly:
-    """Return the tensors of one adapter without dropout; what is made of its parameters is kept."""
-    factors, blocks = kept.get((square,), lambda: _composed(square))
-    return Butterfly(factors, scale, blocks)
-
-
-def _composed(square: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the factors, and the blocks of their product where that is what x is rotated by."""
-    one = Butterfly(boft.rotations(square), square)
-    return one.factors, boft.composed(one) if one.group <= boft.COMPOSED_GROUP else None
 
 
 class BOFTConv2d(BOFTLinear):

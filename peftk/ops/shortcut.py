@@ -23,6 +23,9 @@ _FLAG = "_is_compiling_flag"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+_INTERNAL = frozenset(nn.Module().__dict__)
+"""The attributes that torch gives to every module."""
+
 
 class Shortcut:
     """How a layer runs few rows as long as everything that says so is what it was.
@@ -32,14 +35,13 @@ class Shortcut:
 
     Args:
         own: The dictionary of the layer.
-        run: Returns the output for few rows, or None where the layer has to find it in another way.
     """
 
     __slots__ = ("_own", "calls", "empty", "entries", "run", "unchanged")
 
-    def __init__(self, own: dict[str, Any], run: Callable[[Tensor], Tensor | None]) -> None:
+    def __init__(self, own: dict[str, Any]) -> None:
         self._own: dict[str, Any] | None = own
-        self.run = run
+        self.run: Callable[[Tensor], Tensor | None] = lambda x: None
         # What one of them says that would run Python is read where it reads it.
         self.calls = tuple(c for c in OBSERVERS if c is not torch.compiler.is_compiling or _FLAG not in _COMPILER)
         hooks = [value for name, value in vars(torch_module).items() if name.startswith("_global_")]
@@ -54,6 +56,11 @@ class Shortcut:
         place = None if where is self._own else where
         for key in keys:
             self.entries += (place, key, where.get(key, ...))
+
+    def rest_on_all(self, where: dict[str, Any]) -> None:
+        """Note everything that a dictionary has, and that it has nothing else."""
+        self.rest_on(where, *where)
+        self.entries += (where, None, len(where))
 
     def rest_on_items(self, items: list[Any]) -> None:
         """Note what a list holds."""
@@ -71,13 +78,40 @@ class Shortcut:
         self.rest_on(own["_parameters"], *own["_parameters"])
         self.rest_on_empty(*(own[hooks] for hooks in _HOOKS))
 
-    def close(self) -> bool:
-        """Return whether all of this can be asked and holds; nothing more is noted."""
+    def rest_on_tree(self, module: nn.Module, root: bool = True) -> None:
+        """Note all attributes of a module and of those in it, and that nobody observes a call of the latter.
+
+        Numbers in tensors are not noted. Attributes of the module itself that are hooks are its caller's business.
+        """
+        own = module.__dict__
+        if not root:
+            self.rest_on_module(module)
+        self.rest_on(own, "_modules", "_buffers", "_parameters", "training")
+        for content in (own["_modules"], own["_buffers"], own["_parameters"]):
+            self.rest_on_all(content)
+        for name, value in own.items():
+            if name in _INTERNAL:
+                continue
+            self.rest_on(own, name)
+            if type(value) is list:
+                self.rest_on_items(value)
+            elif type(value) is dict:
+                self.rest_on_all(value)
+        for child in own["_modules"].values():
+            if child is not None:
+                self.rest_on_tree(child, root=False)
+
+    def close(self, run: Callable[[Tensor], Tensor | None]) -> bool:
+        """Note nothing more, and return whether all of this can be asked and holds.
+
+        Args:
+            run: Returns the output for few rows, or None where the layer has to find it in another way.
+        """
         module = registry.backend_module("native", "unchanged")
         own, self._own = self._own, None
         if isinstance(module, str):
             return False
-        self.unchanged = module.unchanged
+        self.run, self.unchanged = run, module.unchanged
         return self.unchanged(own, self.calls, self.empty, self.entries)
 
     def __reduce__(self) -> tuple[Any, ...]:

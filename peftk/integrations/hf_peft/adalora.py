@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...methods._base_layer import Few
 from ...methods.lora import LowRank
+from ...ops._few_rows import low_rank_few
+from ...ops.shortcut import Shortcut
 from . import lora as lora_layers
 from .lora import FEW_ROWS_NOTE, Active, dropout_of, run_conv, run_linear, scale_of, unfit_rows
 from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, held, unfit
@@ -61,6 +64,27 @@ class Linear(Triplets):
     def note(self, layer: Any) -> str | None:
         """See `Way.note`."""
         return FEW_ROWS_NOTE
+
+    def few(
+        self, layer: Any, adapters: list[Active], weight: Tensor, bias: Tensor | None, rests: Shortcut
+    ) -> Few | None:
+        """See `Way.few`."""
+        (one, p), names = adapters[0], active(layer, layer._modules["lora_A"]._parameters)
+        # Others may be active that have lost their rank.
+        if p > 0 or type(one.scale) is not float or len(names) != 1:
+            return None
+        e, rank = (layer._modules[container]._parameters.get(names[0]) for container in ("lora_E", "ranknum"))
+        scale = scale_of(layer, names[0])
+        if e is None or rank is None:
+            return None
+
+        def run(x: Tensor) -> Tensor | None:
+            # Both may have been written to. A view would stay behind where another value is put into the parameter.
+            if not rank.is_cpu or rank.numel() != 1:
+                return None
+            return low_rank_few(x, weight, bias, one.a, one.b, scale / (rank.item() + 1e-5), e)
+
+        return run
 
     example = lora_layers.Linear.example
 

@@ -9,8 +9,10 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ...methods import boft
-from ...methods._base_layer import kind_of, observed, plain_tensors
+from ...methods._base_layer import Few, kind_of, observed, plain_tensors
 from ...methods.boft import Butterfly
+from ...ops.kept import Kept
+from ...ops.shortcut import Shortcut
 from .tuner_layer import FINGERPRINTS, NONE_ACTIVE, SHARED, TunerWay, active, dense_weight, held, plain_example, unfit
 
 _LAYER = "peft.tuners.boft.layer"
@@ -79,6 +81,14 @@ class Linear(Butterflies):
         square, _ = adapters[0]
         size = square.shape[-1] << (len(square) - 1)
         return *plain, square.new_empty(plain[0].shape[-1] // size, size, size)
+
+    def few(self, layer: Any, adapters: list[Any], weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
+        """See `Way.few`."""
+        square, scale = adapters[0]
+        if self._butterflies(adapters)[0].group > boft.COMPOSED_GROUP:
+            return None
+        kept = Kept()
+        return boft.few(weight, bias, lambda: boft.resting(square, scale, kept))
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...kernels.shared.wide import HALF
 from ...methods import c3a
-from ...methods._base_layer import plain_tensors
+from ...methods._base_layer import Few, plain_tensors
+from ...ops.shortcut import Shortcut
 from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, held, plain_example, unfit
 
 
@@ -45,6 +46,10 @@ class Linear(TunerWay):
         if plain is None:
             return None
         return *plain, adapters[0], 1.0
+
+    def few(self, layer: Any, adapters: list[Any], weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
+        """See `Way.few`."""
+        return c3a.few(weight, bias, adapters[0])
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from ...methods import dora, lora, lora_conv, lora_embedding
-from ...methods._base_layer import kind_of, observed, opaque_weight, plain_tensors
+from ...methods._base_layer import Few, kind_of, observed, opaque_weight, plain_tensors
 from ...methods.lora import LowRank
 from ...ops._few_rows import few
 from ...ops.conv import Convolution
+from ...ops.kept import Kept
+from ...ops.shortcut import Shortcut
 from ..fingerprints import name_of
 from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, parameter, plain_example, unfit
 
@@ -61,10 +63,14 @@ class LoRAWay(TunerWay):
         return None if not _caches() else "PEFT's cache of DoRA is on"
 
 
-def _caches() -> bool:
+def _theirs() -> Any:
     from peft.tuners.lora import dora as theirs
 
-    return bool(theirs.ENABLE_DORA_CACHING)
+    return theirs
+
+
+def _caches() -> bool:
+    return bool(_theirs().ENABLE_DORA_CACHING)
 
 
 def scale_of(layer: Any, name: str) -> Any:
@@ -168,6 +174,21 @@ class Linear(Factored):
         """See `Way.example`."""
         plain, one = plain_example(layer), adapters[0].low_rank
         return None if plain is None else (*plain, one.a, one.b, 1.0)
+
+    def few(
+        self, layer: Any, adapters: list[Active], weight: Tensor, bias: Tensor | None, rests: Shortcut
+    ) -> Few | None:
+        """See `Way.few`."""
+        one, p = adapters[0]
+        base = layer._modules["base_layer"]
+        if p > 0:
+            return None
+        if one.magnitude is None:
+            return lora.few(base, weight, bias, one)
+        rests.rest_on(vars(_theirs()), "ENABLE_DORA_CACHING")
+        run = lora.few(base, weight, bias, one._replace(kept=Kept()))
+        # PEFT's DoRA makes two dimensions of one.
+        return None if run is None else lambda x: run(x) if x.dim() > 1 else None
 
     def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
         """See `Way.run`."""

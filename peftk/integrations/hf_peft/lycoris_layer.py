@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...methods._base_layer import CONVOLUTIONS, opaque_weight, plain_tensors
+from ...methods._base_layer import CONVOLUTIONS, Few, opaque_weight, plain_tensors
+from ...ops.shortcut import Shortcut
 from .tuner_layer import TunerWay
 
 
@@ -90,6 +91,11 @@ class OnLinear(LycorisWay):
         if opaque_weight(layer.get_base_layer()) is not None:
             return "a weight that is not dense"
         return super().adapters(layer, x)
+
+    def few(self, layer: Any, adapters: list[Any], weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
+        """See `Way.few`."""
+        found: Few | None = self.arithmetic.few(weight, bias, adapters[0][1])
+        return found
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

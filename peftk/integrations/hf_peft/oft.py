@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from ... import functional as F
 from ...methods import oft
-from ...methods._base_layer import observed, plain_tensors
+from ...methods._base_layer import Few, observed, plain_tensors
+from ...ops.kept import Kept
+from ...ops.shortcut import Shortcut
 from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, dense_weight, parameter, plain_example, unfit
 
 _MODULE = "peft.tuners.oft.layer.OFTRotationModule"
@@ -73,6 +75,14 @@ class Linear(Rotated):
             return None
         packed, size, _ = adapters[0]
         return *plain, packed.new_empty(packed.shape[0], size, size)
+
+    def few(self, layer: Any, adapters: list[Any], weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
+        """See `Way.few`."""
+        packed, size, terms = adapters[0]
+        kept = Kept()
+        run = oft.few(weight, bias, lambda: kept.get((packed,), lambda: oft.rotations(packed, size, terms)))
+        # Four dimensions are an image to PEFT's module.
+        return lambda x: run(x) if x.dim() != 4 else None
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

@@ -51,7 +51,7 @@ class Shortened:
         run = None if plain is None else self._few(name, *plain)
         if run is None:
             return None
-        found = Shortcut(own, run)
+        found = Shortcut(own)
         found.rest_on(own, "training", "batch_adapters", "disable_adapters", "merged_adapters", "_strengths")
         found.rest_on(own, "_modules", "active_adapters", *self.other_param_names)
         found.rest_on_empty(own["merged_adapters"], own["_strengths"])
@@ -67,7 +67,7 @@ class Shortened:
             part = held._modules.get(name)
             if part is not None:
                 found.rest_on_module(part)
-        return found if found.close() else None
+        return found if found.close(run) else None
 
 
 def _owner(layer: object, method: str) -> type | None:
