@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
+#include <optional>
 
 #include "check.h"
+#include "few_rows_linear.h"
 #include "host.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
@@ -130,20 +132,19 @@ void circulant_weight_backward(const Tensor& grad, double scale, Tensor& dkernel
                [&](int64_t begin, int64_t end) { circulant_weight_backward_cpu(p, begin, end); });
 }
 
-void circulant_few(const Tensor& x, const Tensor& kernel, double scale, Tensor& out) {
-  const Dtype dtype = check_dtype(x, "x");
-  check_float(kernel, "kernel");
-  STD_TORCH_CHECK(kernel.dim() == 3 && kernel.numel() > 0, "kernel: expected shape (out_blocks, in_blocks, b)");
-  const int64_t size = kernel.size(2), features = kernel.size(1) * size;
-  STD_TORCH_CHECK(x.numel() % features == 0, "x: expected rows of ", features, " numbers");
-  const int64_t rows = x.numel() / features;
-  check_float(out, "out");
-  STD_TORCH_CHECK(out.numel() == rows * kernel.size(0) * size, "out: expected as many rows as x");
-  const FloatNumbers numbers(x, dtype);
-  const CirculantFewParams p{numbers.get(),  floats(kernel), writable(out), rows,
-                             kernel.size(0), kernel.size(1), size,          static_cast<float>(scale)};
-  parallel_for(0, p.out_blocks, 1 + kTaskOperations / (1 + rows * features * size),
+std::optional<Tensor> circulant_few(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                                    const Tensor& kernel, double scale, int64_t most) {
+  const auto sizes = few_rows_sizes(x, weight, bias, most);
+  if (!sizes || !are_factors(kernel, 3)) return std::nullopt;
+  const int64_t out_blocks = kernel.size(0), in_blocks = kernel.size(1), size = kernel.size(2);
+  if (out_blocks * size != sizes->columns || in_blocks * size != sizes->depth) return std::nullopt;
+  const FloatNumbers numbers(x, sizes->dtype);
+  const std::unique_ptr<float[]> added(new float[sizes->rows * sizes->columns]);
+  const CirculantFewParams p{numbers.get(), floats(kernel), added.get(), sizes->rows,
+                             out_blocks,    in_blocks,      size,        static_cast<float>(scale)};
+  parallel_for(0, out_blocks, 1 + kTaskOperations / (1 + p.rows * sizes->depth * size),
                [&](int64_t begin, int64_t end) { circulant_few_cpu(p, begin, end); });
+  return few_rows_linear(*sizes, x, weight, bias, added.get());
 }
 
 #ifdef PEFTK_CUDA
@@ -184,7 +185,7 @@ void circulant_weight_backward_on_cuda(const Tensor& grad, double scale, Tensor&
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def("circulant_mix(Tensor x, Tensor kernel, bool adjoint, Tensor(a!) out) -> ()");
   m.def("circulant_contract(Tensor grad, Tensor x, Tensor(a!) out) -> ()");
-  m.def("circulant_few(Tensor x, Tensor kernel, float scale, Tensor(a!) out) -> ()");
+  m.def("circulant_few(Tensor x, Tensor weight, Tensor? bias, Tensor kernel, float scale, int most) -> Tensor?");
   m.def("circulant_weight(Tensor weight, Tensor kernel, float scale, Tensor(a!) out) -> ()");
   m.def("circulant_weight_backward(Tensor grad, float scale, Tensor(a!) dkernel) -> ()");
 }

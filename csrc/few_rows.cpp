@@ -12,6 +12,7 @@
 
 #include "block_diagonal.h"
 #include "check.h"
+#include "few_rows_linear.h"
 #include "host.h"
 #include "low_rank.h"
 
@@ -94,27 +95,20 @@ Buffer rotated(const Tensor& x, Dtype dtype, int64_t rows, int64_t depth, const 
 
 // What a call adds to the base product, how it scales the sum, and how it knows that the weight is still the same.
 struct Parts {
-  std::optional<Tensor> blocks, a, b, gate, added, gain, sums;
+  std::optional<Tensor> blocks, a, b, gate, gain, sums;
   double scale = 1.0;
+  const float* added = nullptr;
 };
 
-// Return the output, or nothing where this is not the way: for more rows than `most`, for what is of another dtype,
-// shape or layout than the kernels take, for a weight that has other checksums, and where the output is that of the
-// frozen layer alone, whose bits only the library's own product has. All of these are decided here, and not in Python,
-// where they would take longer than the arithmetic.
-std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                               const Parts& parts, int64_t most) {
-  const auto& [blocks, a, b, gate, added, gain, sums, scale] = parts;
+// Return the output, or nothing where this is not the way: for what does not fit, for a weight that has other
+// checksums, and where the output is that of the frozen layer alone, whose bits only the library's own product has.
+// All of these are decided here, and not in Python, where they would take longer than the arithmetic.
+std::optional<Tensor> few_rows(const FewRowsSizes& sizes, const Tensor& x, const Tensor& weight,
+                               const std::optional<Tensor>& bias, const Parts& parts) {
   constexpr ScalarType kFloat = ScalarType::Float;
-  const ScalarType type = weight.scalar_type();
-  if ((type != kFloat && type != ScalarType::BFloat16) || x.dim() == 0 || !is_dense(x, type, x.dim()) ||
-      !is_dense(weight, type, 2))
-    return std::nullopt;
-  const int64_t columns = weight.size(0), depth = weight.size(1);
-  if (columns == 0 || depth == 0 || x.size(-1) != depth) return std::nullopt;
-  const int64_t rows = x.numel() / depth;
-  if (rows == 0 || rows > most || !are_numbers(bias, type, columns) || !are_numbers(gain, kFloat, columns))
-    return std::nullopt;
+  const auto& [blocks, a, b, gate, gain, sums, scale, added] = parts;
+  const auto [rows, depth, columns, dtype] = sizes;
+  if (!are_numbers(gain, kFloat, columns)) return std::nullopt;
   int64_t rank = 0;
   if (a) {
     if (!is_dense(*a, kFloat, 2) || !is_dense(*b, kFloat, 2)) return std::nullopt;
@@ -124,12 +118,10 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, const std:
       return std::nullopt;
   } else if (blocks) {
     if (!is_rotation(*blocks, depth)) return std::nullopt;
-  } else if (!is_dense(*added, kFloat, added->dim()) || added->numel() != rows * columns ||
-             all_zero(floats(*added), rows * columns)) {
+  } else if (all_zero(added, rows * columns)) {
     return std::nullopt;
   }
   const uint32_t* expected = sums ? check_sums(*sums, columns) : nullptr;
-  const Dtype dtype = type == kFloat ? Dtype::float32 : Dtype::bfloat16;
 
   const Buffer turned = blocks ? rotated(x, dtype, rows, depth, *blocks) : nullptr;
   if (blocks && !turned) return std::nullopt;
@@ -149,7 +141,7 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, const std:
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
-  Tensor out = empty_on_cpu(shape, type);
+  Tensor out = empty_on_cpu(shape, x.scalar_type());
   const FewRowsParams p{weight.const_data_ptr(),
                         laid_out ? laid_out.get()
                         : turned ? turned.get()
@@ -157,7 +149,7 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, const std:
                         bias ? bias->const_data_ptr() : nullptr,
                         hidden.get(),
                         b ? floats(*b) : nullptr,
-                        added ? floats(*added) : nullptr,
+                        added,
                         gain ? floats(*gain) : nullptr,
                         expected,
                         out.mutable_data_ptr(),
@@ -176,27 +168,30 @@ std::optional<Tensor> few_rows(const Tensor& x, const Tensor& weight, const std:
 
 std::optional<Tensor> low_rank(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
                                const Tensor& b, std::optional<Tensor> gate, double scale, int64_t most) {
-  return few_rows(x, weight, bias, {.a = a, .b = b, .gate = std::move(gate), .scale = scale}, most);
+  const auto sizes = few_rows_sizes(x, weight, bias, most);
+  if (!sizes) return std::nullopt;
+  return few_rows(*sizes, x, weight, bias, {.a = a, .b = b, .gate = std::move(gate), .scale = scale});
 }
 
-std::optional<Tensor> add(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& added,
-                          int64_t most) {
-  return few_rows(x, weight, bias, {.added = added}, most);
+bool all_same_bits(const std::vector<Tensor>& sources, const std::vector<Tensor>& copies) {
+  return std::equal(sources.begin(), sources.end(), copies.begin(), copies.end(), same_bits);
 }
 
+// Nothing also where a source of the blocks or of the gain is not the same as its copy to the bit.
 std::optional<Tensor> rotate(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& blocks,
-                             std::optional<Tensor> gain, int64_t most) {
-  return few_rows(x, weight, bias, {.blocks = blocks, .gain = std::move(gain)}, most);
+                             std::optional<Tensor> gain, const std::vector<Tensor>& sources,
+                             const std::vector<Tensor>& copies, int64_t most) {
+  const auto sizes = few_rows_sizes(x, weight, bias, most);
+  if (!sizes || !all_same_bits(sources, copies)) return std::nullopt;
+  return few_rows(*sizes, x, weight, bias, {.blocks = blocks, .gain = std::move(gain)});
 }
 
-// Nothing also where a source of the gain is not the same as its copy to the bit.
 std::optional<Tensor> rescale(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
                               const Tensor& b, double scale, const Tensor& gain, const Tensor& sums,
                               const std::vector<Tensor>& sources, const std::vector<Tensor>& copies, int64_t most) {
-  if (sources.size() != copies.size()) return std::nullopt;
-  for (size_t i = 0; i < sources.size(); ++i)
-    if (!same_bits(sources[i], copies[i])) return std::nullopt;
-  return few_rows(x, weight, bias, {.a = a, .b = b, .gain = gain, .sums = sums, .scale = scale}, most);
+  const auto sizes = few_rows_sizes(x, weight, bias, most);
+  if (!sizes || !all_same_bits(sources, copies)) return std::nullopt;
+  return few_rows(*sizes, x, weight, bias, {.a = a, .b = b, .gain = gain, .sums = sums, .scale = scale});
 }
 
 // Rows of a weight, of any number of dimensions, and the numbers of each.
@@ -235,14 +230,38 @@ bool same_row_sums(const Tensor& weight, const Tensor& sums) {
 }
 
 }  // namespace
+
+std::optional<FewRowsSizes> few_rows_sizes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                           int64_t most) {
+  const ScalarType type = weight.scalar_type();
+  if ((type != ScalarType::Float && type != ScalarType::BFloat16) || x.dim() == 0 || !is_dense(x, type, x.dim()) ||
+      !is_dense(weight, type, 2))
+    return std::nullopt;
+  const int64_t columns = weight.size(0), depth = weight.size(1);
+  if (columns == 0 || depth == 0 || x.size(-1) != depth) return std::nullopt;
+  const int64_t rows = x.numel() / depth;
+  if (rows == 0 || rows > most || !are_numbers(bias, type, columns)) return std::nullopt;
+  return FewRowsSizes{rows, depth, columns, type == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16};
+}
+
+std::optional<Tensor> few_rows_linear(const FewRowsSizes& sizes, const Tensor& x, const Tensor& weight,
+                                      const std::optional<Tensor>& bias, const float* added) {
+  return few_rows(sizes, x, weight, bias, {.added = added});
+}
+
+bool are_factors(const Tensor& t, int64_t dimensions) {
+  return is_dense(t, ScalarType::Float, dimensions) && t.numel() > 0;
+}
+
 }  // namespace peftk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def(
       "few_rows_low_rank(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? gate, float scale, "
       "int most) -> Tensor?");
-  m.def("few_rows_add(Tensor x, Tensor weight, Tensor? bias, Tensor added, int most) -> Tensor?");
-  m.def("few_rows_rotate(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor? gain, int most) -> Tensor?");
+  m.def(
+      "few_rows_rotate(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor? gain, Tensor[] sources, "
+      "Tensor[] copies, int most) -> Tensor?");
   m.def(
       "few_rows_rescale(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor gain, "
       "Tensor sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
@@ -252,7 +271,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("few_rows_low_rank", TORCH_BOX(&peftk::low_rank));
-  m.impl("few_rows_add", TORCH_BOX(&peftk::add));
   m.impl("few_rows_rotate", TORCH_BOX(&peftk::rotate));
   m.impl("few_rows_rescale", TORCH_BOX(&peftk::rescale));
   m.impl("row_sums", TORCH_BOX(&peftk::row_sums));

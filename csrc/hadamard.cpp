@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
+#include <optional>
 
 #include "check.h"
 #include "cpu/simd.h"
+#include "few_rows_linear.h"
 #include "host.h"
 #include "low_rank.h"
 #ifdef PEFTK_CUDA
@@ -177,14 +179,9 @@ void hadamard_weight_backward(const Tensor& grad, const Tensor& w1_a, const Tens
   if (db2) add_up(sums2.get(), chunks, s.r2, s.features, stride, 1.0f, db2);
 }
 
-void hadamard_few(const Tensor& x, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b,
-                  double scale, Tensor& out) {
-  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
-  const Dtype dtype = check_dtype(x, "x");
-  STD_TORCH_CHECK(s.features > 0 && x.numel() % s.features == 0, "x: expected rows of ", s.features, " numbers");
-  const int64_t rows = x.numel() / s.features;
-  check_float(out, "out");
-  STD_TORCH_CHECK(out.numel() == rows * s.out, "out: expected as many rows as x");
+// Write the product of rows with the update to a float32 `to`, (rows, out).
+void hadamard_product(const Tensor& x, Dtype dtype, int64_t rows, const Sizes& s, const Tensor& w1_a,
+                      const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b, double scale, float* to) {
   const FloatNumbers numbers(x, dtype);
   const std::unique_ptr<float[]> hidden(new float[rows * s.r1 * s.r2]);
   const HadamardFewParams p{numbers.get(),
@@ -193,7 +190,7 @@ void hadamard_few(const Tensor& x, const Tensor& w1_a, const Tensor& w1_b, const
                             floats(w2_a),
                             floats(w2_b),
                             hidden.get(),
-                            writable(out),
+                            to,
                             rows,
                             s.out,
                             s.features,
@@ -204,6 +201,30 @@ void hadamard_few(const Tensor& x, const Tensor& w1_a, const Tensor& w1_b, const
                [&](int64_t begin, int64_t end) { hadamard_few_hidden_cpu(p, begin, end); });
   parallel_for(0, s.out, 1 + kTaskOperations / (1 + rows * s.r1 * s.r2),
                [&](int64_t begin, int64_t end) { hadamard_few_cpu(p, begin, end); });
+}
+
+std::optional<Tensor> hadamard_few(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                                   const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b,
+                                   double scale, int64_t most) {
+  const auto sizes = few_rows_sizes(x, weight, bias, most);
+  if (!sizes || !are_factors(w1_a, 2) || !are_factors(w1_b, 2) || !are_factors(w2_a, 2) || !are_factors(w2_b, 2))
+    return std::nullopt;
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
+  if (s.out != sizes->columns || s.features != sizes->depth) return std::nullopt;
+  const std::unique_ptr<float[]> added(new float[sizes->rows * s.out]);
+  hadamard_product(x, sizes->dtype, sizes->rows, s, w1_a, w1_b, w2_a, w2_b, scale, added.get());
+  return few_rows_linear(*sizes, x, weight, bias, added.get());
+}
+
+void hadamard_rows(const Tensor& x, const Tensor& w1_a, const Tensor& w1_b, const Tensor& w2_a, const Tensor& w2_b,
+                   double scale, Tensor& out) {
+  const Sizes s = check_factors(w1_a, w1_b, w2_a, w2_b);
+  const Dtype dtype = check_dtype(x, "x");
+  STD_TORCH_CHECK(s.features > 0 && x.numel() % s.features == 0, "x: expected rows of ", s.features, " numbers");
+  const int64_t rows = x.numel() / s.features;
+  check_float(out, "out");
+  STD_TORCH_CHECK(out.numel() == rows * s.out, "out: expected as many rows as x");
+  hadamard_product(x, dtype, rows, s, w1_a, w1_b, w2_a, w2_b, scale, writable(out));
 }
 
 #ifdef PEFTK_CUDA
@@ -259,7 +280,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
       "khatri_rao_backward(Tensor grad_a, Tensor grad_b, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b,"
       " Tensor(a!) dw1_a, Tensor(b!) dw1_b, Tensor(c!) dw2_a, Tensor(d!) dw2_b) -> ()");
   m.def(
-      "hadamard_few(Tensor x, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale, Tensor(a!) out)"
+      "hadamard_few(Tensor x, Tensor weight, Tensor? bias, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, "
+      "float scale, int most) -> Tensor?");
+  m.def(
+      "hadamard_rows(Tensor x, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale, Tensor(a!) out)"
       " -> ()");
   m.def(
       "hadamard_weight(Tensor weight, Tensor w1_a, Tensor w1_b, Tensor w2_a, Tensor w2_b, float scale,"
@@ -273,6 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("khatri_rao", TORCH_BOX(&peftk::khatri_rao));
   m.impl("khatri_rao_backward", TORCH_BOX(&peftk::khatri_rao_backward));
   m.impl("hadamard_few", TORCH_BOX(&peftk::hadamard_few));
+  m.impl("hadamard_rows", TORCH_BOX(&peftk::hadamard_rows));
   m.impl("hadamard_weight", TORCH_BOX(&peftk::hadamard_weight));
   m.impl("hadamard_weight_backward", TORCH_BOX(&peftk::hadamard_weight_backward));
 }

@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
+#include <optional>
 
 #include "check.h"
+#include "few_rows_linear.h"
 #include "host.h"
 #ifdef PEFTK_CUDA
 #include "cuda_stream.h"
@@ -140,22 +142,19 @@ void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tenso
   if (need_w1) add_up(partial.get(), chunks, 1, entries, entries, static_cast<float>(scale), writable(dw1));
 }
 
-void kronecker_few(const Tensor& x, const Tensor& w1, const Tensor& w2, double scale, Tensor& out) {
-  const Dtype dtype = check_dtype(x, "x");
-  check_float(w1, "w1");
-  check_float(w2, "w2");
-  STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2 && w1.numel() > 0 && w2.numel() > 0,
-                  "w1, w2: expected 2 dimensions, none of them empty");
+std::optional<Tensor> kronecker_few(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& w1,
+                                    const Tensor& w2, double scale, int64_t most) {
+  const auto sizes = few_rows_sizes(x, weight, bias, most);
+  if (!sizes || !are_factors(w1, 2) || !are_factors(w2, 2)) return std::nullopt;
   const int64_t l = w1.size(0), m = w1.size(1), k = w2.size(0), n = w2.size(1);
-  STD_TORCH_CHECK(x.numel() % (m * n) == 0, "x: expected rows of ", m * n, " numbers");
-  const int64_t tokens = x.numel() / (m * n);
-  check_float(out, "out");
-  STD_TORCH_CHECK(out.numel() == tokens * l * k, "out: expected as many rows as x");
-  const FloatNumbers numbers(x, dtype);
+  if (l * k != sizes->columns || m * n != sizes->depth) return std::nullopt;
+  const FloatNumbers numbers(x, sizes->dtype);
+  const std::unique_ptr<float[]> added(new float[sizes->rows * sizes->columns]);
   const KroneckerFewParams p{
-      numbers.get(), floats(w1), floats(w2), writable(out), tokens, l, m, k, n, static_cast<float>(scale)};
-  parallel_for(0, k, 1 + kTaskOperations / (1 + tokens * m * (n + l)),
+      numbers.get(), floats(w1), floats(w2), added.get(), sizes->rows, l, m, k, n, static_cast<float>(scale)};
+  parallel_for(0, k, 1 + kTaskOperations / (1 + sizes->rows * m * (n + l)),
                [&](int64_t begin, int64_t end) { kronecker_few_cpu(p, begin, end); });
+  return few_rows_linear(*sizes, x, weight, bias, added.get());
 }
 
 #ifdef PEFTK_CUDA
@@ -202,7 +201,7 @@ void kronecker_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1, con
 }  // namespace peftk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
-  m.def("kronecker_few(Tensor x, Tensor w1, Tensor w2, float scale, Tensor(a!) out) -> ()");
+  m.def("kronecker_few(Tensor x, Tensor weight, Tensor? bias, Tensor w1, Tensor w2, float scale, int most) -> Tensor?");
   m.def(
       "kronecker_mix(Tensor left, Tensor right, Tensor w1, float scale, int columns, bool add_left, bool add_right,"
       " Tensor(a!) mixed_left,"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +100,10 @@ def linear(
         plain = plain_tensors(base, x, args, kwargs)
     if plain is not None:
         blocks = composed(adapters[0])
-        if not base.training and unobserved() and (y := few(*plain, lambda: adapters[0])(x)) is not None:
-            return y
+        if not base.training and unobserved():
+            y = rotated_few(x, *plain, blocks, adapters[0].scale)
+            if y is not None:
+                return y
         y = F.block_rotate_linear(x, *plain, blocks)
     else:
         for adapter in reversed(adapters):
@@ -113,18 +115,29 @@ def linear(
     return F.scale_channels(y, _scale(adapters), bias)
 
 
-def few(weight: Tensor, bias: Tensor | None, butterfly: Callable[[], Butterfly]) -> Few:
-    """Return how a plain linear layer with one adapter, of no larger a group than `COMPOSED_GROUP`, runs few rows.
+def few(weight: Tensor, bias: Tensor | None, square: Tensor, scale: Tensor, kept: Kept | None = None) -> Few | None:
+    """Return how a plain linear layer with one adapter runs few rows, or None if operators always do.
 
     Args:
         weight: The weight of the layer, (out, in).
         bias: Its bias, (out,), or None.
-        butterfly: Returns the adapter as it is at a call.
+        square: As in `rotations`.
+        scale: The factor of every output, of `out` elements.
+        kept: Where what is made of `square` is kept; None for a place of its own.
     """
+    if square.shape[-1] << (len(square) - 1) > COMPOSED_GROUP:
+        return None
+    place = Kept() if kept is None else kept
 
     def run(x: Tensor) -> Tensor | None:
-        adapter = butterfly()
-        return rotated_few(x, weight, bias, composed(adapter), adapter.scale)
+        # Usually nothing has changed, which the call that reads the weight finds out by itself.
+        held = place.held(None)
+        if held is not None:
+            copies, (_, blocks) = held
+            y = rotated_few(x, weight, bias, blocks, scale, (square,), copies)
+            if y is not None:
+                return y
+        return rotated_few(x, weight, bias, composed(resting(square, scale, place)), scale)
 
     return run
 

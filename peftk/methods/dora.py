@@ -11,11 +11,12 @@ from torch.nn import functional as tf
 
 from .. import functional as F
 from ..kernels.shared.wide import wide
-from ..ops._few_rows import RESCALED, few, rescaled_few
+from ..ops._few_rows import RESCALED, rescaled_few
+from ..ops._few_rows import few as few_rows
 from ..ops.conv import channels_last
 from ..ops.dropout import Drawn, Dropout
 from ..ops.kept import keeps, rows_in_memory, same_weight, weight_sums
-from ._base_layer import opaque_weight, rows_of, stored
+from ._base_layer import Few, opaque_weight, rows_of, stored
 from ._quantised import dequantised
 
 if TYPE_CHECKING:
@@ -195,34 +196,38 @@ def _settings(scale: float, weight: Tensor) -> tuple[Any, ...]:
     return scale, weight.dtype, weight.shape, weight.stride()
 
 
-def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None, base: nn.Module, adapter: LowRank) -> Tensor | None:
-    """Return the output of a plain linear layer with one adapter on few rows, or None where this is not the way.
+def few(weight: Tensor, bias: Tensor | None, base: nn.Module, adapter: LowRank) -> Few | None:
+    """Return how a plain linear layer with one adapter runs few rows, or None if operators always do.
 
     Args:
-        x: (..., in); nothing is recorded.
-        weight: (out, in), that of the layer.
-        bias: (out,) or None.
+        weight: The weight of the layer, (out, in).
+        bias: Its bias, (out,), or None.
         base: The layer.
-        adapter: The adapter, with magnitudes.
+        adapter: The adapter, with magnitudes and a place where its gain is kept.
     """
     a, b, scale, gate, extra, p, magnitude, kept = adapter[:8]
-    if kept is None or magnitude is None or type(scale) is not float or p > 0:
+    if kept is None or magnitude is None or type(scale) is not float or p > 0 or gate is not None or extra is not None:
         return None
-    if gate is not None or extra is not None or not few(x, x.shape[-1], RESCALED):
-        return None
-    # Usually nothing has changed, which the call that reads the weight finds out by itself. Else the gain is found
-    # first, and the call repeated: equal calls have equal bits.
-    for prepare in (None, _verified):
-        if prepare is not None and prepare(base, adapter) is None:
+    sources = a, b, magnitude
+
+    def run(x: Tensor) -> Tensor | None:
+        if not few_rows(x, x.shape[-1], RESCALED):
             return None
-        held = kept.held(_settings(scale, weight))
-        if held is None:
-            continue
-        copies, (gain, sums) = held
-        y = rescaled_few(x, weight, bias, a, b, scale, gain, sums, (a, b, magnitude), copies)
-        if y is not None:
-            return y
-    return None
+        # Usually nothing has changed, which the call that reads the weight finds out by itself. Else the gain is found
+        # first, and the call repeated: equal calls have equal bits.
+        for prepare in (None, _verified):
+            if prepare is not None and prepare(base, adapter) is None:
+                return None
+            held = kept.held(_settings(scale, weight))
+            if held is None:
+                continue
+            copies, (gain, sums) = held
+            y = rescaled_few(x, weight, bias, a, b, scale, gain, sums, sources, copies)
+            if y is not None:
+                return y
+        return None
+
+    return run
 
 
 def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank, dropped: Tensor | None = None) -> Tensor:

@@ -108,7 +108,7 @@ def few(base: nn.Module, weight: Tensor, bias: Tensor | None, adapter: LowRank) 
     if p > 0 or extra is not None or of_inputs:
         return None
     if magnitude is not None:
-        return lambda x: dora.linear_few(x, weight, bias, base, adapter)
+        return dora.few(weight, bias, base, adapter)
     return lambda x: low_rank_few(x, weight, bias, a, b, scale, gate)
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..ops._few_rows import rotated_few
 from ..ops.conv import convolve_with
+from ..ops.kept import Kept
 from ._base_layer import NONE, Few, call, plain_tensors, unobserved
 
 
@@ -84,15 +85,33 @@ def linear(
     return call(base, x, *args, **kwargs)
 
 
-def few(weight: Tensor, bias: Tensor | None, blocks: Callable[[], Tensor]) -> Few:
+def few(
+    weight: Tensor, bias: Tensor | None, packed: Tensor, block_size: int, terms: int | None, kept: Kept | None = None
+) -> Few:
     """Return how a plain linear layer with one adapter runs few rows.
 
     Args:
         weight: The weight of the layer, (out, in).
         bias: Its bias, (out,), or None.
-        blocks: Returns the blocks as they are at a call.
+        packed: As in `rotations`, as are the next two.
+        block_size: The size of a block.
+        terms: The number of terms of the series, or None.
+        kept: Where the blocks are kept, of the settings `block_size` and `terms`; None for a place of its own.
     """
-    return lambda x: rotated_few(x, weight, bias, blocks())
+    place, settings = Kept() if kept is None else kept, (block_size, terms)
+
+    def run(x: Tensor) -> Tensor | None:
+        # Usually nothing has changed, which the call that reads the weight finds out by itself.
+        held = place.held(settings)
+        if held is not None:
+            copies, blocks = held
+            y = rotated_few(x, weight, bias, blocks, None, (packed,), copies)
+            if y is not None:
+                return y
+        blocks = place.get((packed,), lambda: rotations(packed, block_size, terms), settings)
+        return rotated_few(x, weight, bias, blocks)
+
+    return run
 
 
 def conv2d(

@@ -14,6 +14,7 @@ from ..methods._base_layer import Few, features_of
 from ..methods.boft import Butterfly
 from ..ops import _seed
 from ..ops.kept import Kept
+from ..ops.shortcut import Shortcut
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import Form, PeftConfig, PeftType, check_bool, check_choice, check_int, check_number, warn_of_field
 from .base.kinds import settle_fan_in_fan_out
@@ -218,11 +219,8 @@ class BOFTLinear(AdapterLayer):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return boft.linear(self.base_layer, x, [self.butterfly(name) for name in names], args, kwargs)
 
-    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
-        if self.butterfly(name).group > boft.COMPOSED_GROUP:
-            return None
-        parts = self.boft_R[name], self.boft_s[name], self._kept[name]
-        return boft.few(weight, bias, lambda: boft.resting(*parts))
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
+        return boft.few(weight, bias, self.boft_R[name], self.boft_s[name], self._kept.setdefault(name, Kept()))
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:

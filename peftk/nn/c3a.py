@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..methods import c3a
 from ..methods._base_layer import Few, features_of
+from ..ops.shortcut import Shortcut
 from .base.adapter_layer import Adapter, AdapterLayer
 from .base.config import Form, PeftConfig, PeftType, check_choice, check_int
 from .base.merging import Merged
@@ -151,7 +152,7 @@ class C3ALinear(AdapterLayer):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return c3a.linear(self.base_layer, x, [self.c3a_kernel[name] for name in names], args, kwargs)
 
-    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         return c3a.few(weight, bias, self.c3a_kernel[name])
 
     def get_delta_weight(self, adapter: str) -> Tensor:

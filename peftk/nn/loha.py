@@ -14,6 +14,7 @@ from ..methods import dora, loha
 from ..methods._base_layer import Few
 from ..methods.loha import Hadamard
 from ..ops import _seed
+from ..ops.shortcut import Shortcut
 from .base.adapter_layer import Adapter
 from .base.config import (
     Form,
@@ -217,7 +218,7 @@ class LoHaLinear(Decomposed):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return loha.linear(self.base_layer, x, [self.hadamard(name) for name in names], args, kwargs)
 
-    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         return None if self.use_dora[name] else loha.few(weight, bias, self.hadamard(name))
 
     @torch.no_grad()

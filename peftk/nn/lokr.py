@@ -16,6 +16,7 @@ from ..methods import dora, lokr
 from ..methods._base_layer import Few
 from ..methods.lokr import Kronecker
 from ..ops import _seed
+from ..ops.shortcut import Shortcut
 from .base.adapter_layer import Adapter
 from .base.config import (
     Form,
@@ -328,7 +329,7 @@ class LoKrLinear(Decomposed):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         return lokr.linear(self.base_layer, x, [self.kronecker(name) for name in names], args, kwargs)
 
-    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         return None if self.use_dora[name] else lokr.few(weight, bias, self.kronecker(name))
 
     @torch.no_grad()

@@ -26,12 +26,13 @@ RESCALED = 16
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
-_ORDINARY = (Tensor, nn.Parameter)
+ORDINARY = (Tensor, nn.Parameter)
+"""The classes of what is no tensor of somebody's own."""
 
 
 def few(x: Tensor, features: int, most: int = FEW) -> bool:
     """Whether x has so few rows of so many features that this way is the faster one, in a dtype that it has."""
-    return type(x) in _ORDINARY and x.is_cpu and 0 < x.numel() <= most * features and x.dtype in _DTYPES
+    return type(x) in ORDINARY and x.is_cpu and 0 < x.numel() <= most * features and x.dtype in _DTYPES
 
 
 def usual(x: Tensor, *factors: Tensor) -> bool:
@@ -47,26 +48,16 @@ def module_of(family: str) -> Any:
     return None if isinstance(module, str) else module
 
 
-def in_one_pass(x: Tensor) -> bool:
-    """Whether x has so few rows that `linear_with` reads a weight of any size once; native kernels are there."""
-    rows: int = module_of("few_rows").ONE_PASS_ROWS.get(x.dtype, 0)
-    return x.numel() <= rows * x.shape[-1]
+def rows_of_one_pass(dtype: torch.dtype) -> int:
+    """Return how many rows are read with a weight of any size in one pass; native kernels are there."""
+    rows: int = module_of("few_rows").ONE_PASS_ROWS.get(dtype, 0)
+    return rows
 
 
-def linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
-    """Return ``linear(x, weight, bias) + added``; where that is zero, with every bit of the frozen layer's output.
-
-    Args:
-        x: (..., in), `usual`.
-        weight: (out, in), in its dtype.
-        bias: (out,) or None.
-        added: (..., out), float32 and contiguous.
-    """
-    module = module_of("few_rows")
-    y: Tensor | None = None
-    if module.pays_in_one_pass(x, weight):
-        y = module.add(x, weight, bias, added, FEW)
-    return linear(x, weight, bias).add_(added) if y is None else y
+def pays_in_one_pass(x: Tensor, weight: Tensor) -> bool:
+    """Whether one pass over this weight is the faster way; native kernels are there."""
+    pays: bool = module_of("few_rows").pays_in_one_pass(x, weight)
+    return pays
 
 
 def low_rank_few(
@@ -86,7 +77,7 @@ def low_rank_few(
         gate: Of `rank` numbers, or None.
     """
     features = x.shape[-1]
-    if type(x) not in _ORDINARY or not x.is_cpu or x.numel() > FEW * features or type(scale) is not float:
+    if type(x) not in ORDINARY or not x.is_cpu or x.numel() > FEW * features or type(scale) is not float:
         return None
     module = module_of("few_rows")
     if module is None:
@@ -139,19 +130,25 @@ def rescaled_few(
         copies: What these were at that time.
     """
     module = module_of("few_rows")
-    if type(x) not in _ORDINARY or not x.is_cpu or module is None:
+    if type(x) not in ORDINARY or not x.is_cpu or module is None:
         return None
     y: Tensor | None = module.rescale(x, weight, bias, a, b, scale, gain, sums, sources, copies, RESCALED)
     return y
 
 
 def rotated_few(
-    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, gain: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
+    gain: Tensor | None = None,
+    sources: Sequence[Tensor] = (),
+    copies: Sequence[Tensor] = (),
 ) -> Tensor | None:
     """Return ``gain * (rotated(x) @ weight.T) + bias`` in one pass over the weight, or None.
 
-    None also where the rotation changes no number of x: the output then has every bit of the frozen layer's, which the
-    operators see to.
+    None also where the blocks may be others by now, and where the rotation changes no number of x: the output then has
+    every bit of the frozen layer's, which the operators see to.
 
     Args:
         x: (..., in), in the dtype of the weight.
@@ -159,9 +156,12 @@ def rotated_few(
         bias: (out,) or None.
         blocks: (in / b, b, b), or (1, b, b) if shared.
         gain: Of `out` numbers, or None.
+        sources: What the blocks were computed from.
+        copies: What these were at that time.
     """
     module = module_of("few_rows")
-    if type(x) not in _ORDINARY or not x.is_cpu or x.numel() > FEW * x.shape[-1] or module is None:
+    if type(x) not in ORDINARY or not x.is_cpu or module is None:
         return None
-    y: Tensor | None = module.rotate(x, weight, bias, blocks, gain, module.ONE_PASS_ROWS.get(x.dtype, 0))
+    most = module.ONE_PASS_ROWS.get(x.dtype, 0)
+    y: Tensor | None = module.rotate(x, weight, bias, blocks, gain, sources, copies, most)
     return y

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from ..runtime import registry
 from ._autograd import run_backward, transformed
-from ._few_rows import linear_with, module_of, usual
+from ._few_rows import FEW, ORDINARY, module_of, pays_in_one_pass, usual
 from ._wide_product import wide_product
 from .hadamard import _khatri_rao, _khatri_rao_backward, _weight, _weight_backward, hadamard_weight, khatri_rao
 from .low_rank import _linear, _linear_backward, low_rank_add, low_rank_linear
@@ -182,14 +182,20 @@ def hadamard_few(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Any, fou
     Neither the factors of rank r1 * r2 nor the changed weight is made.
     """
     module = module_of("hadamard")
-    if module is None or type(scale) is not float or not usual(x, *four):
+    if module is None or type(scale) is not float or type(x) not in ORDINARY or not x.is_cpu:
         return None
     (out, r1), (_, features), (_, r2), _ = (f.shape for f in four)
     if (out, features) != weight.shape or features != x.shape[-1] or not low_rank_pays(1 << 20, out, features, r1, r2):
         return None
+    if pays_in_one_pass(x, weight):
+        y: Tensor | None = module.few(x, weight, bias, *four, scale, FEW)
+        if y is not None:
+            return y
+    if not usual(x, *four):
+        return None
     added = x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
-    module.few(x, *four, scale, added)
-    return linear_with(x, weight, bias, added)
+    module.rows(x, *four, scale, added)
+    return linear(x, weight, bias).add_(added)
 
 
 def _low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, four: Factors) -> Tensor:

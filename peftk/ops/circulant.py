@@ -11,7 +11,7 @@ from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import run_backward
 from ._circulant_arguments import Scale, prepare_add, prepare_conv, prepare_linear, prepare_weight
-from ._few_rows import in_one_pass, linear_with, module_of, usual
+from ._few_rows import ORDINARY, module_of, rows_of_one_pass
 
 __all__ = ["circulant_linear", "circulant_weight", "circular_conv", "circular_conv_add"]
 
@@ -232,13 +232,10 @@ class CirculantWeight(torch.autograd.Function):
 def circulant_few(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Tensor, scale: float) -> Tensor | None:
     """Return `circulant_linear` of few rows, `unobserved`, or None where the operator has to run."""
     module = module_of("circulant")
-    if module is None or not in_one_pass(x) or not usual(x, kernel):
+    if module is None or not x.is_cpu or type(x) not in ORDINARY:
         return None
-    if _out_shape(x, kernel)[-1] != weight.shape[0] or kernel.shape[1] * kernel.shape[2] != x.shape[-1]:
-        return None
-    added = x.new_empty(_out_shape(x, kernel), dtype=torch.float32)
-    module.few(x, kernel, scale, added)
-    return linear_with(x, weight, bias, added)
+    y: Tensor | None = module.few(x, weight, bias, kernel, scale, rows_of_one_pass(x.dtype))
+    return y
 
 
 def circular_conv(x: Tensor, kernel: Tensor, scale: Scale = 1.0) -> Tensor:

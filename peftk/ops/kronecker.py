@@ -12,7 +12,7 @@ from ..runtime import registry
 from ..runtime.timings import power_bucket
 from ._autograd import run_backward
 from ._checks import autocast_input, cast, check_frozen, check_scale, check_shape, check_tensor
-from ._few_rows import in_one_pass, linear_with, module_of, usual
+from ._few_rows import ORDINARY, module_of, rows_of_one_pass
 from .plain import ordinary
 
 __all__ = ["kronecker_add", "kronecker_linear", "kronecker_weight"]
@@ -334,14 +334,10 @@ def kronecker_few(
 ) -> Tensor | None:
     """Return `kronecker_linear` of few rows, `unobserved`, or None where the operator has to run."""
     module = module_of("kronecker")
-    if module is None or not in_one_pass(x) or not usual(x, w1, w2):
+    if module is None or not x.is_cpu or type(x) not in ORDINARY:
         return None
-    (left, middle), (rows, columns) = w1.shape, w2.shape
-    if middle * columns != x.shape[-1] or left * rows != weight.shape[0]:
-        return None
-    added = x.new_empty(*x.shape[:-1], left * rows, dtype=torch.float32)
-    module.few(x, w1, w2, scale, added)
-    return linear_with(x, weight, bias, added)
+    y: Tensor | None = module.few(x, weight, bias, w1, w2, scale, rows_of_one_pass(x.dtype))
+    return y
 
 
 def kronecker_linear(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..nn.oft import SERIES_REFUSED, SERIES_WARNS
+from ..nn.oft_rotation import SERIES_REFUSED, SERIES_WARNS
 from ..runtime import registry, settings
 from .cases import Case, Inputs, all_cases
 from .cases.cayley import transform

@@ -209,6 +209,7 @@ def test_a_layer_that_is_gone_has_no_shortcut(config: Callable) -> None:
 
 def test_compilers_go_through_the_operators(model: nn.Module) -> None:
     x, layer = row(), layer_of(model)
+    torch.compiler.reset()
     with torch.no_grad():
         expected = layer(x)
         compiled = torch.compile(layer, backend="eager")

@@ -13,8 +13,9 @@ from support.layer_cases.oft import rotation
 from torch import nn
 
 import peftk
+from peftk.methods.oft import orthogonality_error
 from peftk.nn import BOFTConfig, OFTConfig, OFTConv2d, OFTLinear
-from peftk.nn.oft import CHECKED_EVERY, SERIES_REFUSED, SERIES_WARNS, Rotation, orthogonality_error
+from peftk.nn.oft_rotation import CHECKED_EVERY, SERIES_REFUSED, SERIES_WARNS, Rotation
 
 SMALL, WARNED, REFUSED = 0.3, 0.8, 3.0
 """Spectral norms of the skew matrices: well inside the radius, near it, and far outside."""
@@ -130,7 +131,7 @@ def test_a_pass_on_a_cpu_warns_once_for_the_adapter(kind, training):
 
 def test_passes_are_looked_at_ever_more_rarely(monkeypatch):
     looks, seen = [], [0]
-    monkeypatch.setattr("peftk.nn.oft.orthogonality_error", lambda blocks: looks.append(seen[0]) or 0.0)
+    monkeypatch.setattr("peftk.nn.oft_rotation.orthogonality_error", lambda blocks: looks.append(seen[0]) or 0.0)
     layer = OFTLinear(nn.Linear(8, 8), OFTConfig(oft_block_size=4)).train()
     x = torch.randn(2, 8)
     for seen[0] in range(1, 3 * CHECKED_EVERY + 1):

@@ -114,6 +114,11 @@ def _scale(layer: nn.Module) -> None:
         layer.scaling["default"] = 2.0 * layer.scaling["default"]
 
 
+def _terms(layer: nn.Module) -> None:
+    if isinstance(layer, peftk.nn.OFTLinear):
+        layer.oft_R["default"].neumann_terms = 2
+
+
 def _second(layer: nn.Module, config: Callable[[], peftk.PeftConfig]) -> None:
     layer.add_adapter("other", config())
     stirred(layer, 9)
@@ -139,6 +144,7 @@ CHANGES = {
     "none by hand": lambda layer, config: layer.active_adapters.clear(),
     "deleted": lambda layer, config: layer.delete_adapter("default"),
     "another base layer": lambda layer, config: _other_base(layer),
+    "terms of a series": lambda layer, config: _terms(layer),
     "no bias": lambda layer, config: setattr(layer.base_layer, "bias", None),
 }
 
@@ -267,6 +273,7 @@ def test_what_is_around_a_call_is_followed(layer: nn.Module, around: Callable) -
 
 def test_transforms_and_compilers_go_through_the_operators(layer: nn.Module) -> None:
     rows = torch.randn(3, 1, SIZE)
+    torch.compiler.reset()  # One function may be compiled for so many layers.
     with torch.no_grad():
         expected = torch.stack([layer(x) for x in rows])
         with pytest.raises(RuntimeError, match="vmap support"):

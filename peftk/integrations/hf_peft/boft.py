@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ...methods import boft
 from ...methods._base_layer import Few, kind_of, observed, plain_tensors
 from ...methods.boft import Butterfly
-from ...ops.kept import Kept
 from ...ops.shortcut import Shortcut
 from .tuner_layer import FINGERPRINTS, NONE_ACTIVE, SHARED, TunerWay, active, dense_weight, held, plain_example, unfit
 
@@ -84,11 +83,7 @@ class Linear(Butterflies):
 
     def few(self, layer: Any, adapters: list[Any], weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         """See `Way.few`."""
-        square, scale = adapters[0]
-        if self._butterflies(adapters)[0].group > boft.COMPOSED_GROUP:
-            return None
-        kept = Kept()
-        return boft.few(weight, bias, lambda: boft.resting(square, scale, kept))
+        return boft.few(weight, bias, *adapters[0])
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

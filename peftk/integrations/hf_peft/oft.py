@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...methods import oft
 from ...methods._base_layer import Few, observed, plain_tensors
-from ...ops.kept import Kept
 from ...ops.shortcut import Shortcut
 from .tuner_layer import NONE_ACTIVE, SHARED, TunerWay, active, dense_weight, parameter, plain_example, unfit
 
@@ -78,9 +77,7 @@ class Linear(Rotated):
 
     def few(self, layer: Any, adapters: list[Any], weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         """See `Way.few`."""
-        packed, size, terms = adapters[0]
-        kept = Kept()
-        run = oft.few(weight, bias, lambda: kept.get((packed,), lambda: oft.rotations(packed, size, terms)))
+        run = oft.few(weight, bias, *adapters[0])
         # Four dimensions are an image to PEFT's module.
         return lambda x: run(x) if x.dim() != 4 else None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..shared.circulant import Paths, Transforms, operators
 from ..shared.fourier import factors, waves
+from ._bare import bare
 from ._supports import device_reason, supports_activations
 from .wide_product import wide_product
 
@@ -79,8 +80,10 @@ class _FastTransforms(Transforms):
         return out
 
 
-few = torch.ops.peftk_native.circulant_few.default
-"""``few(x, kernel, scale, out)`` writes the convolution of few rows to a float32 `out`, without a spectrum."""
+few = bare(torch.ops.peftk_native.circulant_few.default)
+"""``few(x, weight, bias, kernel, scale, most)`` returns the output of `circulant_linear` for few rows, in one pass over
+the weight and without a spectrum; None where operators have to run, as the functions of `few_rows` do.
+"""
 
 # The kernels that the registry looks for here by name; what a backend has of its own are the steps above.
 globals().update(operators(Paths(_mix, _contract, _write, _gather, _FastTransforms(), wide_product), _reason))

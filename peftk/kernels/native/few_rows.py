@@ -45,16 +45,15 @@ low_rank = bare(torch.ops.peftk_native.few_rows_low_rank.default)
 """``low_rank(x, weight, bias, a, b, gate, scale, most)`` returns
 ``x @ weight.T + scale * (x @ a.T * gate) @ b.T + bias``.
 
-It and the three below return None where the caller has to go another way: for more rows of x than `most`, for other
+It and the two below return None where the caller has to go another way: for more rows of x than `most`, for other
 dtypes, shapes or layouts than the kernels take, and where the output is that of the frozen layer alone, because what is
 added is zero or a rotation changes nothing, so that it keeps its bits.
 """
 
-add = bare(torch.ops.peftk_native.few_rows_add.default)
-"""``add(x, weight, bias, added, most)`` returns ``x @ weight.T + added + bias``; `added` has a row for each of x."""
-
 rotate = bare(torch.ops.peftk_native.few_rows_rotate.default)
-"""``rotate(x, weight, bias, blocks, gain, most)`` returns ``gain * (rotated(x) @ weight.T) + bias``."""
+"""``rotate(x, weight, bias, blocks, gain, sources, copies, most)`` returns ``gain * (rotated(x) @ weight.T) + bias``;
+None also for `sources` that are not the same as their copies to the bit.
+"""
 
 rescale = bare(torch.ops.peftk_native.few_rows_rescale.default)
 """``rescale(x, weight, bias, a, b, scale, gain, sums, sources, copies, most)`` returns

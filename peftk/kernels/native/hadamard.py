@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..shared.hadamard import Needs
+from ._bare import bare
 from ._supports import device_reason, supports_activations
 
 # Looked up once: the look-up of an operator by name costs as much as a small kernel.
@@ -16,9 +17,14 @@ _weight = torch.ops.peftk_native.hadamard_weight.default
 _weight_backward = torch.ops.peftk_native.hadamard_weight_backward.default
 
 
-few = torch.ops.peftk_native.hadamard_few.default
-"""``few(x, w1_a, w1_b, w2_a, w2_b, scale, out)`` writes ``scale * x @ ((w1_a @ w1_b) * (w2_a @ w2_b)).T`` of few rows
-to a float32 `out`, without factors of rank r1 * r2.
+few = bare(torch.ops.peftk_native.hadamard_few.default)
+"""``few(x, weight, bias, w1_a, w1_b, w2_a, w2_b, scale, most)`` returns the output of a layer with one adapter for few
+rows, in one pass over the weight; None where that is not the way, as the functions of `few_rows` do.
+"""
+
+rows = bare(torch.ops.peftk_native.hadamard_rows.default)
+"""``rows(x, w1_a, w1_b, w2_a, w2_b, scale, out)`` writes ``scale * x @ ((w1_a @ w1_b) * (w2_a @ w2_b)).T`` of few rows,
+float32 or bfloat16, to a float32 `out`.
 """
 
 

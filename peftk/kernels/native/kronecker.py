@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from ... import _C  # noqa: F401 - importing it registers the operators of peftk_native
 from ..shared.kronecker import Needs, w1_first_backward, w2_first
+from ._bare import bare
 from ._supports import device_reason, supports_activations
 from .wide_product import wide_product
 
@@ -19,8 +20,10 @@ _mix = torch.ops.peftk_native.kronecker_mix.default
 _write = torch.ops.peftk_native.kronecker_weight.default
 _write_backward = torch.ops.peftk_native.kronecker_weight_backward.default
 
-few = torch.ops.peftk_native.kronecker_few.default
-"""``few(x, w1, w2, scale, out)`` writes the product of few rows, float32 or bfloat16, to a float32 `out`."""
+few = bare(torch.ops.peftk_native.kronecker_few.default)
+"""``few(x, weight, bias, w1, w2, scale, most)`` returns the output of `kronecker_linear` for few rows, in one pass over
+the weight; None where operators have to run, as the functions of `few_rows` do.
+"""
 
 # Stands for a float32 result that is not wanted.
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...methods import adalora
 from ...methods._base_layer import Few, features_of
 from ...methods.lora import LowRank
+from ...ops.shortcut import Shortcut
 from ..base.adapter_layer import Adapter, AdapterLayer
 from ..base.kinds import settle_fan_in_fan_out
 from ..base.merging import Merged
@@ -100,7 +101,7 @@ class AdaLoRALinear(AdapterLayer):
         assert base is not None
         return adalora.linear(base, x, [self.low_rank(name) for name in names], args, kwargs)
 
-    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         adapter = self.low_rank(name)
         # As it lies: a view would stay behind where another value is put into the parameter.
         return adalora.few(self.base_layer, weight, bias, adapter._replace(gate=self.lora_E[name]))

@@ -24,7 +24,7 @@ class Shortened:
     other_param_names: ClassVar[tuple[str, ...]]
     _shortcut: Shortcut | None
 
-    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         """Return how the layer runs few rows with one adapter, or None if as it runs many.
 
         What is returned holds no reference to the layer, which would then be freed late.
@@ -33,6 +33,7 @@ class Shortened:
             name: The adapter.
             weight: That of the base layer, a plain dense nn.Linear, (out, in).
             bias: Its bias, (out,), or None.
+            rests: Takes note of what that rests on beside the settings and parameters of the adapter.
         """
         return None
 
@@ -48,10 +49,12 @@ class Shortened:
         if not unobserved() or not few(x, self.in_features):
             return None
         plain = plain_tensors(base, x)
-        run = None if plain is None else self._few(name, *plain)
-        if run is None:
+        if plain is None:
             return None
         found = Shortcut(own)
+        run = self._few(name, *plain, found)
+        if run is None:
+            return None
         found.rest_on(own, "training", "batch_adapters", "disable_adapters", "merged_adapters", "_strengths")
         found.rest_on(own, "_modules", "active_adapters", *self.other_param_names)
         found.rest_on_empty(own["merged_adapters"], own["_strengths"])

@@ -13,6 +13,7 @@ from ...methods._base_layer import Few, features_of, listened_to, observed, opaq
 from ...methods._quantised import readable
 from ...methods.lora import LowRank
 from ...ops.kept import Kept
+from ...ops.shortcut import Shortcut
 from ..base.adapter_layer import Adapter
 from ..base.config import PeftConfig
 from ..base.kinds import settle_fan_in_fan_out
@@ -185,7 +186,7 @@ class LoRALinear(LoRALayer):
         assert base is not None
         return lora.linear(base, x, adapters, args, kwargs)
 
-    def _few(self, name: str, weight: Tensor, bias: Tensor | None) -> Few | None:
+    def _few(self, name: str, weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         factors = self._factor_modules(name)
         if name in self.lora_start._modules or listened_to(nn.Linear, *factors):
             return None
