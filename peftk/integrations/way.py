@@ -107,10 +107,10 @@ class Way:
         if not unobserved() or not few(x, base.in_features) or (plain := plain_tensors(base, x)) is None:
             return
         found = Shortcut(layer.__dict__)
-        run = self.few(layer, adapters, *plain, found)
-        if run is not None:
+        short = self.few(layer, adapters, *plain, found)
+        if short is not None:
             found.rest_on_tree(layer)
-            if found.close(run):
+            if found.close(short.run, short.rows * base.in_features):
                 SHORTCUTS[layer] = found
 
     def around(self, original: Forward, here: Callable[[Any], bool]) -> Forward:
@@ -131,7 +131,7 @@ class Way:
                 return original(layer, x, *args, **kwargs)
             eager = not torch.compiler.is_dynamo_compiling()
             shortcut = known.get(ref(layer)) if eager else None
-            if shortcut is not None:
+            if shortcut is not None and type(x) is Tensor and x.numel() <= shortcut.most:
                 if not shortcut.unchanged(layer.__dict__, shortcut.calls, shortcut.empty, shortcut.entries):
                     SHORTCUTS.pop(layer, None)
                     shortcut = None

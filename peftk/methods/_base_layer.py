@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.plain import CONVOLUTIONS, DENSE, NONE, listened_to, observed, plain_tensors, stored, unobserved
 
-Few = Callable[[Tensor], Tensor | None]
-"""What a dense nn.Linear with an adapter does with few rows, `unobserved`: the output, or None where operators have to
-run. It holds the tensors of the layer and the adapter, and reads them anew in every call.
-"""
+
+class Few(NamedTuple):
+    """What a dense nn.Linear with an adapter does with few rows, `unobserved`.
+
+    Attributes:
+        run: Returns the output, or None where operators have to run. It holds the tensors of the layer and the adapter,
+            and reads them anew in every call.
+        rows: The number of rows beyond which that is always None.
+    """
+
+    run: Callable[[Tensor], Tensor | None]
+    rows: int
+
 
 _FEATURES = {
     "Linear": ("in_features", "out_features"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._few_rows import rotated_few
+from ..ops._few_rows import rotated_few, rows_of_one_pass
 from ..ops.conv import convolve_with
 from ..ops.kept import Kept
 from ._base_layer import NONE, Few, call, plain_tensors, unobserved
@@ -139,7 +139,7 @@ def few(weight: Tensor, bias: Tensor | None, square: Tensor, scale: Tensor, kept
                 return y
         return rotated_few(x, weight, bias, composed(resting(square, scale, place)), scale)
 
-    return run
+    return Few(run, rows_of_one_pass(weight.dtype))
 
 
 def conv2d(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops._few_rows import rows_of_one_pass
 from ..ops.circulant import circulant_few
 from ..ops.conv import convolution_beside, convolve_with
 from ._base_layer import NONE, Few, call, plain_tensors, unobserved
@@ -30,7 +31,7 @@ def linear(
     scale = 1.0 / x.shape[-1]
     summed = _summed(kernels)
     if plain is not None and len(summed) == 1 and not base.training and unobserved():
-        y = few(*plain, summed[0])(x)
+        y = circulant_few(x, *plain, summed[0], scale)
         if y is not None:
             return y
     if plain is not None:
@@ -52,7 +53,7 @@ def few(weight: Tensor, bias: Tensor | None, kernel: Tensor) -> Few:
         bias: Its bias, (out,), or None.
         kernel: The adapter, (out / b, in / b, b).
     """
-    return lambda x: circulant_few(x, weight, bias, kernel, 1.0 / x.shape[-1])
+    return Few(lambda x: circulant_few(x, weight, bias, kernel, 1.0 / x.shape[-1]), rows_of_one_pass(weight.dtype))
 
 
 def add(result: Tensor, x: Tensor, kernel: Tensor) -> Tensor:

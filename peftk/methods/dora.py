@@ -227,7 +227,7 @@ def few(weight: Tensor, bias: Tensor | None, base: nn.Module, adapter: LowRank) 
                 return y
         return None
 
-    return run
+    return Few(run, RESCALED)
 
 
 def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank, dropped: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..kernels.shared.wide import wide
+from ..ops._few_rows import FEW
 from ..ops._hadamard_linear import Factors, add_hadamard, hadamard_few, hadamard_linear, low_rank_pays
 from ..ops.conv import Convolution, convolve_thin, convolve_with, expand
 from . import dora
@@ -113,7 +114,7 @@ def few(weight: Tensor, bias: Tensor | None, adapter: Hadamard) -> Few | None:
     if any(part is not None for part in adapter[5:]):
         return None
     four, scale = factors(adapter), adapter.scale
-    return lambda x: hadamard_few(x, weight, bias, scale, four)
+    return Few(lambda x: hadamard_few(x, weight, bias, scale, four), FEW)
 
 
 def add(result: Tensor, x: Tensor, adapter: Hadamard) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
+from ..ops._few_rows import rows_of_one_pass
 from ..ops.conv import Convolution, convolve_with
 from ..ops.kronecker import kronecker_few
 from . import dora
@@ -139,7 +140,11 @@ def few(weight: Tensor, bias: Tensor | None, adapter: Kronecker) -> Few | None:
         return None
     if thin(adapter) or isinstance(scale, Tensor):
         return None
-    return lambda x: kronecker_few(x, weight, bias, first(adapter), second(adapter), scale)
+
+    def run(x: Tensor) -> Tensor | None:
+        return kronecker_few(x, weight, bias, first(adapter), second(adapter), scale)
+
+    return Few(run, rows_of_one_pass(weight.dtype))
 
 
 def thin(adapter: Kronecker) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from .. import functional as F
-from ..ops._few_rows import low_rank_few
+from ..ops._few_rows import FEW, low_rank_few
 from ..ops.bias import add_bias
 from ..ops.kept import Kept
 from . import dora
@@ -72,8 +72,8 @@ def linear(
             return _with_magnitudes(base, x, adapters, args, kwargs)
     plain = plain_tensors(base, x, args, kwargs)
     if plain is not None and len(adapters) == 1 and not base.training and unobserved():
-        run = few(base, *plain, adapters[0])
-        if run is not None and (y := run(x)) is not None:
+        short = few(base, *plain, adapters[0])
+        if short is not None and (y := short.run(x)) is not None:
             return y
     result = None
     if plain is None:
@@ -109,7 +109,7 @@ def few(base: nn.Module, weight: Tensor, bias: Tensor | None, adapter: LowRank) 
         return None
     if magnitude is not None:
         return dora.few(weight, bias, base, adapter)
-    return lambda x: low_rank_few(x, weight, bias, a, b, scale, gate)
+    return Few(lambda x: low_rank_few(x, weight, bias, a, b, scale, gate), FEW)
 
 
 def add(result: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
@@ -156,8 +156,8 @@ def _with_magnitudes(
         return linear(base, *inputs_scaled(base, x, adapters), args, kwargs)
     if len(adapters) == 1 and not base.training and unobserved():
         plain = plain_tensors(base, x, args, kwargs)
-        run = None if plain is None else few(base, *plain, adapters[0])
-        if run is not None and (y := run(x)) is not None:
+        short = None if plain is None else few(base, *plain, adapters[0])
+        if short is not None and (y := short.run(x)) is not None:
             return y
     result = call(base, x, *args, **kwargs)
     x = x.to(result.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._few_rows import rotated_few
+from ..ops._few_rows import rotated_few, rows_of_one_pass
 from ..ops.conv import convolve_with
 from ..ops.kept import Kept
 from ._base_layer import NONE, Few, call, plain_tensors, unobserved
@@ -111,7 +111,7 @@ def few(
         blocks = place.get((packed,), lambda: rotations(packed, block_size, terms), settings)
         return rotated_few(x, weight, bias, blocks)
 
-    return run
+    return Few(run, rows_of_one_pass(weight.dtype))
 
 
 def conv2d(

@@ -32,7 +32,9 @@ ORDINARY = (Tensor, nn.Parameter)
 
 def few(x: Tensor, features: int, most: int = FEW) -> bool:
     """Whether x has so few rows of so many features that this way is the faster one, in a dtype that it has."""
-    return type(x) in ORDINARY and x.is_cpu and 0 < x.numel() <= most * features and x.dtype in _DTYPES
+    if type(x) not in ORDINARY or not x.is_cpu or not 0 < x.numel() <= most * features or x.dtype not in _DTYPES:
+        return False
+    return module_of("few_rows") is not None
 
 
 def usual(x: Tensor, *factors: Tensor) -> bool:
@@ -49,8 +51,9 @@ def module_of(family: str) -> Any:
 
 
 def rows_of_one_pass(dtype: torch.dtype) -> int:
-    """Return how many rows are read with a weight of any size in one pass; native kernels are there."""
-    rows: int = module_of("few_rows").ONE_PASS_ROWS.get(dtype, 0)
+    """Return how many rows are read with a weight of any size in one pass."""
+    module = module_of("few_rows")
+    rows: int = 0 if module is None else module.ONE_PASS_ROWS.get(dtype, 0)
     return rows
 
 

@@ -30,18 +30,20 @@ _INTERNAL = frozenset(nn.Module().__dict__)
 class Shortcut:
     """How a layer runs few rows as long as everything that says so is what it was.
 
-    ``unchanged(own, calls, empty, entries)`` says whether it is, where `own` is the dictionary of the layer. That is
-    not kept here: the layer holds its shortcut, and would be freed late. A copy or a pickle of a layer has none.
+    For a tensor of at most `most` numbers ``unchanged(own, calls, empty, entries)`` says whether it is, where `own` is
+    the dictionary of the layer. That is not kept here: the layer holds its shortcut, and would be freed late. A copy or
+    a pickle of a layer has none.
 
     Args:
         own: The dictionary of the layer.
     """
 
-    __slots__ = ("_own", "calls", "empty", "entries", "run", "unchanged")
+    __slots__ = ("_own", "calls", "empty", "entries", "most", "run", "unchanged")
 
     def __init__(self, own: dict[str, Any]) -> None:
         self._own: dict[str, Any] | None = own
         self.run: Callable[[Tensor], Tensor | None] = lambda x: None
+        self.most = 0
         # What one of them says that would run Python is read where it reads it.
         self.calls = tuple(c for c in OBSERVERS if c is not torch.compiler.is_compiling or _FLAG not in _COMPILER)
         hooks = [value for name, value in vars(torch_module).items() if name.startswith("_global_")]
@@ -101,17 +103,18 @@ class Shortcut:
             if child is not None:
                 self.rest_on_tree(child, root=False)
 
-    def close(self, run: Callable[[Tensor], Tensor | None]) -> bool:
+    def close(self, run: Callable[[Tensor], Tensor | None], most: int) -> bool:
         """Note nothing more, and return whether all of this can be asked and holds.
 
         Args:
             run: Returns the output for few rows, or None where the layer has to find it in another way.
+            most: The numbers of an input beyond which that is always None.
         """
         module = registry.backend_module("native", "unchanged")
         own, self._own = self._own, None
         if isinstance(module, str):
             return False
-        self.run, self.unchanged = run, module.unchanged
+        self.run, self.most, self.unchanged = run, most, module.unchanged
         return self.unchanged(own, self.calls, self.empty, self.entries)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...methods._base_layer import Few
 from ...methods.lora import LowRank
-from ...ops._few_rows import low_rank_few
+from ...ops._few_rows import FEW, low_rank_few
 from ...ops.shortcut import Shortcut
 from . import lora as lora_layers
 from .lora import FEW_ROWS_NOTE, Active, dropout_of, run_conv, run_linear, scale_of, unfit_rows
@@ -84,7 +84,7 @@ class Linear(Triplets):
                 return None
             return low_rank_few(x, weight, bias, one.a, one.b, scale / (rank.item() + 1e-5), e)
 
-        return run
+        return Few(run, FEW)
 
     example = lora_layers.Linear.example
 

@@ -186,9 +186,11 @@ class Linear(Factored):
         if one.magnitude is None:
             return lora.few(base, weight, bias, one)
         rests.rest_on(vars(_theirs()), "ENABLE_DORA_CACHING")
-        run = lora.few(base, weight, bias, one._replace(kept=Kept()))
+        short = lora.few(base, weight, bias, one._replace(kept=Kept()))
+        if short is None:
+            return None
         # PEFT's DoRA makes two dimensions of one.
-        return None if run is None else lambda x: run(x) if x.dim() > 1 else None
+        return Few(lambda x: short.run(x) if x.dim() > 1 else None, short.rows)
 
     def run(self, layer: Any, x: Tensor, adapters: list[Active]) -> Tensor:
         """See `Way.run`."""

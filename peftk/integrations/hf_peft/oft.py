@@ -77,9 +77,9 @@ class Linear(Rotated):
 
     def few(self, layer: Any, adapters: list[Any], weight: Tensor, bias: Tensor | None, rests: Shortcut) -> Few | None:
         """See `Way.few`."""
-        run = oft.few(weight, bias, *adapters[0])
+        run, rows = oft.few(weight, bias, *adapters[0])
         # Four dimensions are an image to PEFT's module.
-        return lambda x: run(x) if x.dim() != 4 else None
+        return Few(lambda x: run(x) if x.dim() != 4 else None, rows)
 
     def run(self, layer: Any, x: Tensor, adapters: list[Any]) -> Tensor:
         """See `Way.run`."""

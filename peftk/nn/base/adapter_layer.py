@@ -254,7 +254,7 @@ class AdapterLayer(Mergeable, Scalable, Shortened, Filed, Updatable, Readable):
         own = self.__dict__
         if eager := not (args or kwargs or torch.compiler.is_dynamo_compiling()):
             shortcut = own["_shortcut"]
-            if shortcut is not None:
+            if shortcut is not None and type(x) is Tensor and x.numel() <= shortcut.most:
                 if not shortcut.unchanged(own, shortcut.calls, shortcut.empty, shortcut.entries):
                     own["_shortcut"] = None
                 elif (y := shortcut.run(x)) is not None:

@@ -52,8 +52,8 @@ class Shortened:
         if plain is None:
             return None
         found = Shortcut(own)
-        run = self._few(name, *plain, found)
-        if run is None:
+        short = self._few(name, *plain, found)
+        if short is None:
             return None
         found.rest_on(own, "training", "batch_adapters", "disable_adapters", "merged_adapters", "_strengths")
         found.rest_on(own, "_modules", "active_adapters", *self.other_param_names)
@@ -70,7 +70,7 @@ class Shortened:
             part = held._modules.get(name)
             if part is not None:
                 found.rest_on_module(part)
-        return found if found.close(run) else None
+        return found if found.close(short.run, short.rows * self.in_features) else None
 
 
 def _owner(layer: object, method: str) -> type | None:
