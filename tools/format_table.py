@@ -46,6 +46,9 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     ),
     "LoHa": lambda library: library.LoHaConfig(r=2, alpha=3, target_modules=["layer"]),
     "LoKr": lambda library: library.LoKrConfig(r=1, alpha=3, target_modules=["layer"]),
+    "whole weights, as LoKr": lambda library: library.LoKrConfig(
+        r=999, alpha=999, decompose_factor=1, target_modules=["layer"]
+    ),
     "OFT on the output": lambda library: library.OutputOFTConfig(
         block_size=2, use_rescale=True, constraint=0.05, target_modules=["layer"]
     ),
@@ -59,6 +62,7 @@ LYCORIS: dict[str, dict[str, Any]] = {
     "DoRA of inputs": {"algo": "locon", "linear_dim": 2, "conv_dim": 2, "dora_wd": True, "wd_on_output": False},
     "LoHa": {"algo": "loha", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3},
     "LoKr": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 3, "conv_dim": 1, "conv_alpha": 3},
+    "whole weights, as LoKr": {"algo": "full"},
     "OFT on the output": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "rescaled": True, "constraint": 0.05},
     "BOFT on the output": {"algo": "boft", "linear_dim": 4, "conv_dim": 4},
 }
@@ -148,7 +152,8 @@ def _of_lycoris(subject: Subject, method: str, out: Path) -> Tensor:
         if not network.loras:
             raise No("it has no such layer")
         network.apply_to()
-        _train(network.parameters())
+        # Trained biases, which come with whole weights, are refused here.
+        _train(parameter for parameter in network.parameters() if parameter.dim() != 1)
         expected = subject.output(model)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise No(str(error)) from None

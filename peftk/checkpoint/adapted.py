@@ -19,6 +19,7 @@ __all__ = [
     "METHODS",
     "OUTPUT",
     "TYPES",
+    "WHOLE",
     "Adapted",
     "as_lycoris",
     "component_of",
@@ -30,7 +31,10 @@ __all__ = [
 MAGNITUDES = "dora_scale"
 OUTPUT = "OFT or BOFT on the output"
 
-TYPES = {"LoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR", OUTPUT: "OUTPUT_OFT"}
+WHOLE = "whole weights"
+"""LyCORIS' name of it is "full": the change of a weight, as large as that. Here it is LoKr with a first factor of 1."""
+
+TYPES = {"LoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR", OUTPUT: "OUTPUT_OFT", WHOLE: "LOKR"}
 """The methods that more than one program has, with one meaning, and their types in a configuration."""
 
 
@@ -82,6 +86,7 @@ class Adapted:
         keys: LyCORIS' name of a tensor, alpha included, to its key in the file.
         notes: What of it could not be taken over bit by bit.
         joined: The keys, as in `keys`, of further modules that are in this one.
+        unused: Further keys in the file, and why nothing is lost without them.
     """
 
     source: str
@@ -93,6 +98,7 @@ class Adapted:
     keys: dict[str, str]
     notes: list[str] = field(default_factory=list)
     joined: list[dict[str, str]] = field(default_factory=list)
+    unused: dict[str, str] = field(default_factory=dict)
 
     @property
     def flat(self) -> str:

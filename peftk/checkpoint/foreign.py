@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapted import OUTPUT, TYPES
+from .adapted import OUTPUT, TYPES, WHOLE
 from .container import CheckpointError, capped, shown
 from .foreign_names import prefix_of, resolved
 from .original_names import split
@@ -202,7 +202,16 @@ def _module(
     name: str, path: str, found: Found, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]
 ) -> _Module:
     for part, tensor in parts.items():
-        if tensor.dim() < 2 and part not in ("alpha", "lora_alpha", "dora_scale", "rescale", *MAGNITUDES):
+        if tensor.dim() < 2 and part not in (
+            "alpha",
+            "lora_alpha",
+            "dora_scale",
+            "rescale",
+            "diff_b",
+            "w_norm",
+            "b_norm",
+            *MAGNITUDES,
+        ):
             raise ValueError(f"{part}: expected two dimensions or more, got shape {tuple(tensor.shape)}")
     reader = _READERS[found.method or ""]
     made = reader.read(name, path, parts, weight, written)
@@ -214,7 +223,7 @@ def _module(
         raise ValueError(f"{' and '.join(magnitudes)}: expected one of them")
     for part in magnitudes:
         if reader.magnitudes is None:
-            raise ValueError(f"{part}: rotations have no magnitudes")
+            raise ValueError(f"{part}: expected none beside {', '.join(made.used)}")
         _add_magnitudes(made, part, parts[part], weight, reader.magnitudes)
     return made
 
@@ -308,7 +317,8 @@ def _lokr(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size,
     if len(weight) > 2 and any(size > 1 for size in weight[2:]) and "lokr_w2" not in parts:
         flags["use_effective_conv2d"] = "lokr_t2" in parts
     if len(weight) == 3:
-        if "lokr_w2" in parts:
+        # Beside a first factor of one number there is nothing that could be in another order.
+        if "lokr_w2" in parts and parts.get("lokr_w1", parts["lokr_w2"]).numel() > 1:
             raise ValueError("lokr_w2: a whole factor on an nn.Conv1d has another order of its numbers in PEFT")
         if "lokr_t2" in tensors and tensors["lokr_t2"].dim() == 3:
             tensors["lokr_t2"] = tensors["lokr_t2"].unsqueeze(-1)
@@ -320,6 +330,29 @@ def _lokr(name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size,
         return _Module(path, rank, rank * scale_of_whole(name, written), used, tensors, flags)
     (rank,) = ranks
     return _Module(path, rank, alpha_of(name, rank, parts, written), used, tensors, flags)
+
+
+def as_kronecker(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the change of a whole weight as the tensors of LoKr.
+
+    Raises:
+        ValueError: It changes something else: a bias, or a layer that norms.
+    """
+    if "diff" not in parts:
+        raise ValueError(f"{', '.join(sorted(parts))}: the change of a norm layer, which no adapter here makes")
+    if "diff_b" in parts and bool(parts["diff_b"].count_nonzero()):
+        raise ValueError("diff_b: the change of a bias, which no adapter here makes")
+    return {"lokr_w1": parts["diff"].new_ones(1, 1), "lokr_w2": parts["diff"]}
+
+
+def _whole(
+    name: str, path: str, parts: Mapping[str, Tensor], weight: torch.Size, written: Mapping[str, Any]
+) -> _Module:
+    factors = as_kronecker(parts)
+    factors["lokr_w2"] = _fitted(factors["lokr_w2"], len(weight))
+    made = _lokr(name, path, factors, weight, written)
+    made.used = ("diff", "diff_b")
+    return made
 
 
 def _rotation(
@@ -365,6 +398,7 @@ _READERS = {
     "LoHa": _Reader(_loha, "hada_magnitude_vector"),
     "LoKr": _Reader(_lokr, "lokr_magnitude_vector"),
     OUTPUT: _Reader(_rotation, None),
+    WHOLE: _Reader(_whole, None),
 }
 
 

@@ -137,6 +137,7 @@ def _of_blocks(known: set[str]) -> dict[str, tuple[str, ...]]:
 _BY_ROWS = {
     "LoRA": ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight", "dora_scale"),
     "LoHa": ("hada_w1_a", "hada_w2_a", "dora_scale"),
+    "whole weights": ("diff", "diff_b"),
 }
 """The tensors that have a row for every output, by method."""
 

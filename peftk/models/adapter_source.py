@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import foreign, foreign_names
-from ..checkpoint.adapted import MAGNITUDES, METHODS, OUTPUT, TYPES, Adapted, component_of, weight_shape
+from ..checkpoint.adapted import MAGNITUDES, METHODS, OUTPUT, TYPES, WHOLE, Adapted, component_of, weight_shape
 from ..checkpoint.container import CheckpointError, capped, parse_json, shown
 from ..checkpoint.peft import CONFIG_NAME, MAX_CONFIG_DEPTH, WEIGHTS_NAME, read_config
 from ..checkpoint.reader import TensorFile, header_shapes, read_safetensors
@@ -162,6 +162,8 @@ def _modules(found: Description, file: TensorFile, number: Number) -> list[Adapt
 
 def _module(name: str, found: Found, file: TensorFile, number: Number) -> Adapted:
     prefix, rest = foreign_names.prefix_of(name)
+    if found.method == WHOLE:
+        return _whole(name, component_of(prefix), rest or name, found, file)
     parts: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
     for part in found.parts:
@@ -183,6 +185,17 @@ def _module(name: str, found: Found, file: TensorFile, number: Number) -> Adapte
         module.notes.append(f"lokr_w1: multiplied by {value:g}, since others scale whole factors by 1")
     if MAGNITUDES in parts:
         _check_magnitudes(parts, shape, keys[MAGNITUDES].endswith(f".{MAGNITUDES}"))
+    return module
+
+
+def _whole(name: str, component: str, path: str, found: Found, file: TensorFile) -> Adapted:
+    parts = foreign.as_kronecker({part: file[f"{name}.{part}"] for part in found.parts})
+    if others := found.parts.keys() - {"diff", "diff_b", "alpha"}:
+        raise ValueError(f"{', '.join(sorted(others))}: expected none beside diff")
+    keys = {"lokr_w2": f"{name}.diff"} | ({"alpha": f"{name}.alpha"} if "alpha" in found.parts else {})
+    module = Adapted(name, component, path, "LoKr", parts, None, keys)
+    module.unused = {f"{name}.diff_b": "zeros, which change no bias"} if "diff_b" in found.parts else {}
+    weight_shape(module)
     return module
 
 

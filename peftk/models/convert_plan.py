@@ -155,14 +155,16 @@ def _wanted(
     modules: list[Adapted] = []
     problems = [f"--drop {shown(one)}: no key is like that" for one in patterns if not _any(source.file, one)]
     for module in source.modules:
-        matched = [_matches(key, patterns) for key in module.keys.values()]
+        matched = [_matches(key, patterns) for key in (*module.keys.values(), *module.unused)]
         if any(matched) and not all(matched):
             problems.append(f"module {shown(module.source)}: --drop has some of its keys, and needs all or none")
         elif all(matched):
-            rows += [(key, "", "left out, as asked for") for key in module.keys.values()]
+            rows += [(key, "", "left out, as asked for") for key in (*module.keys.values(), *module.unused)]
         elif dialect == "peft" and component is not None and module.component not in ("", component):
-            rows += [(key, "", f"of {module.component}, and {component} was asked for") for key in module.keys.values()]
+            why = f"of {module.component}, and {component} was asked for"
+            rows += [(key, "", why) for key in (*module.keys.values(), *module.unused)]
         else:
+            rows += [(key, "", why) for key, why in module.unused.items()]
             modules.append(replace(module))
     if dialect in WRITTEN:
         problems += [
@@ -312,7 +314,9 @@ def _as_others(modules: list[Adapted], dialect: str, rows: list[tuple[str, str, 
             key = f"{name}.{renamed.get(part, part)}"
             tensors[key] = tensor
             note = next((n for n in module.notes if n.startswith(f"{part}:")), "")
-            rows.append((module.keys[part], key, note))
+            # The first factor of a whole weight is in no file.
+            if part in module.keys:
+                rows.append((module.keys[part], key, note))
             rows += [(keys[part], key, "joined with others") for keys in module.joined if part in keys]
         # Whole factors have no scale, but LyCORIS does not load a module without this number.
         tensors[f"{name}.alpha"] = torch.tensor(1.0 if module.alpha is None else module.alpha)

@@ -39,8 +39,8 @@ def of(source: Source, rows: Iterable[tuple[str, str, str]], tensors: Mapping[st
         after = tensors.get(target) if target else None
         if after is not None and before.dtype == after.dtype and torch.equal(_bits(before), _bits(after)):
             origins[key] = [target, list(before.shape)]
-        elif before.numel() == 1 and before.dtype.is_floating_point:
-            origins[key] = [float(before), list(before.shape), str(before.dtype).removeprefix("torch.")]
+        elif before.dtype.is_floating_point and _is_one_number(before):
+            origins[key] = [float(before.flatten()[0]), list(before.shape), str(before.dtype).removeprefix("torch.")]
         else:
             exact = False
     exact = exact and len(origins) == len(source.file)
@@ -70,6 +70,11 @@ def _kept_metadata(source: Source) -> dict[str, Any]:
     return kept
 
 
+def _is_one_number(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are the same, to the bit."""
+    return tensor.numel() > 0 and torch.equal(_bits(tensor), _bits(tensor.flatten()[:1].expand(tensor.numel())))
+
+
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
@@ -84,12 +89,13 @@ def restored(
     """
     tensors: dict[str, Tensor] = {}
     rows: Rows = []
+    most = max((source.file[key].numel() for key in source.file), default=1)
     try:
         for key, (what, shape, *dtype) in origin["tensors"].items():
             if dtype:
-                # Nothing but numbers is written so, whatever a file asks for.
-                if math.prod(shape) != 1:
-                    raise ValueError(f"{key}: expected one number, got shape {shape}")
+                # One number is written so, and biases that are all zero; a file may ask for whatever memory it likes.
+                if math.prod(shape) > most:
+                    raise ValueError(f"{key}: expected no more numbers than in a tensor of the file, got shape {shape}")
                 tensors[key] = torch.full(shape, what, dtype=_FLOATS[dtype[0]])
                 continue
             tensors[key] = source.file[what].reshape(shape)

@@ -115,7 +115,9 @@ def test_files_of_lycoris_run_in_every_dialect_that_has_them(
     of_lora = form.startswith("locon")
     whole = layers == "sequence" and any(key.endswith("lokr_w2") for key in load_file(path))
     turns = dialect == "comfyui" and form in ROTATIONS
-    of_kind = of_lora or (dialect == "diffusers" and form.startswith("lokr") and "dora" not in form and not whole)
+    of_kind = of_lora or (
+        dialect == "diffusers" and form.startswith(("lokr", "full")) and "dora" not in form and not whole
+    )
     # Nothing else has magnitudes of inputs but what reads LyCORIS' own names.
     of_kind = of_kind and not (dialect == "diffusers" and "inputs" in form)
     if (dialect in ("kohya", "diffusers") and not of_kind) or (dialect == "peft" and whole) or turns:

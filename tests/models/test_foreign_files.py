@@ -168,7 +168,19 @@ DAMAGE: dict[str, tuple[str, Any]] = {
         "rescale: expected 16 numbers",
         lambda t: {"lora_unet_first.oft_blocks": torch.ones(2, 8, 8), "lora_unet_first.rescale": torch.ones(12, 1)},
     ),
-    "whole weights": ("whole weights", lambda t: {"lora_unet_first.diff": torch.ones(16, 12)}),
+    "a bias beside a whole weight": (
+        "diff_b: the change of a bias",
+        lambda t: {"lora_unet_first.diff": torch.ones(16, 12), "lora_unet_first.diff_b": torch.ones(16)},
+    ),
+    "a bias alone": ("no method has just diff_b", lambda t: {"lora_unet_first.diff_b": torch.ones(16)}),
+    "a norm": (
+        "the change of a norm layer",
+        lambda t: {"lora_unet_first.w_norm": torch.ones(16), "lora_unet_first.b_norm": torch.ones(16)},
+    ),
+    "magnitudes beside a whole weight": (
+        "dora_scale: expected none beside diff",
+        lambda t: {"lora_unet_first.diff": torch.ones(16, 12), "lora_unet_first.dora_scale": torch.ones(16, 1)},
+    ),
 }
 
 
@@ -210,6 +222,25 @@ def test_what_is_wrong_is_named_and_changes_nothing(damage: str, tmp_path: Path)
     with pytest.raises(CheckpointError, match=message):
         adapted.load_adapter(path, "other")
     assert list(adapted.peft_config) == ["default"]
+
+
+def test_a_whole_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
+    for shape in ((16, 11), (15, 12), (16, 12, 2), (12, 16)):
+        save_file({"lycoris_first.diff": torch.ones(shape)}, tmp_path / "file.safetensors")
+        with pytest.raises(CheckpointError, match=r"lycoris_first|first\.lokr_w2"):
+            peftk.PeftModel.from_pretrained(net(), tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_weight_is_added_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = net()
+    diff = torch.randn(base.first.weight.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    tensors = {"lycoris_first.diff": diff, "lycoris_first.diff_b": torch.zeros(16, dtype=dtype)}
+    save_file(tensors, tmp_path / "file.safetensors")
+    expected = base.first.weight + diff.float()
+    model = peftk.PeftModel.from_pretrained(base, tmp_path / "file.safetensors")
+    assert model.peft_config["default"].decompose_factor == 1
+    assert torch.equal(model.merge_and_unload().first.weight, expected)
 
 
 def test_a_name_that_fits_two_modules_is_refused(tmp_path: Path) -> None:

@@ -43,9 +43,10 @@ def _lycoris(seed: int, method: str) -> dict[str, torch.Tensor]:
     shapes = {
         "loha": {"hada_w1_a": (16, 2), "hada_w1_b": (2, 12), "hada_w2_a": (16, 2), "hada_w2_b": (2, 12)},
         "lokr": {"lokr_w1": (4, 3), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4)},
+        "full": {"diff": (16, 12)},
     }[method]
     found = {f"lycoris_first.{part}": torch.randn(shape, generator=generator) for part, shape in shapes.items()}
-    return found | {"lycoris_first.alpha": torch.tensor(2.0)}
+    return found | ({} if method == "full" else {"lycoris_first.alpha": torch.tensor(2.0)})
 
 
 SOURCES: dict[str, Any] = {
@@ -54,6 +55,7 @@ SOURCES: dict[str, Any] = {
     "comfyui": lambda seed: _lora("diffusion_model.", seed, False, "lora_A.weight", "lora_B.weight", True),
     "loha": lambda seed: _lycoris(seed, "loha"),
     "lokr": lambda seed: _lycoris(seed, "lokr"),
+    "full": lambda seed: _lycoris(seed, "full"),
     "converted": lambda seed: _lora("lora_unet_", seed, True, "lora_down.weight", "lora_up.weight", True),
 }
 

@@ -38,7 +38,9 @@ def net() -> Net:
 def trained(network: nn.Module) -> None:
     torch.manual_seed(1)
     for parameter in network.parameters():
-        parameter.data.normal_(0, 0.5)
+        # A bias that is trained, as whole weights have it, is refused.
+        if parameter.dim() != 1:
+            parameter.data.normal_(0, 0.5)
 
 
 def by_lycoris(path: Path, layers: tuple[str, ...], prefix: str = "lycoris", **options: Any) -> Tensor:
@@ -92,6 +94,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "lokr, tucker": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "use_tucker": True, "factor": 2},
     "lokr, dora": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "dora_wd": True, "wd_on_output": True},
     "lokr, dora inputs": {"algo": "lokr", "linear_dim": 1, "conv_dim": 1, "dora_wd": True, "wd_on_output": False},
+    "full": {"algo": "full"},
     "diag-oft": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 2, "rescaled": True},
     "diag-oft, bounded": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 2, "rescaled": True, "constraint": 0.05},
     "boft": {"algo": "boft", "linear_dim": 2, "conv_dim": 2},
