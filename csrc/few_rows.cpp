@@ -194,6 +194,23 @@ std::optional<Tensor> rescale(const Tensor& x, const Tensor& weight, std::option
   return few_rows(*sizes, x, weight, bias, {.a = a, .b = b, .gain = gain, .sums = sums, .scale = scale});
 }
 
+// Return x with every block of its features rotated, or nothing where that is not the way; see `few_rows_sizes`.
+std::optional<Tensor> rotate_rows(const Tensor& x, const Tensor& weight, const Tensor& blocks, int64_t most) {
+  const auto sizes = few_rows_sizes(x, weight, std::nullopt, most);
+  if (!sizes || !is_rotation(blocks, sizes->depth)) return std::nullopt;
+  const Buffer turned = rotated(x, sizes->dtype, sizes->rows, sizes->depth, blocks);
+  if (!turned) return std::nullopt;
+  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  Tensor out = empty_on_cpu(shape, x.scalar_type());
+  if (sizes->dtype == Dtype::float32) {
+    std::copy_n(turned.get(), x.numel(), writable(out));
+  } else {
+    BFloat16* to = static_cast<BFloat16*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < x.numel(); ++i) from_float(turned[i], to[i]);
+  }
+  return out;
+}
+
 // Rows of a weight, of any number of dimensions, and the numbers of each.
 std::pair<int64_t, int64_t> rows_of(const Tensor& weight) {
   const int64_t rows = weight.size(0);
@@ -265,6 +282,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def(
       "few_rows_rescale(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor gain, "
       "Tensor sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
+  m.def("few_rows_rotated(Tensor x, Tensor weight, Tensor blocks, int most) -> Tensor?");
   m.def("row_sums(Tensor weight, Tensor(a!) sums) -> ()");
   m.def("same_row_sums(Tensor weight, Tensor sums) -> bool");
 }
@@ -273,6 +291,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("few_rows_low_rank", TORCH_BOX(&peftk::low_rank));
   m.impl("few_rows_rotate", TORCH_BOX(&peftk::rotate));
   m.impl("few_rows_rescale", TORCH_BOX(&peftk::rescale));
+  m.impl("few_rows_rotated", TORCH_BOX(&peftk::rotate_rows));
   m.impl("row_sums", TORCH_BOX(&peftk::row_sums));
   m.impl("same_row_sums", TORCH_BOX(&peftk::same_row_sums));
 }

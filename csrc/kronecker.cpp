@@ -142,19 +142,36 @@ void kronecker_weight_backward(const Tensor& grad, const Tensor& w1, const Tenso
   if (need_w1) add_up(partial.get(), chunks, 1, entries, entries, static_cast<float>(scale), writable(dw1));
 }
 
+// Write the product of rows with kron(w1, w2) to a float32 `to`, (rows, out).
+void multiply_rows(const Tensor& x, Dtype dtype, int64_t rows, const Tensor& w1, const Tensor& w2, double scale,
+                   float* to) {
+  const int64_t l = w1.size(0), m = w1.size(1), k = w2.size(0), n = w2.size(1);
+  const FloatNumbers numbers(x, dtype);
+  const KroneckerFewParams p{numbers.get(), floats(w1), floats(w2), to, rows, l, m, k, n, static_cast<float>(scale)};
+  parallel_for(0, k, 1 + kTaskOperations / (1 + rows * m * (n + l)),
+               [&](int64_t begin, int64_t end) { kronecker_few_cpu(p, begin, end); });
+}
+
 std::optional<Tensor> kronecker_few(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& w1,
                                     const Tensor& w2, double scale, int64_t most) {
   const auto sizes = few_rows_sizes(x, weight, bias, most);
   if (!sizes || !are_factors(w1, 2) || !are_factors(w2, 2)) return std::nullopt;
-  const int64_t l = w1.size(0), m = w1.size(1), k = w2.size(0), n = w2.size(1);
-  if (l * k != sizes->columns || m * n != sizes->depth) return std::nullopt;
-  const FloatNumbers numbers(x, sizes->dtype);
+  if (w1.size(0) * w2.size(0) != sizes->columns || w1.size(1) * w2.size(1) != sizes->depth) return std::nullopt;
   const std::unique_ptr<float[]> added(new float[sizes->rows * sizes->columns]);
-  const KroneckerFewParams p{
-      numbers.get(), floats(w1), floats(w2), added.get(), sizes->rows, l, m, k, n, static_cast<float>(scale)};
-  parallel_for(0, k, 1 + kTaskOperations / (1 + sizes->rows * m * (n + l)),
-               [&](int64_t begin, int64_t end) { kronecker_few_cpu(p, begin, end); });
+  multiply_rows(x, sizes->dtype, sizes->rows, w1, w2, scale, added.get());
   return few_rows_linear(*sizes, x, weight, bias, added.get());
+}
+
+void kronecker_rows(const Tensor& x, const Tensor& w1, const Tensor& w2, double scale, Tensor& out) {
+  const Dtype dtype = check_dtype(x, "x");
+  check_factor(w1, "w1");
+  check_factor(w2, "w2");
+  const int64_t features = w1.size(1) * w2.size(1);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == features, "x: expected rows of ", features, " numbers");
+  const int64_t rows = x.numel() / features;
+  check_float(out, "out");
+  STD_TORCH_CHECK(out.numel() == rows * w1.size(0) * w2.size(0), "out: expected as many rows as x");
+  multiply_rows(x, dtype, rows, w1, w2, scale, writable(out));
 }
 
 #ifdef PEFTK_CUDA
@@ -202,6 +219,7 @@ void kronecker_weight_backward_on_cuda(const Tensor& grad, const Tensor& w1, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def("kronecker_few(Tensor x, Tensor weight, Tensor? bias, Tensor w1, Tensor w2, float scale, int most) -> Tensor?");
+  m.def("kronecker_rows(Tensor x, Tensor w1, Tensor w2, float scale, Tensor(a!) out) -> ()");
   m.def(
       "kronecker_mix(Tensor left, Tensor right, Tensor w1, float scale, int columns, bool add_left, bool add_right,"
       " Tensor(a!) mixed_left,"
@@ -214,6 +232,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("kronecker_few", TORCH_BOX(&peftk::kronecker_few));
+  m.impl("kronecker_rows", TORCH_BOX(&peftk::kronecker_rows));
   m.impl("kronecker_mix", TORCH_BOX(&peftk::kronecker_mix));
   m.impl("kronecker_weight", TORCH_BOX(&peftk::kronecker_weight));
   m.impl("kronecker_weight_backward", TORCH_BOX(&peftk::kronecker_weight_backward));

@@ -13,7 +13,7 @@ from torch.nn import functional as tf
 from .. import functional as F
 from ..ops._few_rows import rows_of_one_pass
 from ..ops.conv import Convolution, convolve_with
-from ..ops.kronecker import kronecker_few
+from ..ops.kronecker import DIRECT_ROWS, kronecker_few
 from . import dora
 from ._base_layer import NONE, Few, call, plain_tensors, unobserved
 
@@ -144,7 +144,7 @@ def few(weight: Tensor, bias: Tensor | None, adapter: Kronecker) -> Few | None:
     def run(x: Tensor) -> Tensor | None:
         return kronecker_few(x, weight, bias, first(adapter), second(adapter), scale)
 
-    return Few(run, rows_of_one_pass(weight.dtype))
+    return Few(run, max(DIRECT_ROWS, rows_of_one_pass(weight.dtype)))
 
 
 def thin(adapter: Kronecker) -> bool:

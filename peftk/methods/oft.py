@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops._few_rows import rotated_few, rows_of_one_pass
+from ..ops._few_rows import FEW, rotated_few, rotated_rows, rows_of_one_pass
 from ..ops.conv import convolve_with
 from ..ops.kept import Kept
 from ._base_layer import NONE, Few, call, plain_tensors, unobserved
@@ -77,7 +77,7 @@ def linear(
     if len(blocks) == 1:
         plain = plain_tensors(base, x, args, kwargs)
         if plain is not None:
-            if not base.training and unobserved() and (y := rotated_few(x, *plain, blocks[0])) is not None:
+            if not base.training and unobserved() and (y := _few(x, *plain, blocks[0])) is not None:
                 return y
             return F.block_rotate_linear(x, *plain, blocks[0])
     for one in blocks:
@@ -99,19 +99,32 @@ def few(
         kept: Where the blocks are kept, of the settings `block_size` and `terms`; None for a place of its own.
     """
     place, settings = Kept() if kept is None else kept, (block_size, terms)
+    most = rows_of_one_pass(weight.dtype) * weight.shape[1]
 
     def run(x: Tensor) -> Tensor | None:
         # Usually nothing has changed, which the call that reads the weight finds out by itself.
-        held = place.held(settings)
+        held = place.held(settings) if x.numel() <= most else None
         if held is not None:
             copies, blocks = held
             y = rotated_few(x, weight, bias, blocks, None, (packed,), copies)
             if y is not None:
                 return y
         blocks = place.get((packed,), lambda: rotations(packed, block_size, terms), settings)
-        return rotated_few(x, weight, bias, blocks)
+        return _few(x, weight, bias, blocks)
 
-    return Few(run, rows_of_one_pass(weight.dtype))
+    return Few(run, _most(weight.dtype))
+
+
+def _most(dtype: torch.dtype) -> int:
+    # In half precision the operator's rotation is the faster one beyond what one pass takes.
+    return FEW if dtype is torch.float32 else rows_of_one_pass(dtype)
+
+
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor | None:
+    if x.numel() > _most(x.dtype) * x.shape[-1]:
+        return None
+    one_pass = x.numel() <= rows_of_one_pass(x.dtype) * x.shape[-1]
+    return (rotated_few if one_pass else rotated_rows)(x, weight, bias, blocks)
 
 
 def conv2d(

@@ -168,3 +168,19 @@ def rotated_few(
     most = module.ONE_PASS_ROWS.get(x.dtype, 0)
     y: Tensor | None = module.rotate(x, weight, bias, blocks, gain, sources, copies, most)
     return y
+
+
+def rotated_rows(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> Tensor | None:
+    """Return ``rotated(x) @ weight.T + bias``, or None, for more rows than `rotated_few` takes.
+
+    Args:
+        x: (..., in), in the dtype of the weight; it is rounded to that again after the rotation.
+        weight: (out, in).
+        bias: (out,) or None.
+        blocks: (in / b, b, b), or (1, b, b) if shared.
+    """
+    module = module_of("few_rows")
+    if type(x) not in ORDINARY or not x.is_cpu or module is None:
+        return None
+    turned: Tensor | None = module.rotated(x, weight, blocks, FEW)
+    return None if turned is None else linear(turned, weight, bias)

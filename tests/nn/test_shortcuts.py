@@ -88,6 +88,19 @@ def test_a_shortcut_is_taken_and_gives_what_the_layer_gives(layer: nn.Module, mo
     assert_close(found, expected, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 7, 16, 40, 63, 64])
+def test_the_first_call_has_the_bits_of_those_that_follow(config: Callable, rows: int, dtype: torch.dtype) -> None:
+    layer = made(config)
+    layer.base_layer.to(dtype)
+    x = torch.randn(rows, SIZE, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    with torch.no_grad():
+        first = layer(x)
+        assert_close(first, truth(layer, x), dtype)
+        for _ in range(2):
+            assert_same_bits(layer(x), first)
+
+
 def _replace_parameters(layer: nn.Module) -> None:
     for module in layer.modules():
         for name, p in list(module._parameters.items()):

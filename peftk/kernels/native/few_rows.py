@@ -55,6 +55,11 @@ rotate = bare(torch.ops.peftk_native.few_rows_rotate.default)
 None also for `sources` that are not the same as their copies to the bit.
 """
 
+rotated = bare(torch.ops.peftk_native.few_rows_rotated.default)
+"""``rotated(x, weight, blocks, most)`` returns the rows of x rotated, rounded once, for the library's own product with
+the weight; None as above.
+"""
+
 rescale = bare(torch.ops.peftk_native.few_rows_rescale.default)
 """``rescale(x, weight, bias, a, b, scale, gain, sums, sources, copies, most)`` returns
 ``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias``; None also where the gain may be another one by now: for a

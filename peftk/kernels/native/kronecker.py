@@ -25,6 +25,9 @@ few = bare(torch.ops.peftk_native.kronecker_few.default)
 the weight; None where operators have to run, as the functions of `few_rows` do.
 """
 
+rows = bare(torch.ops.peftk_native.kronecker_rows.default)
+"""``rows(x, w1, w2, scale, out)`` writes the product of few rows, float32 or bfloat16, to a float32 `out`."""
+
 # Stands for a float32 result that is not wanted.
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 
