@@ -194,20 +194,15 @@ std::optional<Tensor> rescale(const Tensor& x, const Tensor& weight, std::option
   return few_rows(*sizes, x, weight, bias, {.a = a, .b = b, .gain = gain, .sums = sums, .scale = scale});
 }
 
-// Return x with every block of its features rotated, or nothing where that is not the way; see `few_rows_sizes`.
+// Return x, in float32, with every block of its features rotated, or nothing where that is not the way.
 std::optional<Tensor> rotate_rows(const Tensor& x, const Tensor& weight, const Tensor& blocks, int64_t most) {
   const auto sizes = few_rows_sizes(x, weight, std::nullopt, most);
-  if (!sizes || !is_rotation(blocks, sizes->depth)) return std::nullopt;
+  if (!sizes || sizes->dtype != Dtype::float32 || !is_rotation(blocks, sizes->depth)) return std::nullopt;
   const Buffer turned = rotated(x, sizes->dtype, sizes->rows, sizes->depth, blocks);
   if (!turned) return std::nullopt;
   const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   Tensor out = empty_on_cpu(shape, x.scalar_type());
-  if (sizes->dtype == Dtype::float32) {
-    std::copy_n(turned.get(), x.numel(), writable(out));
-  } else {
-    BFloat16* to = static_cast<BFloat16*>(out.mutable_data_ptr());
-    for (int64_t i = 0; i < x.numel(); ++i) from_float(turned[i], to[i]);
-  }
+  std::copy_n(turned.get(), x.numel(), writable(out));
   return out;
 }
 

@@ -174,8 +174,8 @@ def rotated_rows(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor)
     """Return ``rotated(x) @ weight.T + bias``, or None, for more rows than `rotated_few` takes.
 
     Args:
-        x: (..., in), in the dtype of the weight; it is rounded to that again after the rotation.
-        weight: (out, in).
+        x: (..., in), in float32.
+        weight: (out, in), in float32.
         bias: (out,) or None.
         blocks: (in / b, b, b), or (1, b, b) if shared.
     """
