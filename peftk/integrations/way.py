@@ -104,7 +104,7 @@ class Way:
         base = layer._modules.get("base_layer")
         if type(base) is not nn.Linear or len(adapters) != 1 or layer.training or base.training:
             return
-        if not unobserved() or not few(x, base.in_features) or (plain := plain_tensors(base, x)) is None:
+        if not few(x, base.in_features) or not unobserved() or (plain := plain_tensors(base, x)) is None:
             return
         found = Shortcut(layer.__dict__)
         short = self.few(layer, adapters, *plain, found)

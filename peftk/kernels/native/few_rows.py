@@ -56,8 +56,8 @@ None also for `sources` that are not the same as their copies to the bit.
 """
 
 rotated = bare(torch.ops.peftk_native.few_rows_rotated.default)
-"""``rotated(x, weight, blocks, most)`` returns the rows of x, in float32, rotated for the library's own product with the
-weight; None as above.
+"""``rotated(x, weight, blocks, most)`` returns the rows of x, in float32, rotated for the library's own product with
+the weight; None as above.
 """
 
 rescale = bare(torch.ops.peftk_native.few_rows_rescale.default)

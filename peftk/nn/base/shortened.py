@@ -46,7 +46,7 @@ class Shortened:
             return None
         if _owner(self, "_few") != _owner(self, "_adapted"):
             return None
-        if not unobserved() or not few(x, self.in_features):
+        if not few(x, self.in_features) or not unobserved():
             return None
         plain = plain_tensors(base, x)
         if plain is None:
