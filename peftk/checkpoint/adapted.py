@@ -14,22 +14,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .recognise import Found
+
 __all__ = [
     "COMPONENTS",
+    "DOWN",
     "METHODS",
+    "OTHER_MAGNITUDES",
     "OUTPUT",
     "TYPES",
+    "UP",
     "WHOLE",
     "Adapted",
     "as_lycoris",
+    "common_name",
     "component_of",
     "magnitudes_of_inputs",
+    "outputs",
     "update",
     "weight_shape",
 ]
 
 MAGNITUDES = "dora_scale"
 OUTPUT = "OFT or BOFT on the output"
+
+DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+"""What the first factor of LoRA is called."""
+
+UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
+OTHER_MAGNITUDES = (
+    "lora_magnitude_vector",
+    "lora_magnitude_vector.weight",
+    "hada_magnitude_vector",
+    "lokr_magnitude_vector",
+)
+"""What magnitudes are called in files of PEFT and diffusers, and in this package's."""
 
 WHOLE = "whole weights"
 """LyCORIS' name of it is "full": the change of a weight, as large as that. Here it is LoKr with a first factor of 1."""
@@ -69,6 +88,22 @@ def component_of(prefix: str) -> str:
     if prefix in _OTHERS:
         return _OTHERS[prefix]
     return next((name for name, prefixes in COMPONENTS.items() if prefix and prefix in prefixes), "")
+
+
+def common_name(part: str) -> str | None:
+    """Return LyCORIS' name of a tensor, or None if it has none that others understand."""
+    if part in DOWN:
+        return "lora_down.weight"
+    if part in UP:
+        return "lora_up.weight"
+    if part in ("alpha", "lora_alpha"):
+        return "alpha"
+    if part == MAGNITUDES or part in OTHER_MAGNITUDES:
+        return MAGNITUDES
+    if part in ("output_oft_blocks", "output_oft_scale"):
+        return {"output_oft_blocks": "oft_blocks", "output_oft_scale": "rescale"}[part]
+    known = ("lora_mid.weight", "oft_blocks", "rescale")
+    return part if part in known or part.startswith(("hada_", "lokr_")) else None
 
 
 @dataclass
@@ -248,6 +283,20 @@ def weight_shape(module: Adapted) -> torch.Size:
         raise ValueError(f"tensors that do not fit each other: {found} ({str(error).splitlines()[0]})") from None
 
 
+def outputs(one: Found) -> int | None:
+    """Return how many outputs the weight of a module has by the shapes of its tensors, or None if they do not tell."""
+    parts = {common_name(part) or part: torch.empty(shape, device="meta") for part, shape in one.parts.items()}
+    if one.method == WHOLE:
+        return parts["diff"].shape[0] if "diff" in parts else None
+    if one.method not in _FORMULAS:
+        return None
+    parts.pop("alpha", None)
+    try:
+        return weight_shape(Adapted("", "", "", one.method, parts, None, {}))[0]
+    except (KeyError, ValueError):
+        return None
+
+
 def as_lycoris(module: Adapted) -> dict[str, Tensor]:
     """Return the tensors of a module as LyCORIS loads them: it finds the blocks of a rotation by its own rules.
 
@@ -276,20 +325,20 @@ def as_lycoris(module: Adapted) -> dict[str, Tensor]:
     return module.parts | {"oft_blocks": padded}
 
 
-def difference(one: Adapted, *others: Adapted, rows: slice | None = None) -> float:
+def difference(one: Adapted, *others: Adapted, outputs: Tensor | None = None) -> float:
     """Return how far the updates of two modules are apart, relative to the first: 0 for the same numbers.
 
     Args:
         one: A module.
         others: The other one, or several that have its outputs, one after the other.
-        rows: Which outputs of the other one it has; None for all.
+        outputs: Which outputs of the other one are its own, in its order; None for all, as they are.
 
     Raises:
         ValueError: They are of other shapes, or their magnitudes differ.
     """
     other = others[0]
-    if len(others) > 1 or rows is not None:
-        return _apart(one, [*others], slice(None) if rows is None else rows)
+    if len(others) > 1 or outputs is not None:
+        return _apart(one, [*others], slice(None) if outputs is None else outputs)
     left, right = one.parts.get(MAGNITUDES), other.parts.get(MAGNITUDES)
     if (left is None) is not (right is None) or (left is not None and not _same_magnitudes(left, right)):
         raise ValueError(f"module {one.source!r}: the magnitudes became others")
@@ -300,14 +349,15 @@ def difference(one: Adapted, *others: Adapted, rows: slice | None = None) -> flo
     return _of_updates(one, update(other))
 
 
-def _apart(one: Adapted, others: list[Adapted], rows: slice) -> float:
+def _apart(one: Adapted, others: list[Adapted], rows: Tensor | slice) -> float:
     mine, theirs = one.parts.get(MAGNITUDES), [other.parts.get(MAGNITUDES) for other in others]
     # In one dtype: what was joined has the widest of all.
     found = [scale.flatten().double() for scale in theirs if scale is not None]
     if mine is None:
         same = not found
     else:
-        same = len(found) == len(others) and torch.equal(mine.flatten().double(), torch.cat(found)[rows])
+        kept = slice(None) if magnitudes_of_inputs(one) else rows
+        same = len(found) == len(others) and torch.equal(mine.flatten().double(), torch.cat(found)[kept])
     if not same:
         raise ValueError(f"module {one.source!r}: the magnitudes became others")
     return _of_updates(one, torch.cat([update(other) for other in others])[rows])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapted import OUTPUT, TYPES, WHOLE
+from .adapted import DOWN, OTHER_MAGNITUDES, OUTPUT, TYPES, UP, WHOLE
 from .container import CheckpointError, capped, shown
 from .foreign_names import prefix_of, resolved
 from .original_names import split
@@ -30,13 +30,6 @@ __all__ = ["Converted", "as_peft"]
 
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps the configuration in the header of a file."""
-
-DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight")
-"""What the first factor of LoRA is called."""
-
-UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
-MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "hada_magnitude_vector", "lokr_magnitude_vector")
-"""What magnitudes are called in files of PEFT and diffusers, and in this package's."""
 
 _KEY = "base_model.model."
 
@@ -115,12 +108,12 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
     paths, left_out = resolved(found, weights, file)
     alphas = written_alphas(file.metadata, file)
     modules = []
-    for name, places in paths.items():
+    for name, place in paths.items():
         one = found.modules[name]
         try:
             whole = {part: file.tensors[f"{name}.{part}"] for part in one.parts}
-            pieces = split(one.method or "", whole, [weights[path][0] for path in places])
-            for path, parts in zip(places, pieces, strict=True):
+            pieces = split(one.method or "", whole, [weights[path][0] for path in place.paths], place.swapped)
+            for path, parts in zip(place.paths, pieces, strict=True):
                 modules.append(_module(name, path, one, parts, weights[path], alphas))
         except ValueError as error:
             problems.append(f"module {shown(name)}: {error}")
@@ -210,12 +203,12 @@ def _module(
             "diff_b",
             "w_norm",
             "b_norm",
-            *MAGNITUDES,
+            *OTHER_MAGNITUDES,
         ):
             raise ValueError(f"{part}: expected two dimensions or more, got shape {tuple(tensor.shape)}")
     reader = _READERS[found.method or ""]
     made = reader.read(name, path, parts, weight, written)
-    magnitudes = [part for part in ("dora_scale", *MAGNITUDES) if part in parts]
+    magnitudes = [part for part in ("dora_scale", *OTHER_MAGNITUDES) if part in parts]
     left = parts.keys() - {"alpha", "lora_alpha", *magnitudes, *made.used}
     if left:
         raise ValueError(f"{', '.join(sorted(left))}: peftk cannot load it")

@@ -46,7 +46,7 @@ def convert(
         bool,
         typer.Option(
             "--original-names",
-            help="With --model: name modules as the authors of SDXL, Flux and SD3 did, and join what they had as one.",
+            help="With --model: names as the authors of SDXL, Flux, SD3 and Wan had them; what was one is joined.",
         ),
     ] = False,
     drop: Annotated[list[str] | None, typer.Option(help="Leave out keys of this pattern; may be repeated.")] = None,

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checkpoint.adapted import DOWN
 from ..checkpoint.container import CheckpointError
-from ..checkpoint.foreign import DOWN, alpha_of, written_alphas
+from ..checkpoint.foreign import alpha_of, written_alphas
 from ..checkpoint.peft import CONFIG_NAME, WEIGHTS_NAME, read_config
 from ..checkpoint.reader import TensorFile, read_safetensors
 from ..checkpoint.recognise import Found, recognise

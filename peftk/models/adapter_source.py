@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import foreign, foreign_names
-from ..checkpoint.adapted import MAGNITUDES, METHODS, OUTPUT, TYPES, WHOLE, Adapted, component_of, weight_shape
+from ..checkpoint.adapted import (
+    MAGNITUDES,
+    METHODS,
+    OUTPUT,
+    TYPES,
+    WHOLE,
+    Adapted,
+    common_name,
+    component_of,
+    weight_shape,
+)
 from ..checkpoint.container import CheckpointError, capped, parse_json, shown
 from ..checkpoint.peft import CONFIG_NAME, MAX_CONFIG_DEPTH, WEIGHTS_NAME, read_config
 from ..checkpoint.reader import TensorFile, header_shapes, read_safetensors
@@ -167,7 +177,7 @@ def _module(name: str, found: Found, file: TensorFile, number: Number) -> Adapte
     parts: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
     for part in found.parts:
-        common = _common(part)
+        common = common_name(part)
         if common is None:
             raise ValueError(f"{part}: no other program has it")
         if common in keys:
@@ -197,22 +207,6 @@ def _whole(name: str, component: str, path: str, found: Found, file: TensorFile)
     module.unused = {f"{name}.diff_b": "zeros, which change no bias"} if "diff_b" in found.parts else {}
     weight_shape(module)
     return module
-
-
-def _common(part: str) -> str | None:
-    """Return LyCORIS' name of a tensor, or None if it has none that others understand."""
-    if part in foreign.DOWN:
-        return "lora_down.weight"
-    if part in foreign.UP:
-        return "lora_up.weight"
-    if part in ("alpha", "lora_alpha"):
-        return "alpha"
-    if part == MAGNITUDES or part in foreign.MAGNITUDES:
-        return MAGNITUDES
-    if part in ("output_oft_blocks", "output_oft_scale"):
-        return {"output_oft_blocks": "oft_blocks", "output_oft_scale": "rescale"}[part]
-    known = ("lora_mid.weight", "oft_blocks", "rescale")
-    return part if part in known or part.startswith(("hada_", "lokr_")) else None
 
 
 def _check_magnitudes(parts: dict[str, Tensor], shape: torch.Size, has_axis: bool) -> None:

@@ -96,14 +96,14 @@ def _compared(source: Source, written: Source, plan: Plan, progressbar: bool) ->
             problems.append(f"module {shown(module.source)}: is not in what was written")
             continue
         used |= {other.source for other in others}
-        rows = plan.fused.get(module.source)
+        outputs = plan.outputs.get(module.source)
         try:
-            apart = difference(module, *others) if rows is None else difference(module, *others, rows=rows)
+            apart = difference(module, *others, outputs=outputs)
         except ValueError as error:
             problems.append(str(error))
             continue
         found.append((module.source, apart))
-        if not apart <= _limit(module, rows is not None):
+        if not apart <= _limit(module, outputs is not None):
             problems.append(f"module {shown(module.source)}: its update would be {apart:.1e} from what it is")
     if len(used) != len(written.modules):
         problems.append(f"expected {len(used)} modules in what was written, got {len(written.modules)}")

@@ -16,6 +16,7 @@ from ..checkpoint import foreign
 from ..checkpoint.adapted import (
     COMPONENTS,
     MAGNITUDES,
+    OTHER_MAGNITUDES,
     OUTPUT,
     Adapted,
     as_lycoris,
@@ -23,7 +24,8 @@ from ..checkpoint.adapted import (
     weight_shape,
 )
 from ..checkpoint.container import CheckpointError, capped, shown
-from ..checkpoint.original_names import original_names, split
+from ..checkpoint.foreign_names import spellings
+from ..checkpoint.original_names import halves_swapped, original_names, split
 from ..checkpoint.reader import TensorFile
 from ..checkpoint.recognise import DIALECTS
 from ..nn import PeftConfig
@@ -52,7 +54,8 @@ class Plan:
         metadata: The strings of its header.
         config: The configuration, of PEFT.
         exact: Whether it restores the file that the source was made from.
-        fused: Which outputs of a written module those modules of the source have that have become one.
+        outputs: The name of a module in the source to which outputs of the written one are its own, in its order, where
+            it has become a part of another one or has them in another order.
     """
 
     dialect: str
@@ -61,7 +64,7 @@ class Plan:
     metadata: dict[str, str] = field(repr=False)
     config: dict[str, Any] | None = field(default=None, repr=False)
     exact: bool = False
-    fused: dict[str, slice] = field(default_factory=dict, repr=False)
+    outputs: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def plan_for(
@@ -82,8 +85,8 @@ def plan_for(
             underscores have to become paths with dots, and where shapes alone do not tell what a layer is.
         component: A key of `COMPONENTS`: what the modules belong to where the file does not say; for PEFT, which holds
             one model in a folder, the one that is taken.
-        original: Whether modules get the names of the authors of SDXL, Flux and SD3 where they have others, for kohya,
-            LyCORIS and ComfyUI; those that have become several are joined. It needs `weights`.
+        original: Whether modules get the names of the authors of SDXL, Flux, SD3 and Wan where they have others, for
+            kohya, LyCORIS and ComfyUI; those that have become several are joined. It needs `weights`.
         drop: Patterns, such as ``"*.classifier.*"``, of keys that are left out on purpose.
 
     Raises:
@@ -101,7 +104,7 @@ def plan_for(
             f"{DIALECTS[dialect]}{' without it' if weights is None else ''}"
         )
     if original and not original_names(weights or ()):
-        raise ValueError("original: expected diffusers' model of SDXL, Flux or SD3, whose authors' names are known")
+        raise ValueError("original: expected diffusers' model of SDXL, Flux, SD3 or Wan")
     origin = source.origin
     patterns = list(drop)
     if origin is not None and origin.get("dialect") == DIALECTS[dialect] and origin.get("exact") and not patterns:
@@ -117,11 +120,12 @@ def plan_for(
     ]
     if not problems and not modules:
         problems.append("nothing is left to be written")
-    fused: dict[str, slice] = {}
+    outputs: dict[str, Tensor] = {}
     if not problems and weights is not None and dialect in ("peft", "diffusers"):
-        problems += _split(modules, weights)
+        outputs, more = _split(modules, weights)
+        problems += more
     if not problems and original and weights is not None:
-        fused, more = join_originals(modules, weights)
+        outputs, more = join_originals(modules, weights)
         problems += more
     if not problems and dialect == "lycoris":
         problems += _as_lycoris(modules)
@@ -135,7 +139,7 @@ def plan_for(
         plan = _as_peft(source, modules, dialect, weights, rows)
     else:
         plan = _as_others(modules, dialect, rows)
-    plan.fused = fused
+    plan.outputs = outputs
     plan.metadata[PROVENANCE] = provenance.of(source, plan.rows, plan.tensors)
     return plan
 
@@ -211,24 +215,27 @@ def _wanted(
     return modules, problems
 
 
-def _split(modules: list[Adapted], weights: Mapping[str, torch.Size]) -> list[str]:
-    """Put several modules in the place of one that the model has as several."""
+def _split(modules: list[Adapted], weights: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], list[str]]:
+    """Put modules in the place of one that the model has as several, or with its outputs in another order."""
+    outputs: dict[str, Tensor] = {}
     known = {path.replace(".", "_") for path in weights}
-    originals = {name.replace(".", "_"): paths for name, paths in original_names(weights).items()}
+    originals = {name.replace(".", "_"): place for name, place in original_names(weights).items()}
     found, problems = [], []
     for module in modules:
-        paths = originals.get(module.flat, ())
-        if module.flat in known or not paths:
+        place = originals.get(module.flat)
+        if module.flat in known or place is None:
             found.append(module)
             continue
         try:
-            pieces = split(module.method, module.parts, [weights[path][0] for path in paths])
+            pieces = split(module.method, module.parts, [weights[path][0] for path in place.paths], place.swapped)
         except ValueError as error:
             problems.append(f"module {shown(module.source)}: {error}")
             continue
-        found += [replace(module, path=path, parts=parts) for path, parts in zip(paths, pieces, strict=True)]
+        found += [replace(module, path=path, parts=parts) for path, parts in zip(place.paths, pieces, strict=True)]
+        if place.swapped:
+            outputs[module.source] = halves_swapped(torch.arange(weights[place.paths[0]][0]))
     modules[:] = found
-    return problems
+    return outputs, problems
 
 
 def _as_lycoris(modules: list[Adapted]) -> list[str]:
@@ -264,7 +271,7 @@ def _settle_names(
     for path in [*(weights or {}), *originals, *((origin or {}).get("paths") or [])]:
         flat.setdefault(path.replace(".", "_"), set()).add(path)
     for module in modules:
-        found = flat.get(module.flat, set())
+        found = next((flat[name] for name in spellings(module.flat) if name in flat), set())
         if len(found) == 1:
             module.path = next(iter(found))
         elif found:
@@ -385,7 +392,7 @@ def _note(module: Adapted, prefix: str, found: Mapping[str, Tensor], rows: list[
             continue
         end = ends.get(part, part)
         if part == MAGNITUDES:
-            end = next(name for name in foreign.MAGNITUDES if f"{module.path}.{name}" in found)
+            end = next(name for name in OTHER_MAGNITUDES if f"{module.path}.{name}" in found)
         target = f"{module.path}.{end}"
         note = next((n for n in module.notes if n.startswith(f"{part}:")), "")
         if part == "lora_mid.weight":

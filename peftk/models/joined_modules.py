@@ -12,40 +12,51 @@ from torch import Tensor
 
 from ..checkpoint.adapted import MAGNITUDES, Adapted, magnitudes_of_inputs
 from ..checkpoint.container import shown
-from ..checkpoint.original_names import original_names
+from ..checkpoint.original_names import halves_swapped, original_names, split
 
 __all__ = ["join_originals"]
 
 
-def join_originals(modules: list[Adapted], weights: Mapping[str, torch.Size]) -> tuple[dict[str, slice], list[str]]:
+def join_originals(modules: list[Adapted], weights: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], list[str]]:
     """Give modules the names of the model's authors, and join in one those that the authors had as one.
 
     Factors that the parts have in common are kept once. Else the ranks are added up: the first factors stand one below
     the other, and the second ones on a diagonal of blocks, which is exact. A part without an adapter has rows of zeros.
+    Outputs that the authors had in another order are brought into it.
 
     Args:
         modules: The modules, which are changed in place.
         weights: The path of every module of the model to the shape of its weight.
 
     Returns:
-        Which outputs of the joined module each module has, by its name in the source; and what cannot be joined.
+        Which outputs of the new module each module has, in its order, by its name in the source, of those that were
+        joined or reordered; and what cannot be.
     """
     names = original_names(weights)
-    places = {path.replace(".", "_"): name for name, paths in names.items() for path in paths}
+    places = {path.replace(".", "_"): name for name, place in names.items() for path in place.paths}
     groups: dict[tuple[str, str], list[Adapted]] = {}
     found: list[Adapted] = []
+    rows: dict[str, Tensor] = {}
+    problems = []
     for module in modules:
         name = places.get(module.flat)
         if name is None:
             found.append(module)
-        elif len(names[name]) == 1:
-            found.append(replace(module, path=name))
-        else:
+        elif len(names[name].paths) > 1:
             groups.setdefault((module.component, name), []).append(module)
-    rows: dict[str, slice] = {}
-    problems = []
+        elif names[name].swapped:
+            size = weights[names[name].paths[0]][0]
+            try:
+                parts = split(module.method, module.parts, [size], swapped=True)[0]
+            except ValueError as error:
+                problems.append(f"module {shown(module.source)}: {error}")
+                continue
+            found.append(replace(module, path=name, parts=parts))
+            rows[module.source] = halves_swapped(torch.arange(size))
+        else:
+            found.append(replace(module, path=name))
     for (_, name), members in groups.items():
-        sizes = {path.replace(".", "_"): weights[path][0] for path in names[name]}
+        sizes = {path.replace(".", "_"): weights[path][0] for path in names[name].paths}
         try:
             found.append(_joined(name, members, sizes))
         except ValueError as error:
@@ -53,7 +64,7 @@ def join_originals(modules: list[Adapted], weights: Mapping[str, torch.Size]) ->
             continue
         start = 0
         for path, size in sizes.items():
-            rows |= {member.source: slice(start, start + size) for member in members if member.flat == path}
+            rows |= {member.source: torch.arange(start, start + size) for member in members if member.flat == path}
             start += size
     modules[:] = found
     return rows, problems

@@ -306,13 +306,13 @@ def test_what_is_not_the_same_leaves_nothing(error: Any, tmp_path: Path, monkeyp
     source = read_source(tmp_path / "in.safetensors")
     plan = plan_for(source, "kohya")
 
-    def broken(*_: object) -> float:
+    def broken(*_: object, **options: object) -> float:
         raise error
 
     monkeypatch.setattr(module, "difference", broken)
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
         convert(source, plan, tmp_path / "out.safetensors")
-    monkeypatch.setattr(module, "difference", lambda *_: 1e-3)
+    monkeypatch.setattr(module, "difference", lambda *_, **options: 1e-3)
     with pytest.raises(CheckpointError, match=r"its update would be 1\.0e-03 from what it is"):
         convert(source, plan, tmp_path / "out.safetensors")
     assert [one.name for one in tmp_path.iterdir()] == ["in.safetensors"]

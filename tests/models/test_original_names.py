@@ -1,4 +1,4 @@
-"""Files that name modules as the authors of SDXL, Flux and SD3 did, on diffusers' models, some of them split."""
+"""Files that name modules as the authors of SDXL, Flux, SD3 and Wan did, on diffusers' models, some of them split."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ pytest.importorskip("diffusers")
 
 import diffusers
 import torch
-from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin, WanLoraLoaderMixin
 from safetensors.torch import load_file, save_file
-from support.diffusion_models import MODELS, made
+from support.diffusion_models import MODELS, WAN, made
 from torch import Tensor, nn
 
 import peftk
 from peftk.checkpoint.container import CheckpointError
-from peftk.checkpoint.original_names import original_names
+from peftk.checkpoint.original_names import Place, original_names
 from peftk.models.adapter_source import read_source
 from peftk.models.convert import convert
 from peftk.models.convert_plan import plan_for
 from peftk.models.foreign_files import peft_folder
 from peftk.testing.compare import assert_close
 
-LAYERS = (nn.Linear, nn.Conv2d)
-Names = dict[str, tuple[str, ...]]
+LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)
+Names = dict[str, Place]
 
 
 def names_of(model: nn.Module) -> Names:
@@ -37,7 +37,7 @@ def names_of(model: nn.Module) -> Names:
 def kohya(model: nn.Module, names: Names, rank: int = 2, alpha: float = 3.0) -> dict[str, Tensor]:
     """Return LoRA on all modules of the authors, with kohya's keys."""
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, paths in names.items():
+    for name, (paths, _) in names.items():
         weights = [model.get_submodule(path).weight for path in paths]
         taps = weights[0].shape[2:]
         key = "lora_unet_" + name.replace(".", "_")
@@ -64,38 +64,72 @@ def factors(model: nn.Module, path: Path) -> dict[str, tuple[Tensor, Tensor, flo
     return found
 
 
-@pytest.mark.parametrize("name", ["SDXL", "SD 1.5", "Flux", "SD3"])
+@pytest.mark.parametrize("name", ["SDXL", "SD 1.5", "Flux", "SD3", "Wan"])
 def test_the_update_is_the_one_of_the_module_that_was_split(name: str, tmp_path: Path) -> None:
     model = made(name)
     names = names_of(model)
     tensors = kohya(model, names)
     save_file(tensors, tmp_path / "file.safetensors")
     found = factors(model, tmp_path / "file.safetensors")
-    assert sorted(found) == sorted(path for paths in names.values() for path in paths)
-    for original, paths in names.items():
+    assert sorted(found) == sorted(path for place in names.values() for path in place.paths)
+    for original, (paths, swapped) in names.items():
         key = "lora_unet_" + original.replace(".", "_")
         expected = 1.5 * (tensors[f"{key}.lora_up.weight"].flatten(1) @ tensors[f"{key}.lora_down.weight"].flatten(1))
         updates = [scale * (b.flatten(1) @ a.flatten(1)) for a, b, scale in (found[path] for path in paths)]
+        if swapped:
+            expected = torch.cat(expected.chunk(2)[::-1])
         assert_close(torch.cat(updates), expected.double(), torch.float32)
     # Adapters of the file act.
     adapted = peftk.PeftModel.from_pretrained(model, tmp_path / "file.safetensors")
     assert len([key for key in adapted.state_dict() if "lora_A" in key]) == len(found)
 
 
-def test_flux_as_diffusers_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kinds", "alpha"), [(("double", "single"), 3.0), (("double", "final"), 1.0)])
+def test_flux_as_diffusers_reads_it(kinds: tuple[str, ...], alpha: float, tmp_path: Path) -> None:
     """At full width, for which its reader has the sizes written down."""
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    names = {n: paths for n, paths in names_of(model).items() if n.startswith(("double", "single"))}
-    tensors = kohya(model, names, rank=1)
+    # It takes the alphas of the last layer as 1.
+    names = {n: place for n, place in names_of(model).items() if n.startswith(kinds)}
+    assert names_of(model)["final_layer.adaLN_modulation.1"] == Place(("norm_out.linear",), swapped=True)
+    tensors = kohya(model, names, rank=1, alpha=alpha)
     save_file(tensors, tmp_path / "file.safetensors")
     found = factors(model, tmp_path / "file.safetensors")
     theirs = FluxLoraLoaderMixin.lora_state_dict(dict(tensors))
     assert len(theirs) == 2 * len(found)
     for path, (a, b, scale) in found.items():
-        down, up = (theirs[f"transformer.{path}.lora_{which}.weight"] for which in "AB")
+        # It gives those of the last layer names without the prefix.
+        name = path if path in ("norm_out.linear", "proj_out") else f"transformer.{path}"
+        down, up = (theirs[f"{name}.lora_{which}.weight"] for which in "AB")
         # Some rows and columns of the product tell.
         assert_close(scale * b[-64:] @ a[:, -64:], (up[-64:].double() @ down[:, -64:].double()), torch.float32)
+
+
+def test_sd3_swaps_the_shift_and_the_scale_of_its_last_norms() -> None:
+    names = names_of(made("SD3"))
+    assert {place.paths for place in names.values() if place.swapped} == {
+        ("norm_out.linear",),
+        ("transformer_blocks.1.norm1_context.linear",),
+    }
+    assert not names["joint_blocks.0.context_block.adaLN_modulation.1"].swapped
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "ComfyUI"])
+def test_wan_as_diffusers_reads_it(dialect: str, tmp_path: Path) -> None:
+    model = diffusers.WanTransformer3DModel(**WAN, image_dim=16, added_kv_proj_dim=24)
+    names = {name: place for name, place in names_of(model).items() if name.startswith("blocks")}
+    assert len(names) == 2 * 12
+    tensors = kohya(model, names)
+    if dialect == "ComfyUI":
+        by_flat = {"lora_unet_" + name.replace(".", "_"): f"diffusion_model.{name}" for name in names}
+        tensors = {f"{by_flat[(one := key.partition('.'))[0]]}.{one[2]}": value for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "file.safetensors")
+    found = factors(model, tmp_path / "file.safetensors")
+    theirs = WanLoraLoaderMixin.lora_state_dict(dict(tensors))
+    assert len(theirs) == 2 * len(found) == 2 * 2 * 12
+    for path, (a, b, scale) in found.items():
+        down, up = (theirs[f"transformer.{path}.lora_{which}.weight"] for which in "AB")
+        assert_close(scale * b @ a, up.double() @ down.double(), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["SDXL", "SD 1.5"])
@@ -103,7 +137,7 @@ def test_unets_as_diffusers_reads_them(name: str, tmp_path: Path) -> None:
     model = made(name)
     # Diffusers takes these alone from such files.
     blocks = ("input_blocks", "middle_block", "output_blocks")
-    names = {n: paths for n, paths in names_of(model).items() if n.startswith(blocks)}
+    names = {n: place for n, place in names_of(model).items() if n.startswith(blocks)}
     names.pop("input_blocks.0.0")
     tensors = kohya(model, names)
     save_file(tensors, tmp_path / "file.safetensors")
@@ -153,12 +187,15 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]]] 
         ),
     ),
     "outputs in another order": (
-        "the model has no module of this name",
+        "has its outputs in another order here, and LoKr has no factor",
         lambda t: (
-            t
-            | {"lora_unet_final_layer_adaLN_modulation_1.lora_down.weight": torch.ones(2, 32)}
-            | {"lora_unet_final_layer_adaLN_modulation_1.lora_up.weight": torch.ones(64, 2)}
+            {"lora_unet_final_layer_adaLN_modulation_1.lokr_w1": torch.ones(8, 4)}
+            | {"lora_unet_final_layer_adaLN_modulation_1.lokr_w2": torch.ones(8, 8)}
         ),
+    ),
+    "rows of outputs in another order": (
+        r"expected 64 rows, got shape \(63, 2\)",
+        lambda t: t | {"lora_unet_final_layer_adaLN_modulation_1.lora_up.weight": torch.ones(63, 2)},
     ),
 }
 
@@ -183,7 +220,7 @@ def test_loha_with_magnitudes_is_split_by_rows(tmp_path: Path) -> None:
     }
     scale = torch.rand(96, 1, generator=generator)
     save_file(four | {f"{key}.dora_scale": scale, f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "file.safetensors")
-    paths = names["double_blocks.0.txt_attn.qkv"]
+    paths = names["double_blocks.0.txt_attn.qkv"].paths
     weight = torch.cat([model.get_submodule(path).weight for path in paths]).detach()
     a1, b1, a2, b2 = (four[f"{key}.hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
     changed = (weight + 0.5 * (a1 @ b1) * (a2 @ b2)).double()
@@ -194,10 +231,31 @@ def test_loha_with_magnitudes_is_split_by_rows(tmp_path: Path) -> None:
 
 
 def test_models_of_others_have_no_such_names() -> None:
-    for name in ("Wan", "Qwen-Image"):
-        assert names_of(made(name)) == {}
+    assert "Qwen-Image" in MODELS
+    assert names_of(made("Qwen-Image")) == {}
     assert names_of(nn.Sequential(nn.Linear(2, 2))) == {}
-    assert set(MODELS) > {"Wan", "Qwen-Image"}
+
+
+@pytest.mark.parametrize("of_inputs", [False, True])
+def test_magnitudes_of_outputs_in_another_order(of_inputs: bool, tmp_path: Path) -> None:
+    model = made("Flux").eval()
+    key, generator = "lora_unet_final_layer_adaLN_modulation_1", torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 32, generator=generator), torch.randn(64, 2, generator=generator)
+    scale = torch.rand((1, 32) if of_inputs else (64, 1), generator=generator)
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}
+    save_file(tensors | {f"{key}.dora_scale": scale}, tmp_path / "file.safetensors")
+    # As the authors have it, and then as diffusers has that.
+    weight = model.get_submodule("norm_out.linear").weight.detach()
+    changed = (torch.cat(weight.chunk(2)[::-1]) + up @ down).double()
+    changed = changed / changed.norm(dim=0 if of_inputs else 1, keepdim=True) * scale
+    merged = peftk.PeftModel.from_pretrained(made("Flux"), tmp_path / "file.safetensors").merge_and_unload()
+    found = merged.get_submodule("norm_out.linear").weight
+    assert_close(found, torch.cat(changed.chunk(2)[::-1]), torch.float32)
+    # And there and back.
+    assert max(turned(tmp_path / "file.safetensors", tmp_path / "peft", "peft", model)) == 0
+    assert max(turned(tmp_path / "peft", tmp_path / "back", "kohya", model, original=True)) == 0
+    back = load_file(tmp_path / "back")
+    assert all(torch.equal(back[name], value) for name, value in tensors.items())
 
 
 def turned(source: Path, out: Path, dialect: str, model: nn.Module, **options: bool) -> list[float]:
@@ -207,7 +265,7 @@ def turned(source: Path, out: Path, dialect: str, model: nn.Module, **options: b
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "peft"])
-@pytest.mark.parametrize("name", ["SDXL", "Flux", "SD3"])
+@pytest.mark.parametrize("name", ["SDXL", "Flux", "SD3", "Wan"])
 def test_converted_to_names_of_diffusers_and_back(name: str, dialect: str, tmp_path: Path) -> None:
     model = made(name).eval()
     tensors = kohya(model, names_of(model))
@@ -274,7 +332,7 @@ def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
     source = read_source(tmp_path / "peft")
     with pytest.raises(ValueError, match=r"original: .* --model tells them; got kohya without it"):
         plan_for(source, "kohya", original=True)
-    with pytest.raises(ValueError, match="original: expected diffusers' model of SDXL, Flux or SD3"):
+    with pytest.raises(ValueError, match="original: expected diffusers' model of SDXL, Flux, SD3 or Wan"):
         plan_for(source, "kohya", weights={"0": torch.Size((2, 2))}, original=True)
     with pytest.raises(ValueError, match=r"original: .* got diffusers"):
         plan_for(source, "diffusers", weights={}, original=True)

@@ -12,6 +12,8 @@ BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_p
 BLOCKS |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (8, 16), "norm_num_groups": 4}
 XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
 UNET = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "time_emb_proj", "ff.net.0.proj"]
+WAN = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4}
+WAN |= {"out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "SD 1.5": (
@@ -59,17 +61,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ["to_q", "add_v_proj", "to_add_out", "ff.net.2", "norm1.linear"],
     ),
     "Wan": (
-        lambda: diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-        ),
+        lambda: diffusers.WanTransformer3DModel(**WAN),
         ["attn1.to_q", "attn2.to_k", "to_out.0", "ffn.net.0.proj", "patch_embedding"],
     ),
     "Qwen-Image": (
