@@ -15,6 +15,7 @@
 #include "few_rows_linear.h"
 #include "host.h"
 #include "low_rank.h"
+#include "same_bits.h"
 
 namespace peftk {
 namespace {
@@ -59,11 +60,6 @@ bool is_dense(const Tensor& t, ScalarType dtype, int64_t dimensions) {
 // Numbers of any shape that lie one behind the other, or none.
 bool are_numbers(const std::optional<Tensor>& t, ScalarType dtype, int64_t count) {
   return !t || (is_dense(*t, dtype, t->dim()) && t->numel() == count);
-}
-
-bool same_bits(const Tensor& a, const Tensor& b) {
-  return is_dense(a, b.scalar_type(), b.dim()) && a.numel() == b.numel() && b.is_contiguous() &&
-         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.numel() * a.element_size()) == 0;
 }
 
 bool is_rotation(const Tensor& blocks, int64_t depth) {
@@ -132,8 +128,18 @@ std::optional<Tensor> few_rows(const FewRowsSizes& sizes, const Tensor& x, const
   else if (laid_out)
     few_rows_input_cpu(x.const_data_ptr(), dtype, rows, depth, laid_out.get());
   if (rank > 0) {
-    const LowRankFewParams thin{
-        x.const_data_ptr(), floats(*a), floats(*b), hidden.get(), nullptr, rows, depth, columns, rank, dtype};
+    const LowRankFewParams thin{x.const_data_ptr(),
+                                floats(*a),
+                                floats(*b),
+                                nullptr,
+                                nullptr,
+                                hidden.get(),
+                                nullptr,
+                                rows,
+                                depth,
+                                columns,
+                                rank,
+                                dtype};
     parallel_for(0, rank, 1 + kTaskOperations / (1 + depth * rows),
                  [&](int64_t begin, int64_t end) { low_rank_few_hidden_cpu(thin, begin, end); });
     for (int64_t i = 0; i < rows * rank; ++i)
@@ -173,24 +179,24 @@ std::optional<Tensor> low_rank(const Tensor& x, const Tensor& weight, std::optio
   return few_rows(*sizes, x, weight, bias, {.a = a, .b = b, .gate = std::move(gate), .scale = scale});
 }
 
-bool all_same_bits(const std::vector<Tensor>& sources, const std::vector<Tensor>& copies) {
-  return std::equal(sources.begin(), sources.end(), copies.begin(), copies.end(), same_bits);
+bool all_same_bits(const std::vector<Tensor>& sources, const std::vector<Tensor>& kept) {
+  return std::equal(sources.begin(), sources.end(), kept.begin(), kept.end(), same_bits);
 }
 
-// Nothing also where a source of the blocks or of the gain is not the same as its copy to the bit.
+// Nothing also where a source of the blocks or of the gain has changed.
 std::optional<Tensor> rotate(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& blocks,
                              std::optional<Tensor> gain, const std::vector<Tensor>& sources,
-                             const std::vector<Tensor>& copies, int64_t most) {
+                             const std::vector<Tensor>& kept, int64_t most) {
   const auto sizes = few_rows_sizes(x, weight, bias, most);
-  if (!sizes || !all_same_bits(sources, copies)) return std::nullopt;
+  if (!sizes || !all_same_bits(sources, kept)) return std::nullopt;
   return few_rows(*sizes, x, weight, bias, {.blocks = blocks, .gain = std::move(gain)});
 }
 
 std::optional<Tensor> rescale(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& a,
                               const Tensor& b, double scale, const Tensor& gain, const Tensor& sums,
-                              const std::vector<Tensor>& sources, const std::vector<Tensor>& copies, int64_t most) {
+                              const std::vector<Tensor>& sources, const std::vector<Tensor>& kept, int64_t most) {
   const auto sizes = few_rows_sizes(x, weight, bias, most);
-  if (!sizes || !all_same_bits(sources, copies)) return std::nullopt;
+  if (!sizes || !all_same_bits(sources, kept)) return std::nullopt;
   return few_rows(*sizes, x, weight, bias, {.a = a, .b = b, .gain = gain, .sums = sums, .scale = scale});
 }
 
@@ -241,6 +247,13 @@ bool same_row_sums(const Tensor& weight, const Tensor& sums) {
   return !changed.load(std::memory_order_relaxed);
 }
 
+// Whether neither the weight, by its checksums, nor a source of the gain has changed.
+bool same_gain(const Tensor& weight, const Tensor& sums, const std::vector<Tensor>& sources,
+               const std::vector<Tensor>& kept) {
+  return (is_dense(weight, ScalarType::Float, 2) || is_dense(weight, ScalarType::BFloat16, 2)) &&
+         all_same_bits(sources, kept) && sums.size(0) == weight.size(0) && same_row_sums(weight, sums);
+}
+
 }  // namespace
 
 std::optional<FewRowsSizes> few_rows_sizes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -273,13 +286,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
       "int most) -> Tensor?");
   m.def(
       "few_rows_rotate(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor? gain, Tensor[] sources, "
-      "Tensor[] copies, int most) -> Tensor?");
+      "Tensor[] kept, int most) -> Tensor?");
   m.def(
       "few_rows_rescale(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, Tensor gain, "
-      "Tensor sums, Tensor[] sources, Tensor[] copies, int most) -> Tensor?");
+      "Tensor sums, Tensor[] sources, Tensor[] kept, int most) -> Tensor?");
   m.def("few_rows_rotated(Tensor x, Tensor weight, Tensor blocks, int most) -> Tensor?");
   m.def("row_sums(Tensor weight, Tensor(a!) sums) -> ()");
   m.def("same_row_sums(Tensor weight, Tensor sums) -> bool");
+  m.def("same_gain(Tensor weight, Tensor sums, Tensor[] sources, Tensor[] kept) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
@@ -289,4 +303,5 @@ STABLE_TORCH_LIBRARY_IMPL(peftk_native, CPU, m) {
   m.impl("few_rows_rotated", TORCH_BOX(&peftk::rotate_rows));
   m.impl("row_sums", TORCH_BOX(&peftk::row_sums));
   m.impl("same_row_sums", TORCH_BOX(&peftk::same_row_sums));
+  m.impl("same_gain", TORCH_BOX(&peftk::same_gain));
 }

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -93,8 +94,10 @@ void low_rank(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<T
                [&](int64_t begin, int64_t end) { low_rank_cpu(p, begin, end); });
 }
 
-void low_rank_few(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> gate, double scale,
-                  Tensor& out) {
+// False, and nothing is done, where nothing would be added before the gain: what is then the frozen layer's output, but
+// for the gain, is the caller's business.
+bool low_rank_few(const Tensor& x, const Tensor& a, const Tensor& b, std::optional<Tensor> gate, double scale,
+                  std::optional<Tensor> gain, std::optional<Tensor> bias, Tensor& out) {
   const Dtype dtype = check_dtype(x, "x");
   const int64_t depth = a.dim() == 2 ? a.size(1) : 0, rank = a.dim() == 2 ? a.size(0) : 0;
   STD_TORCH_CHECK(depth > 0 && x.numel() % depth == 0, "a: expected shape (rank, depth of x)");
@@ -105,10 +108,20 @@ void low_rank_few(const Tensor& x, const Tensor& a, const Tensor& b, std::option
   STD_TORCH_CHECK(out.scalar_type() == x.scalar_type() && out.numel() == rows * columns,
                   "out: expected the dtype of x and as many rows");
   if (gate) check_shape(*gate, "gate", rank);
+  if (gain) check_shape(*gain, "gain", columns);
+  if (bias) {
+    check_dense(*bias, "bias");
+    STD_TORCH_CHECK(gain && bias->scalar_type() == x.scalar_type() && bias->numel() == columns,
+                    "bias: expected the dtype of x, a number for each column, and a gain");
+  }
+  const auto is_zero = [](float number) { return number == 0.0f; };
+  if (gain && std::all_of(floats(b), floats(b) + columns * rank, is_zero)) return false;
   const Buffer products(new float[rows * rank]);
   const LowRankFewParams p{x.const_data_ptr(),
                            floats(a),
                            floats(b),
+                           gain ? floats(*gain) : nullptr,
+                           bias ? bias->const_data_ptr() : nullptr,
                            products.get(),
                            out.mutable_data_ptr(),
                            rows,
@@ -122,6 +135,7 @@ void low_rank_few(const Tensor& x, const Tensor& a, const Tensor& b, std::option
     p.hidden[i] *= (gate ? floats(*gate)[i % rank] : 1.0f) * static_cast<float>(scale);
   parallel_for(0, columns, 1 + kTaskOperations / (1 + rank * rows),
                [&](int64_t begin, int64_t end) { low_rank_few_cpu(p, begin, end); });
+  return true;
 }
 
 void low_rank_backward(const Tensor& grad, const Tensor& x, const Tensor& hidden, const Tensor& a, const Tensor& b,
@@ -187,7 +201,9 @@ void dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale, Ten
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftk_native, m) {
   m.def("low_rank(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out, Tensor(b!) hidden) -> ()");
-  m.def("low_rank_few(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor(a!) out) -> ()");
+  m.def(
+      "low_rank_few(Tensor x, Tensor a, Tensor b, Tensor? gate, float scale, Tensor? gain, Tensor? bias, "
+      "Tensor(a!) out) -> bool");
   m.def(
       "low_rank_backward(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor? gate, float scale, "
       "Tensor(a!) dx, Tensor(b!) da, Tensor(c!) db, Tensor(d!) dgate) -> ()");

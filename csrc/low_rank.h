@@ -60,16 +60,18 @@ void pack_strips_cpu(const float* from, int64_t row, int64_t col, int64_t rank, 
 // Lay a (rows, cols) matrix, element (i, j) at from[i * row + j * col], out with padded rows.
 void pad_columns_cpu(const float* from, int64_t row, int64_t col, int64_t rows, int64_t cols, float* to);
 
-// hidden = x @ a.T, and out += hidden @ b.T, for few rows, from the factors as they lie in memory: laying them out
-// anew, as for many rows, would take longer than all else.
+// hidden = x @ a.T, and out = gain * (out + hidden @ b.T) + bias, for few rows, from the factors as they lie in memory:
+// laying them out anew, as for many rows, would take longer than all else.
 struct LowRankFewParams {
-  const void* x;   // (rows, depth)
-  const float* a;  // (rank, depth)
-  const float* b;  // (columns, rank)
-  float* hidden;   // (rows, rank)
-  void* out;       // (rows, columns)
+  const void* x;      // (rows, depth)
+  const float* a;     // (rank, depth)
+  const float* b;     // (columns, rank)
+  const float* gain;  // (columns), or null
+  const void* bias;   // (columns), or null, as it is without a gain
+  float* hidden;      // (rows, rank)
+  void* out;          // (rows, columns)
   int64_t rows, depth, columns, rank;
-  Dtype dtype;  // of x and out
+  Dtype dtype;  // of x, bias and out
 };
 
 // Columns begin to end of `hidden`.

@@ -26,11 +26,13 @@ template <typename T>
 constexpr int64_t kStepNumbers = kStepWords * kWordNumbers<T>;
 
 // One more vector of a row in its checksum. A step is one-to-one in the sum and in the words, so that no change of one
-// word alone is missed; the shift takes the upper bits, where signs and exponents are, down to the lower ones.
+// word alone is missed. Products of halves of words take half as long as those of words; the bits change halves then.
 template <typename Words>
 PEFTK_INLINE Words summed(Words sum, Words words) {
-  sum = (sum ^ words) * 0x9E3779B1u;
-  return sum ^ (sum >> 15);
+  typedef uint16_t Halves __attribute__((vector_size(sizeof(Words))));
+  const Halves halves = reinterpret_cast<Halves>(sum ^ words) * uint16_t{0x9E37};
+  sum = reinterpret_cast<Words>(halves);
+  return sum << 13 | sum >> 19;
 }
 
 // sum += the numbers of some words, times those of x.

@@ -179,7 +179,10 @@ PEFTK_INLINE void few_columns(const LowRankFewParams& p, int64_t row, int64_t co
   for (int64_t i = 0; i < some; ++i) {
     float sum = total[i];
     for (int64_t j = whole; j < p.rank; ++j) sum += h[j] * b[i * p.rank + j];
-    from_float(to_float(to[i]) + sum, to[i]);
+    sum += to_float(to[i]);
+    if (p.gain) sum *= p.gain[column + i];
+    if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[column + i]);
+    from_float(sum, to[i]);
   }
 }
 
@@ -196,7 +199,13 @@ PEFTK_INLINE void turned_rows(const LowRankFewParams& p, const float* turned, in
   for (int64_t j = 0; j < p.rank; ++j)
     for (int r = 0; r < kRows; ++r) sums[r] += h[r * p.rank + j] * eight(turned + j * kLanes);
   T* to = static_cast<T*>(p.out) + row * p.columns + column;
-  for (int r = 0; r < kRows; ++r) put_eight(eight(to + r * p.columns) + sums[r], to + r * p.columns);
+  for (int r = 0; r < kRows; ++r) sums[r] += eight(to + r * p.columns);
+  if (p.gain) {
+    const Floats gain = eight(p.gain + column), none = {};
+    const Floats bias = p.bias ? eight(static_cast<const T*>(p.bias) + column) : none;
+    for (int r = 0; r < kRows; ++r) sums[r] = sums[r] * gain + bias;
+  }
+  for (int r = 0; r < kRows; ++r) put_eight(sums[r], to + r * p.columns);
 }
 
 template <typename T>

@@ -133,8 +133,8 @@ def few(weight: Tensor, bias: Tensor | None, square: Tensor, scale: Tensor, kept
         # Usually nothing has changed, which the call that reads the weight finds out by itself.
         held = place.held(None)
         if held is not None:
-            copies, (_, blocks) = held
-            y = rotated_few(x, weight, bias, blocks, scale, (square,), copies)
+            bits, (_, blocks) = held
+            y = rotated_few(x, weight, bias, blocks, scale, (square,), bits)
             if y is not None:
                 return y
         return rotated_few(x, weight, bias, composed(resting(square, scale, place)), scale)

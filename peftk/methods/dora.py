@@ -11,7 +11,7 @@ from torch.nn import functional as tf
 
 from .. import functional as F
 from ..kernels.shared.wide import wide
-from ..ops._few_rows import RESCALED, rescaled_few
+from ..ops._few_rows import FEW, rescaled_few, rescaled_in_one_pass, rescaled_rows, same_gain
 from ..ops._few_rows import few as few_rows
 from ..ops.conv import channels_last
 from ..ops.dropout import Drawn, Dropout
@@ -208,26 +208,34 @@ def few(weight: Tensor, bias: Tensor | None, base: nn.Module, adapter: LowRank) 
     a, b, scale, gate, extra, p, magnitude, kept = adapter[:8]
     if kept is None or magnitude is None or type(scale) is not float or p > 0 or gate is not None or extra is not None:
         return None
-    sources = a, b, magnitude
+    # Another layout, or another dtype, has no kernel or other checksums.
+    sources, settings = (a, b, magnitude), _settings(scale, weight)
 
     def run(x: Tensor) -> Tensor | None:
-        if not few_rows(x, x.shape[-1], RESCALED):
-            return None
+        if not rescaled_in_one_pass(x, weight):
+            return beside_library(x) if few_rows(x, x.shape[-1]) else None
         # Usually nothing has changed, which the call that reads the weight finds out by itself. Else the gain is found
         # first, and the call repeated: equal calls have equal bits.
         for prepare in (None, _verified):
             if prepare is not None and prepare(base, adapter) is None:
                 return None
-            held = kept.held(_settings(scale, weight))
+            held = kept.held(settings)
             if held is None:
                 continue
-            copies, (gain, sums) = held
-            y = rescaled_few(x, weight, bias, a, b, scale, gain, sums, sources, copies)
+            bits, (gain, sums) = held
+            y = rescaled_few(x, weight, bias, a, b, scale, gain, sums, sources, bits)
             if y is not None:
                 return y
         return None
 
-    return Few(run, RESCALED)
+    def beside_library(x: Tensor) -> Tensor | None:
+        held = kept.held(settings)
+        if held is not None and same_gain(weight, held[1][1], sources, held[0]):
+            return rescaled_rows(x, weight, bias, a, b, scale, held[1][0])
+        known = _verified(base, adapter)
+        return None if known is None else rescaled_rows(x, weight, bias, a, b, scale, known.gain)
+
+    return Few(run, FEW)
 
 
 def rescale_linear(base: Any, result: Tensor, x: Tensor, adapter: LowRank, dropped: Tensor | None = None) -> Tensor:

@@ -105,8 +105,8 @@ def few(
         # Usually nothing has changed, which the call that reads the weight finds out by itself.
         held = place.held(settings) if x.numel() <= most else None
         if held is not None:
-            copies, blocks = held
-            y = rotated_few(x, weight, bias, blocks, None, (packed,), copies)
+            bits, blocks = held
+            y = rotated_few(x, weight, bias, blocks, None, (packed,), bits)
             if y is not None:
                 return y
         blocks = place.get((packed,), lambda: rotations(packed, block_size, terms), settings)

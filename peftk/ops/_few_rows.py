@@ -21,9 +21,6 @@ from ..runtime import registry
 FEW = 63
 """Rows up to which this is the faster way; beyond, the operators gain more than they cost."""
 
-RESCALED = 16
-"""Rows up to which one pass over the weight is faster that also finds out whether the weight is still the same."""
-
 _DTYPES = (torch.float32, torch.bfloat16)
 
 ORDINARY = (Tensor, nn.Parameter)
@@ -114,7 +111,7 @@ def rescaled_few(
     gain: Tensor,
     sums: Tensor,
     sources: Sequence[Tensor],
-    copies: Sequence[Tensor],
+    kept: Sequence[Tensor],
 ) -> Tensor | None:
     """Return ``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias`` in one pass over the weight, or None.
 
@@ -130,13 +127,40 @@ def rescaled_few(
         gain: (out,).
         sums: The checksums of the weight that the gain was computed from.
         sources: The other tensors that it was computed from.
-        copies: What these were at that time.
+        kept: What tells whether these have changed since.
     """
     module = module_of("few_rows")
     if type(x) not in ORDINARY or not x.is_cpu or module is None:
         return None
-    y: Tensor | None = module.rescale(x, weight, bias, a, b, scale, gain, sums, sources, copies, RESCALED)
+    y: Tensor | None = module.rescale(x, weight, bias, a, b, scale, gain, sums, sources, kept, FEW)
     return y
+
+
+def rescaled_in_one_pass(x: Tensor, weight: Tensor) -> bool:
+    """Whether `rescaled_few` is the faster way for so few rows, and not `rescaled_rows`."""
+    module = module_of("few_rows")
+    return module is not None and bool(module.rescaling_pays_in_one_pass(x, weight))
+
+
+def same_gain(weight: Tensor, sums: Tensor, sources: Sequence[Tensor], kept: Sequence[Tensor]) -> bool:
+    """Whether neither a weight nor the sources of a gain have changed since; native kernels are there."""
+    same: bool = module_of("few_rows").same_gain(weight, sums, sources, kept)
+    return same
+
+
+def rescaled_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, gain: Tensor
+) -> Tensor | None:
+    """Return ``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias`` by the library's base product, or None.
+
+    The gain is that of the weight of now. None also where b is zero. For the rest see `rescaled_few`.
+    """
+    if not usual(x, a, b, gain) or (bias is not None and (bias.dtype is not x.dtype or not bias.is_contiguous())):
+        return None
+    if a.shape[1] != x.shape[-1] or b.shape != (weight.shape[0], a.shape[0]) or gain.numel() != b.shape[0]:
+        return None
+    y = linear(x, weight)
+    return y if module_of("few_rows").rescale_low_rank_(y, x, a, b, scale, gain, bias) else None
 
 
 def rotated_few(
@@ -146,7 +170,7 @@ def rotated_few(
     blocks: Tensor,
     gain: Tensor | None = None,
     sources: Sequence[Tensor] = (),
-    copies: Sequence[Tensor] = (),
+    kept: Sequence[Tensor] = (),
 ) -> Tensor | None:
     """Return ``gain * (rotated(x) @ weight.T) + bias`` in one pass over the weight, or None.
 
@@ -160,13 +184,13 @@ def rotated_few(
         blocks: (in / b, b, b), or (1, b, b) if shared.
         gain: Of `out` numbers, or None.
         sources: What the blocks were computed from.
-        copies: What these were at that time.
+        kept: What tells whether these have changed since.
     """
     module = module_of("few_rows")
     if type(x) not in ORDINARY or not x.is_cpu or module is None:
         return None
     most = module.ONE_PASS_ROWS.get(x.dtype, 0)
-    y: Tensor | None = module.rotate(x, weight, bias, blocks, gain, sources, copies, most)
+    y: Tensor | None = module.rotate(x, weight, bias, blocks, gain, sources, kept, most)
     return y
 
 

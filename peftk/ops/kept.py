@@ -15,9 +15,14 @@ Value = TypeVar("Value")
 
 
 class _Entry(NamedTuple):
-    copies: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    layouts: list[tuple[torch.dtype, torch.Size]]
     settings: Any
     value: Any
+
+
+def _layouts(sources: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.Size]]:
+    return [(source.dtype, source.shape) for source in sources]
 
 
 def keeps(sources: Sequence[Tensor]) -> bool:
@@ -61,10 +66,10 @@ def same_weight(rows: Tensor, sums: Tensor) -> bool:
 
 
 class Kept:
-    """A value, with copies of the parameters that it was made of.
+    """A value, with copies or checksums of the parameters that it was made of.
 
-    Every call compares the parameters with the copies, bit by bit: some microseconds, and no write is overlooked,
-    also none through ``.data``, which torch does not count. It is neither copied nor pickled.
+    Every call compares the parameters with these: some microseconds, and no write is overlooked, also none through
+    ``.data``, which torch does not count. It is neither copied nor pickled.
     """
 
     def __init__(self) -> None:
@@ -74,7 +79,7 @@ class Kept:
         """Return what `make` returns, or what it returned before for the same `sources` and `settings`.
 
         Args:
-            sources: The tensors that the value depends on. Small ones: all are compared.
+            sources: The tensors that the value depends on. Small ones: all are read in every call.
             make: Makes the value.
             settings: What else the value depends on, compared by ``==``; nothing but this and the sources may change
                 it, or the caller finds out and has it forgotten.
@@ -87,24 +92,23 @@ class Kept:
             return make()
         # Read once: another thread may run the same layer.
         entry = self._entry
-        if entry is not None and len(entry.copies) == len(sources) and entry.settings == settings:
-            for source, copied in zip(sources, entry.copies, strict=True):
-                if source.dtype is not copied.dtype or source.shape != copied.shape:
-                    break
-                if not module.same_bits(source, copied):
-                    break
-            else:
-                found: Value = entry.value
-                return found
-        copies = tuple(source.detach().clone() for source in sources)
+        if (
+            entry is not None
+            and entry.settings == settings
+            and entry.layouts == _layouts(sources)
+            and all(map(module.same_bits, sources, entry.kept))
+        ):
+            found: Value = entry.value
+            return found
+        kept = tuple(map(module.kept_bits, sources))
         value = make()
-        self._entry = _Entry(copies, settings, value)
+        self._entry = _Entry(kept, _layouts(sources), settings, value)
         return value
 
     def held(self, settings: Any) -> tuple[tuple[Tensor, ...], Any] | None:
-        """Return copies of the sources, which the caller compares, and the value; or None if it has other settings."""
+        """Return what tells whether the sources have changed, and the value; or None if it has other settings."""
         entry = self._entry
-        return None if entry is None or entry.settings != settings else (entry.copies, entry.value)
+        return None if entry is None or entry.settings != settings else (entry.kept, entry.value)
 
     def forget(self) -> None:
         """Have the value made anew at the next call."""

@@ -81,7 +81,7 @@ def test_what_is_added_is_rounded_once_in_every_lane(rows: int, dtype: torch.dty
     b[5:9], x[:, 0] = 2.0**-9, 1.0
     out[:, 5:9] = torch.tensor([1.0, 1.0 + limits.eps, -1.0, 3.0])
     expected = (out.float() + x[:, :1].float() * b.mT).to(dtype)
-    few_rows._low_rank(x, a, b, None, 1.0, out)
+    few_rows._low_rank(x, a, b, None, 1.0, None, None, out)
     assert out.isnan().equal(expected.isnan())
     assert_same_bits(out.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 

@@ -38,6 +38,16 @@ def pays_in_one_pass(x: Tensor, weight: Tensor) -> bool:
     return 16 * width <= numbers <= 24 * width
 
 
+_RESCALED_ROWS = {torch.float32: 16, torch.bfloat16: 8 if _MULTIPLIES_BFLOAT16 else 16}
+"""Rows of x up to which one pass is faster that also finds out whether the weight is still the same."""
+
+
+def rescaling_pays_in_one_pass(x: Tensor, weight: Tensor) -> bool:
+    """Whether one pass over a weight takes no longer than its checksums and two products."""
+    rows = 32 if x.dtype is torch.float32 and weight.numel() >= _LARGE_WEIGHT else _RESCALED_ROWS.get(x.dtype, 0)
+    return x.numel() <= rows * x.shape[-1]
+
+
 SUM_WORDS = 16
 """Words of the checksum of one row of a weight."""
 
@@ -51,8 +61,8 @@ added is zero or a rotation changes nothing, so that it keeps its bits.
 """
 
 rotate = bare(torch.ops.peftk_native.few_rows_rotate.default)
-"""``rotate(x, weight, bias, blocks, gain, sources, copies, most)`` returns ``gain * (rotated(x) @ weight.T) + bias``;
-None also for `sources` that are not the same as their copies to the bit.
+"""``rotate(x, weight, bias, blocks, gain, sources, kept, most)`` returns ``gain * (rotated(x) @ weight.T) + bias``;
+None also for `sources` of which `kept` says that they have changed.
 """
 
 rotated = bare(torch.ops.peftk_native.few_rows_rotated.default)
@@ -61,13 +71,16 @@ the weight; None as above.
 """
 
 rescale = bare(torch.ops.peftk_native.few_rows_rescale.default)
-"""``rescale(x, weight, bias, a, b, scale, gain, sums, sources, copies, most)`` returns
+"""``rescale(x, weight, bias, a, b, scale, gain, sums, sources, kept, most)`` returns
 ``gain * (x @ weight.T + scale * (x @ a.T) @ b.T) + bias``; None also where the gain may be another one by now: for a
-weight that has other checksums than `sums`, and for `sources` that are not the same as their copies to the bit.
+weight that has other checksums than `sums`, and for changed `sources`.
 """
 
 same_row_sums = torch.ops.peftk_native.same_row_sums.default
 """``same_row_sums(weight, sums)`` says whether a weight has these checksums."""
+
+same_gain = bare(torch.ops.peftk_native.same_gain.default)
+"""``same_gain(weight, sums, sources, kept)`` says whether neither the weight nor the sources have changed."""
 
 _row_sums = torch.ops.peftk_native.row_sums.default
 
@@ -104,4 +117,25 @@ def add_low_rank_(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | N
         hidden = torch.mm(_as_rows(x), a.mT)
         _as_rows(out).addmm_(hidden if gate is None else hidden.mul_(gate), b.mT, alpha=scale)
     else:
-        _low_rank(x, a, b, gate, scale, out)
+        _low_rank(x, a, b, gate, scale, None, None, out)
+
+
+def rescale_low_rank_(
+    out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor, bias: Tensor | None
+) -> bool:
+    """Add the low-rank product of few rows onto the base product, and scale the sum, about a bias.
+
+    Args:
+        out: The base product without the bias, as for `add_low_rank_`.
+        x: As there.
+        a: As there.
+        b: As there.
+        scale: The factor of the product.
+        gain: That of the sum, (out,), float32.
+        bias: What is added then, (out,), in the dtype of x, or None.
+
+    Returns:
+        False, and nothing is done, where b is zero: the caller knows better what the frozen layer's bits are.
+    """
+    done: bool = _low_rank(x, a, b, None, scale, gain, bias, out)
+    return done

@@ -171,13 +171,23 @@ void check_low_rank(Level level, int64_t rows, int64_t depth, int64_t columns, i
 
 // Few rows, from factors as they lie.
 template <typename T>
-void check_few(Level level, int64_t rows, int64_t depth, int64_t columns, int64_t rank) {
-  Heap<T> x(rows * depth), out(rows * columns);
-  Heap<float> a(rank * depth), b(columns * rank), hidden(rows * rank);
-  fill(x), fill(out), fill(a), fill(b);
+void check_few(Level level, int64_t rows, int64_t depth, int64_t columns, int64_t rank, bool rescaled) {
+  Heap<T> x(rows * depth), out(rows * columns), bias(columns);
+  Heap<float> a(rank * depth), b(columns * rank), hidden(rows * rank), gain(columns);
+  fill(x), fill(out), fill(a), fill(b), fill(bias), fill(gain);
   const std::vector<double> before = doubles(out), seen = doubles(x);
-  const LowRankFewParams p{x.get(), a.get(), b.get(), hidden.get(), out.get(),
-                           rows,    depth,   columns, rank,         dtype_of<T>()};
+  const LowRankFewParams p{x.get(),
+                           a.get(),
+                           b.get(),
+                           rescaled ? gain.get() : nullptr,
+                           rescaled && rank % 2 ? bias.get() : nullptr,
+                           hidden.get(),
+                           out.get(),
+                           rows,
+                           depth,
+                           columns,
+                           rank,
+                           dtype_of<T>()};
   const std::string what = std::string("low_rank_few ") + name_of(level);
   in_pieces(rank, 3, [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_few_hidden_cpu)(p, begin, end); });
   in_pieces(columns, 3, [&](int64_t begin, int64_t end) { VARIANT(level, low_rank_few_cpu)(p, begin, end); });
@@ -191,7 +201,9 @@ void check_few(Level level, int64_t rows, int64_t depth, int64_t columns, int64_
       Bound y;
       y.add(before[t * columns + c]);
       for (int64_t j = 0; j < rank; ++j) y.add(static_cast<double>(hidden[t * rank + j]) * b[c * rank + j]);
-      expect(to_float(out[t * columns + c]), y.sum, y.magnitude, static_cast<double>(rank + 4), 1.01 * output_unit<T>(),
+      if (p.gain) y.sum *= gain[c], y.magnitude *= std::abs(gain[c]);
+      if (p.bias) y.add(to_float(bias[c]));
+      expect(to_float(out[t * columns + c]), y.sum, y.magnitude, static_cast<double>(rank + 6), 1.01 * output_unit<T>(),
              what);
     }
   }
@@ -238,8 +250,10 @@ void run_low_rank(Level level) {
   for (const int64_t rank : {1, 7, 8, 19})
     for (const int64_t rows : {1, 5})
       for (const auto& [depth, columns] : {std::pair<int64_t, int64_t>{1, 130}, {64, 16}, {133, 3}}) {
-        check_few<float>(level, rows, depth, columns, rank);
-        check_few<BFloat16>(level, rows, depth, columns, rank);
+        for (const bool rescaled : {false, true}) {
+          check_few<float>(level, rows, depth, columns, rank, rescaled);
+          check_few<BFloat16>(level, rows, depth, columns, rank, rescaled);
+        }
       }
   for (int64_t count = 0; count <= 9; ++count)
     for (const bool in_place : {false, true})
