@@ -173,8 +173,9 @@ def rank_of(method: str, parts: Mapping[str, Tensor]) -> int | None:
     found = {
         name: parts[name].shape[axis] for name, axis in ranks.items() if name in parts and parts[name].dim() > axis
     }
-    if len(set(found.values())) > 1:
-        raise ValueError(f"expected tensors of one rank, got {', '.join(f'{n} {r}' for n, r in found.items())}")
+    if len(set(found.values())) > 1 or 0 in found.values():
+        ranks_found = ", ".join(f"{n} {r}" for n, r in found.items())
+        raise ValueError(f"expected tensors of one rank above 0, got {ranks_found}")
     return next(iter(found.values()), None)
 
 
@@ -273,8 +274,12 @@ def weight_shape(module: Adapted) -> torch.Size:
     """
     if module.method == OUTPUT:
         blocks, scale = module.parts["oft_blocks"], module.parts.get("rescale")
+        if blocks.dim() not in (3, 4):
+            raise ValueError(
+                f"oft_blocks: expected (blocks, b, b) or (m, blocks, b, b), got shape {tuple(blocks.shape)}"
+            )
         dims = 2 if scale is None else max(scale.dim(), 2)
-        return torch.Size([blocks.shape[-3] * blocks.shape[-1] if blocks.dim() > 2 else 0, *[1] * (dims - 1)])
+        return torch.Size([blocks.shape[-3] * blocks.shape[-1], *[1] * (dims - 1)])
     shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in module.parts.items()}
     try:
         return _FORMULAS[module.method](shapes).shape

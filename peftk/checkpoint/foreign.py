@@ -9,7 +9,6 @@ the input; its alpha is a constraint.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,15 +20,13 @@ from torch import Tensor
 
 from .adapted import DOWN, OTHER_MAGNITUDES, OUTPUT, TYPES, UP, WHOLE
 from .container import CheckpointError, capped, shown
-from .foreign_names import prefix_of, resolved
+from .foreign_names import resolved
+from .foreign_numbers import alpha_of, constraint_of, is_number, scale_of_whole, written_alphas
 from .original_names import split
 from .reader import TensorFile
 from .recognise import Found, recognise
 
 __all__ = ["Converted", "as_peft"]
-
-METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps the configuration in the header of a file."""
 
 _KEY = "base_model.model."
 
@@ -96,7 +93,7 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
     problems += [
         f"key {shown(key)}: dtype expected floating, got {tensor.dtype}"
         for key, tensor in file.tensors.items()
-        if not tensor.dtype.is_floating_point
+        if not is_number(key, tensor.dtype)
     ]
     foreign = [method for method in found.methods if method not in _READERS]
     if foreign:
@@ -133,62 +130,6 @@ def as_peft(file: TensorFile, weights: Mapping[str, torch.Size]) -> Converted:
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
-
-
-def written_alphas(metadata: Mapping[str, str], file: TensorFile) -> Mapping[str, Any]:
-    """Return the configuration that diffusers has written into a header, or nothing."""
-    text = metadata.get(METADATA)
-    if text is None:
-        return {}
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(file.path, f"metadata {METADATA}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(file.path, f"metadata {METADATA}: expected an object, got {type(values).__name__}")
-    return values
-
-
-def alpha_of(name: str, rank: int, parts: Mapping[str, Tensor], written: Mapping[str, Any]) -> float:
-    tensor = parts.get("alpha", parts.get("lora_alpha"))
-    if tensor is not None:
-        if tensor.numel() != 1:
-            raise ValueError(f"alpha: expected one number, got shape {tuple(tensor.shape)}")
-        alpha = float(tensor)
-    else:
-        prefix, rest = prefix_of(name)
-        values = {key.removeprefix(prefix): value for key, value in written.items() if key.startswith(prefix)}
-        alpha = _by_pattern(
-            values.get("alpha_pattern"), rest or name, values.get("lora_alpha", values.get("alpha", rank))
-        )
-        if values.get("use_rslora"):
-            alpha *= rank**0.5
-    if not alpha > 0:
-        raise ValueError(f"alpha: expected a number above 0, got {alpha:g}")
-    return alpha
-
-
-def scale_of_whole(name: str, written: Mapping[str, Any]) -> float:
-    """Return the scale of LoKr with two whole factors: 1, but where a configuration of PEFT is in the header."""
-    prefix, rest = prefix_of(name)
-    values = {key.removeprefix(prefix): value for key, value in written.items() if key.startswith(prefix)}
-    if "alpha" not in values or "r" not in values:
-        return 1.0
-    alpha = _by_pattern(values.get("alpha_pattern"), rest or name, values["alpha"])
-    return alpha / _by_pattern(values.get("rank_pattern"), rest or name, values["r"])
-
-
-def _by_pattern(patterns: Any, path: str, default: Any) -> float:
-    if isinstance(patterns, dict):
-        exactly = _exactly(path)
-        for pattern, value in patterns.items():
-            # By its end, or as it is written here.
-            if pattern == exactly or path == pattern or path.endswith(f".{pattern}"):
-                default = value
-                break
-    if isinstance(default, bool) or not isinstance(default, (int, float)):
-        raise ValueError(f"alpha: expected a number in the metadata, got {shown(default)}")
-    return float(default)
 
 
 def _module(
@@ -367,16 +308,6 @@ def _rotation(
         tensors["output_oft_scale"] = scale.reshape(-1, *[1] * (len(weight) - 1))
     flags = {"use_rescale": scale is not None}
     return _Module(path, size, constraint_of(parts), ("oft_blocks", "rescale"), tensors, flags, factors=factors)
-
-
-def constraint_of(parts: Mapping[str, Tensor]) -> float:
-    """Return the constraint of a rotation, which is written as its alpha; 0 for none."""
-    alpha = parts.get("alpha")
-    if alpha is None:
-        return 0.0
-    if alpha.numel() != 1 or not 0 <= float(alpha) < 1e6:
-        raise ValueError(f"alpha: expected one number from 0, got {shown(alpha.flatten()[:4].tolist())}")
-    return float(alpha)
 
 
 class _Reader(NamedTuple):

@@ -67,9 +67,9 @@ def resolved(
     counted = Counter(path for place in paths.values() for path in place.paths)
     twice = [path for path, count in counted.items() if count > 1]
     problems += [f"module {shown(path)}: has two adapters in the file" for path in twice]
-    if twice and len(by_place) > 1:
+    if len(by_place) > 1:
         problems.append(
-            f"{' and '.join(map(shown, by_place))}: modules of several models that all fit this one; write the one "
+            f"{' and '.join(map(shown, by_place))}: modules of several models in this one; write the one "
             "that is wanted as a folder: python -m peftk convert FILE FOLDER --to peft --component NAME"
         )
     if not paths and not problems:
@@ -103,8 +103,8 @@ def _others(
     weights: Mapping[str, torch.Size],
 ) -> list[str]:
     """Return the prefixes of other models: some modules have names of this one's, but all do not fit into it."""
-    claimed = {prefix: {path for place in here.values() for path in place.paths} for prefix, here in by_place.items()}
-    rivals = [one for one in claimed if any(claimed[one] & claimed[other] for other in claimed if other != one)]
+    if len(by_place) < 2:
+        return []
 
     def fits(prefix: str) -> bool:
         return not missing[prefix] and all(
@@ -112,8 +112,8 @@ def _others(
             for name, place in by_place[prefix].items()
         )
 
-    others = [prefix for prefix in rivals if not fits(prefix)]
-    return others if len(others) < len(rivals) else []
+    others = [prefix for prefix in by_place if not fits(prefix)]
+    return others if len(others) < len(by_place) else []
 
 
 def _paths(name: str, rest: str, weights: Mapping[str, torch.Size], flat: Mapping[str, list[str]]) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint.adapted import DOWN
-from ..checkpoint.container import CheckpointError
-from ..checkpoint.foreign import alpha_of, written_alphas
+from ..checkpoint.container import CheckpointError, shown
+from ..checkpoint.foreign_numbers import alpha_of, written_alphas
 from ..checkpoint.peft import CONFIG_NAME, WEIGHTS_NAME, read_config
 from ..checkpoint.reader import TensorFile, read_safetensors
 from ..checkpoint.recognise import Found, recognise
@@ -53,11 +53,20 @@ def _row(
 ) -> Row:
     parts = {part: tensors[f"{name}.{part}"] for part in found.parts}
     alpha = parts.get("alpha", parts.get("lora_alpha"))
-    value = None if alpha is None else float(alpha)
-    if value is None and config is not None:
+    value = None
+    if alpha is not None:
+        if alpha.numel() != 1:
+            raise CheckpointError(
+                tensors.path, f"module {shown(name)}: alpha: expected one number, got shape {tuple(alpha.shape)}"
+            )
+        value = float(alpha)
+    elif config is not None:
         value = _of_config(config, name, "alpha", "lora_alpha", "constraint")
-    elif value is None and written:
-        value = alpha_of(name, rank_of(found) or 1, parts, written)
+    elif written:
+        try:
+            value = alpha_of(name, rank_of(found) or 1, parts, written)
+        except ValueError as error:
+            raise CheckpointError(tensors.path, f"module {shown(name)}: {error}") from None
     norm = math.sqrt(sum(float(part.double().square().sum()) for part in parts.values() if part.dim() > 0))
     return {
         "module": name,
@@ -121,7 +130,7 @@ def inspect(
 
     try:
         report = examine(path)
-    except CheckpointError as error:
+    except (OSError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     if as_json:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from ..models.merge_files import Merge, merge_files, read_base
+from ..models.base_files import read_base
+from ..models.merge_files import Merge, merge_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +36,19 @@ def show(done: Merge, out: Path, console: Any) -> None:
         console.print(Text(f"and {len(worst) - 10} more layers, which lost less; --json has all"))
 
 
+def _with_weight(text: str) -> tuple[str, float]:
+    """Return the adapter and the weight that `--also` names."""
+    path, _, number = text.rpartition("=")
+    if not path or (os.path.exists(text) and not os.path.exists(path)):
+        return text, 1.0
+    if os.path.exists(text):
+        raise ValueError(f"also: {text!r} and {path!r} are both there; write {text + '=1'!r} or ./{text}=WEIGHT")
+    try:
+        return path, float(number)
+    except ValueError:
+        raise ValueError(f"also: expected ADAPTER or ADAPTER=WEIGHT with a number, got {text!r}") from None
+
+
 def merge(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of a model of transformers or diffusers.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder of PEFT, or a file of another program.")],
@@ -54,8 +70,7 @@ def merge(
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         for text in also or []:
-            path, _, number = text.rpartition("=")
-            adapters.append((path, float(number)) if path else (text, 1.0))
+            adapters.append(_with_weight(text))
         done = merge_files(
             read_base(base),
             adapters,
@@ -69,7 +84,9 @@ def merge(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     if as_json:
-        typer.echo(json.dumps({"tensors": done.tensors, "lost": done.lost, "replaced": done.replaced}, indent=1))
+        # JSON has no infinities, which --unsafe may leave.
+        lost = {path: part if math.isfinite(part) else None for path, part in done.lost.items()}
+        typer.echo(json.dumps({"tensors": done.tensors, "lost": lost, "replaced": done.replaced}, indent=1))
         return
     console = Console()
     show(done, out, console if console.is_terminal else Console(width=120))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import foreign, foreign_names
+from ..checkpoint import foreign, foreign_names, foreign_numbers
 from ..checkpoint.adapted import (
     MAGNITUDES,
     METHODS,
@@ -28,6 +28,7 @@ from ..checkpoint.peft import CONFIG_NAME, MAX_CONFIG_DEPTH, WEIGHTS_NAME, read_
 from ..checkpoint.reader import TensorFile, header_shapes, read_safetensors
 from ..checkpoint.recognise import Description, Found, recognise
 from ..nn import PeftConfig
+from ..nn.lora.start import starts_inside
 
 __all__ = ["PROVENANCE", "Source", "model_weights", "read_source"]
 
@@ -101,7 +102,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     problems += [
         f"key {shown(key)}: dtype expected floating, got {tensor.dtype}"
         for key, tensor in file.items()
-        if key not in found.others and not tensor.dtype.is_floating_point
+        if key not in found.others and not foreign_numbers.is_number(key, tensor.dtype)
     ]
     if not problems and config is not None:
         problems += _config_problems(config)
@@ -121,6 +122,19 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         for name in _REFUSED
         if config.get(name)
     ]
+    if problems:
+        return problems
+    try:
+        made = PeftConfig.from_dict(dict(config))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        return [f"{CONFIG_NAME}: {error}"]
+    how = getattr(made, "init_lora_weights", True)
+    if starts_inside(how):
+        problems.append(
+            f"{CONFIG_NAME}: init_lora_weights={how!r}: the factors start as a part of the base weight, which no other "
+            "program takes off it; load the adapter on its model, and save it with "
+            "path_initial_model_for_weight_conversion as an ordinary one of twice the rank"
+        )
     return problems
 
 
@@ -129,14 +143,14 @@ Number = Callable[[str, int | None, Mapping[str, Tensor]], float]
 
 
 def _of_others(file: TensorFile) -> Number:
-    written = foreign.written_alphas(file.metadata, file)
+    written = foreign_numbers.written_alphas(file.metadata, file)
 
     def alpha(name: str, rank: int | None, parts: Mapping[str, Tensor]) -> float:
         if "oft_blocks" in parts:
-            return foreign.constraint_of(parts)
+            return foreign_numbers.constraint_of(parts)
         if rank is None:
-            return foreign.scale_of_whole(name, written)
-        return foreign.alpha_of(name, rank, parts, written)
+            return foreign_numbers.scale_of_whole(name, written)
+        return foreign_numbers.alpha_of(name, rank, parts, written)
 
     return alpha
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import foreign
+from ..checkpoint import foreign, foreign_numbers
 from ..checkpoint.adapted import (
     COMPONENTS,
     MAGNITUDES,
@@ -20,14 +20,15 @@ from ..checkpoint.adapted import (
     OUTPUT,
     Adapted,
     as_lycoris,
+    component_of,
     magnitudes_of_inputs,
     weight_shape,
 )
 from ..checkpoint.container import CheckpointError, capped, shown
-from ..checkpoint.foreign_names import spellings
+from ..checkpoint.foreign_names import prefix_of, spellings
 from ..checkpoint.original_names import halves_swapped, original_names, split
 from ..checkpoint.reader import TensorFile
-from ..checkpoint.recognise import DIALECTS
+from ..checkpoint.recognise import DIALECTS, PREFIXES
 from ..nn import PeftConfig
 from ..nn.base.config import LayerInFile
 from . import provenance
@@ -107,7 +108,8 @@ def plan_for(
         raise ValueError("original: expected diffusers' model of SDXL, Flux, SD3 or Wan")
     origin = source.origin
     patterns = list(drop)
-    if origin is not None and origin.get("dialect") == DIALECTS[dialect] and origin.get("exact") and not patterns:
+    as_it_was = origin is not None and origin.get("dialect") == DIALECTS[dialect] and origin.get("exact")
+    if origin is not None and as_it_was and not patterns and not original:
         tensors, rows, metadata, config = provenance.restored(source, origin)
         return Plan(dialect, rows, tensors, metadata, config, exact=True)
     rows = []
@@ -131,6 +133,8 @@ def plan_for(
         problems += _as_lycoris(modules)
     if not problems:
         problems += _settle_names(modules, source, dialect, weights, origin)
+    if not problems and weights is not None:
+        problems += [text for module in modules if (text := _misfit(module, weights.get(module.path)))]
     if not problems and source.dialect == "PEFT" and dialect not in ("peft", "diffusers"):
         problems += _settle_magnitudes(modules, weights)
     if problems:
@@ -283,6 +287,26 @@ def _settle_names(
     return problems
 
 
+def _misfit(module: Adapted, weight: torch.Size | None) -> str | None:
+    """Say how the tensors of a module do not fit the weight of the model, or return None."""
+    if weight is None:
+        return None
+    found = weight_shape(module)
+    for shape in (weight, torch.Size(weight[::-1])) if len(weight) == 2 else (weight,):
+        # Those of transformers' Conv1D lie the other way round. A rotation tells its outputs alone, and the factors of
+        # some methods have flattened filters.
+        flat = module.method in ("LoHa", "LoKr")
+        same = found.numel() == shape.numel() if flat else _trimmed(found) == _trimmed(shape)
+        if found[0] == shape[0] and (same or module.method == OUTPUT):
+            return None
+    return f"module {shown(module.source)}: is for a weight {tuple(found)}, and the model has one of {tuple(weight)}"
+
+
+def _trimmed(shape: torch.Size) -> tuple[int, ...]:
+    """Return a shape without the sizes of one at its end, which a linear layer has as a 1 x 1 convolution."""
+    return tuple(shape[: max(2, max((axis + 1 for axis, size in enumerate(shape) if size != 1), default=0))])
+
+
 def _settle_magnitudes(modules: list[Adapted], weights: Mapping[str, torch.Size] | None) -> list[str]:
     """Give magnitudes the dimensions of the weight, which factors of flattened filters do not tell."""
     problems = []
@@ -305,8 +329,19 @@ def _first_words(module: Adapted, modules: Iterable[Adapted]) -> str:
     """Return what the name of a module begins with in kohya's and LyCORIS' files."""
     if not module.component:
         return "lycoris_"
-    alone = not any(one.component in ("text_encoder_2", "text_encoder_3") for one in modules)
-    return "lora_te_" if module.component == "text_encoder" and alone else COMPONENTS[module.component].kohya
+    own, _ = prefix_of(module.source)
+    if own in PREFIXES["kohya"] and component_of(own) == module.component:
+        return own
+    if module.component == "text_encoder" and all(_has_one_encoder(one) for one in modules):
+        return "lora_te_"
+    return COMPONENTS[module.component].kohya
+
+
+def _has_one_encoder(module: Adapted) -> bool:
+    """Whether a module may be of a pipeline with one text encoder, as SD 1.5 has: no transformer, no UNet of SDXL."""
+    if module.component in ("text_encoder_2", "text_encoder_3", "transformer"):
+        return False
+    return module.component != "unet" or "_transformer_blocks_1_" not in f"_{module.flat}_"
 
 
 def _as_others(modules: list[Adapted], dialect: str, rows: list[tuple[str, str, str]]) -> Plan:
@@ -356,7 +391,7 @@ def _as_peft(
         for name, value in config.items()
         if name != "peft_type"
     }
-    metadata = {"format": "pt", foreign.METADATA: json.dumps(told, sort_keys=True)}
+    metadata = {"format": "pt", foreign_numbers.METADATA: json.dumps(told, sort_keys=True)}
     return Plan(dialect, rows, tensors, metadata)
 
 

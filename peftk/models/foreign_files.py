@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from ..checkpoint.foreign import as_peft
 from ..checkpoint.peft import write_adapter
 from ..checkpoint.reader import TensorFile, read_safetensors
 from ..checkpoint.recognise import DIALECTS, recognise
+from ..methods._base_layer import kind_of
 from ..nn import PeftConfig
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import LayerInFile, check_choice
@@ -79,6 +81,10 @@ def peft_folder(
             if not error.file.startswith(folder):
                 raise
             raise CheckpointError(name, *error.problems) from None
+        except (TypeError, ValueError) as error:
+            if folder not in str(error):
+                raise
+            raise CheckpointError(name, re.sub(re.escape(folder) + r"[^\s:]*:? ?", "", str(error))) from None
 
 
 def _check_dialect(file: TensorFile, dialect: str) -> None:
@@ -102,7 +108,8 @@ def _weights(model: nn.Module) -> dict[str, torch.Size]:
         base = module.base_layer if isinstance(module, AdapterLayer) else module
         weight = getattr(base, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() > 1:
-            found[path] = weight.shape
+            # As (out, in), which transformers' Conv1D has the other way round.
+            found[path] = weight.shape[::-1] if kind_of(base) == "Conv1D" else weight.shape
     return found
 
 

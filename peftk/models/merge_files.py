@@ -11,49 +11,33 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.container import DTYPES, CheckpointError, capped, parse_json, shown
-from ..checkpoint.reader import header
+from ..checkpoint.container import CheckpointError, capped, shown
+from ..checkpoint.peft import WEIGHTS_NAME
+from ..checkpoint.reader import header_shapes
 from ..checkpoint.writer import write_in_turn
+from ..nn import PeftConfig
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.kinds import HALF
 from ..nn.base.merging import check_finite
 from ..nn.base.saved import ModulesToSaveWrapper
+from ..nn.lora.start import starts_inside
+from ..ops.plain import DENSE
+from .base_files import CONFIG, Base, empty_model
 from .peft_model import PeftModel
 
-__all__ = ["Base", "Merge", "merge_files", "read_base"]
+__all__ = ["Merge", "merge_files"]
 
-CONFIG = "config.json"
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 """Files that hold weights, or say where they are: they are not copied beside the merged ones."""
-
-
-@dataclass
-class Base:
-    """The files of a model.
-
-    Attributes:
-        folder: Where they are.
-        config: The content of its configuration.
-        shards: The name of each file to the keys that are read from it.
-        index: The name of the file that lists them, if there is one.
-        shapes: Key to shape.
-        dtypes: Key to dtype.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    shards: dict[str, list[str]]
-    index: str | None
-    shapes: dict[str, torch.Size] = field(repr=False)
-    dtypes: dict[str, torch.dtype] = field(repr=False)
 
 
 @dataclass
@@ -71,102 +55,6 @@ class Merge:
     lost: dict[str, float]
     replaced: list[str]
     files: list[str]
-
-
-def read_base(folder: str | os.PathLike[str]) -> Base:
-    """Read the configuration of a model and the headers of its files.
-
-    Args:
-        folder: A folder of transformers or diffusers, with config.json and one model in safetensors files.
-
-    Raises:
-        CheckpointError: A file is missing or damaged, or what it says is not true.
-    """
-    where = Path(folder)
-    if not where.is_dir():
-        raise CheckpointError(str(where), f"expected a folder with {CONFIG} and safetensors files")
-    try:
-        config = parse_json((where / CONFIG).read_bytes(), max_depth=64)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(where / CONFIG), f"expected the configuration of a model: {error}") from None
-    indices = sorted(where.glob("*.safetensors.index.json"))
-    files = sorted(where.glob("*.safetensors"))
-    if len(indices) > 1 or (not indices and len(files) != 1):
-        found = [path.name for path in (indices or files)]
-        raise CheckpointError(str(where), f"expected one safetensors file, or one index of several; got {shown(found)}")
-    wanted = _index(indices[0]) if indices else None
-    names = sorted(set(wanted.values())) if wanted is not None else [files[0].name]
-    base = Base(where, config, {}, indices[0].name if indices else None, {}, {})
-    problems = []
-    for name in names:
-        if not (where / name).is_file():
-            problems.append(f"{name}: missing, and {base.index} lists it")
-            continue
-        entries, _ = header(where / name)
-        there = {entry.name: entry for entry in entries}
-        keys = list(there) if wanted is None else [key for key, file in wanted.items() if file == name]
-        problems += [f"key {shown(key)}: not in {name}, where {base.index} has it" for key in keys if key not in there]
-        base.shards[name] = keys
-        for key in keys:
-            if key in there:
-                base.shapes[key] = torch.Size(there[key].shape)
-                base.dtypes[key] = DTYPES[there[key].code]
-    if problems:
-        raise CheckpointError(str(where), *capped(problems, "problems"))
-    return base
-
-
-def _index(path: Path) -> dict[str, str]:
-    try:
-        found = parse_json(path.read_bytes(), max_depth=8).get("weight_map")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(path), str(error)) from None
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
-        for name in found.values()
-    ):
-        raise CheckpointError(str(path), "weight_map: expected the names of safetensors files in this folder")
-    return found
-
-
-def empty_model(base: Base) -> nn.Module:
-    """Return the model that a configuration describes, whose parameters have shapes and dtypes but no memory.
-
-    Raises:
-        CheckpointError: Neither transformers nor diffusers has its class, or the library is not installed.
-    """
-    name, classes = base.config.get("_class_name"), base.config.get("architectures")
-    library, parent = ("transformers", "PreTrainedModel") if name is None else ("diffusers", "ModelMixin")
-    if name is None and isinstance(classes, list) and classes:
-        name = classes[0]
-    try:
-        module = __import__(library)
-        found = getattr(module, str(name))
-        # A file chooses among models alone.
-        if not (isinstance(found, type) and issubclass(found, getattr(module, parent))):
-            raise TypeError(f"it is no {parent}")
-        kind: Any = found
-        with torch.device("meta"):
-            if library == "diffusers":
-                model = kind.from_config(base.config)
-            else:
-                model = kind(module.AutoConfig.from_pretrained(base.folder, trust_remote_code=False))
-    except ImportError as error:
-        raise CheckpointError(str(base.folder / CONFIG), f"needs {library}: {error}") from None
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            str(base.folder / CONFIG), f"expected a model of {library}, got {shown(name)}: {error}"
-        ) from None
-    floating = [dtype for dtype in base.dtypes.values() if dtype.is_floating_point]
-    usual = max(set(floating), key=floating.count, default=torch.float32)
-    shared: dict[int, nn.Parameter] = {}
-    for part in list(model.modules()):
-        for key, parameter in list(part._parameters.items()):
-            if parameter is not None:
-                dtype = usual if parameter.dtype.is_floating_point else parameter.dtype
-                one = nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), requires_grad=False)
-                part._parameters[key] = shared.setdefault(id(parameter), one)
-    return model.eval()
 
 
 def merge_files(
@@ -196,7 +84,8 @@ def merge_files(
         CheckpointError: An adapter does not fit the model, cannot be merged, or needs a tensor that the files do not
             have under the name that the model has.
     """
-    target = Path(out)
+    # What a link leads to is replaced, and not the link.
+    target = Path(os.path.realpath(out))
     if os.path.lexists(target):
         for read in (base.folder, *(Path(path) for path, _ in adapters)):
             if read.resolve().is_relative_to(target.resolve()):
@@ -209,12 +98,19 @@ def merge_files(
         raise ValueError(f"out: expected a name in a folder that is there, got {str(target)!r}")
     if not adapters:
         raise ValueError("adapters: expected at least one")
-    model = _adapted(base, [path for path, _ in adapters])
+    packed = [key for key, kind in base.dtypes.items() if kind.is_floating_point and kind not in DENSE]
+    if dtype is not None and packed:
+        raise CheckpointError(
+            str(base.folder),
+            f"key {shown(packed[0])}: is {base.dtypes[packed[0]]}, whose scales are in other tensors; dtype has to be "
+            "None",
+        )
+    model, brought = _adapted(base, [path for path, _ in adapters])
     for number, (_, weight) in enumerate(adapters):
         for _, layer in _layers(model):
             if weight != 1 and f"adapter{number}" in layer.adapter_names:
                 layer.set_scale(f"adapter{number}", weight)
-    layers, replaced = _plan(base, model)
+    layers, replaced = _plan(base, model, brought)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
         trial = Path(folder) / target.name
         trial.mkdir()
@@ -249,12 +145,47 @@ def _layers(model: PeftModel) -> Iterable[tuple[str, AdapterLayer]]:
     return [(path, module) for path, module in found if isinstance(module, AdapterLayer)]
 
 
-def _adapted(base: Base, adapters: Sequence[str]) -> PeftModel:
+def _brought(model: nn.Module, path: str) -> dict[str, nn.Parameter]:
+    """Give memory to the weights that an adapter brings along, as PEFT saves embeddings that are adapted.
+
+    Returns:
+        The parameters of the model by their names.
+    """
+    file = Path(path) / WEIGHTS_NAME
+    if not file.is_file():
+        return {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    counted = Counter(map(id, parameters.values()))
+    found = {}
+    for key in header_shapes(file):
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if name in parameters and counted[id(parameters[name])] == 1:
+            holder, _, last = name.rpartition(".")
+            empty = parameters[name]
+            found[name] = nn.Parameter(torch.zeros(empty.shape, dtype=empty.dtype), requires_grad=False)
+            model.get_submodule(holder)._parameters[last] = found[name]
+    return found
+
+
+def _adapted(base: Base, adapters: Sequence[str]) -> tuple[PeftModel, dict[str, nn.Parameter]]:
+    """Return the model with all adapters, and the weights of the base model that they brought along, by name."""
     model = empty_model(base)
     adapted: PeftModel | None = None
+    brought: dict[str, nn.Parameter] = {}
+    for path in adapters:
+        brought |= _brought(model, path)
     for number, path in enumerate(adapters):
         name = f"adapter{number}"
         try:
+            # Such factors start as a part of the weight, which is not there; to look for it may take hours.
+            if not os.path.isfile(path):
+                how = getattr(PeftConfig.from_pretrained(path), "init_lora_weights", True)
+                if starts_inside(how):
+                    raise CheckpointError(
+                        path,
+                        f"init_lora_weights={how!r}: the factors start as a part of the base weight: merge it on the "
+                        "model in memory",
+                    )
             if adapted is None:
                 adapted = PeftModel.from_pretrained(model, path, adapter_name=name)
             else:
@@ -269,14 +200,21 @@ def _adapted(base: Base, adapters: Sequence[str]) -> PeftModel:
     for config in adapted.peft_config.values():
         if config.bias_mode != "none":
             raise CheckpointError(adapters[0], f"bias={config.bias_mode!r}: merge it on the model in memory")
-    return adapted
+    return adapted, brought
 
 
 # -- what belongs to what ---------------------------------------------------------------------------------------------
 
 
-def _plan(base: Base, model: PeftModel) -> tuple[dict[str, tuple[str, AdapterLayer]], dict[str, Tensor]]:
+def _plan(
+    base: Base, model: PeftModel, brought: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[str, AdapterLayer]], dict[str, Tensor]]:
     """Return the layer of every key that merging changes, by its weight, and the tensors that replace others.
+
+    Args:
+        base: The files.
+        model: The model with the adapters.
+        brought: Weights of the base model that came with them, by name.
 
     Raises:
         CheckpointError: A weight is in no file, of another shape, shared, or of a layer that cannot be merged.
@@ -304,6 +242,8 @@ def _plan(base: Base, model: PeftModel) -> tuple[dict[str, tuple[str, AdapterLay
                 f"module {shown(path)}: no file has {shown(name)}; its library renames or fuses weights on loading: "
                 "merge it on the model in memory"
             )
+        elif base.dtypes[key] not in DENSE:
+            problems.append(f"key {shown(key)}: is {base.dtypes[key]}; merge it on the model in memory, dequantised")
         elif base.shapes[key] != layer.weight.shape:
             problems.append(f"key {shown(key)}: expected {tuple(layer.weight.shape)}, got {tuple(base.shapes[key])}")
         elif len(owners[id(layer.weight)]) > 1:
@@ -313,12 +253,24 @@ def _plan(base: Base, model: PeftModel) -> tuple[dict[str, tuple[str, AdapterLay
             layers[key] = (path, layer)
     for path, wrapper in inner.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and wrapper.active_adapters:
+            before = dict(wrapper.original_module.named_parameters())
             for name, tensor in wrapper.modules_to_save[wrapper.active_adapters[0]].state_dict().items():
                 key = _key(base, f"{path}.{name}", prefix)
-                if key is None or base.shapes[key] != tensor.shape:
+                if name in before and len(owners[id(before[name])]) > 1:
+                    shared = " and ".join(one.replace(".original_module.", ".") for one in owners[id(before[name])])
+                    problems.append(
+                        f"module {shown(path)}: what replaces it was shared ({shared}); merge it on the model in memory"
+                    )
+                elif key is None or base.shapes[key] != tensor.shape:
                     problems.append(f"module {shown(path)}: no file has {shown(name)} of shape {tuple(tensor.shape)}")
                 else:
                     replaced[key] = tensor
+    for name, tensor in brought.items():
+        key = _key(base, name, prefix)
+        if key is None or base.shapes[key] != tensor.shape:
+            problems.append(f"key {shown(name)}: the adapter brings it along, and no file has it in this shape")
+        else:
+            replaced.setdefault(key, tensor)
     if problems:
         raise CheckpointError(str(base.folder), *capped(problems, "problems"))
     return layers, replaced
@@ -362,7 +314,7 @@ def _write_shards(
                         path, layer = layers[key]
                         tensor, done.lost[path] = _merged(layer, path, tensor, dtype, safe_merge)
                     elif dtype is not None and tensor.is_floating_point():
-                        tensor = tensor.to(dtype)
+                        tensor = _converted(key, tensor, dtype, safe_merge)
                     bar.update()
                     return tensor
 
@@ -374,6 +326,14 @@ def _write_shards(
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2, sort_keys=True)
         (trial / base.index).write_text(text + "\n")
         done.files.append(base.index)
+
+
+def _converted(key: str, tensor: Tensor, dtype: torch.dtype, safe: bool) -> Tensor:
+    found = tensor.to(dtype)
+    # Infinities that were there may be meant, as those of masks are.
+    if safe and not torch.equal(found.isinf(), tensor.isinf()):
+        raise ValueError(f"dtype: key {shown(key)} has numbers that are infinite in {dtype}; expected a wider one")
+    return found
 
 
 def _dtype_of(key: str, base: Base, replaced: Mapping[str, Tensor], dtype: torch.dtype | None) -> torch.dtype:
@@ -398,6 +358,9 @@ def _merged(
     exact = found.pop(layer.weight_name)
     size = torch.dist(exact, wide).item()
     merged = exact.to(dtype) if dtype is not None else _with_weight(layer, weight)[layer.weight_name]
+    if safe_merge:
+        # A number that is finite in a wider dtype may not be in this one.
+        check_finite({layer.weight_name: merged}, layer.active_adapters, f"of {path!r} ")
     # No third wide matrix: this is the most that a merge holds.
     return merged, torch.dist(exact, wide.copy_(merged)).item() / size if size else 0.0
 
@@ -414,10 +377,14 @@ def _with_weight(layer: AdapterLayer, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _copy_others(base: Base, trial: Path, dtype: torch.dtype | None, done: Merge) -> None:
-    for path in sorted(base.folder.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(OTHER_WEIGHTS):
-            shutil.copyfile(path, trial / path.name)
-            done.files.append(path.name)
+    for where, folders, names in os.walk(base.folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(where).relative_to(base.folder)
+        for name in sorted(names):
+            if not name.startswith(".") and not name.endswith(OTHER_WEIGHTS) and Path(where, name).is_file():
+                (trial / inside).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(where, name), trial / inside / name)
+                done.files.append((inside / name).as_posix())
     if dtype is not None:
         said = {name: str(dtype).removeprefix("torch.") for name in ("dtype", "torch_dtype") if name in base.config}
         (trial / CONFIG).write_text(json.dumps({**base.config, **said}, indent=2, sort_keys=True) + "\n")

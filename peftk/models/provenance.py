@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.container import CheckpointError
-from ..ops.plain import DENSE
+from ..checkpoint.container import DTYPES, CheckpointError
 from .adapter_source import PROVENANCE, Source
 
 __all__ = ["of", "restored"]
@@ -21,7 +20,7 @@ __all__ = ["of", "restored"]
 Rows = list[tuple[str, str, str]]
 """Keys of a source, what they become, and notes; see `Plan`."""
 
-_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in DENSE}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 def of(source: Source, rows: Iterable[tuple[str, str, str]], tensors: Mapping[str, Tensor]) -> str:
@@ -39,7 +38,7 @@ def of(source: Source, rows: Iterable[tuple[str, str, str]], tensors: Mapping[st
         after = tensors.get(target) if target else None
         if after is not None and before.dtype == after.dtype and torch.equal(_bits(before), _bits(after)):
             origins[key] = [target, list(before.shape)]
-        elif before.dtype.is_floating_point and _is_one_number(before):
+        elif not before.dtype.is_complex and _is_one_number(before):
             origins[key] = [float(before.flatten()[0]), list(before.shape), str(before.dtype).removeprefix("torch.")]
         else:
             exact = False
@@ -96,7 +95,7 @@ def restored(
                 # One number is written so, and biases that are all zero; a file may ask for whatever memory it likes.
                 if math.prod(shape) > most:
                     raise ValueError(f"{key}: expected no more numbers than in a tensor of the file, got shape {shape}")
-                tensors[key] = torch.full(shape, what, dtype=_FLOATS[dtype[0]])
+                tensors[key] = torch.full(shape, what, dtype=_DTYPES[dtype[0]])
                 continue
             tensors[key] = source.file[what].reshape(shape)
             rows.append((what, key, "as it was"))

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from torch import nn
 
 from ..checkpoint.container import LISTED, shown
+from ..checkpoint.patterns import matcher
 from ..methods._base_layer import kind_of
 from ..nn import layer_class_for
 from ..nn.base.adapter_layer import AdapterLayer
 from ..nn.base.config import PeftConfig, TaskType, warn_of_field
 from ..nn.base.kinds import QUANTISERS, quantised_by
-from ..nn.base.patterns import matcher
 from ..nn.base.saved import ModulesToSaveWrapper
 from ..nn.base.walking import all_modules
 from .names import is_inside, named_children, named_modules, unwrapped, without_wrappers

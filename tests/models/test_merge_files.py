@@ -14,7 +14,8 @@ from torch import nn
 
 import peftk
 from peftk.checkpoint.container import CheckpointError
-from peftk.models.merge_files import merge_files, read_base
+from peftk.models.base_files import read_base
+from peftk.models.merge_files import merge_files
 from peftk.testing.memory import peak_bytes
 
 transformers = pytest.importorskip("transformers")

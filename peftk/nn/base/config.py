@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ...checkpoint.container import shown
+from ...checkpoint.patterns import PATTERN, check_expression, keys_of
 from .config_files import ConfigFiles
-from .patterns import check_expression, keys_of
 
 PEFT_FORMAT_VERSION = "0.21.2"
 """The release of Hugging Face PEFT whose configuration and checkpoint format peftk reads and writes."""
@@ -229,7 +229,7 @@ class PeftConfig(ConfigFiles):
     # Whether the method cannot stand beside another one in a model.
     _alone: ClassVar[bool] = False
     # How PEFT's code for the method tries a key of a field like `rank_pattern` on the path of a module: by `re.match`.
-    _pattern: ClassVar[str] = r"(.*\.)?({})$"
+    _pattern: ClassVar[str] = PATTERN
     # What is adapted where no target is named, by the `model_type` of a transformers model, if not `DEFAULT_TARGETS`.
     _default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     # The methods that it configures, each with a small example, for what tries all of them on all layers.

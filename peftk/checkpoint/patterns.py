@@ -25,6 +25,8 @@ _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 1
 _FLAGS = re.IGNORECASE | re.DOTALL | re.VERBOSE | re.UNICODE
 _LITERALS = re.compile(r"(?:[\w-]|\\\.|\|)+")
 _PLAIN = re.compile(r"\^?[\w.-]+\$?")
+PATTERN = r"(.*\.)?({})$"
+"""What a key of `rank_pattern`, `alpha_pattern` and their like is put into: a module's name, or its end, in PEFT."""
 WAY_OUT = "write the names of the modules, or their endings, as a list"
 
 _NONE: frozenset[int] = frozenset()
@@ -390,4 +392,4 @@ def keys_of(template: str, keys: tuple[str, ...]) -> Keys:
     return Keys(template, keys)
 
 
-__all__ = ["Keys", "check_expression", "keys_of", "matcher"]
+__all__ = ["PATTERN", "Keys", "check_expression", "keys_of", "matcher"]

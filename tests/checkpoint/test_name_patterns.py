@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from peftk import C3AConfig, LoraConfig, get_peft_model
-from peftk.nn.base.patterns import Budget, Expression, Keys, _expression, check_expression, matcher
+from peftk.checkpoint.patterns import Budget, Expression, Keys, _expression, check_expression, matcher
 
 NAMES = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(100) for part in "qkvo"]
 
