@@ -107,3 +107,8 @@ class Fingerprints:
     def version(self) -> str:
         """The version of the library that is installed."""
         return version(self.distribution)
+
+
+# A compiler cannot follow this through imports and sources: it takes the answer of the time of compiling. That is what
+# torch.compiler.assume_constant_result notes, which would import half of torch for it.
+vars(Fingerprints.unknown)["_dynamo_marked_constant"] = True

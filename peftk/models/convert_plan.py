@@ -430,6 +430,10 @@ def _note(module: Adapted, prefix: str, found: Mapping[str, Tensor], rows: list[
             end = next(name for name in OTHER_MAGNITUDES if f"{module.path}.{name}" in found)
         target = f"{module.path}.{end}"
         note = next((n for n in module.notes if n.startswith(f"{part}:")), "")
+        if part == MAGNITUDES and module.method != "LoRA":
+            note = (
+                f"read by peftk alone: PEFT has no magnitudes for {module.method}, and leaves them out with a warning"
+            )
         if part == "lora_mid.weight":
             rows.append((key, "", "multiplied into lora_A.weight"))
         else:

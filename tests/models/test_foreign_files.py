@@ -137,7 +137,10 @@ DAMAGE: dict[str, tuple[str, Any]] = {
     "a missing factor": ("lora_up.weight missing", lambda t: _without(t, "lora_unet_first.lora_up.weight")),
     "a rank that differs": ("expected the rank 3", lambda t: t | {"lora_unet_first.lora_up.weight": torch.ones(16, 2)}),
     "another shape": ("shape expected", lambda t: t | {"lora_unet_first.lora_down.weight": torch.ones(3, 11)}),
-    "alpha of zero": ("alpha: expected a number above 0", lambda t: t | {"lora_unet_first.alpha": torch.zeros(())}),
+    "alpha of zero": (
+        "alpha: expected a finite number above 0",
+        lambda t: t | {"lora_unet_first.alpha": torch.zeros(())},
+    ),
     "NaN": ("finite", lambda t: t | {"lora_unet_first.lora_up.weight": torch.full((16, 3), torch.nan)}),
     "two dialects": ("several dialects", lambda t: t | {"base_model.model.x.lora_A.weight": torch.ones(2, 2)}),
     "two methods": ("expected one in the file", lambda t: t | _loha("lora_unet_block_point", 4, 8)),

@@ -231,6 +231,108 @@ def test_weights_that_are_not_finite_are_refused(base: Path, tmp_path: Path, mon
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
 
 
+def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    adapted(CONFIGS["lora"], tmp_path / "small")
+    # Finite in the dtype of the work, and not in that of the file.
+    file = tmp_path / "small" / "adapter_model.safetensors"
+    large = {key: value * (1e7 if "lora_A" in key else 1) for key, value in load_file(file).items()}
+    llama(dtype=torch.float16).save_pretrained(tmp_path / "half")
+    save_file(large, file)
+    with pytest.raises(ValueError, match=r"safe_merge: .* non-finite"):
+        merge_files(read_base(tmp_path / "half"), [(str(tmp_path / "small"), 1.0)], tmp_path / "out")
+    # Weights that no adapter touches.
+    adapted(CONFIGS["lora"], tmp_path / "adapter")
+    model = llama()
+    model.model.norm.weight.data *= 1e6
+    model.save_pretrained(tmp_path / "wide")
+    base, adapters = read_base(tmp_path / "wide"), [(str(tmp_path / "adapter"), 1.0)]
+    with pytest.raises(ValueError, match=r"dtype: key 'model\.norm\.weight' has numbers that are infinite in"):
+        merge_files(base, adapters, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+    merge_files(base, adapters, tmp_path / "out", dtype=torch.float16, safe_merge=False)
+    assert tensors(tmp_path / "out")["model.norm.weight"].isinf().all()
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_factors_that_are_a_part_of_the_weight_are_refused(how: str, base: Path, tmp_path: Path) -> None:
+    adapted(peftk.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=how), tmp_path / "adapter")
+    adapted(CONFIGS["lora"], tmp_path / "lora")
+    for adapters in (["adapter"], ["lora", "adapter"]):
+        with pytest.raises(CheckpointError, match=f"init_lora_weights='{how}': .* merge it on the model in memory"):
+            merge_files(read_base(base), [(str(tmp_path / one), 1.0) for one in adapters], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_weights_are_not_replaced_in_one_place_alone(tmp_path: Path) -> None:
+    llama(tied=True).save_pretrained(tmp_path / "tied")
+    saved = peftk.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["embed_tokens"])
+    adapted(saved, tmp_path / "adapter", llama(tied=True))
+    with pytest.raises(CheckpointError, match=r"was shared \(.*lm_head\.weight\); merge it on the model in memory"):
+        merge_files(read_base(tmp_path / "tied"), [(str(tmp_path / "adapter"), 1.0)], tmp_path / "out")
+
+
+def test_packed_weights_are_refused(tmp_path: Path) -> None:
+    adapted(CONFIGS["lora"], tmp_path / "adapter")
+    llama().save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    packed = {k: v.to(torch.float8_e4m3fn) if "q_proj" in k else v for k, v in load_file(file).items()}
+    save_file(packed, file, {"format": "pt"})
+    for dtype, message in ((None, "merge it on the model in memory, dequantised"), (torch.bfloat16, "dtype has to be")):
+        with pytest.raises(CheckpointError, match=message):
+            merge_files(read_base(tmp_path / "base"), [(str(tmp_path / "adapter"), 1.0)], tmp_path / "out", dtype=dtype)
+
+
+def test_embeddings_that_come_with_the_adapter(tmp_path: Path) -> None:
+    """PEFT saves the weights of embeddings that are adapted beside their factors."""
+    peft = pytest.importorskip("peft")
+    llama().save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head", "q_proj"]))
+    trained(model)
+    model.base_model.model.model.embed_tokens.base_layer.weight.data[3] += 1
+    model.save_pretrained(tmp_path / "adapter")
+    assert any(
+        "embed_tokens" in key and "lora" not in key
+        for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    )
+    merge_files(read_base(tmp_path / "base"), [(str(tmp_path / "adapter"), 1.0)], tmp_path / "out")
+    model.merge_and_unload().save_pretrained(tmp_path / "expected")
+    found, expected = tensors(tmp_path / "out"), tensors(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, atol=1e-6), key
+
+
+def test_what_lies_in_subfolders_is_copied_and_a_link_stays_one(base: Path, tmp_path: Path) -> None:
+    adapted(CONFIGS["lora"], tmp_path / "adapter")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
+    (base / "onnx").mkdir()
+    (base / "onnx" / "model.onnx").write_text("weights")
+    adapters = [(str(tmp_path / "adapter"), 1.0)]
+    merge_files(read_base(base), adapters, tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "{{ x }}"
+    assert not (tmp_path / "out" / "onnx").exists()
+    (tmp_path / "link").symlink_to("out")
+    merge_files(read_base(base), adapters, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "out" / "config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out", "link"}
+
+
+def test_adapters_with_a_sign_of_equality_in_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftk.commands.merge import _with_weight
+
+    monkeypatch.chdir(tmp_path)
+    assert _with_weight("some/repository") == ("some/repository", 1.0)
+    assert _with_weight("lr=0.5") == ("lr", 0.5)
+    (tmp_path / "lr=0.5").mkdir()
+    assert _with_weight("lr=0.5") == ("lr=0.5", 1.0) and _with_weight("lr=0.5=2") == ("lr=0.5", 2.0)
+    (tmp_path / "lr").mkdir()
+    with pytest.raises(ValueError, match=r"also: 'lr=0.5' and 'lr' are both there"):
+        _with_weight("lr=0.5")
+    with pytest.raises(ValueError, match="also: expected ADAPTER or ADAPTER=WEIGHT with a number, got 'a=b'"):
+        _with_weight("a=b")
+
+
 def test_damaged_bases_are_named(base: Path, tmp_path: Path) -> None:
     index = base / "model.safetensors.index.json"
     good = json.loads(index.read_text())

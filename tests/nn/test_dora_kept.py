@@ -75,6 +75,11 @@ def _same_words(layer: peftk.nn.LoRALinear) -> None:
     layer.base_layer.weight = nn.Parameter(words.view(FEATURES, OUT).T, requires_grad=False)
 
 
+def _same_words_and_parameter(layer: peftk.nn.LoRALinear) -> None:
+    words = layer.base_layer.weight.data.flatten()
+    layer.base_layer.weight.data = words.view(FEATURES, OUT).T
+
+
 WRITES = {
     "weight": _element("base_layer.weight"),
     "a": _element("lora_A.default.weight"),
@@ -86,6 +91,7 @@ WRITES = {
     "swapped": lambda layer: layer.base_layer.weight.data.copy_(layer.base_layer.weight.data.flip(1)),
     "another": _new_weight,
     "same words": _same_words,
+    "same words, same parameter": _same_words_and_parameter,
     "scale": lambda layer: layer.set_scale("default", 0.25),
 }
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftk
-from peftk.ops._few_rows import FEW, low_rank_few, rotated_few
+from peftk.ops._few_rows import FEW, low_rank_few, rescaled_rows, rotated_few
 from peftk.ops.plain import unobserved
 from peftk.testing.compare import assert_close, assert_same_bits
 
@@ -84,6 +84,24 @@ def test_what_is_added_is_rounded_once_in_every_lane(rows: int, dtype: torch.dty
     few_rows._low_rank(x, a, b, None, 1.0, None, None, out)
     assert out.isnan().equal(expected.isnan())
     assert_same_bits(out.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4, 17, FEW])
+def test_sums_are_scaled_about_the_bias(rows: int, dtype: torch.dtype, biased: bool) -> None:
+    pytest.importorskip("peftk.kernels.native.few_rows")
+    x, weight, bias, a, b, scale, _ = arguments(rows, 5, dtype, gated=False)
+    gain = torch.rand(OUT, generator=torch.Generator().manual_seed(1)) + 0.5
+    found = rescaled_rows(x, weight, bias if biased else None, a, b, scale, gain)
+    expected = gain.double() * formula(x, weight, torch.zeros(OUT), a, b, scale, None)
+    assert found is not None and found.dtype is dtype
+    assert_close(found, expected + bias.double() if biased else expected, dtype)
+    # What is the frozen layer's alone, and what does not fit, is left to others.
+    assert rescaled_rows(x, weight, bias, a, torch.zeros_like(b), scale, gain) is None
+    assert rescaled_rows(x, weight, bias, a, b, scale, gain[1:]) is None
+    assert rescaled_rows(x, weight, bias, a[:, 1:], b, scale, gain) is None
+    assert rescaled_rows(x, weight, bias.double(), a, b, scale, gain) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -53,6 +53,35 @@ def test_no_write_is_overlooked(write: Callable[[Tensor], object]) -> None:
     assert maker.times == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [1024, 1025, 2048, 5000])
+def test_no_write_to_a_large_tensor_is_overlooked(count: int, dtype: torch.dtype) -> None:
+    """Of which checksums are kept, or, in dtypes that have none, a copy."""
+    source = torch.randn(count, dtype=dtype)
+    kept, maker = Kept(), Maker(source)
+    with torch.no_grad():
+        kept.get((source,), maker)
+        sums = dtype is not torch.float64 and count > 1024
+        assert (kept._entry.kept[0].dtype is torch.int32) is sums
+        kept.get((source,), maker)
+        assert maker.times == 1
+        writes: list[Callable[[Tensor], object]] = [
+            *(lambda t, at=at: t[at].neg_() for at in (0, 1, 1023, count - 1)),
+            lambda t: t.neg_(),
+            lambda t: t.mul_(2),
+            lambda t: t.copy_(t.flip(0)),
+        ]
+        for number, write in enumerate(writes):
+            write(source.data)
+            assert_same_bits(kept.get((source,), maker), source * 2)
+            assert maker.times == 2 + number
+        # As many pieces, and as many zeros behind the numbers.
+        padded = torch.zeros(count, dtype=dtype)
+        kept.get((padded,), Maker(padded))
+        fewer = Maker(padded[:-1].clone())
+        assert kept.get((fewer.source,), fewer).numel() == count - 1 and fewer.times == 1
+
+
 def test_training_drops_what_is_kept() -> None:
     parameter = nn.Parameter(torch.randn(3, 4))
     kept, maker = Kept(), Maker(parameter)
