@@ -24,7 +24,7 @@ _PLACE, _EXPRESSION = 5, 300  # The steps that making these is counted for.
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 _FLAGS = re.IGNORECASE | re.DOTALL | re.VERBOSE | re.UNICODE
 _LITERALS = re.compile(r"(?:[\w-]|\\\.|\|)+")
-_PLAIN = re.compile(r"\^?[\w.-]+\$?")
+_PLAIN = re.compile(r"\^?(?:[\w.-]|\\[.-])+\$?")
 PATTERN = r"(.*\.)?({})$"
 """What a key of `rank_pattern`, `alpha_pattern` and their like is put into: a module's name, or its end, in PEFT."""
 WAY_OUT = "write the names of the modules, or their endings, as a list"
@@ -339,16 +339,17 @@ class Keys:
         self._budget = Budget()
         self._whole_too = template.startswith("(.*")
         self._keys = tuple(keys)
-        # Plain names by their length and the places of their dots, which are any letter to an expression.
+        # Plain names by their length and the places of the dots that are not escaped: any letter to an expression.
         self._plain: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
         self._anchored: set[int] = set()
         self._others: list[tuple[int, Expression]] = []
         for index, key in enumerate(self._keys):
             if _PLAIN.fullmatch(key):
-                name = key.strip("^$")
                 if key[0] == "^":
                     self._anchored.add(index)
-                dots = tuple(i for i, letter in enumerate(name) if letter == ".")
+                letters = re.findall(r"\\?.", key.strip("^$"))
+                name = "".join(letter[-1] for letter in letters)
+                dots = tuple(i for i, letter in enumerate(letters) if letter == ".")
                 self._plain.setdefault(len(name), {}).setdefault(dots, {}).setdefault(name, []).append(index)
                 continue
             try:

@@ -102,9 +102,12 @@ def _model(model: nn.Module, *, correct: bool, strict: bool, force: bool) -> Rep
     if not any(found.values()):
         own = any(type(module).__module__.startswith("peftk.") for module in model.modules())
         make = " or ".join(library.MAKE for library in libraries)
-        hint = "it has peftk's own layers, which are fast already" if own else f"call {make} first"
+        hint = "it has peftk's own layers, which are fast already" if own else f"call {make} first, with such a method"
         names = " or ".join(library.SHOWN for library in libraries)
-        raise ValueError(f"target: expected a model with layers of {names}, got {type(model).__name__} without; {hint}")
+        raise ValueError(
+            f"target: expected a model with layers of {names} of a method that is accelerated, got "
+            f"{type(model).__name__} without; {hint}"
+        )
     rows: list[Row] = []
     chosen: list[tuple[Any, nn.Module, Way]] = []
     backends: dict[Any, str | None] = {}

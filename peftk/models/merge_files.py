@@ -159,10 +159,11 @@ def _brought(model: nn.Module, path: str) -> dict[str, nn.Parameter]:
     found = {}
     for key in header_shapes(file):
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if name in parameters and counted[id(parameters[name])] == 1:
+        empty = parameters.get(name)
+        if empty is not None and empty.dtype.is_floating_point and counted[id(empty)] == 1:
             holder, _, last = name.rpartition(".")
-            empty = parameters[name]
-            found[name] = nn.Parameter(torch.zeros(empty.shape, dtype=empty.dtype), requires_grad=False)
+            # Whoever does not write it leaves it so.
+            found[name] = nn.Parameter(torch.full(empty.shape, torch.nan, dtype=empty.dtype), requires_grad=False)
             model.get_submodule(holder)._parameters[last] = found[name]
     return found
 
@@ -267,7 +268,7 @@ def _plan(
                     replaced[key] = tensor
     for name, tensor in brought.items():
         key = _key(base, name, prefix)
-        if key is None or base.shapes[key] != tensor.shape:
+        if key is None or base.shapes[key] != tensor.shape or (key not in replaced and bool(tensor.isnan().any())):
             problems.append(f"key {shown(name)}: the adapter brings it along, and no file has it in this shape")
         else:
             replaced.setdefault(key, tensor)

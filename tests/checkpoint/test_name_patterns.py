@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from peftk import C3AConfig, LoraConfig, get_peft_model
-from peftk.checkpoint.patterns import Budget, Expression, Keys, _expression, check_expression, matcher
+from peftk.checkpoint.patterns import PATTERN, Budget, Expression, Keys, _expression, check_expression, matcher
 
 NAMES = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(100) for part in "qkvo"]
 
@@ -204,3 +204,19 @@ def test_lists_of_layers_are_names():
     for pattern in ("(.*)*", "a+", "x{2}", r"(h)", ["h"] * 101):
         with pytest.raises(ValueError, match="layers_pattern: expected"):
             LoraConfig(target_modules=["fc"], layers_to_transform=[1], layers_pattern=pattern)
+
+
+@pytest.mark.parametrize("template", [PATTERN, r".*\.({})$"])
+def test_keys_with_escaped_dots_mean_what_they_mean_to_re(template: str) -> None:
+    """As converted files have them, one for a module; they cost no more than plain names."""
+    parts = ["a", "b", "a.b", "a-b", "axb", "c.a.b", "a.b.c", "a.bxc", "caxb", "a.b.a.b"]
+    keys = ["^a\\.b", "a\\.b", "a.b", "a\\-b", "^a.b\\.c", "a\\.b.c$", "^c\\.a.b$", "a\\.b\\.a\\.b"]
+    for key in keys:
+        found = Keys(template, [key])
+        assert not found._others
+        for name in parts:
+            assert (found.first(name) is not None) is bool(re.match(template.format(key), name)), (key, name)
+    many = Keys(template, [f"^{re.escape(f'blocks.{number}.to-q')}" for number in range(5000)])
+    for number in range(0, 5000, 7):
+        expected = f"^{re.escape(f'blocks.{number}.to-q')}" if template == PATTERN else None
+        assert many.first(f"blocks.{number}.to-q") == expected

@@ -6,17 +6,26 @@ import sys
 import warnings
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import peftk
 from benchmarks.bench_model import OPERATIONS, Subject
+from peftk.models.adapter_source import read_source
+from peftk.models.convert import convert
+from peftk.models.convert_plan import plan_for
 
 
 def calls(subject, operation):
     """Count the calls of functions, of Python and of C, that an operation makes once it has run before."""
     step = OPERATIONS[operation].step
+    return counted(lambda: step(subject))
+
+
+def counted(step):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        step(subject)
+        step()
         count = 0
 
         def note(_frame, event, _argument):
@@ -25,7 +34,7 @@ def calls(subject, operation):
 
         sys.setprofile(note)
         try:
-            step(subject)
+            step()
         finally:
             sys.setprofile(None)
     return count
@@ -71,3 +80,26 @@ def test_work_is_linear_in_the_modules_that_are_trained_in_full(operation, bias,
 def test_work_is_linear_in_the_names(operation, tmp_path):
     few, some, many = (calls(Subject(peftk, 64, tmp_path / str(n), names=n), operation) for n in (0, 16, 48))
     assert many - few <= 3.3 * max(some - few, 0.05 * few)
+
+
+@pytest.mark.parametrize("dialect", ["peft", "diffusers", "kohya"])
+def test_converting_is_linear_in_the_modules(dialect, tmp_path):
+    """Each with an alpha of its own, which the configuration of PEFT and the header of diffusers have as a pattern."""
+
+    def work(count):
+        tensors, weights = {}, {}
+        for number in range(count):
+            name = f"lora_unet_blocks_{number}_to_q"
+            tensors |= {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
+            tensors[f"{name}.alpha"] = torch.tensor(float(number + 1))
+            weights[f"blocks.{number}.to_q"] = torch.Size((4, 4))
+        save_file(tensors, tmp_path / str(count))
+
+        def step():
+            source = read_source(tmp_path / str(count))
+            convert(source, plan_for(source, dialect, weights=weights), tmp_path / f"{dialect}{count}", force=True)
+
+        return counted(step)
+
+    few, some, many = (work(count) for count in (100, 300, 700))
+    assert 1.8 < (many - some) / (some - few) < 2.4
