@@ -42,6 +42,8 @@ DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "lora_linear_la
 """What the first factor of LoRA is called."""
 
 UP = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight")
+"""What the second one is called."""
+
 OTHER_MAGNITUDES = (
     "lora_magnitude_vector",
     "lora_magnitude_vector.weight",

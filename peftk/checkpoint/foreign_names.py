@@ -16,7 +16,7 @@ from .recognise import PREFIXES, Description
 __all__ = ["prefix_of", "resolved", "spellings"]
 
 _CLIP = "text_model"
-"""What the modules of transformers' CLIPTextModel were under before its release 5.6, and in published files still."""
+"""What the modules of transformers' CLIPTextModel were under in earlier releases, and in published files still are."""
 
 
 def resolved(

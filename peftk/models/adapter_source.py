@@ -127,6 +127,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     try:
         made = PeftConfig.from_dict(dict(config))
     except (NotImplementedError, TypeError, ValueError) as error:
+        # What it refuses is one of the reasons that are named together.
         return [f"{CONFIG_NAME}: {error}"]
     how = getattr(made, "init_lora_weights", True)
     if starts_inside(how):

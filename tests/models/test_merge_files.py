@@ -16,6 +16,7 @@ import peftk
 from peftk.checkpoint.container import CheckpointError
 from peftk.models.base_files import read_base
 from peftk.models.merge_files import merge_files
+from peftk.testing.compare import assert_close
 from peftk.testing.memory import peak_bytes
 
 transformers = pytest.importorskip("transformers")
@@ -299,7 +300,7 @@ def test_embeddings_that_come_with_the_adapter(tmp_path: Path) -> None:
     found, expected = tensors(tmp_path / "out"), tensors(tmp_path / "expected")
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.allclose(found[key], value, atol=1e-6), key
+        assert_close(found[key], value.double(), torch.float32, what=key)
 
 
 def test_what_lies_in_subfolders_is_copied_and_a_link_stays_one(base: Path, tmp_path: Path) -> None:
